@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="tierlm",
+    version="0.1.0",
+    description="Run mixture-of-experts language models larger than memory: VRAM, RAM and SSD as one hierarchy",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["tierlm", "tierlm.*"]),
+    package_data={"tierlm": ["py.typed"], "tierlm.demo": ["*.json", "*.safetensors", "*.txt", "*.md"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "tokenizers>=0.20",
+        "huggingface_hub>=0.26",
+        "jinja2>=3.1",
+        "psutil>=5.9",
+        "rich>=13",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "plot": ["matplotlib>=3.8"],
+        "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20"],
+        "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil"],
+    },
+    entry_points={"console_scripts": ["tierlm = tierlm.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,49 @@
+"""tierlm: a tiered memory and offload runtime for mixture-of-experts language models larger than memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tierlm.config import Budget, RuntimeOptions, SamplingParams
+from tierlm.errors import (
+    BudgetError,
+    CheckpointError,
+    PromptError,
+    StorageError,
+    TierlmError,
+    UnsupportedModelError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from tierlm.llm import LLM, Piece, Result
+    from tierlm.stats import Stats
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "Budget",
+    "BudgetError",
+    "CheckpointError",
+    "Piece",
+    "PromptError",
+    "Result",
+    "RuntimeOptions",
+    "SamplingParams",
+    "Stats",
+    "StorageError",
+    "TierlmError",
+    "UnsupportedModelError",
+    "UsageError",
+]
+
+_NEEDS_TORCH = {"LLM": "tierlm.llm", "Piece": "tierlm.llm", "Result": "tierlm.llm", "Stats": "tierlm.stats"}
+
+
+def __getattr__(name: str) -> Any:
+    """The names that need torch are imported at their first use, so that ``import tierlm`` is quick."""
+    if name not in _NEEDS_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_NEEDS_TORCH[name]), name)

@@ -1,0 +1,75 @@
+"""What this machine has free, as far as this process may use it."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import psutil
+
+
+def process_ram() -> int:
+    """Bytes of host memory that this process holds now (resident set)."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_ram() -> int:
+    """Bytes of host memory that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_ram() -> int:
+    """Bytes of host memory that this process could still take: the machine's, or less within a memory cgroup."""
+    free = int(psutil.virtual_memory().available)
+    return min([free, *(max(0, limit - used) for limit, used in _cgroups())])
+
+
+def _cgroups() -> list[tuple[int, int]]:
+    """(limit, used without reclaimable file pages) of this process's memory cgroup and those around it, v1 and v2."""
+    found = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "file")
+        elif "memory" in controllers.split(","):
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "cache")
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        while True:
+            limit, used = _number(folder / names[0]), _number(folder / names[1])
+            if limit is not None and used is not None and limit < 2**60:
+                found.append((limit, used - _stat(folder / "memory.stat", names[2])))
+            if folder == root or root not in folder.parents:
+                break
+            folder = folder.parent
+    return found
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def _stat(file: Path, name: str) -> int:
+    try:
+        rows = dict(line.split() for line in file.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(rows.get(name, 0))
+
+
+def swapped() -> int:
+    """Bytes of this process that are swapped out."""
+    try:
+        status = Path(f"/proc/{os.getpid()}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmSwap:")), 0)

@@ -1,0 +1,256 @@
+"""The command line: a client of the public API. Exit codes: 0 done, 1 failed, 2 used wrongly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+from tierlm.config import Budget, SamplingParams, format_size
+from tierlm.errors import TierlmError, UsageError
+
+if TYPE_CHECKING:
+    from tierlm.llm import LLM
+    from tierlm.stats import Stats
+
+app = typer.Typer(
+    help="Run mixture-of-experts language models that are larger than memory, under a budget you name.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A folder in Hugging Face layout, a hub id, or 'demo'.")]
+Ram = Annotated[str, typer.Option(help="Host memory for the whole process, such as 8GiB; auto: most of what is free.")]
+Vram = Annotated[str | None, typer.Option(help="Device memory; without an accelerator, host memory that plays one.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="New tokens, at most.")]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that together have this probability.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+Penalty = Annotated[float, typer.Option(help="Above 1: tokens that stand already become less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
+Policy = Annotated[str, typer.Option(help="Eviction: cycle, lru, lfu, or module:Class.")]
+Predictor = Annotated[str, typer.Option(help="Prefetch: gate, none, or module:Class.")]
+Reader = Annotated[str, typer.Option(help="auto, direct (O_DIRECT) or mmap.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, or an accelerator as torch names it.")]
+Context = Annotated[int | None, typer.Option(help="Tokens to reserve KV memory for; default: the model's, up to 4096.")]
+ShowStats = Annotated[bool, typer.Option("--stats", help="Print what was moved, hit and waited for.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write result and statistics to a file; '-': only that, to stdout.")
+]
+
+
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; '-' reads it from standard input.")],
+    ram: Ram = "auto",
+    vram: Vram = None,
+    max_new_tokens: NewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    policy: Policy = "cycle",
+    predictor: Predictor = "gate",
+    reader: Reader = "auto",
+    device: Device = "auto",
+    context: Context = None,
+    stats: ShowStats = False,
+    json_file: Json = None,
+) -> None:
+    """Continue a prompt, printing text as it comes. Ctrl-C ends it with what there is."""
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    params = SamplingParams(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
+    )
+    quiet = json_file == Path("-")
+    with _load(model, ram, vram, quiet, device, policy, predictor, reader, context) as llm:
+        text, ids, reason = _show(llm.stream(prompt, params), quiet)
+        result = {"model": model, "prompt": prompt, "text": text, "ids": ids, "finish_reason": reason}
+        _report(llm.stats(), result, stats, json_file)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="An instruction that stands before the conversation.")] = None,
+    ram: Ram = "auto",
+    vram: Vram = None,
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    policy: Policy = "cycle",
+    predictor: Predictor = "gate",
+    reader: Reader = "auto",
+    device: Device = "auto",
+    context: Context = None,
+    stats: ShowStats = False,
+) -> None:
+    """Talk to a model through its own chat template. Ctrl-C ends an answer, Ctrl-D (or an empty line) the talk."""
+    params = SamplingParams(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
+    )
+    messages = [{"role": "system", "content": system}] if system else []
+    with _load(model, ram, vram, False, device, policy, predictor, reader, context) as llm:
+        while line := _ask():
+            messages.append({"role": "user", "content": line})
+            text, _, _ = _show(llm.chat(messages, params), quiet=False)
+            messages.append({"role": "assistant", "content": text})
+        _report(llm.stats(), {}, stats, None)
+
+
+def main() -> None:
+    """The console script. Every error that is raised on purpose becomes one line and its exit code."""
+    try:
+        app()
+    except TierlmError as error:
+        Console(stderr=True).print(
+            f"[red]error:[/red] {type(error).__name__}:", str(error), soft_wrap=True, markup=True
+        )
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@contextmanager
+def _load(
+    model: str,
+    ram: str,
+    vram: str | None,
+    quiet: bool,
+    device: str,
+    policy: str,
+    predictor: str,
+    reader: str,
+    context: int | None,
+) -> Iterator[LLM]:
+    """The model, with a progress bar while it loads."""
+    from tierlm.llm import LLM
+
+    options: dict[str, Any] = {"device": device, "policy": policy, "predictor": predictor, "reader": reader}
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task("trunk", total=None)
+        llm = LLM.load(
+            model,
+            budget=Budget(ram, vram),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            context=context,
+            **options,
+        )
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+def _show(pieces: Any, quiet: bool) -> tuple[str, list[int], str]:
+    """Print pieces as they come. Returns text, ids and finish reason; "interrupted" after Ctrl-C."""
+    text, ids, reason = "", list[int](), "interrupted"
+    try:
+        for piece in pieces:
+            text += piece.text
+            ids += piece.ids
+            reason = piece.finish_reason or reason
+            if not quiet:
+                print(piece.text, end="", flush=True)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C, while cleaning up, ends it at once
+        Console(stderr=True).print("\n[dim]interrupted[/dim]")
+    if not quiet:
+        print(flush=True)
+    return text, ids, reason
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""
+
+
+def _report(stats: Stats, result: dict[str, Any], show: bool, json_file: Path | None) -> None:
+    if show:
+        Console(stderr=True).print(_table(stats))
+    if json_file is None:
+        return
+    text = json.dumps(result | {"stats": dataclasses.asdict(stats)}, indent=2, default=str)
+    if json_file == Path("-"):
+        print(text)
+        return
+    beside = json_file.with_name(json_file.name + ".part")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(json_file)
+    except OSError as error:
+        raise UsageError(f"{json_file}: cannot be written: {error.strerror}") from error
+
+
+def _table(stats: Stats) -> Table:
+    table = Table(show_header=False, title="what it took", title_justify="left", box=None)
+    rows: list[tuple[str, str]] = [
+        ("load", f"{stats.load_seconds:.2f} s"),
+        ("prefill", f"{stats.prompt_tokens} tokens, {_number(stats.prefill_rate)} tokens/s"),
+        ("first token after", f"{_number(stats.first_token)} s"),
+        ("decode", f"{stats.new_tokens} tokens, {_number(stats.decode_rate)} tokens/s"),
+        ("waited for transfers", f"{stats.stall:.2f} s of {stats.prefill_seconds + stats.decode_seconds:.2f} s"),
+        ("expert hit rate", "-" if stats.hit_rate is None else f"{stats.hit_rate:.1%}"),
+        ("read from disk per token", format_size(stats.disk_bytes_per_token or 0)),
+    ]
+    for name, link in stats.links.items():
+        speed = link.bytes / link.seconds / 1e9 if link.seconds else 0.0
+        rows.append((name, f"{format_size(link.bytes)} at {speed:.2f} GB/s while busy"))
+    for name, tier in stats.experts.items():
+        plan = stats.plan.ram if name == "ram" else stats.plan.vram
+        slots = plan.expert_slots if plan else 0
+        rows.append(
+            (
+                f"experts in {name}",
+                f"{slots} slots: {tier.hits} hits, {tier.late_hits} late, {tier.misses} misses; guessed "
+                f"{tier.speculative}, of them {tier.useful} useful, {tier.wasted} wasted",
+            )
+        )
+    for name, part in (("ram", stats.plan.ram), ("vram", stats.plan.vram)):
+        if part is not None:
+            used = ", ".join(f"{what} {format_size(size)}" for what, size in part.parts.items() if size)
+            rows.append((f"{name} plan", f"{used}; floor {format_size(part.floor)}"))
+    rows.append(("peak of the process", format_size(stats.peak_ram)))
+    rows += [("note", note) for note in stats.notes]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

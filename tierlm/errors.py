@@ -1,0 +1,60 @@
+"""Every error that tierlm raises on purpose.
+
+::
+
+    TierlmError                 (exit code 1)
+    ├── UsageError              what was asked cannot mean anything, on any machine (exit code 2); also a ValueError
+    │   └── PromptError         a prompt that is empty, or longer than the context
+    ├── BudgetError             the model does not run in this budget: says the floor, the budget, what dominates
+    ├── CheckpointError         a file of the model is missing, malformed, or lies
+    │   └── UnsupportedModelError   a well-formed model of an architecture or format that is not implemented
+    └── StorageError            a read failed, returned short, or stalled while the model was running
+
+A message says what was expected, what was found, where, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class TierlmError(Exception):
+    """Base class of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(TierlmError, ValueError):
+    """An argument or option that cannot mean anything."""
+
+    exit_code = 2
+
+
+class PromptError(UsageError):
+    """A prompt that is empty or does not fit the context."""
+
+
+class BudgetError(TierlmError):
+    """The budget is below what the model needs.
+
+    Attributes: ``tier`` ("ram" or "vram"), ``floor`` and ``given`` in bytes, ``dominant``, the largest part of the
+    floor in words.
+    """
+
+    def __init__(self, message: str, *, tier: str = "ram", floor: int = 0, given: int = 0, dominant: str = ""):
+        super().__init__(message)
+        self.tier, self.floor, self.given, self.dominant = tier, floor, given, dominant
+
+
+class CheckpointError(TierlmError):
+    """A checkpoint that is incomplete, malformed, or contradicts itself."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A model that is well-formed, of a kind that is not implemented."""
+
+
+class StorageError(TierlmError):
+    """A read that failed. Attributes: ``file``, ``tensor``, ``offset`` (bytes from the start of the file)."""
+
+    def __init__(self, message: str, *, file: str = "", tensor: str = "", offset: int = 0):
+        super().__init__(message)
+        self.file, self.tensor, self.offset = file, tensor, offset

@@ -1,0 +1,339 @@
+"""A tier: slots on a device, which records are in them, and from where the missing ones come.
+
+One thread, the one that computes, calls a tier. Transfers run elsewhere; a tier learns of their end when it looks
+(``settle``), so that residency is never changed behind the caller's back.
+"""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tierlm.errors import StorageError
+from tierlm.memory.transfer import Job, Ticket, Transfer
+from tierlm.policies.eviction import Policy
+from tierlm.spec import Key
+from tierlm.weights.checkpoint import Record
+from tierlm.weights.reader import Reader, Request, failure, split
+
+
+def allocate(nbytes: int, device: torch.device) -> Tensor:
+    """A slab: uint8 [nbytes], page-aligned. In host memory it takes up room only as it is written to, and is pinned
+    where there is an accelerator to copy to."""
+    if device.type != "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if torch.accelerator.is_available():
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    slab = mmap.mmap(-1, max(nbytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        slab.madvise(mmap.MADV_HUGEPAGE)  # a first touch per 2 MiB instead of per 4 KiB
+    return torch.frombuffer(slab, dtype=torch.uint8)[:nbytes]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place for one record. ``guard``: the event after which the last reader of the old content is through."""
+
+    buffer: Tensor  # uint8 [size]
+    guard: torch.Event | None = None
+
+    @property
+    def size(self) -> int:
+        return self.buffer.numel()
+
+    def release(self) -> None:
+        """Note that computation on this slot has been queued: the slot may be overwritten only after it."""
+        if self.buffer.device.type != "cpu":
+            self.guard = torch.Event(self.buffer.device)
+            self.guard.record()
+
+    def wait(self) -> None:
+        """Wait, in a transfer thread, until nobody reads the old content any more."""
+        if self.guard is not None:
+            self.guard.synchronize()
+            self.guard = None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A record in a slot: loading while ``ticket`` is set, then resident.
+
+    ``pins``: leases and copies under way that hold it here. ``speculative``: nobody has demanded it yet.
+    ``passing``: a prefill streamed it through in the place of a warm record.
+    """
+
+    key: Key
+    slot: Slot
+    ticket: Ticket | None
+    speculative: bool
+    passing: bool
+    pins: int = 0
+    source: Entry | None = None
+    error: BaseException | None = None
+
+
+class Source(Protocol):
+    """Where a tier gets records from: the disk, or the tier below."""
+
+    def fetch(self, key: Key, slot: Slot, speculative: bool, passing: bool) -> tuple[Ticket, Entry | None] | None:
+        """Start bringing ``key`` into ``slot``. Returns the ticket, and the entry below that stays pinned until it
+        is done; None if there is no room on the way just now."""
+
+    def settle(self) -> None:
+        """Take note of what has arrived."""
+
+    def copied(self, entry: Entry) -> None:
+        """The copy out of ``entry`` has ended: unpin it. While the tier above has it too, it is the first to leave."""
+
+    def keep(self, key: Key) -> None:
+        """The tier above has let ``key`` go: what is left of it here is worth keeping again."""
+
+    def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
+        """Drop the speculative reads that ``stale`` says are late."""
+
+
+class Disk:
+    """The tier at the bottom: records are always there, and are read."""
+
+    def __init__(self, reader: Reader, records: Callable[[Key], Record], transfer: Transfer):
+        self.reader, self.records, self.transfer = reader, records, transfer
+
+    def fetch(self, key: Key, slot: Slot, speculative: bool, passing: bool) -> tuple[Ticket, None]:
+        requests = [request for extent in self.records(key).extents for request in split(extent)]
+        return self.transfer.submit([self._job(r, slot) for r in requests], speculative=speculative), None
+
+    def _job(self, request: Request, slot: Slot) -> Job:
+        def run() -> None:
+            slot.wait()
+            part = slot.buffer[request.at : request.at + request.hi - request.lo]
+            self.reader.read(request, part.numpy().data)
+
+        return Job("disk->ram", request.hi - request.lo, run, lambda what: failure(request, request.start, what))
+
+    def settle(self) -> None:
+        """Nothing arrives at the disk."""
+
+    def copied(self, entry: Entry) -> None:
+        """The disk pins nothing."""
+
+    def keep(self, key: Key) -> None:
+        """The disk keeps everything."""
+
+    def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
+        """Reads belong to the tier that asked for them."""
+
+
+@dataclass
+class TierStats:
+    """Counts of records. A late hit is a demand that found its record on the way; a useful speculative read was
+    demanded afterwards, a wasted one not in the step it was for, a cancelled one was dropped before it began."""
+
+    hits: int = 0
+    late_hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    speculative: int = 0
+    useful: int = 0
+    wasted: int = 0
+    cancelled: int = 0
+
+
+class Tier:
+    """Slots and what is in them. ``name`` is "ram" or "vram"; ``size_of`` gives the bytes of a record."""
+
+    def __init__(
+        self,
+        name: str,
+        slots: list[Slot],
+        source: Source,
+        transfer: Transfer,
+        policy: Policy,
+        size_of: Callable[[Key], int],
+    ):
+        self.name, self.source, self.transfer, self.policy, self.size_of = name, source, transfer, policy, size_of
+        self.slots = slots
+        self.entries: dict[Key, Entry] = {}
+        self.stats = TierStats()
+        self._free: list[Slot] = []
+        for slot in slots:
+            self._free_slot(slot)
+        self._loading: dict[Key, Entry] = {}
+        self._leaving: dict[Key, None] = {}  # first to go, oldest first: streamed through, guessed wrong, or also above
+        self._speculative_limit = len(slots) // 8  # slots that guesses may hold at the expense of warm records
+        self._passing_limit = max(2, len(slots) // 8)  # slots that a prefill may, likewise
+        self._unclaimed = 0
+        self._passing = 0
+
+    def demand(self, key: Key) -> Entry | None:
+        """The entry of ``key`` for use now, pinned and counted, resident or on its way; None if it must be started."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        if entry.ticket is None:
+            self.stats.hits += 1
+        else:
+            self.stats.late_hits += 1
+            self.transfer.promote(entry.ticket)
+        if entry.speculative:
+            self._claim(entry)
+            self.stats.useful += 1
+        if entry.passing:
+            entry.passing = False
+            self._passing -= 1
+        self._leaving.pop(key, None)
+        self.policy.on_hit(key)
+        entry.pins += 1
+        return entry
+
+    def start(self, key: Key, *, speculative: bool = False, passing: bool = False) -> Entry | None:
+        """Begin to bring in ``key``, which is absent. A demanded entry comes pinned. None: no slot can be had now.
+
+        ``passing``: it is streamed through; if it took a warm record's place it leaves first.
+        """
+        self.settle()
+        slot, displacing = self._take_slot(key, speculative, passing)
+        if slot is None:
+            return None
+        fetched = self.source.fetch(key, slot, speculative, passing)
+        if fetched is None:
+            self._free_slot(slot)
+            return None
+        entry = Entry(key, slot, fetched[0], speculative, passing and displacing, source=fetched[1])
+        self.entries[key] = self._loading[key] = entry
+        self.policy.on_insert(key, demanded=not speculative)
+        self._passing += entry.passing
+        if speculative:
+            self._unclaimed += 1
+            self.stats.speculative += 1
+        else:
+            entry.pins = 1
+            self.stats.misses += 1
+        return entry
+
+    def fetch(self, key: Key, slot: Slot, speculative: bool, passing: bool) -> tuple[Ticket, Entry] | None:
+        """As the source of the tier above: copy ``key`` up, out of a slot of this tier."""
+        entry = self.entries.get(key) if speculative else self.demand(key)
+        if entry is None:
+            entry = self.start(key, speculative=speculative, passing=passing)
+            if entry is None:
+                return None
+        if speculative:
+            entry.pins += 1
+            if entry.speculative:  # the tier above keeps account of this guess
+                self._claim(entry)
+        below, size = entry.slot, self.size_of(key)
+
+        def run() -> None:
+            slot.wait()
+            slot.buffer[:size].copy_(below.buffer[:size])
+            if slot.buffer.device.type != "cpu":
+                torch.accelerator.current_stream(slot.buffer.device).synchronize()
+
+        def stalled(what: str) -> StorageError:
+            return StorageError(f"copying {key} from {self.name}: {what}")
+
+        job = Job(f"{self.name}->vram", size, run, stalled)
+        return self.transfer.submit([job], speculative=speculative, after=entry.ticket), entry
+
+    def settle(self) -> None:
+        """Take note of what has arrived, and of what has failed."""
+        self.source.settle()
+        for key, entry in list(self._loading.items()):
+            ticket = entry.ticket
+            if ticket is None or not ticket.done:
+                continue
+            del self._loading[key]
+            entry.ticket, entry.error = None, ticket.error
+            if entry.source is not None:
+                self.source.copied(entry.source)
+                entry.source = None
+            if ticket.error is not None or ticket.cancelled:
+                self._forget(entry)
+                self.policy.on_discard(key)
+                self._free_slot(entry.slot)
+
+    def unpin(self, entry: Entry) -> None:
+        """End a lease. The slot can be given away once the computation queued so far is through."""
+        entry.pins -= 1
+        entry.slot.release()
+        if entry.passing and self.entries.get(entry.key) is entry:
+            self._leaving[entry.key] = None
+
+    def copied(self, entry: Entry) -> None:
+        entry.pins -= 1
+        if self.entries.get(entry.key) is entry:
+            self._leaving[entry.key] = None
+
+    def keep(self, key: Key) -> None:
+        self._leaving.pop(key, None)
+
+    def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
+        """Drop the speculative reads that ``stale`` says are late; those that have begun leave first when they end."""
+        self.source.cancel_stale(stale)
+        for key, entry in list(self.entries.items()) if self._unclaimed else ():
+            if entry.speculative and stale(key):
+                self._claim(entry)
+                if entry.ticket is not None and self.transfer.cancel(entry.ticket):
+                    self.stats.cancelled += 1
+                else:
+                    self.stats.wasted += 1
+                    self._leaving[key] = None
+        self.settle()
+
+    def in_flight(self) -> list[Ticket]:
+        """What is on its way here, or on the way to here."""
+        below = self.source.in_flight() if isinstance(self.source, Tier) else []
+        return below + [entry.ticket for entry in self._loading.values() if entry.ticket is not None]
+
+    def _take_slot(self, key: Key, speculative: bool, passing: bool) -> tuple[Slot | None, bool]:
+        """A slot for ``key``, and whether a warm record had to leave for it."""
+        nbytes = self.size_of(key)
+        for index, slot in enumerate(self._free):
+            if slot.size >= nbytes:
+                return self._free.pop(index), False
+        for candidate in self._leaving:
+            if self._evictable(candidate, nbytes):
+                displacing = self.entries[candidate].passing  # it hands on what it has displaced
+                return self._evict(candidate), displacing
+        if (speculative and self._unclaimed >= self._speculative_limit) or (
+            passing and self._passing >= self._passing_limit
+        ):
+            return None, False
+        for candidate in self.policy.victims():
+            # A guess may not take the place of what its own layer may need as much.
+            if self._evictable(candidate, nbytes) and not (speculative and candidate.layer == key.layer):
+                return self._evict(candidate), True
+        return None, False
+
+    def _evictable(self, key: Key, nbytes: int) -> bool:
+        entry = self.entries[key]
+        return not entry.pins and entry.ticket is None and entry.slot.size >= nbytes
+
+    def _evict(self, key: Key) -> Slot:
+        entry = self.entries[key]
+        self._forget(entry)
+        self.policy.on_evict(key)
+        self.source.keep(key)
+        self.stats.evictions += 1
+        return entry.slot
+
+    def _forget(self, entry: Entry) -> None:
+        del self.entries[entry.key]
+        self._leaving.pop(entry.key, None)
+        self._passing -= entry.passing
+        if entry.speculative:
+            self._claim(entry)
+            self.stats.wasted += 1
+
+    def _claim(self, entry: Entry) -> None:
+        entry.speculative = False
+        self._unclaimed -= 1
+
+    def _free_slot(self, slot: Slot) -> None:
+        bisect.insort(self._free, slot, key=lambda free: free.size)  # the smallest that is large enough is taken

@@ -1,0 +1,71 @@
+"""The trunks as the decoder sees them: resident ones stay, the others stream through a ring of two slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from tierlm.memory.store import Store
+from tierlm.memory.tiers import Entry, Tier
+from tierlm.spec import Key, TrunkKey
+from tierlm.weights.checkpoint import Record
+from tierlm.weights.formats import Weights, weights_of
+
+
+class Trunks:
+    """``order``: the trunks in the order in which they run, a cycle."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        resident: Sequence[TrunkKey],
+        order: Sequence[TrunkKey],
+        records: Callable[[Key], Record],
+        io_timeout: float,
+    ):
+        self.tier, self.records = tier, records
+        self._waiter = Store(tier, records, io_timeout)
+        self._resident = resident
+        self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
+        self._leased: Entry | None = None
+
+    @property
+    def stall(self) -> float:
+        """Seconds waited for transfers."""
+        return self._waiter.stall
+
+    def load(self) -> Iterator[int]:
+        """Bring in the resident trunks, largest first; yields the bytes of each as it is there."""
+        for key in sorted(self._resident, key=lambda key: -self.tier.size_of(key)):
+            entry = self._bring(key)
+            yield entry.slot.size
+
+    def get(self, key: TrunkKey) -> Weights:
+        """The weights of ``key``, valid until the next call; the trunk that runs after it is on its way meanwhile.
+
+        Raises StorageError.
+        """
+        if self._leased is not None:
+            self.tier.unpin(self._leased)
+            self._leased = None
+        self._leased = self._bring(key)
+        follower = self._next[key]
+        if follower not in self.tier.entries:
+            self.tier.start(follower, speculative=True)
+        return weights_of(self._leased.slot.buffer, self.records(key))
+
+    def _bring(self, key: TrunkKey) -> Entry:
+        """The entry of ``key``, resident and pinned."""
+        entry = self.tier.demand(key)
+        while entry is None:
+            entry = self.tier.start(key)
+            if entry is None:
+                self._waiter.wait([])
+        try:
+            while entry.ticket is not None:
+                self._waiter.wait([entry])
+            if entry.error is not None:
+                raise entry.error
+        except BaseException:
+            self.tier.unpin(entry)
+            raise
+        return entry

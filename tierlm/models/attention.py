@@ -1,0 +1,111 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tierlm.kernels import linear, widen
+from tierlm.memory.kvcache import KvCache, Span
+from tierlm.models.layers import rms_norm, rope_frequencies, rotate, softmax_scale
+from tierlm.spec import ModelSpec
+from tierlm.weights.formats import Weights
+
+LATENT_NORM_EPS = 1e-6  # of the norms inside attention: fixed in DeepSeek's code, whatever rms_norm_eps says
+EXPAND_FROM = 128  # tokens a step from which expanding keys and values costs less than absorbing the projections
+SCORES = 2**23  # float32 scores held at a time
+HEADS_VALUES = 2**20  # float32 values of kv_b widened at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The tokens of one sequence within a step: rows ``start`` to ``stop``, and the sequence's place in the cache."""
+
+    start: int
+    stop: int
+    span: Span
+
+
+class Attention:
+    """The attention of all layers of one model; the weights come with each call."""
+
+    def __init__(self, spec: ModelSpec, cache: KvCache, device: torch.device):
+        self.spec, self.cache = spec, cache
+        frequencies, self._rope_factor = rope_frequencies(spec.rope, spec.rope_dim)
+        self._frequencies = frequencies.to(device)
+        self._scale = softmax_scale(spec.rope, spec.nope_dim + spec.rope_dim)
+
+    def angles(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for the positions of a step, float32 [T, rope_dim / 2] each: once for all layers."""
+        positions = [torch.arange(s.span.length, s.span.length + s.stop - s.start) for s in segments]
+        turns = torch.cat(positions).to(self._frequencies.device, torch.float32)[:, None] * self._frequencies
+        return turns.cos() * self._rope_factor, turns.sin() * self._rope_factor
+
+    def forward(
+        self, x: Tensor, layer: int, trunk: Weights, angles: tuple[Tensor, Tensor], segments: Sequence[Segment]
+    ) -> Tensor:
+        """float32 [T, hidden] -> float32 [T, hidden]; appends the step's latents to the cache.
+
+        Few tokens: queries are carried into the latent space and meet the cache as it is (absorbed projections).
+        Many: keys and values are expanded, a few heads at a time.
+        """
+        spec = self.spec
+        heads, nope, rank = spec.heads, spec.nope_dim, spec.kv_rank
+        if spec.q_rank is None:
+            queries = linear(x, trunk["q_proj"])
+        else:
+            low = rms_norm(linear(x, trunk["q_a_proj"]), trunk["q_a_layernorm"], LATENT_NORM_EPS)
+            queries = linear(low, trunk["q_b_proj"])
+        queries = queries.view(len(x), heads, nope + spec.rope_dim)
+        q_rope = rotate(queries[..., nope:], *angles, spec.rope.interleaved)  # [T, heads, rope]
+        q_nope = queries[..., :nope]
+
+        compressed = linear(x, trunk["kv_a_proj"])
+        latent = rms_norm(compressed[:, :rank], trunk["kv_a_layernorm"], LATENT_NORM_EPS)
+        key = rotate(compressed[:, None, rank:], *angles, spec.rope.interleaved)[:, 0]
+        step = torch.cat((latent, key), dim=-1)  # [T, rank + rope]
+        past = [self.cache.append(layer, s.span, step[s.start : s.stop]) for s in segments]
+
+        out = x.new_empty(len(x), heads, spec.value_dim)
+        absorb = max(s.stop - s.start for s in segments) < EXPAND_FROM
+        largest = max((s.stop - s.start) * len(p) for s, p in zip(segments, past, strict=True))
+        group = max(1, min(heads, SCORES // largest, HEADS_VALUES // ((nope + spec.value_dim) * rank)))
+        for first in range(0, heads, group):
+            last = min(first + group, heads)
+            rows = widen(trunk["kv_b_proj"], first * (nope + spec.value_dim), last * (nope + spec.value_dim))
+            up = rows.view(last - first, nope + spec.value_dim, rank)
+            mine = slice(first, last)
+            for segment, latents in zip(segments, past, strict=True):
+                tokens = slice(segment.start, segment.stop)
+                attend = self._absorbed if absorb else self._expanded
+                out[tokens, mine] = attend(q_nope[tokens, mine], q_rope[tokens, mine], latents, up)
+        return linear(out.view(len(x), heads * spec.value_dim), trunk["o_proj"])
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, up: Tensor) -> Tensor:
+        """q [T, g, .], past [S, rank + rope], up [g, nope + value, rank] -> [T, g, value]."""
+        nope, rank = self.spec.nope_dim, self.spec.kv_rank
+        q_latent = torch.bmm(q_nope.transpose(0, 1), up[:, :nope])  # [g, T, rank]
+        query = torch.cat((q_latent, q_rope.transpose(0, 1)), dim=-1)  # [g, T, rank + rope]
+        mixed = self._softmax(query @ past.t()) @ past[:, :rank]  # [g, T, rank]
+        return torch.bmm(mixed, up[:, nope:].transpose(1, 2)).transpose(0, 1)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, up: Tensor) -> Tensor:
+        """As ``_absorbed``, with keys and values of every past token."""
+        nope, rank = self.spec.nope_dim, self.spec.kv_rank
+        latents, shared_key = past[:, :rank], past[:, rank:]
+        keys = latents @ up[:, :nope].transpose(1, 2)  # [g, S, nope]
+        values = latents @ up[:, nope:].transpose(1, 2)  # [g, S, value]
+        scores = torch.bmm(q_nope.transpose(0, 1), keys.transpose(1, 2)) + q_rope.transpose(0, 1) @ shared_key.t()
+        return torch.bmm(self._softmax(scores), values).transpose(0, 1)
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        """Causal: the last of the T queries sees all S keys. [g, T, S] -> [g, T, S]."""
+        tokens, keys = scores.shape[1:]
+        scores = scores.mul_(self._scale)
+        if tokens > 1:
+            hidden = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device).triu_(keys - tokens + 1)
+            scores.masked_fill_(hidden, float("-inf"))
+        return scores.softmax(dim=-1)

@@ -1,0 +1,83 @@
+"""The layer-by-layer executor: embed -> layers -> norm -> logits. One layer's weights at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tierlm.kernels import gated_mlp, linear
+from tierlm.memory.kvcache import KvCache, Span
+from tierlm.memory.trunks import Trunks
+from tierlm.models.attention import Attention, Segment
+from tierlm.models.layers import rms_norm
+from tierlm.models.moe import MixtureOfExperts
+from tierlm.spec import ModelSpec, TrunkKey
+from tierlm.weights.formats import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The new tokens of one sequence in one step."""
+
+    ids: Sequence[int]
+    span: Span
+
+
+class Decoder:
+    """``embed``: ids -> float32 [T, hidden]. ``head``: the trunk keys of the lm_head's blocks, in order of rows."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        embed: Callable[[Sequence[int]], Tensor],
+        gates: Weights,
+        trunks: Trunks,
+        head: Sequence[TrunkKey],
+        cache: KvCache,
+        moe: MixtureOfExperts,
+        device: torch.device,
+    ):
+        self.spec, self.embed, self.gates, self.trunks, self.head, self.moe = spec, embed, gates, trunks, head, moe
+        self.attention = Attention(spec, cache, device)
+
+    @torch.inference_mode()
+    def forward(self, steps: Sequence[Step], *, prefill: bool, out: Tensor | None = None) -> Tensor:
+        """Run the new tokens of some sequences through the model, and advance the sequences.
+
+        Returns logits, float32 on the CPU: of each sequence's last token [len(steps), vocab]; or of every new token,
+        written into ``out`` [T, vocab] where that is given. If it raises, the sequences stand where they stood.
+        """
+        eps = self.spec.norm_eps
+        hidden = self.embed([i for step in steps for i in step.ids])  # [T, hidden]
+        segments: list[Segment] = []
+        for step in steps:
+            start = segments[-1].stop if segments else 0
+            segments.append(Segment(start, start + len(step.ids), step.span))
+        angles = self.attention.angles(segments)
+        for layer in range(self.spec.layers):
+            trunk = self.trunks.get(TrunkKey(layer))
+            normed = rms_norm(hidden, trunk["input_layernorm"], eps)
+            hidden = hidden + self.attention.forward(normed, layer, trunk, angles, segments)
+            normed = rms_norm(hidden, self.gates[f"{layer}.norm"], eps)
+            if self.spec.is_moe(layer):
+                hidden = hidden + self.moe.forward(hidden, normed, layer, trunk, prefill)
+            else:
+                hidden = hidden + gated_mlp(normed, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
+        if out is None:
+            out = torch.empty(len(steps), self.spec.vocab)
+            hidden = hidden[[segment.stop - 1 for segment in segments]]
+        self._logits(rms_norm(hidden, self.gates["norm"], eps), out)
+        for step in steps:
+            step.span.length += len(step.ids)
+        return out
+
+    def _logits(self, x: Tensor, out: Tensor) -> None:
+        """float32 [T, hidden] -> ``out`` [T, vocab], one block of the lm_head after another."""
+        start = 0
+        for key in self.head:
+            block = self.trunks.get(key)["lm_head"]
+            out[:, start : start + block.shape[0]] = linear(x, block)
+            start += block.shape[0]

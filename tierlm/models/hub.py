@@ -1,0 +1,34 @@
+"""From what the user calls a model to its folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tierlm.errors import CheckpointError
+
+DEMO = Path(__file__).parent.parent / "demo"
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a model: an existing folder, "demo" for the embedded one, or a hub id, which is downloaded.
+
+    Raises CheckpointError.
+    """
+    if model == "demo":
+        return DEMO
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: expected the folder of a model in Hugging Face layout, found a file")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
+        raise CheckpointError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")
+    from huggingface_hub import snapshot_download  # slow to import, rarely needed
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {error}") from error
+    return Path(found)

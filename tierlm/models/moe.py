@@ -1,0 +1,74 @@
+"""Mixture of experts: route, acquire, compute, combine. Where the model meets the memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tierlm.kernels import Weight, gated_mlp
+from tierlm.memory.store import Store
+from tierlm.models.layers import rms_norm
+from tierlm.policies.prediction import Predictor
+from tierlm.spec import ModelSpec, Router
+from tierlm.weights.formats import Weights, expert_ffn
+
+
+def route(x: Tensor, gate: Weight, bias: Weight | None, rule: Router, chosen: int) -> tuple[Tensor, Tensor]:
+    """The weights, float32 [T, k], and experts, int64 [T, k], of each row of ``x`` [T, hidden], the best first."""
+    logits = functional.linear(x, gate.data.float())
+    scores = logits.softmax(-1) if rule.score == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores + bias.data.float()
+    if rule.groups > 1:
+        grouped = choice.view(len(x), rule.groups, -1)
+        best = grouped.amax(-1) if rule.score == "softmax" else grouped.topk(2, dim=-1).values.sum(-1)
+        kept = best.topk(rule.groups_chosen, dim=-1).indices
+        closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
+        choice = grouped.masked_fill(closed[..., None], float("-inf")).view_as(choice)
+    experts = choice.topk(chosen, dim=-1).indices
+    weights = scores.gather(1, experts)
+    if rule.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * rule.scale, experts
+
+
+class MixtureOfExperts:
+    """The MoE part of all layers. ``gates``: the resident norms and routers (models/deepseek.py, gate_tensors)."""
+
+    def __init__(self, spec: ModelSpec, gates: Weights, store: Store, predictor: Predictor):
+        self.spec, self.gates, self.store, self.predictor = spec, gates, store, predictor
+
+    def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
+        """``hidden`` is the residual stream, ``x`` its norm, float32 [T, hidden] both -> float32 [T, hidden].
+
+        Each expert's rows are computed together and scattered to (token, choice); the sum over the choices runs in
+        the router's order, so that the order in which experts arrive does not reach the result.
+        """
+        weights, experts = self._route(x, layer)
+        needed: list[int] = sorted(set(experts.flatten().tolist()))
+        outputs = x.new_empty(*experts.shape, x.shape[1])  # [T, k, hidden]
+        with self.store.acquire(layer, needed, passing=prefill) as leases:
+            if not prefill:
+                self._look_ahead(hidden, layer, needed)
+            shared = torch.zeros_like(x)
+            if self.spec.shared_experts:  # while the reads are under way
+                shared = gated_mlp(x, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
+            for expert, record in leases:
+                rows, choice = torch.where(experts == expert)
+                outputs[rows, choice] = expert_ffn(x[rows], record)
+        return (outputs * weights[..., None]).sum(1) + shared
+
+    def _route(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        gate, bias = self.gates[f"{layer}.gate"], self.gates.get(f"{layer}.bias")
+        return route(x, gate, bias, self.spec.router, self.spec.experts_per_token)
+
+    def _look_ahead(self, hidden: Tensor, layer: int, chosen: list[int]) -> None:
+        """Tell the predictor what was chosen, and what the next layers' gates make of the hidden state now; hint."""
+        self.predictor.observe(layer, chosen)
+        for ahead in range(layer + 1, min(layer + 1 + self.predictor.lookahead, self.spec.layers)):
+            x = rms_norm(hidden, self.gates[f"{ahead}.norm"], self.spec.norm_eps)
+            ranked = self._route(x, ahead)[1]
+            # Choice by choice over the rows: every row's best comes before any row's second best.
+            self.predictor.observe_gate(ahead, list(dict.fromkeys(ranked.t().flatten().tolist())))
+        following = layer + 1 if layer + 1 < self.spec.layers else self.spec.dense_layers
+        self.store.hint(self.predictor.predict(following))

@@ -1,0 +1,74 @@
+"""Predictors: which records will be demanded next. Pure Python; no torch.
+
+To add one: a class, and a line in PREDICTORS, or a name such as ``"my.module:MyPredictor"``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from tierlm.policies.registry import lookup
+from tierlm.spec import ExpertKey
+
+
+class Predictor(ABC):
+    """Guesses a layer's experts before it runs. ``width``: experts a token chooses.
+
+    ``lookahead``: how many layers ahead the executor shall evaluate the gate on the current hidden state and report
+    the outcome through ``observe_gate``; 0: never. Only single-token steps are reported and asked about.
+    """
+
+    lookahead: int = 0
+
+    def __init__(self, width: int):
+        self.width = width
+
+    @abstractmethod
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        """``layer`` has chosen ``experts``."""
+
+    def observe_gate(self, layer: int, ranked: Sequence[int]) -> None:
+        """``layer``, which has not run yet, would choose ``ranked`` from what is known now, the likeliest first."""
+
+    @abstractmethod
+    def predict(self, layer: int) -> list[ExpertKey]:
+        """The records that ``layer`` is likely to demand, the likeliest first."""
+
+
+class NoPredictor(Predictor):
+    """Never guesses."""
+
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        """Learns nothing."""
+
+    def predict(self, layer: int) -> list[ExpertKey]:
+        return []
+
+
+class GateLookahead(Predictor):
+    """The next layer's own gate, on the hidden state that enters this layer's experts: the residual stream changes
+    little from one layer to the next (as in Eliseev and Mazur, arXiv 2312.17238)."""
+
+    lookahead = 1
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self._ranked: dict[int, Sequence[int]] = {}
+
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        self._ranked.pop(layer, None)
+
+    def observe_gate(self, layer: int, ranked: Sequence[int]) -> None:
+        self._ranked[layer] = ranked
+
+    def predict(self, layer: int) -> list[ExpertKey]:
+        return [ExpertKey(layer, expert) for expert in self._ranked.get(layer, ())[: self.width]]
+
+
+PREDICTORS: dict[str, type[Predictor]] = {"none": NoPredictor, "gate": GateLookahead}
+
+
+def make_predictor(name: str, width: int) -> Predictor:
+    """A predictor by name, or by ``"module:Class"``. Raises UsageError for an unknown one."""
+    return lookup("predictor", name, PREDICTORS, Predictor)(width)

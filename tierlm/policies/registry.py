@@ -1,0 +1,27 @@
+"""Plug-ins by name: one of the built-in ones, or any class as ``"module:Class"``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from tierlm.errors import UsageError
+
+T = TypeVar("T")
+
+
+def lookup(kind: str, name: str, known: Mapping[str, Callable[..., T]], base: Any) -> Callable[..., T]:
+    """The class called ``name``. Raises UsageError, listing what there is, unless it is a subclass of ``base``."""
+    if name in known:
+        return known[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UsageError(f"unknown {kind} {name!r}; known are {', '.join(known)}, or 'module:Class' of your own")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"{kind} {name!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UsageError(f"{kind} {name!r}: expected a subclass of {base.__module__}.{base.__name__}, found {found!r}")
+    return found

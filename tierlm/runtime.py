@@ -1,0 +1,203 @@
+"""Builds the parts of a loaded model under a budget, and owns them: ids in, logits out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tierlm.analysis.machine import available_ram, process_ram
+from tierlm.analysis.plan import Plan, Sizes, TierPlan, make_plan, workspace_bytes
+from tierlm.config import Budget, RuntimeOptions, format_size
+from tierlm.engine.generate import Engine
+from tierlm.errors import BudgetError, UsageError
+from tierlm.memory.kvcache import KvCache
+from tierlm.memory.store import Store
+from tierlm.memory.tiers import Disk, Slot, Source, Tier, allocate
+from tierlm.memory.transfer import Transfer
+from tierlm.memory.trunks import Trunks
+from tierlm.models.catalog import GATES, Catalog
+from tierlm.models.decoder import Decoder, Step
+from tierlm.models.moe import MixtureOfExperts
+from tierlm.policies.eviction import make_policy
+from tierlm.policies.prediction import make_predictor
+from tierlm.weights.formats import DTYPES, Weights, weights_of
+from tierlm.weights.reader import open_reader, read_rows
+
+DEFAULT_CONTEXT = 4096
+MAX_LOGITS = 64 * 2**20  # bytes set aside for what `logits` returns
+AUTO_RAM, AUTO_VRAM = 0.8, 0.9  # shares of what is free
+
+
+class Runtime:
+    """One model under one budget. ``notes``: what the platform or the checkpoint made of the options.
+
+    Made in this order: files, plan, tiers, model. Raises UsageError, BudgetError, CheckpointError, StorageError, and
+    then leaves no thread running and no file open. ``progress`` is called with trunk bytes loaded, and in total.
+    """
+
+    def __init__(
+        self, folder: Path, budget: Budget, options: RuntimeOptions, progress: Callable[[int, int], None] | None = None
+    ):
+        began = time.perf_counter()
+        self.options, self.device = options, find_device(options.device)
+        self.catalog = Catalog(folder)
+        spec = self.catalog.spec
+        if options.context is not None and options.context > spec.max_position:
+            raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
+        self.context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
+        self.predictor = make_predictor(options.predictor, spec.experts_per_token)
+        make_policy(options.policy, spec.layers)  # a wrong name is told before anything is loaded
+        self.plan = self._plan(budget)
+        self.reader, why = open_reader(options.reader, self.catalog.files)
+        self.transfer = Transfer(options.transfer_threads)
+        self.notes = [f"reader {why}", *self._notes()]
+        try:
+            self._build(progress or (lambda done, total: None))
+        except BaseException:
+            self.close()
+            raise
+        self.load_seconds = time.perf_counter() - began
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits after every token, float32 [T, vocab]. Raises PromptError, and BudgetError for too large a result."""
+        per_token = self.catalog.spec.vocab * 4
+        room = self.ram_budget - sum(self.plan.ram.parts.values()) + self.plan.ram.parts["logits"]
+        if len(ids) * per_token > room:
+            raise BudgetError(
+                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, of the ram budget "
+                f"{format_size(room)} are left: ask for at most {room // per_token} tokens at a time",
+                floor=self.ram_budget - room + len(ids) * per_token,
+                given=self.ram_budget,
+                dominant="logits",
+            )
+        self.cache.clear()
+        span = self.cache.reserve(len(ids))
+        out = torch.empty(len(ids), self.catalog.spec.vocab)
+        for start in range(0, len(ids), self.options.prefill_chunk):
+            step = Step(ids[start : start + self.options.prefill_chunk], span)
+            self.decoder.forward([step], prefill=True, out=out[start : start + len(step.ids)])
+        return out
+
+    def close(self) -> None:
+        """Stop the threads and close the files. A thread that is stuck in a read keeps its file."""
+        if self.transfer.close():
+            self.reader.close()
+
+    def _plan(self, budget: Budget) -> Plan:
+        options, catalog = self.options, self.catalog
+        spec = catalog.spec
+        kv_item = 4 if options.kv_dtype == "float32" else 2
+        sizes = Sizes(
+            trunk={key: catalog.size(key) for key in catalog.trunks},
+            expert=max((catalog.size(key) for key in catalog.experts()), default=0),
+            experts=len(catalog.experts()),
+            resident=catalog.size(GATES),
+            kv=self.context * spec.layers * spec.latent_dim * kv_item,
+            logits=min(options.prefill_chunk * spec.vocab * 4, MAX_LOGITS),
+            workspace=workspace_bytes(spec, min(options.prefill_chunk, self.context), self.context),
+        )
+        torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own memory is there before it is counted
+        held = process_ram()
+        self.ram_budget = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
+        vram = budget.vram
+        if vram is None and self.device.type != "cpu":
+            vram = int(torch.get_device_module(self.device).mem_get_info(self.device)[0] * AUTO_VRAM)
+        return make_plan(
+            sizes,
+            ram=self.ram_budget,
+            vram=vram,
+            process=held,
+            min_slots=spec.experts_per_token,
+            ram_slots=options.ram_slots,
+            vram_slots=options.vram_slots,
+            resident_trunks=options.resident_trunks,
+        )
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.catalog.ignored:
+            notes.append(f"{len(self.catalog.ignored)} tensors of multi-token prediction layers are not used")
+        if self.plan.vram is not None and self.device.type == "cpu":
+            notes.append("no accelerator: vram is a second slab of host memory, beside the ram budget")
+        return notes
+
+    def _build(self, progress: Callable[[int, int], None]) -> None:
+        catalog, plan, options, spec = self.catalog, self.plan, self.options, self.catalog.spec
+        disk = Disk(self.reader, catalog.record, self.transfer)
+        gates = self._load_gates(disk)
+        host = torch.device("cpu")
+        self.experts = [self._expert_tier("ram", plan.ram, disk, host)]
+        trunk_tiers = [self._trunk_tier("ram", plan.ram, disk, host)]
+        trunks = [Trunks(trunk_tiers[0], plan.ram.trunk, catalog.trunks, catalog.record, options.io_timeout)]
+        if plan.vram is not None:
+            self.experts.insert(0, self._expert_tier("vram", plan.vram, self.experts[0], self.device))
+            trunk_tiers.insert(0, self._trunk_tier("vram", plan.vram, trunk_tiers[0], self.device))
+            above = Trunks(trunk_tiers[0], plan.vram.trunk, catalog.trunks, catalog.record, options.io_timeout)
+            trunks.insert(0, above)
+        self.trunk_tiers = trunk_tiers
+        total = sum(catalog.size(key) for part in (plan.ram, plan.vram) if part is not None for key in part.trunk)
+        done = 0
+        for level in reversed(trunks):
+            for size in level.load():
+                done += size
+                progress(done, total)
+        self.loaded_bytes = self.transfer.busy()["disk->ram"].bytes
+        self.trunks = trunks[0]
+        self.store = Store(self.experts[0], catalog.record, options.io_timeout)
+        kv_dtype = torch.float32 if options.kv_dtype == "float32" else torch.bfloat16
+        self.cache = KvCache(spec.layers, self.context, spec.latent_dim, kv_dtype, self.device)
+        moe = MixtureOfExperts(spec, gates, self.store, self.predictor)
+        self.decoder = Decoder(spec, self._embed, gates, self.trunks, catalog.head, self.cache, moe, self.device)
+        self.engine = Engine(self.decoder, self.cache, catalog.eos, options.prefill_chunk)
+
+    def _expert_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:
+        size = max((self.catalog.size(key) for key in self.catalog.experts()), default=0)
+        slots = _cut(allocate(plan.expert_slots * size, device), [size] * plan.expert_slots)
+        policy = make_policy(self.options.policy, self.catalog.spec.layers)
+        return Tier(name, slots, source, self.transfer, policy, self.catalog.size)
+
+    def _trunk_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:
+        sizes = [self.catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
+        policy = make_policy("lru", self.catalog.spec.layers)
+        return Tier(name, _cut(allocate(sum(sizes), device), sizes), source, self.transfer, policy, self.catalog.size)
+
+    def _load_gates(self, disk: Disk) -> Weights:
+        slot = Slot(allocate(self.catalog.size(GATES), torch.device("cpu")))
+        ticket, _ = disk.fetch(GATES, slot, speculative=False, passing=False)
+        self.transfer.wait_any([ticket], self.options.io_timeout)
+        if ticket.error is not None:
+            raise ticket.error
+        return weights_of(slot.buffer.to(self.device), self.catalog.record(GATES))
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        """The embeddings of some tokens, float32 [T, hidden], read row by row: the table itself is never loaded."""
+        table = self.catalog.embedding
+        rows = torch.frombuffer(bytearray(read_rows(table, ids)), dtype=DTYPES[table.dtype])
+        return rows.view(len(ids), -1).to(self.device, torch.float32)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is the accelerator where there is one. Raises UsageError."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here: {reason}") from error
+    if device.type == "meta":
+        raise UsageError("device 'meta' holds no data")
+    return device
+
+
+def _cut(slab: Tensor, sizes: Sequence[int]) -> list[Slot]:
+    """Slots of some sizes, one behind the other."""
+    ends = list(itertools.accumulate(sizes))
+    return [Slot(slab[end - size : end]) for size, end in zip(sizes, ends, strict=True)]

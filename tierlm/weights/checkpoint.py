@@ -1,0 +1,252 @@
+"""A safetensors checkpoint read in place: where every tensor lies, and the byte ranges that make up a record.
+
+Only headers are read here, each once, and everything they claim is checked before anything is allocated: lengths,
+offsets, overlaps, and that the index names files inside its own folder. The format is specified at
+https://huggingface.co/docs/safetensors. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tierlm.errors import CheckpointError, UnsupportedModelError
+
+ALIGNMENT = 4096  # direct reads start, end and land on multiples of this many bytes
+MERGE_GAP = 64 * 1024  # reading this much between two tensors costs less than a second request
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+ITEM_SIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: bytes ``offset`` to ``offset + nbytes`` of ``file``, row-major."""
+
+    name: str
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> TensorInfo:
+        """The part of this tensor that holds the rows from ``start`` to ``stop`` of its first dimension."""
+        stride = self.nbytes // self.shape[0]
+        at, size = self.offset + start * stride, (stop - start) * stride
+        return TensorInfo(self.name, self.file, at, size, self.dtype, (stop - start, *self.shape[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """One contiguous read. ``start`` to ``stop`` are the bytes wanted; they land ``at`` bytes into the record.
+
+    ``lo`` and ``hi`` are the same range widened to ALIGNMENT, and ``at`` is aligned and stands for ``lo``.
+    """
+
+    file: Path
+    start: int
+    stop: int
+    at: int
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def lo(self) -> int:
+        return self.start // ALIGNMENT * ALIGNMENT
+
+    @property
+    def hi(self) -> int:
+        return -(-self.stop // ALIGNMENT) * ALIGNMENT
+
+    def tensor_at(self, offset: int) -> str:
+        """The name of the tensor that holds the byte at file offset ``offset``, or the nearest one before it."""
+        before = [t.name for t in self.tensors if t.offset <= offset]
+        return before[-1] if before else self.tensors[0].name
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies inside a record's bytes."""
+
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The bytes of one streamed unit: the reads that fetch it, and where each role's tensor is found afterwards."""
+
+    nbytes: int
+    extents: tuple[Extent, ...]
+    places: Mapping[str, Place]
+
+
+def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
+    """Lay out the record of ``tensors`` (role -> tensor). Tensors that lie together in a file become one read."""
+    ordered = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].offset))
+    groups: list[list[tuple[str, TensorInfo]]] = []
+    for role, tensor in ordered:
+        if groups:
+            last = groups[-1][-1][1]
+            if last.file == tensor.file and tensor.offset - (last.offset + last.nbytes) <= MERGE_GAP:
+                groups[-1].append((role, tensor))
+                continue
+        groups.append([(role, tensor)])
+    at = 0
+    extents, places = [], {}
+    for group in groups:
+        first, last = group[0][1], group[-1][1]
+        extent = Extent(first.file, first.offset, last.offset + last.nbytes, at, tuple(t for _, t in group))
+        for role, tensor in group:
+            places[role] = Place(at + tensor.offset - extent.lo, tensor.nbytes, tensor.dtype, tensor.shape)
+        at += extent.hi - extent.lo
+        extents.append(extent)
+    return Record(at, tuple(extents), places)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a model folder in Hugging Face layout has one") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected readable JSON, found: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+class Checkpoint:
+    """All tensors of a model folder. ``tensors``: name -> TensorInfo."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self._read_index(index)
+            return
+        files = [folder / "model.safetensors"]
+        if not files[0].exists():
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{folder}: expected model.safetensors, or model.safetensors.index.json and its shards; found neither"
+            )
+        for file in files:
+            for name, tensor in read_header(file).items():
+                if name in self.tensors:
+                    raise CheckpointError(f"{file}: tensor {name} is also in {self.tensors[name].file.name}")
+                self.tensors[name] = tensor
+
+    def _read_index(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index}: expected a 'weight_map' of tensor names to file names")
+        headers: dict[str, dict[str, TensorInfo]] = {}
+        for shard in sorted(set(weight_map.values())):
+            if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+                raise CheckpointError(f"{index}: names the shard {shard!r}, which is not a file of its own folder")
+            if not (index.parent / shard).exists():
+                raise CheckpointError(
+                    f"{index.parent / shard}: missing shard, named by {index.name}; download it again"
+                )
+            headers[shard] = read_header(index.parent / shard)
+        for name, shard in weight_map.items():
+            if name not in headers[shard]:
+                raise CheckpointError(f"{index}: says that {name} is in {shard}; it is not there")
+            self.tensors[name] = headers[shard][name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
+        """The tensor called ``name``. Raises CheckpointError if it is missing or not of ``shape``."""
+        found = self.tensors.get(name)
+        if found is None:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing ({len(self.tensors)} tensors found)")
+        if shape is not None and found.shape != shape:
+            raise CheckpointError(f"{found.file}: {name} has shape {list(found.shape)}, expected {list(shape)}")
+        return found
+
+    def require(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.tensor(name)
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors that one safetensors file declares, checked against the file. Raises CheckpointError."""
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or truncated: announces a header of {length} bytes, has {size}"
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from error
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: safetensors header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: safetensors header is {type(header).__name__}, expected an object")
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    tensors = {name: _tensor(file, name, entry, begin, size) for name, entry in header.items()}
+    previous: TensorInfo | None = None
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if previous is not None and tensor.offset < previous.offset + previous.nbytes:
+            raise CheckpointError(
+                f"{file}: header lies: {tensor.name} at offset {tensor.offset} overlaps {previous.name}, "
+                f"which ends at {previous.offset + previous.nbytes}"
+            )
+        previous = tensor
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _tensor(file: Path, name: str, entry: Any, begin: int, size: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, start, stop)
+        well_formed = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+    except (KeyError, TypeError, ValueError):
+        well_formed = False
+    if not well_formed:
+        raise CheckpointError(f"{file}: header entry of {name} is malformed: {str(entry)[:200]}")
+    if dtype not in ITEM_SIZE:
+        raise UnsupportedModelError(f"{file}: {name} has dtype {dtype}; supported are {', '.join(ITEM_SIZE)}")
+    nbytes = math.prod(shape) * ITEM_SIZE[dtype]
+    if stop - start != nbytes:
+        raise CheckpointError(
+            f"{file}: header lies: {name} {dtype}{list(shape)} takes {nbytes} bytes, its offsets span {stop - start}"
+        )
+    if begin + stop > size:
+        raise CheckpointError(
+            f"{file}: truncated, or its header lies: {name} ends at byte {begin + stop}, the file has {size}; "
+            "download it again"
+        )
+    return TensorInfo(name, file, begin + start, nbytes, dtype, shape)

@@ -1,0 +1,215 @@
+"""Readers: bytes of a checkpoint file into memory. Two of them, memory-mapped and O_DIRECT, behind one interface."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tierlm.errors import StorageError, UsageError
+from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
+
+REQUEST_BYTES = 8 * 2**20  # of one read; an extent that is longer is read by several threads at once
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One read of part of an extent: the bytes from file offset ``lo`` to ``hi``, both aligned, into the record at
+    ``at``. Of these ``start`` to ``stop`` are wanted; the rest only fills up the alignment."""
+
+    extent: Extent
+    lo: int
+    hi: int
+
+    @property
+    def at(self) -> int:
+        return self.extent.at + self.lo - self.extent.lo
+
+    @property
+    def start(self) -> int:
+        return max(self.lo, self.extent.start)
+
+    @property
+    def stop(self) -> int:
+        return min(self.hi, self.extent.stop)
+
+
+def split(extent: Extent) -> list[Request]:
+    """The requests that together read one extent."""
+    edges = [*range(extent.lo, extent.hi, REQUEST_BYTES), extent.hi]
+    return [Request(extent, lo, hi) for lo, hi in itertools.pairwise(edges)]
+
+
+class Reader(ABC):
+    """Reads requests. Called from many threads at once; raises StorageError, which names file, tensor and offset."""
+
+    name: str
+
+    @abstractmethod
+    def read(self, request: Request, buffer: memoryview) -> None:
+        """Fill ``buffer``, which stands for ``request.lo`` to ``request.hi``, at least where bytes are wanted.
+
+        The buffer is ALIGNMENT-aligned and of ``hi - lo`` bytes.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close all files. No read may be under way."""
+
+
+class DirectReader(Reader):
+    """O_DIRECT: from the device straight into the buffer, past the page cache."""
+
+    name = "direct"
+
+    def __init__(self) -> None:
+        self._files = _Files(os.O_RDONLY | os.O_DIRECT)
+
+    def read(self, request: Request, buffer: memoryview) -> None:
+        wanted = request.stop - request.lo
+        got = 0
+        try:
+            fd = self._files.get(request.extent.file)
+            while got < wanted:
+                count = os.preadv(fd, [buffer[got:]], request.lo + got)
+                got += count
+                if count == 0 or got % ALIGNMENT:  # the end of the file
+                    break
+        except OSError as error:
+            raise failure(request, request.lo + got, error.strerror or str(error)) from error
+        if got < wanted:
+            raise failure(request, request.lo + got, f"expected {wanted} bytes from {request.lo}, found {got}")
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class MmapReader(Reader):
+    """Memory-mapped shards. What was copied out is dropped from the page cache again: the budget is the process's
+    whole memory, and the bytes now live in a slot."""
+
+    name = "mmap"
+
+    def __init__(self) -> None:
+        self._files = _Files(os.O_RDONLY)
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    def read(self, request: Request, buffer: memoryview) -> None:
+        file, start, stop = request.extent.file, request.start, request.stop
+        try:
+            fd = self._files.get(file)
+            size = os.fstat(fd).st_size
+            if size < stop:  # touching a page past the end would kill the process
+                raise failure(request, size, f"expected at least {stop} bytes in the file, found {size}")
+            mapped = self._map(file, fd)
+            mapped.madvise(mmap.MADV_WILLNEED, request.lo, stop - request.lo)
+            target = np.frombuffer(buffer, np.uint8)
+            np.copyto(target[start - request.lo : stop - request.lo], np.frombuffer(mapped, np.uint8)[start:stop])
+            mapped.madvise(mmap.MADV_DONTNEED, request.lo, stop - request.lo)
+            os.posix_fadvise(fd, request.lo, stop - request.lo, os.POSIX_FADV_DONTNEED)
+        except (OSError, ValueError) as error:
+            raise failure(request, start, str(error)) from error
+
+    def _map(self, file: Path, fd: int) -> mmap.mmap:
+        with self._lock:
+            if file not in self._maps:
+                self._maps[file] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+            return self._maps[file]
+
+    def close(self) -> None:
+        for mapped in self._maps.values():
+            mapped.close()
+        self._maps.clear()
+        self._files.close()
+
+
+def open_reader(name: str, files: Iterable[Path]) -> tuple[Reader, str]:
+    """The reader called ``name`` ("auto", "direct" or "mmap") for ``files``, and why it is that one.
+
+    Raises UsageError where "direct" is asked for and the file system refuses it.
+    """
+    if name == "mmap":
+        return MmapReader(), "mmap: as asked"
+    refusal = next((reason for file in files if (reason := _direct_refusal(file))), None)
+    if refusal is None:
+        return DirectReader(), "direct: as asked" if name == "direct" else "direct: the file system supports O_DIRECT"
+    if name == "direct":
+        raise UsageError(f"reader direct: {refusal}; use reader 'mmap' or 'auto'")
+    return MmapReader(), f"mmap: {refusal}"
+
+
+def read_rows(tensor: TensorInfo, rows: Iterable[int]) -> bytes:
+    """Some rows of a tensor of two dimensions, one after another: how a token's embedding is looked up on disk.
+
+    A few KiB a row, through the page cache, with read-ahead off.
+    """
+    stride = tensor.nbytes // tensor.shape[0]
+    found: dict[int, bytes] = {}
+    rows = list(rows)
+    extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
+    files = _Files(os.O_RDONLY)
+    try:
+        fd = files.get(tensor.file)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        for row in sorted(set(rows)):
+            offset = tensor.offset + row * stride
+            found[row] = os.pread(fd, stride, offset)
+            if len(found[row]) != stride:
+                request = Request(extent, offset, offset + stride)
+                raise failure(request, offset, f"expected {stride} bytes, found {len(found[row])}")
+    except OSError as error:
+        raise failure(Request(extent, tensor.offset, tensor.offset), tensor.offset, error.strerror or "") from error
+    finally:
+        files.close()
+    return b"".join(found[row] for row in rows)
+
+
+def failure(request: Request, offset: int, what: str) -> StorageError:
+    """The error of a read that went wrong at ``offset`` of its file."""
+    file, tensor = str(request.extent.file), request.extent.tensor_at(offset)
+    return StorageError(f"{file}: reading {tensor} at offset {offset}: {what}", file=file, tensor=tensor, offset=offset)
+
+
+class _Files:
+    """File descriptors, each opened once, at its first use."""
+
+    def __init__(self, flags: int):
+        self._flags = flags | os.O_CLOEXEC
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def get(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = os.open(file, self._flags)
+            return self._open[file]
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in self._open.values():
+                os.close(fd)
+            self._open.clear()
+
+
+def _direct_refusal(file: Path) -> str | None:
+    """Why ``file`` cannot be read with O_DIRECT into 4 KiB-aligned memory, or None. Tried, not guessed."""
+    if not hasattr(os, "O_DIRECT"):
+        return "this system has no O_DIRECT"
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            with mmap.mmap(-1, ALIGNMENT) as page:
+                os.preadv(fd, [page], 0)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return f"the file system of {file} refuses O_DIRECT ({error.strerror})"
+    return None

@@ -73,8 +73,15 @@ def make_toy(name: str, folder: Path, dtype: torch.dtype = torch.float32, **chan
             layer.mlp.gate.weight.normal_(0, 0.5)
             if kind == "v3":
                 layer.mlp.gate.e_score_correction_bias.normal_(0, 0.3)
+    model.set_experts_implementation("eager")  # the default one takes seconds at these sizes
     model.to(dtype).eval().save_pretrained(folder)
     return model
+
+
+def load_toy(folder: Path) -> Any:
+    """A saved toy as a `transformers` model with its weights widened to float32."""
+    kind = DeepseekV2ForCausalLM if "V2" in (folder / "config.json").read_text() else DeepseekV3ForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

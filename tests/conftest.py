@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+from toys import make_toy
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)  # the toys are too small to be shared out, and another job may hold the other cores
+
+
+@pytest.fixture(scope="session")
+def toy_v3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A toy of the V3 architecture, one dense and three MoE layers of 16 experts, and its `transformers` model."""
+    folder = tmp_path_factory.mktemp("toy-v3")
+    return folder, make_toy("v3", folder)
+
+
+@pytest.fixture
+def ids() -> list[int]:
+    """A prompt of 45 tokens for the toys."""
+    return torch.randint(2, 131, (45,), generator=torch.Generator().manual_seed(3)).tolist()

@@ -1,0 +1,172 @@
+"""Logits against `transformers`, for every kind of toy: prefill, chunked prefill, decode, and each stored format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from toys import TOYS, edit_config, load_toy, make_toy
+
+from tierlm import LLM, Budget, SamplingParams
+from tierlm.models import attention
+from tierlm.models.decoder import Step
+
+BUDGET = Budget("8GiB")
+
+
+def reference(model: Any, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
+
+
+def decoded_logits(llm: LLM, ids: list[int], prompt: int) -> Tensor:
+    """Logits of ``ids`` by a prefill of ``prompt`` tokens and then one step per token, [1 + steps, vocab]."""
+    runtime = llm._runtime
+    runtime.cache.clear()
+    span = runtime.cache.reserve(len(ids))
+    rows = [runtime.engine.prefill(ids[:prompt], span)]
+    for token in ids[prompt:]:
+        rows.append(runtime.decoder.forward([Step([token], span)], prefill=False)[0])
+    return torch.stack(rows)
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_logits_equal_transformers(name: str, tmp_path: Path, ids: list[int]) -> None:
+    expected = reference(make_toy(name, tmp_path), ids)
+    with LLM.load(tmp_path, budget=BUDGET, prefill_chunk=7) as llm:
+        assert_close(llm.logits(ids), expected)  # seven chunks
+        prompt = len(ids) - 16
+        assert_close(decoded_logits(llm, ids, prompt), expected[prompt - 1 :])
+
+
+def test_long_prefill_expands_keys_and_values(toy_v3: tuple[Path, Any]) -> None:
+    """From EXPAND_FROM tokens a step, attention takes its other path."""
+    folder, model = toy_v3
+    ids = [(7 * i) % 129 + 2 for i in range(attention.EXPAND_FROM + 60)]
+    with LLM.load(folder, budget=BUDGET, prefill_chunk=attention.EXPAND_FROM + 20) as llm:
+        assert_close(llm.logits(ids), reference(model, ids))
+
+
+def test_routing_of_the_toys_is_not_trivial(toy_v3: tuple[Path, Any], ids: list[int]) -> None:
+    with LLM.load(toy_v3[0], budget=BUDGET) as llm:
+        llm.logits(ids)
+        assert llm.stats().experts["ram"].misses > 3 * 12  # of 3 * 16 experts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_weights_are_widened_exactly(dtype: torch.dtype, tmp_path: Path, ids: list[int]) -> None:
+    model = make_toy("v3", tmp_path, dtype)
+    with LLM.load(tmp_path, budget=BUDGET) as llm:
+        found = llm.logits(ids)
+    with torch.no_grad():
+        own = model(torch.tensor([ids])).logits[0].float()
+    assert_close(found, reference(load_toy(tmp_path), ids))  # the same weights, float32 arithmetic
+    # transformers' arithmetic in the 16-bit type; rounding sends a few tokens to other experts
+    far = (found - own).abs().amax(-1) > 0.05 * own.abs().max()
+    assert far.float().mean() < 0.2
+
+
+def quantise_fp8(folder: Path) -> None:
+    """Rewrite a checkpoint as DeepSeek-V3 ships it: e4m3 with 128 x 128 block scales, but for norms, gates, ends."""
+    tensors = load_file(folder / "model.safetensors")
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ends = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+        if tensor.dim() != 2 or name.endswith(ends):
+            out[name] = tensor.bfloat16() if tensor.dim() == 2 else tensor
+            continue
+        rows, columns = (-(-size // 128) for size in tensor.shape)
+        scale = torch.ones(rows, columns)
+        quantised = torch.empty_like(tensor)
+        for r in range(rows):
+            for c in range(columns):
+                block = tensor[r * 128 : (r + 1) * 128, c * 128 : (c + 1) * 128]
+                scale[r, c] = block.abs().max() / 448
+                quantised[r * 128 : (r + 1) * 128, c * 128 : (c + 1) * 128] = block / scale[r, c]
+        out[name] = quantised.to(torch.float8_e4m3fn)
+        out[name + "_scale_inv"] = scale
+    save_file(out, folder / "model.safetensors")
+    edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+
+
+def dequantise(folder: Path) -> dict[str, Tensor]:
+    tensors = load_file(folder / "model.safetensors")
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_scale_inv"):
+            continue
+        out[name] = tensor.float()
+        if (scale := tensors.get(name + "_scale_inv")) is not None:
+            wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            out[name] *= wide[: tensor.shape[0], : tensor.shape[1]]
+    return out
+
+
+@pytest.mark.parametrize("name", ["v3", "v2-grouped"])
+def test_block_scaled_fp8_equals_the_dequantised_weights(name: str, tmp_path: Path, ids: list[int]) -> None:
+    """Sizes that 128 does not divide, and several blocks each way."""
+    sizes = {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 264, "kv_lora_rank": 144}
+    source, plain = tmp_path / "fp8", tmp_path / "plain"
+    model = make_toy(name, source, **sizes)
+    quantise_fp8(source)
+    model.save_pretrained(plain)
+    save_file(dequantise(source), plain / "model.safetensors", metadata={"format": "pt"})
+    expected = reference(load_toy(plain), ids)
+    with LLM.load(source, budget=BUDGET) as llm:
+        assert_close(llm.logits(ids), expected)
+        assert_close(decoded_logits(llm, ids, 40), expected[39:])
+
+
+def test_shards_and_index(tmp_path: Path, ids: list[int]) -> None:
+    model = make_toy("v3", tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="100KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    with LLM.load(tmp_path / "many", budget=BUDGET) as llm:
+        assert_close(llm.logits(ids), reference(model, ids))
+
+
+def test_kimi_k2_is_read_as_the_v3_architecture(tmp_path: Path, ids: list[int]) -> None:
+    model = make_toy("v3-one-group", tmp_path)
+    published = {"model_type": "kimi_k2", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+    edit_config(tmp_path, **published, architectures=["DeepseekV3ForCausalLM"])
+    with LLM.load(tmp_path, budget=BUDGET) as llm:
+        assert_close(llm.logits(ids), reference(model, ids))
+
+
+def test_published_rope_scaling_dialect(tmp_path: Path, ids: list[int]) -> None:
+    """The published configs say rope_scaling and rope_theta where transformers 5 writes rope_parameters."""
+    expected = reference(make_toy("v3-yarn", tmp_path), ids)
+    config = json.loads((tmp_path / "config.json").read_text())
+    table = config.pop("rope_parameters")
+    config |= {"rope_theta": table.pop("rope_theta"), "rope_scaling": {**table, "type": table.pop("rope_type")}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with LLM.load(tmp_path, budget=BUDGET) as llm:
+        assert_close(llm.logits(ids), expected)
+
+
+def test_multi_token_prediction_layers_are_ignored_with_a_note(tmp_path: Path, ids: list[int]) -> None:
+    expected = reference(make_toy("v3", tmp_path), ids)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = {f"model.layers.4.{name}": torch.ones(3) for name in ("enorm.weight", "mlp.experts.0.up_proj.weight")}
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    with LLM.load(tmp_path, budget=BUDGET) as llm:
+        assert_close(llm.logits(ids), expected)
+        assert any("2 tensors of multi-token prediction" in note for note in llm.stats().notes)
+
+
+def test_greedy_tokens_equal_transformers_generate(toy_v3: tuple[Path, Any], ids: list[int]) -> None:
+    folder, model = toy_v3
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0, len(ids) :]
+    with LLM.load(folder, budget=BUDGET) as llm:
+        assert llm.generate([ids], SamplingParams(max_new_tokens=24))[0].ids == expected.tolist()

@@ -1,0 +1,75 @@
+"""Greedy output is the same, token for token, at every budget, policy, predictor and reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tierlm import LLM, Budget, SamplingParams
+from tierlm.policies.eviction import POLICIES
+from tierlm.policies.prediction import PREDICTORS
+
+PARAMS = SamplingParams(max_new_tokens=20, ignore_eos=True)
+RAM = Budget("8GiB")
+BOTH = Budget("8GiB", vram="1GiB")
+# The dial is the budget; at toy size it is turned through the numbers that follow from it.
+LEVELS: dict[str, tuple[Budget, dict[str, Any]]] = {
+    "everything fits": (RAM, {}),
+    "one slot, no trunk": (RAM, {"ram_slots": 1, "resident_trunks": 0}),
+    "a few slots, one trunk": (RAM, {"ram_slots": 9, "resident_trunks": 1}),
+    "vram, everything fits": (BOTH, {}),
+    "one slot in each tier, no trunk": (BOTH, {"ram_slots": 1, "vram_slots": 1, "resident_trunks": 0}),
+    "three tiers, tight": (BOTH, {"ram_slots": 20, "vram_slots": 5, "resident_trunks": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(toy_v3: tuple[Path, Any], ids: list[int] = [11, 7, 90, 45, 3, 3, 62]) -> tuple[list[int], list[int]]:  # noqa: B006
+    """The prompt, and what `transformers` makes of it."""
+    out = toy_v3[1].generate(
+        torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    return ids, out[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_same_tokens(
+    level: str,
+    policy: str,
+    predictor: str,
+    reader: str,
+    toy_v3: tuple[Path, Any],
+    expected: tuple[list[int], list[int]],
+) -> None:
+    budget, limits = LEVELS[level]
+    prompt, tokens = expected
+    with LLM.load(toy_v3[0], budget=budget, policy=policy, predictor=predictor, reader=reader, **limits) as llm:
+        assert llm.generate([prompt], PARAMS)[0].ids == tokens
+        assert llm.generate([prompt], PARAMS)[0].ids == tokens  # warm
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_same_logits_bit_for_bit(threads: int, toy_v3: tuple[Path, Any], ids: list[int]) -> None:
+    """The order in which experts arrive does not reach the arithmetic."""
+    with LLM.load(toy_v3[0], budget=RAM) as llm:
+        first = llm.logits(ids)
+        assert torch.equal(llm.logits(ids), first)
+    tight = {"ram_slots": 5, "resident_trunks": 1, "transfer_threads": threads}
+    with LLM.load(toy_v3[0], budget=RAM, **tight) as llm:
+        assert torch.equal(llm.logits(ids), first)
+        assert torch.equal(llm.logits(ids), first)
+
+
+def test_batches_and_waves(toy_v3: tuple[Path, Any]) -> None:
+    """Several prompts of different lengths, more than the context holds at once, give what each gives alone."""
+    prompts = [[5, 9, 23], [88], [7] * 30, [64, 2, 111, 12, 40], [3, 3]]
+    with LLM.load(toy_v3[0], budget=RAM, context=60) as llm:
+        together = [result.ids for result in llm.generate(prompts, PARAMS)]
+        assert together == [llm.generate([prompt], PARAMS)[0].ids for prompt in prompts]
+        assert all(len(ids) == 20 for ids in together)

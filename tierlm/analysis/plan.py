@@ -51,12 +51,15 @@ class Plan:
 def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:
     """Peak bytes of activations for a step of ``chunk`` tokens: the largest of attention and MoE, float32.
 
-    Attention: queries, their rotated copy, outputs, and one group of heads' scores (models/attention.py caps it).
+    Attention: queries, their rotated copy, outputs, and one group of heads' scores, keys and values
+    (models/attention.py caps the group).
     MoE: one output per token and choice, weighted copy, the rows of one expert. Both: a few [chunk, hidden].
     """
     common = 6 * chunk * spec.hidden
     heads = spec.heads * (2 * (spec.nope_dim + spec.rope_dim) + 2 * spec.value_dim + spec.kv_rank)
-    attention = chunk * (heads + 2 * spec.latent_dim) + 4 * max(2**23, chunk * context) + context * spec.latent_dim
+    scores = 3 * min(spec.heads * chunk * context, max(2**23, chunk * context))  # raw, masked, softmax
+    expanded = context * (spec.latent_dim + min(spec.heads * (spec.nope_dim + spec.value_dim), 2**20 // spec.kv_rank))
+    attention = chunk * (heads + 2 * spec.latent_dim) + scores + expanded
     moe = chunk * (2 * spec.experts_per_token * spec.hidden + 3 * spec.expert_width + 4 * spec.experts)
     dense = chunk * 3 * max(spec.dense_width, spec.shared_experts * spec.expert_width)
     return 4 * (common + max(attention, moe + dense) + 4 * spec.vocab + 2**21)

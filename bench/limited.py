@@ -1,0 +1,99 @@
+"""Run a command in a memory cgroup of its own (v1 or v2; needs root) and report the peak.
+
+    python bench/limited.py 2GiB -- tierlm run MODEL -p TEXT --ram 2GiB
+
+The last line, on standard error, is JSON: exit code, limit, peak bytes, whether the limit was hit and anything killed,
+and bytes read from block devices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tierlm.config import parse_size
+
+ROOT = Path("/sys/fs/cgroup")
+
+
+def available() -> bool:
+    """Whether memory cgroups can be made here."""
+    try:
+        folder, _ = _make("probe")
+        folder.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def run_limited(
+    command: Sequence[str], limit: int, **options: Any
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Run ``command`` within ``limit`` bytes. ``options`` go to subprocess.run. Returns the process and the report."""
+    folder, version = _make(uuid.uuid4().hex)
+    try:
+        if version == 1:
+            (folder / "memory.limit_in_bytes").write_text(str(limit))
+        else:
+            (folder / "memory.max").write_text(str(limit))
+            (folder / "memory.swap.max").write_text("0")
+        script = f'echo $$ > {folder}/cgroup.procs && exec "$@"'
+        before = _sectors()
+        process = subprocess.run(["/bin/sh", "-c", script, "sh", *command], text=True, check=False, **options)
+        report = {
+            "exit_code": process.returncode,
+            "limit": limit,
+            "peak": _number(folder, "memory.max_usage_in_bytes", "memory.peak"),
+            "killed": _events(folder).get("oom_kill", 0),
+            "disk_bytes": (_sectors() - before) * 512,
+        }
+        return process, report
+    finally:
+        folder.rmdir()
+
+
+def _make(name: str) -> tuple[Path, int]:
+    if (ROOT / "memory").is_dir():
+        folder, version = ROOT / "memory" / f"tierlm-{name}", 1
+    else:
+        folder, version = ROOT / f"tierlm-{name}", 2
+    folder.mkdir()
+    if version == 2 and not (folder / "memory.max").exists():
+        folder.rmdir()
+        raise OSError("the memory controller is not delegated")
+    return folder, version
+
+
+def _number(folder: Path, *names: str) -> int | None:
+    return next((int((folder / name).read_text()) for name in names if (folder / name).exists()), None)
+
+
+def _events(folder: Path) -> dict[str, int]:
+    for name in ("memory.oom_control", "memory.events"):
+        if (folder / name).exists():
+            rows = (line.split() for line in (folder / name).read_text().splitlines())
+            return {key: int(value) for key, value in rows}
+    return {}
+
+
+def _sectors() -> int:
+    """Sectors of 512 bytes read from all block devices that are no partition."""
+    return sum(int((device / "stat").read_text().split()[2]) for device in Path("/sys/block").iterdir())
+
+
+def main() -> None:
+    if len(sys.argv) < 4 or sys.argv[2] != "--":
+        sys.exit(__doc__)
+    _, report = run_limited(sys.argv[3:], parse_size(sys.argv[1]), env=os.environ)
+    print(json.dumps(report), file=sys.stderr)
+    sys.exit(report["exit_code"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The budget is the whole process: real memory cgroups, and the refusals below the floor."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import make_toy
+
+from tierlm import LLM, Budget, BudgetError, SamplingParams
+
+BENCH = Path(__file__).parent.parent / "bench"
+LIMIT = 480 * 2**20
+
+
+def load_bench(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+limited = load_bench("limited")
+needs_cgroup = pytest.mark.skipif(not limited.available(), reason="memory cgroups cannot be made here")
+
+
+@pytest.fixture(scope="module")
+def larger_than_the_limit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 580 MB, nearly all of it experts of 1.5 MB."""
+    folder = tmp_path_factory.mktemp("large")
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 92, "vocab_size": 500}
+    make_toy("v2", folder, torch.bfloat16, num_hidden_layers=5, **sizes)
+    assert sum(file.stat().st_size for file in folder.iterdir()) > 1.1 * LIMIT
+    return folder
+
+
+API = """
+import json, sys
+from tierlm import LLM, Budget, SamplingParams
+with LLM.load(sys.argv[1], budget=Budget("480MiB", vram=sys.argv[2] or None), context=256) as llm:
+    llm.generate([[7] * 200, [9, 30, 4]], SamplingParams(max_new_tokens=24, ignore_eos=True))
+    llm.logits(list(range(100)))
+    stats = llm.stats()
+print(json.dumps({"slots": stats.plan.ram.expert_slots, "evictions": stats.experts["ram"].evictions}))
+"""
+
+
+@needs_cgroup
+@pytest.mark.parametrize("vram", ["", "72MiB"])
+def test_never_killed_in_a_cgroup_of_the_budgets_size(vram: str, larger_than_the_limit: Path) -> None:
+    limit = LIMIT + (72 * 2**20 if vram else 0)  # the stand-in for a device is host memory too
+    command = [sys.executable, "-c", API, str(larger_than_the_limit), vram]
+    process, report = limited.run_limited(command, limit, capture_output=True, env=os.environ)
+    assert process.returncode == 0, process.stderr
+    assert report["killed"] == 0
+    assert report["peak"] <= limit
+    seen = json.loads(process.stdout)
+    assert 6 <= seen["slots"] < 4 * 92
+    assert seen["evictions"] > 0
+
+
+@needs_cgroup
+def test_auto_takes_what_the_cgroup_leaves(larger_than_the_limit: Path) -> None:
+    command = [sys.executable, "-m", "tierlm", "run", "demo", "-p", "The", "-n", "4", "--json", "-"]
+    process, report = limited.run_limited(command, LIMIT, capture_output=True, env=os.environ)
+    assert process.returncode == 0, process.stderr
+    assert report["killed"] == 0
+    plan = json.loads(process.stdout)["stats"]["plan"]["ram"]
+    assert sum(plan["parts"].values()) <= LIMIT
+
+
+def test_below_the_floor_says_floor_budget_and_what_dominates(toy_v3: tuple[Path, Any]) -> None:
+    with pytest.raises(BudgetError, match=r"ram budget of 1\.00 MiB is below the floor of .* dominates is") as caught:
+        LLM.load(toy_v3[0], budget=Budget("1MiB"))
+    error = caught.value
+    assert error.given == 2**20 < error.floor
+    assert error.dominant == "interpreter and libraries"
+    with pytest.raises(BudgetError, match=r"vram budget of 1\.00 KiB is below the floor"):
+        LLM.load(toy_v3[0], budget=Budget("8GiB", vram=1024))
+
+
+def test_one_byte_above_the_floor_of_vram_works(toy_v3: tuple[Path, Any]) -> None:
+    """The floor is a promise: at the floor it runs."""
+    with pytest.raises(BudgetError) as caught:
+        LLM.load(toy_v3[0], budget=Budget("8GiB", vram=0))
+    with LLM.load(toy_v3[0], budget=Budget("8GiB", vram=caught.value.floor)) as llm:
+        assert len(llm.generate([[5, 6, 7]], SamplingParams(max_new_tokens=5, ignore_eos=True))[0].ids) == 5
+    with pytest.raises(BudgetError):
+        LLM.load(toy_v3[0], budget=Budget("8GiB", vram=caught.value.floor - 1))
+
+
+def test_logits_that_do_not_fit_are_refused(toy_v3: tuple[Path, Any]) -> None:
+    with LLM.load(toy_v3[0], budget=Budget("8GiB"), prefill_chunk=2) as llm:
+        llm._runtime.ram_budget = sum(llm._runtime.plan.ram.parts.values())  # nothing left over
+        with pytest.raises(BudgetError, match="ask for at most 2 tokens"):
+            llm.logits([3, 4, 5])
+        assert llm.logits([3, 4]).shape == (2, 131)

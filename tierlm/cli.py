@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from tierlm.config import Budget, SamplingParams, format_size
 from tierlm.errors import TierlmError, UsageError
@@ -76,6 +77,8 @@ def run(
     json_file: Json = None,
 ) -> None:
     """Continue a prompt, printing text as it comes. Ctrl-C ends it with what there is."""
+    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()) and json_file != Path("-"):
+        raise UsageError(f"{json_file}: cannot be written: a file in an existing folder is needed")
     if prompt == "-":
         prompt = sys.stdin.read()
     params = SamplingParams(
@@ -127,9 +130,7 @@ def main() -> None:
     try:
         app()
     except TierlmError as error:
-        Console(stderr=True).print(
-            f"[red]error:[/red] {type(error).__name__}:", str(error), soft_wrap=True, markup=True
-        )
+        Console(stderr=True).print(f"[red]error:[/red] {type(error).__name__}:", Text(str(error)), soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
@@ -155,8 +156,9 @@ def _load(
     from tierlm.llm import LLM
 
     options: dict[str, Any] = {"device": device, "policy": policy, "predictor": predictor, "reader": reader}
+    console = Console(stderr=True)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("trunk", total=None)
         llm = LLM.load(
             model,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ def parse_size(value: int | float | str, name: str = "size") -> int:
         number = float(match[1]) * _UNITS[match[2].lower()]
     else:
         number = value
-    if not math.isfinite(number) or number < 0:
+    if not 0 <= number < 2**63:  # not a number compares as false too
         raise UsageError(f"{name}: expected a finite size of at least 0 bytes, found {value!r}")
     return int(number)
 
@@ -75,6 +75,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("stop", "stop_ids"):
+            _require(isinstance(getattr(self, name), Sequence), name, "a sequence", self)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
@@ -86,7 +88,8 @@ class SamplingParams:
         _require(
             _finite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "a number > 0", self
         )
-        _require(self.seed is None or _is_int(self.seed), "seed", "an integer or None", self)
+        seed_fits = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64)
+        _require(seed_fits, "seed", "an integer of 64 bits or None", self)
         _require(all(isinstance(s, str) and s for s in stop), "stop", "texts of at least one character", self)
         _require(all(_is_int(i) and i >= 0 for i in self.stop_ids), "stop_ids", "token ids", self)
 
@@ -114,6 +117,8 @@ class RuntimeOptions:
     resident_trunks: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("device", "policy", "predictor"):
+            _require(isinstance(getattr(self, name), str), name, "a name", self)
         _require(self.reader in ("auto", "direct", "mmap"), "reader", "auto, direct or mmap", self)
         _require(self.kv_dtype in ("float32", "bfloat16"), "kv_dtype", "float32 or bfloat16", self)
         _require(_is_int(self.prefill_chunk) and self.prefill_chunk >= 1, "prefill_chunk", "an integer >= 1", self)
@@ -133,7 +138,7 @@ def _is_int(value: object) -> bool:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _require(holds: bool, field: str, expected: str, owner: object) -> None:

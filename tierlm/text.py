@@ -37,6 +37,10 @@ class TextCodec:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids; ``special``: with the tokens that the tokenizer puts around a text (a chat template has put its own)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text is not valid Unicode: {error}") from error
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         if special and self._config.get("add_bos_token"):
             bos = self.tokenizer.token_to_id(self._token("bos_token") or "")
@@ -61,17 +65,14 @@ class TextCodec:
             return environment.from_string(template).render(
                 messages=list(messages), add_generation_prompt=True, **tokens
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program of somebody else's: it may raise anything
             raise UsageError(f"{self.folder}: the chat template refuses these messages: {error}") from error
 
     def _template(self) -> str:
-        for name in ("chat_template.jinja", "chat_template.json"):
-            file = self.folder / name
-            if file.exists() and name.endswith(".json"):
-                return str(read_json(file).get("chat_template"))
-            if file.exists():
-                return file.read_text(encoding="utf-8")
-        template = self._config.get("chat_template")
+        plain, packed = self.folder / "chat_template.jinja", self.folder / "chat_template.json"
+        if plain.exists():
+            return plain.read_text(encoding="utf-8")
+        template = (read_json(packed) if packed.exists() else self._config).get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
         if not isinstance(template, str):

@@ -32,6 +32,12 @@ class Catalog:
         self.checkpoint = Checkpoint(folder)
         self.eos = self._eos(folder)
         spec = self.spec
+        claimed = spec.layers + len(spec.moe_layers) * spec.experts
+        if claimed > len(self.checkpoint.tensors):  # before anything of that size is built
+            raise CheckpointError(
+                f"{where}: {spec.layers} layers of {spec.experts} experts claimed, "
+                f"{len(self.checkpoint.tensors)} tensors found"
+            )
         self.embedding = self._plain(self.family.embedding_name(), (spec.vocab, spec.hidden))
         head = self._plain(self.family.head_name(spec), (spec.vocab, spec.hidden))
         rows = max(1, HEAD_BLOCK_BYTES // (head.nbytes // spec.vocab))
@@ -96,7 +102,7 @@ class Catalog:
         file = folder / "generation_config.json"
         extra: Any = read_json(file).get("eos_token_id") if file.exists() else None
         more = () if extra is None else tuple(extra) if isinstance(extra, list) else (extra,)
-        eos = tuple(dict.fromkeys((*self.spec.eos, *more)))
+        eos = (*self.spec.eos, *more)
         if not all(isinstance(i, int) for i in eos):
             raise CheckpointError(f"{folder}: eos_token_id: expected token ids, found {eos!r}")
-        return eos
+        return tuple(dict.fromkeys(eos))

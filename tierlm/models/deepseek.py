@@ -12,8 +12,6 @@ from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.spec import ExpertKey, ModelSpec, Rope, Router, TrunkKey, Yarn
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
-HEAD_BLOCK_BYTES = 64 * 2**20  # the lm_head is used in blocks of rows of this size, so that it can stream like a trunk
-
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # role -> (tensor name, shape)
 
 
@@ -151,7 +149,9 @@ def _mlp(prefix: str, hidden: int, width: int) -> Shapes:
 def _rope(config: Mapping[str, Any], v2: bool, where: str) -> Rope:
     """RoPE from ``rope_scaling`` + ``rope_theta`` (as published), or transformers 5's ``rope_parameters``."""
     table: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(table.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = table.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if not isinstance(theta, (int, float)):
+        raise CheckpointError(f"{where}: rope_theta: expected a number, found {theta!r}")
     kind = table.get("rope_type") or table.get("type") or "default"
     yarn = None
     if kind == "yarn":
@@ -163,20 +163,27 @@ def _rope(config: Mapping[str, Any], v2: bool, where: str) -> Rope:
                 original_max_position=original,
                 beta_fast=float(table.get("beta_fast") or 32),
                 beta_slow=float(table.get("beta_slow") or 1),
-                mscale=table.get("mscale"),
-                mscale_all_dim=table.get("mscale_all_dim"),
-                attention_factor=table.get("attention_factor"),
+                mscale=_optional(table, "mscale"),
+                mscale_all_dim=_optional(table, "mscale_all_dim"),
+                attention_factor=_optional(table, "attention_factor"),
                 truncate=bool(table.get("truncate", True)),
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"{where}: malformed YaRN parameters: {error!r} in {table}") from error
     elif kind != "default":
         raise UnsupportedModelError(f"{where}: rope type {kind!r} is not supported; default and yarn are")
-    return Rope(theta, interleaved=v2 or bool(config.get("rope_interleave", True)), yarn=yarn)
+    return Rope(float(theta), interleaved=v2 or bool(config.get("rope_interleave", True)), yarn=yarn)
+
+
+def _optional(table: Mapping[str, Any], name: str) -> float | None:
+    return None if table.get(name) is None else float(table[name])
 
 
 def _refuse_unknown(config: Mapping[str, Any], where: str) -> None:
     """What would silently give wrong text: another quantisation, activation, scoring or layer pattern."""
+    for name in ("quantization_config", "rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise CheckpointError(f"{where}: {name}: expected an object, found {config[name]!r}")
     quantization = config.get("quantization_config") or {}
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if quantization and (method != "fp8" or block != [128, 128]):

@@ -91,7 +91,7 @@ class Record:
 
 def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
     """Lay out the record of ``tensors`` (role -> tensor). Tensors that lie together in a file become one read."""
-    ordered = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].offset))
+    ordered = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].offset, item[1].nbytes))
     groups: list[list[tuple[str, TensorInfo]]] = []
     for role, tensor in ordered:
         if groups:
@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a model folder in Hugging Face layout has one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected readable JSON, found: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -203,7 +203,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file}: {error.strerror or error}") from error
     try:
         header = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: safetensors header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: safetensors header is {type(header).__name__}, expected an object")
@@ -222,9 +222,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} stands twice")
+        found[name] = value
     return found
 
 
@@ -232,7 +234,8 @@ def _tensor(file: Path, name: str, entry: Any, begin: int, size: int) -> TensorI
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, start, stop)
-        well_formed = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+        well_formed = isinstance(dtype, str) and len(shape) <= 64
+        well_formed &= all(type(number) is int and 0 <= number < 2**63 for number in numbers)
     except (KeyError, TypeError, ValueError):
         well_formed = False
     if not well_formed:

@@ -211,5 +211,5 @@ def _direct_refusal(file: Path) -> str | None:
         finally:
             os.close(fd)
     except OSError as error:
-        return f"the file system of {file} refuses O_DIRECT ({error.strerror})"
+        return f"{file} cannot be read with O_DIRECT ({error.strerror})"
     return None

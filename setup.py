@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 setup(
     name="tierlm",
@@ -27,10 +27,20 @@ setup(
         "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20"],
         "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil"],
     },
+    ext_modules=[
+        # A plain shared library, called through ctypes. Without a compiler the package installs and works without it.
+        Extension(
+            "tierlm.kernels._native",
+            ["tierlm/kernels/native.cpp"],
+            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast", "-pthread", "-Wno-psabi"],
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        )
+    ],
     entry_points={"console_scripts": ["tierlm = tierlm.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
-        "License :: OSI Approved :: Apache Software License",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -15,6 +15,7 @@ from tierlm.analysis.plan import Plan, Sizes, TierPlan, make_plan, workspace_byt
 from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.generate import Engine
 from tierlm.errors import BudgetError, UsageError
+from tierlm.kernels import native
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.store import Store
 from tierlm.memory.tiers import Disk, Slot, Source, Tier, allocate
@@ -122,6 +123,8 @@ class Runtime:
         notes = []
         if self.catalog.ignored:
             notes.append(f"{len(self.catalog.ignored)} tensors of multi-token prediction layers are not used")
+        if native.load() is None:
+            notes.append("the compiled kernels were not built (no C++ compiler): torch does their work, more slowly")
         if self.plan.vram is not None and self.device.type == "cpu":
             notes.append("no accelerator: vram is a second slab of host memory, beside the ram budget")
         return notes

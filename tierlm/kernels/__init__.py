@@ -1,4 +1,4 @@
-"""The arithmetic of weights in their stored formats. Torch reference implementations."""
+"""The arithmetic of weights in their stored formats: compiled kernels, and the torch reference beside them."""
 
 from tierlm.kernels.linear import Weight, gated_mlp, linear, widen
 

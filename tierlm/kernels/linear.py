@@ -1,7 +1,8 @@
-"""Products with weights as they are stored: float32, or bfloat16 / float16 / block-scaled float8 widened tile by tile.
+"""Products with weights as they are stored: float32, bfloat16, float16, or float8 with block scales.
 
-Activations are float32. On a CPU without 16-bit matrix instructions, widening a tile that stays in cache and
-multiplying in float32 is several times faster than torch's bfloat16 product, and exact in the weights.
+Activations are float32, and so is the arithmetic. A few rows go to the compiled kernels, which widen in registers. For
+many, on a CPU without 16-bit matrix instructions, widening a tile that stays in cache and multiplying in float32 is
+several times faster than torch's bfloat16 product.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tierlm.kernels import native
 
 TILE_VALUES = 2**18  # float32 values of one widened tile: 1 MiB
 BLOCK = 128  # rows and columns that share one scale, DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2
@@ -43,6 +46,13 @@ def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """``x @ weight.T``: float32 [T, in] -> float32 [T, out]. The result depends on the shapes and values alone."""
+    if native.takes(x, weight.data, weight.scale):
+        return native.linear(x, weight.data, weight.scale)
+    return linear_reference(x, weight)
+
+
+def linear_reference(x: Tensor, weight: Weight) -> Tensor:
+    """``linear`` in torch alone."""
     if weight.scale is None and weight.data.dtype == x.dtype:
         return functional.linear(x, weight.data)
     if x.device.type != "cpu" and weight.scale is None:

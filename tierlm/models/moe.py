@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from tierlm.kernels import Weight, gated_mlp
+from tierlm.kernels import Weight, gated_mlp, linear
 from tierlm.memory.store import Store
 from tierlm.models.layers import rms_norm
 from tierlm.policies.prediction import Predictor
@@ -16,7 +15,7 @@ from tierlm.weights.formats import Weights, expert_ffn
 
 def route(x: Tensor, gate: Weight, bias: Weight | None, rule: Router, chosen: int) -> tuple[Tensor, Tensor]:
     """The weights, float32 [T, k], and experts, int64 [T, k], of each row of ``x`` [T, hidden], the best first."""
-    logits = functional.linear(x, gate.data.float())
+    logits = linear(x, gate)
     scores = logits.softmax(-1) if rule.score == "softmax" else logits.sigmoid()
     choice = scores if bias is None else scores + bias.data.float()
     if rule.groups > 1:

@@ -1,0 +1,240 @@
+// Products of a few float32 rows with weights as they are stored, and the threads that share the work.
+//
+// Plain C interface, called through ctypes; no dependency but the compiler. Vector code is written with the compiler's
+// own vector types and compiled once per instruction set; the best one is chosen when the library is loaded.
+//
+// Every output is computed by one thread, over the columns in one fixed order, whatever the number of threads, rows or
+// neighbours: results depend on the operands alone.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define PAUSE() _mm_pause()
+#else
+#define CLONES
+#define PAUSE() std::this_thread::yield()
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = 8;
+constexpr int64_t BLOCK = 128;  // columns (and rows) that share one scale in block-scaled float8
+
+typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(1), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+// How LANES stored values become float32, and one of them.
+struct Float32 {
+    static constexpr int size = 4;
+    static INLINE Floats load(const uint8_t* p) { return *reinterpret_cast<const Floats*>(p); }
+};
+
+struct BFloat16 {
+    static constexpr int size = 2;
+    static INLINE Floats load(const uint8_t* p) {
+        Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16;
+        return reinterpret_cast<Floats>(bits);
+    }
+};
+
+// Exponent and mantissa are moved into place and the difference of the exponents' biases multiplied in, which is right
+// for subnormal numbers as well. Infinities and NaN become large numbers: a weight is neither.
+struct Float16 {
+    static constexpr int size = 2;
+    static INLINE Floats load(const uint8_t* p) {
+        Words raw = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words);
+        Words bits = ((raw & 0x8000u) << 16) | ((raw & 0x7fffu) << 13);
+        return reinterpret_cast<Floats>(bits) * 0x1p112f;
+    }
+};
+
+struct Float8 {  // e4m3
+    static constexpr int size = 1;
+    static INLINE Floats load(const uint8_t* p) {
+        Words raw = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Words);
+        Words bits = ((raw & 0x80u) << 24) | ((raw & 0x7fu) << 20);
+        return reinterpret_cast<Floats>(bits) * 0x1p120f;
+    }
+};
+
+INLINE float sum(Floats v) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
+struct Product {
+    const float* x;        // [rows, ins]
+    const uint8_t* w;      // [outs, ins] as stored
+    const float* scale;    // [ceil(outs / BLOCK), ceil(ins / BLOCK)] or null
+    float* y;              // [rows, outs], rows `stride` floats apart
+    int64_t rows, ins, outs, stride;
+};
+
+// OUTS weight rows against ROWS activation rows, from the first weight row `out` and activation row `row`.
+// Two accumulators for each pair, over even and odd vectors; then what does not fill a vector, one by one.
+template <class Format, int OUTS, int ROWS>
+INLINE void tile(const Product& p, int64_t out, int64_t row) {
+    const int64_t width = p.scale ? BLOCK : p.ins;
+    const int64_t blocks = (p.ins + BLOCK - 1) / BLOCK;
+    float result[OUTS][ROWS] = {};
+    for (int64_t start = 0; start < p.ins; start += width) {
+        const int64_t end = start + width < p.ins ? start + width : p.ins;
+        Floats even[OUTS][ROWS] = {}, odd[OUTS][ROWS] = {};
+        int64_t i = start;
+        for (; i + 2 * LANES <= end; i += 2 * LANES) {
+            for (int o = 0; o < OUTS; ++o) {
+                const uint8_t* w = p.w + ((out + o) * p.ins + i) * Format::size;
+                const Floats first = Format::load(w), second = Format::load(w + LANES * Format::size);
+                for (int r = 0; r < ROWS; ++r) {
+                    const float* x = p.x + (row + r) * p.ins + i;
+                    even[o][r] += first * *reinterpret_cast<const Floats*>(x);
+                    odd[o][r] += second * *reinterpret_cast<const Floats*>(x + LANES);
+                }
+            }
+        }
+        for (int o = 0; o < OUTS; ++o)
+            for (int r = 0; r < ROWS; ++r) {
+                float total = sum(even[o][r] + odd[o][r]);
+                for (int64_t j = i; j < end; ++j) {
+                    uint8_t one[LANES * 4] = {};
+                    std::memcpy(one, p.w + ((out + o) * p.ins + j) * Format::size, Format::size);
+                    total += Format::load(one)[0] * p.x[(row + r) * p.ins + j];
+                }
+                result[o][r] += p.scale ? total * p.scale[(out + o) / BLOCK * blocks + start / BLOCK] : total;
+            }
+    }
+    for (int o = 0; o < OUTS; ++o)
+        for (int r = 0; r < ROWS; ++r) p.y[(row + r) * p.stride + out + o] = result[o][r];
+}
+
+template <class Format>
+INLINE void outputs(const Product& p, int64_t first, int64_t last) {
+    int64_t row = 0;
+    for (; row + 4 <= p.rows; row += 4) {
+        int64_t out = first;
+        for (; out + 2 <= last; out += 2) tile<Format, 2, 4>(p, out, row);
+        for (; out < last; ++out) tile<Format, 1, 4>(p, out, row);
+    }
+    for (; row < p.rows; ++row) {
+        int64_t out = first;
+        for (; out + 4 <= last; out += 4) tile<Format, 4, 1>(p, out, row);
+        for (; out < last; ++out) tile<Format, 1, 1>(p, out, row);
+    }
+}
+
+CLONES void outputs_float32(const Product& p, int64_t first, int64_t last) { outputs<Float32>(p, first, last); }
+CLONES void outputs_bfloat16(const Product& p, int64_t first, int64_t last) { outputs<BFloat16>(p, first, last); }
+CLONES void outputs_float16(const Product& p, int64_t first, int64_t last) { outputs<Float16>(p, first, last); }
+CLONES void outputs_float8(const Product& p, int64_t first, int64_t last) { outputs<Float8>(p, first, last); }
+
+using Outputs = void (*)(const Product&, int64_t, int64_t);
+constexpr Outputs OUTPUTS[] = {outputs_float32, outputs_bfloat16, outputs_float16, outputs_float8};
+
+// A few threads that look for work a little while before they sleep. One that wakes too late to help is not waited for.
+class Pool {
+  public:
+    explicit Pool(int threads) {
+        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+            round_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    // Run `piece(i)` for every i below `pieces`, each once, on some thread.
+    void run(int64_t pieces, const std::function<void(int64_t)>& piece) {
+        std::lock_guard<std::mutex> caller(caller_);
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            piece_ = &piece;
+            pieces_ = pieces;
+            next_.store(0);
+            open_ = true;
+            round_.fetch_add(1);
+        }
+        if (pieces > 1) wake_.notify_all();
+        drain();
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            open_ = false;
+        }
+        while (busy_.load() != 0) PAUSE();
+    }
+
+  private:
+    void drain() {
+        for (int64_t i; (i = next_.fetch_add(1)) < pieces_;) (*piece_)(i);
+    }
+
+    void work() {
+        uint64_t seen = 0;
+        for (;;) {
+            for (int spin = 0; spin < SPINS && round_.load() == seen; ++spin) PAUSE();
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return round_.load() != seen; });
+                seen = round_.load();
+                if (stop_) return;
+                if (!open_) continue;
+                busy_.fetch_add(1);
+            }
+            drain();
+            busy_.fetch_sub(1);
+        }
+    }
+
+    static constexpr int SPINS = 2000;  // some tens of microseconds, about the gap between two products of a layer
+    std::vector<std::thread> workers_;
+    std::mutex caller_, mutex_;
+    std::condition_variable wake_;
+    std::atomic<uint64_t> round_{0};
+    std::atomic<int64_t> next_{0};
+    std::atomic<int> busy_{0};
+    int64_t pieces_ = 0;
+    const std::function<void(int64_t)>* piece_ = nullptr;
+    bool open_ = false;
+    bool stop_ = false;
+};
+
+}  // namespace
+
+extern "C" {
+
+void* tierlm_pool_new(int threads) { return new Pool(threads); }
+
+void tierlm_pool_free(void* pool) { delete static_cast<Pool*>(pool); }
+
+// y = x @ w.T. `format` counts float32, bfloat16, float16, block-scaled float8.
+void tierlm_linear(void* pool, int format, const float* x, const void* w, const float* scale, float* y, int64_t rows,
+                   int64_t ins, int64_t outs, int64_t stride) {
+    const Product product{x, static_cast<const uint8_t*>(w), scale, y, rows, ins, outs, stride};
+    // Pieces of about 64 Ki weights: long enough to outweigh the hand-over, short enough to end together.
+    const int64_t share = std::max<int64_t>(4, (65536 / (ins > 0 ? ins : 1)) & ~int64_t{3});
+    static_cast<Pool*>(pool)->run((outs + share - 1) / share, [&](int64_t i) {
+        const int64_t first = i * share, last = first + share < outs ? first + share : outs;
+        OUTPUTS[format](product, first, last);
+    });
+}
+
+}

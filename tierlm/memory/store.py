@@ -36,11 +36,15 @@ class Store:
 
     def wait(self, entries: Sequence[Entry]) -> None:
         """Wait until one of ``entries`` has arrived, or failed."""
+        tickets = [entry.ticket for entry in entries if entry.ticket is not None] or self.tier.in_flight()
+        if not tickets:
+            raise RuntimeError(f"{self.tier.name}: no slot can be had, and nothing is on its way: a bug of tierlm")
         began = time.perf_counter()
-        tickets = [entry.ticket for entry in entries if entry.ticket is not None]
-        self.tier.transfer.wait_any(tickets or self.tier.in_flight(), self.io_timeout)
+        try:
+            self.tier.transfer.wait_any(tickets, self.io_timeout)
+        finally:
+            self.stall += time.perf_counter() - began
         self.tier.settle()
-        self.stall += time.perf_counter() - began
 
 
 class Leases:
@@ -88,7 +92,7 @@ class Leases:
     def _start_missing(self) -> None:
         """Start as many reads as there are slots for, in order."""
         while self._missing:
-            entry = self._tier.start(self._missing[0], passing=self._passing)
+            entry = self._tier.demand(self._missing[0]) or self._tier.start(self._missing[0], passing=self._passing)
             if entry is None:
                 return
             self._held[self._missing.pop(0)] = entry

@@ -165,7 +165,7 @@ class Tier:
             self._free_slot(slot)
         self._loading: dict[Key, Entry] = {}
         self._leaving: dict[Key, None] = {}  # first to go, oldest first: streamed through, guessed wrong, or also above
-        self._speculative_limit = len(slots) // 8  # slots that guesses may hold at the expense of warm records
+        self.speculative_limit = len(slots) // 8  # slots that guesses may hold at the expense of warm records
         self._passing_limit = max(2, len(slots) // 8)  # slots that a prefill may, likewise
         self._unclaimed = 0
         self._passing = 0
@@ -197,13 +197,16 @@ class Tier:
         ``passing``: it is streamed through; if it took a warm record's place it leaves first.
         """
         self.settle()
-        slot, displacing = self._take_slot(key, speculative, passing)
+        slot, victim, displacing = self._find_slot(key, speculative, passing)
         if slot is None:
             return None
         fetched = self.source.fetch(key, slot, speculative, passing)
         if fetched is None:
-            self._free_slot(slot)
             return None
+        if victim is None:
+            self._free.remove(slot)
+        else:
+            self._evict(victim)
         entry = Entry(key, slot, fetched[0], speculative, passing and displacing, source=fetched[1])
         self.entries[key] = self._loading[key] = entry
         self.policy.on_insert(key, demanded=not speculative)
@@ -271,7 +274,9 @@ class Tier:
             self._leaving[entry.key] = None
 
     def keep(self, key: Key) -> None:
-        self._leaving.pop(key, None)
+        entry = self.entries.get(key)
+        if entry is not None and not entry.passing:
+            self._leaving.pop(key, None)
 
     def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
         """Drop the speculative reads that ``stale`` says are late; those that have begun leave first when they end."""
@@ -291,25 +296,25 @@ class Tier:
         below = self.source.in_flight() if isinstance(self.source, Tier) else []
         return below + [entry.ticket for entry in self._loading.values() if entry.ticket is not None]
 
-    def _take_slot(self, key: Key, speculative: bool, passing: bool) -> tuple[Slot | None, bool]:
-        """A slot for ``key``, and whether a warm record had to leave for it."""
+    def _find_slot(self, key: Key, speculative: bool, passing: bool) -> tuple[Slot | None, Key | None, bool]:
+        """A slot for ``key``, which record has to leave it, and whether a warm one has left or leaves for ``key``."""
         nbytes = self.size_of(key)
-        for index, slot in enumerate(self._free):
+        for slot in self._free:
             if slot.size >= nbytes:
-                return self._free.pop(index), False
+                return slot, None, False
         for candidate in self._leaving:
             if self._evictable(candidate, nbytes):
                 displacing = self.entries[candidate].passing  # it hands on what it has displaced
-                return self._evict(candidate), displacing
-        if (speculative and self._unclaimed >= self._speculative_limit) or (
+                return self.entries[candidate].slot, candidate, displacing
+        if (speculative and self._unclaimed >= self.speculative_limit) or (
             passing and self._passing >= self._passing_limit
         ):
-            return None, False
+            return None, None, False
         for candidate in self.policy.victims():
             # A guess may not take the place of what its own layer may need as much.
             if self._evictable(candidate, nbytes) and not (speculative and candidate.layer == key.layer):
-                return self._evict(candidate), True
-        return None, False
+                return self.entries[candidate].slot, candidate, True
+        return None, None, False
 
     def _evictable(self, key: Key, nbytes: int) -> bool:
         entry = self.entries[key]

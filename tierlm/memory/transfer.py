@@ -75,6 +75,7 @@ class Transfer:
             if after is not None and not after.done:
                 after.dependents.append(ticket)
             elif after is not None and (after.error or after.cancelled):
+                ticket.cancelled = after.cancelled
                 self._finish(ticket, after.error)
             else:
                 self._enqueue(ticket, first=after is not None)

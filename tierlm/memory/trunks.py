@@ -27,6 +27,7 @@ class Trunks:
         self._resident = resident
         self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
         self._leased: Entry | None = None
+        tier.speculative_limit = max(tier.speculative_limit, 1)  # the trunk that comes next is no guess
 
     @property
     def stall(self) -> float:

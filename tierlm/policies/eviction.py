@@ -160,8 +160,6 @@ class Cycle(Policy):
         again = self._used.get(key) == self._token
         if key.layer < self._layer or (key.layer == self._layer and again):
             self._token += 1
-        elif again:
-            return
         self._layer = key.layer
         self._used[key] = self._token
         p = math.exp(self._log_p(key)) + (1 - self.DECAY)

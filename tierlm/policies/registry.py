@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -20,8 +21,10 @@ def lookup(kind: str, name: str, known: Mapping[str, Callable[..., T]], base: An
         raise UsageError(f"unknown {kind} {name!r}; known are {', '.join(known)}, or 'module:Class' of your own")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{kind} {name!r}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise UsageError(f"{kind} {name!r}: expected a subclass of {base.__module__}.{base.__name__}, found {found!r}")
+    if not (isinstance(found, type) and issubclass(found, base)) or inspect.isabstract(found):
+        raise UsageError(
+            f"{kind} {name!r}: expected a complete subclass of {base.__module__}.{base.__name__}, found {found!r}"
+        )
     return found

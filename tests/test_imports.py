@@ -1,0 +1,123 @@
+"""The direction of the imports, and which modules can be used without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import tierlm
+
+ROOT = Path(tierlm.__file__).parent
+
+# From the top. A file may import from its own part, and from the floors below; parts of one floor do not know each
+# other. A part is a file or a folder of tierlm/.
+FLOORS: list[list[set[str]]] = [
+    [{"cli", "__main__"}],
+    [{"llm", "stats"}],
+    [{"runtime"}],
+    [{"engine"}, {"text"}],
+    [{"models"}],
+    [{"memory"}, {"analysis"}],
+    [{"weights"}, {"policies"}],
+    [{"spec"}, {"config"}],
+    [{"kernels"}, {"errors"}, {"demo"}],
+]
+# Less than their floor would allow.
+ONLY = {"text": {"text", "weights", "errors"}, "kernels": {"kernels"}, "errors": set[str](), "spec": set[str]()}
+
+TORCHLESS = ["spec", "config", "errors", "weights.checkpoint", "models.deepseek", "models.catalog"]
+TORCHLESS_FOLDERS = ["policies", "analysis"]
+
+FILES = sorted(file for file in ROOT.rglob("*.py") if file != ROOT / "__init__.py")
+
+
+def module_of(file: Path) -> str:
+    """The dotted name below tierlm: "memory.store", "cli", "models"."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imports_of(source: str, package: list[str]) -> Iterator[str]:
+    """What a file of ``package`` imports out of tierlm, at any depth: names below tierlm, "" for tierlm itself."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ["tierlm", *package][: len(package) + 2 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"tierlm.{alias.name}" for alias in node.names] if module == "tierlm" else [module]
+        else:
+            continue
+        for name in names:
+            if name == "tierlm" or name.startswith("tierlm."):
+                yield name.removeprefix("tierlm").removeprefix(".")
+
+
+def allowed(part: str) -> set[str]:
+    """The parts that ``part`` may import."""
+    for level, floor in enumerate(FLOORS):
+        for own in floor:
+            if part in own:
+                below = {name for lower in FLOORS[level + 1 :] for group in lower for name in group}
+                return ONLY.get(part, own | below)
+    raise AssertionError(f"tierlm/{part} stands on no floor: give it one in FLOORS")
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_imports_point_downwards(file: Path) -> None:
+    package = list(file.relative_to(ROOT).parent.parts)
+    may = allowed(part_of(module_of(file)))
+    wrong = [name for name in imports_of(file.read_text(encoding="utf-8"), package) if part_of(name) not in may]
+    assert not wrong, f"{file.relative_to(ROOT)} may import {sorted(may)}, and imports {wrong}"
+
+
+def test_every_part_stands_on_one_floor() -> None:
+    named = [name for floor in FLOORS for group in floor for name in group]
+    assert sorted(named) == sorted({part_of(module_of(file)) for file in FILES})
+
+
+def test_the_check_sees_every_kind_of_import() -> None:
+    source = """
+import tierlm.llm
+import tierlm, json
+from tierlm import cli, stats
+from tierlm.memory.store import Store
+from . import tiers
+from .transfer import Job
+from ..policies import eviction
+from .. import runtime
+if TYPE_CHECKING:
+    from tierlm.text import TextCodec
+def late():
+    from tierlm.weights import reader
+"""
+    expected = ["llm", "", "cli", "stats", "memory.store", "memory", "memory.transfer", "policies", "runtime"]
+    assert sorted(imports_of(source, ["memory"])) == sorted([*expected, "text", "weights"])
+
+
+def test_floors_are_a_table_of_what_is_below() -> None:
+    """Of what is allowed on one floor, nothing comes back from a lower one."""
+    for upper, lower in pairwise(FLOORS):
+        for high in (name for group in upper for name in group):
+            assert all(high not in allowed(low) for group in lower for low in group)
+    assert "analysis" not in allowed("memory") and "memory" not in allowed("analysis")
+
+
+def test_modules_without_torch() -> None:
+    """What only plans, decides or reads headers starts without the seconds that torch takes."""
+    found = [module_of(file) for file in FILES if part_of(module_of(file)) in TORCHLESS_FOLDERS]
+    names = [f"tierlm.{name}" for name in [*TORCHLESS, *found]]
+    lines = ["import importlib, sys", f"for name in {names!r}:", "    importlib.import_module(name)",
+             "    assert 'torch' not in sys.modules, name + ' imports torch'"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

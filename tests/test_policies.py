@@ -1,0 +1,354 @@
+"""Eviction policies: what every one of them must do, each against a slow reference, and looking them up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tierlm.errors import UsageError
+from tierlm.policies.eviction import POLICIES, Cycle, Lfu, Lru, Policy, make_policy
+from tierlm.spec import ExpertKey, Key, TrunkKey
+
+LAYERS, EXPERTS = 3, 4
+KEYS = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
+
+every_policy = pytest.mark.parametrize("name", POLICIES)
+# (what, which key): a key that is absent is inserted whatever is drawn, one that is present leaves or is used.
+traces = st.lists(st.tuples(st.sampled_from(["use", "use", "guess", "evict", "discard"]), st.sampled_from(KEYS)))
+
+
+class Mine(Lru):
+    """A policy of someone else's, by "module:Class"."""
+
+
+class NotOne:
+    """Has nothing to do with policies."""
+
+
+@dataclass
+class Reference:
+    """What a trace has done so far, kept in full: ``uses`` are times since the insertion, ``tokens`` all there were."""
+
+    clock: int = 0
+    token: int = 0
+    layer: int = -1
+    last: dict[Key, int] = field(default_factory=dict)
+    uses: dict[Key, int] = field(default_factory=dict)
+    tokens: dict[Key, set[int]] = field(default_factory=dict)
+
+    def apply(self, policy: Policy, what: str, key: Key) -> None:
+        """Do one thing to both."""
+        self.clock += 1
+        present = key in self.uses
+        if what in ("evict", "discard"):
+            if present:
+                del self.uses[key], self.last[key]
+                (policy.on_evict if what == "evict" else policy.on_discard)(key)
+            return
+        if present:
+            policy.on_hit(key)
+        else:
+            policy.on_insert(key, demanded=what == "use")
+        self.uses[key] = self.uses.get(key, 0) + (present or what == "use")
+        if present or what == "use":
+            self._pass(key)
+        self.last[key] = self.clock
+
+    def _pass(self, key: Key) -> None:
+        """Count tokens: a pass has ended where a layer comes before the last one, or a record comes again."""
+        again = self.token in self.tokens.get(key, ())
+        self.token += key.layer < self.layer or again
+        self.layer = key.layer
+        self.tokens.setdefault(key, set()).add(self.token)
+
+    def cycle_score(self, key: Key) -> float:
+        """The documented one: layers until the next chance / L + 1/p - 1."""
+        share = sum((1 - Cycle.DECAY) * Cycle.DECAY ** (self.token - token) for token in self.tokens.get(key, ()))
+        distance = next(n for n in range(1, LAYERS + 1) if (self.layer + n) % LAYERS == key.layer)
+        return distance / LAYERS + 1 / max(share, Cycle.FLOOR) - 1
+
+
+def order(policy: Policy) -> list[Key]:
+    """All victims in order, a key that comes again counted where it comes first."""
+    return list(dict.fromkeys(policy.victims()))
+
+
+def replay(name: str, trace: list[tuple[str, Key]]) -> Iterator[tuple[Policy, Reference]]:
+    """The policy and the reference after each step of ``trace``."""
+    policy, reference = make_policy(name, LAYERS), Reference()
+    for what, key in trace:
+        reference.apply(policy, what, key)
+        yield policy, reference
+
+
+# Every policy
+
+
+@every_policy
+@SETTINGS
+@given(trace=traces)
+def test_victims_are_the_keys_that_have_a_slot(name: str, trace: list[tuple[str, Key]]) -> None:
+    for policy, reference in replay(name, trace):
+        assert set(order(policy)) == set(reference.uses)
+
+
+@every_policy
+@SETTINGS
+@given(trace=traces, looks=st.lists(st.integers(0, len(KEYS)), max_size=4))
+def test_looking_changes_nothing(name: str, trace: list[tuple[str, Key]], looks: list[int]) -> None:
+    """A look that stops anywhere loses no key, and the next look sees the same order."""
+    for policy, _ in replay(name, trace):
+        before = order(policy)
+        for count in looks:
+            assert set(islice(policy.victims(), count)) <= set(before)
+        assert order(policy) == before
+
+
+@every_policy
+@SETTINGS
+@given(trace=traces, skips=st.lists(st.integers(0, 3), min_size=1))
+def test_evicting_while_looking(name: str, trace: list[tuple[str, Key]], skips: list[int]) -> None:
+    """As the tier does it: skip some victims, evict the next from inside the loop, and look no further."""
+    policy, reference = make_policy(name, LAYERS), Reference()
+    for step, (what, key) in enumerate(trace):
+        reference.apply(policy, what, key)
+        if step % 3 == 2:
+            for position, victim in enumerate(policy.victims()):
+                if position >= skips[step % len(skips)]:
+                    reference.apply(policy, "evict", victim)
+                    break
+        assert set(order(policy)) == set(reference.uses)
+
+
+@every_policy
+def test_evicted_key_comes_again_only_when_reinserted(name: str) -> None:
+    policy = make_policy(name, LAYERS)
+    for key in KEYS:
+        policy.on_insert(key)
+    gone = set()
+    for _ in KEYS:
+        victim = order(policy)[0]
+        assert victim not in gone
+        gone.add(victim)
+        policy.on_evict(victim)
+    assert order(policy) == []
+    policy.on_insert(KEYS[0])
+    assert order(policy) == [KEYS[0]]
+
+
+@every_policy
+@pytest.mark.parametrize("demanded", [True, False])
+def test_discarded_key_is_gone(name: str, demanded: bool) -> None:
+    policy = make_policy(name, LAYERS)
+    policy.on_insert(KEYS[0], demanded=demanded)
+    policy.on_insert(KEYS[1])
+    policy.on_discard(KEYS[0])
+    assert order(policy) == [KEYS[1]]
+    policy.on_insert(KEYS[0], demanded=demanded)
+    assert set(order(policy)) == set(KEYS[:2])
+
+
+@every_policy
+def test_guess_that_comes_back_again_and_again(name: str) -> None:
+    """The same key, guessed and dropped many times: one slot, one key."""
+    policy = make_policy(name, LAYERS)
+    policy.on_insert(KEYS[1])
+    for _ in range(50):
+        policy.on_insert(KEYS[0], demanded=False)
+        assert set(order(policy)) == set(KEYS[:2])
+        policy.on_evict(KEYS[0])
+        assert order(policy) == [KEYS[1]]
+
+
+@every_policy
+def test_takes_trunk_keys(name: str) -> None:
+    policy = make_policy(name, LAYERS)
+    for layer in range(LAYERS + 2):  # the blocks of the lm_head count on past the last layer
+        policy.on_insert(TrunkKey(layer), demanded=layer % 2 == 0)
+    policy.on_hit(TrunkKey(0))
+    assert set(order(policy)) == {TrunkKey(layer) for layer in range(LAYERS + 2)}
+
+
+@every_policy
+def test_memory_stays_bounded(name: str) -> None:
+    """However long the run, a policy remembers some records of the model, not its history."""
+    policy = make_policy(name, LAYERS)
+    for step in range(5000):
+        key = KEYS[step * 7 % len(KEYS)]
+        (policy.on_hit if step >= len(KEYS) else policy.on_insert)(key)
+        if step % 11 == 10 and step >= len(KEYS):
+            policy.on_evict(key)
+            policy.on_insert(key, demanded=False)
+    held = sum(_members(value) for value in vars(policy).values())
+    assert held < 10 * (8 * len(KEYS) + 64 * LAYERS)
+
+
+def _members(value: object) -> int:
+    """How many things a container holds, at any depth."""
+    if isinstance(value, dict):
+        return sum(1 + _members(item) for item in value.values())
+    if isinstance(value, list | set):
+        return sum(1 + _members(item) for item in value if not isinstance(item, tuple)) + len(value)
+    return 0
+
+
+# Each against its reference
+
+
+@SETTINGS
+@given(trace=traces)
+def test_lru_order(trace: list[tuple[str, Key]]) -> None:
+    for policy, reference in replay("lru", trace):
+        assert list(policy.victims()) == sorted(reference.last, key=lambda key: reference.last[key])
+
+
+@SETTINGS
+@given(trace=traces)
+def test_lfu_order(trace: list[tuple[str, Key]]) -> None:
+    for policy, reference in replay("lfu", trace):
+        expected = sorted(reference.uses, key=lambda key: (reference.uses[key], reference.last[key]))
+        assert list(policy.victims()) == expected
+
+
+@SETTINGS
+@given(
+    tokens=st.lists(
+        st.tuples(
+            st.lists(st.sets(st.integers(0, EXPERTS - 1)), min_size=LAYERS, max_size=LAYERS),
+            st.sampled_from([1, 1, 1, 2, 40, 200]),  # so often in a row; 200 takes everything else below the floor of p
+        ),
+        max_size=8,
+    ),
+    guesses=st.lists(st.sampled_from(KEYS), min_size=1),
+    slots=st.integers(1, len(KEYS) - 1),
+)
+def test_cycle_takes_the_best_score(tokens: list[tuple[list[set[int]], int]], guesses: list[Key], slots: int) -> None:
+    policy, reference = make_policy("cycle", LAYERS), Reference()
+    steps = 0
+
+    def use(what: str, key: Key) -> None:
+        if key not in reference.uses and len(reference.uses) == slots:
+            _check_cycle(policy, reference)
+            reference.apply(policy, "evict", next(iter(order(policy))))
+        if key not in reference.uses or what == "use":
+            reference.apply(policy, what, key)
+
+    for chosen, repeats in tokens:
+        for _ in range(repeats):
+            for layer, experts in enumerate(chosen):
+                for expert in sorted(experts):
+                    use("use", ExpertKey(layer, expert))
+                steps += 1
+                if steps % 3 == 0:
+                    use("guess", guesses[steps % len(guesses)])
+    _check_cycle(policy, reference)
+
+
+def _check_cycle(policy: Policy, reference: Reference) -> None:
+    """The scores fall along the policy's order, and it starts with the largest."""
+    scores = [reference.cycle_score(key) for key in order(policy)]
+    assert len(scores) == len(reference.uses)
+    for found, expected in zip(scores, sorted(scores, reverse=True), strict=True):
+        assert math.isclose(found, expected, rel_tol=1e-9)
+
+
+@SETTINGS
+@given(trace=traces)
+def test_cycle_on_any_trace(trace: list[tuple[str, Key]]) -> None:
+    """Also where layers do not come in order."""
+    for policy, reference in replay("cycle", trace):
+        _check_cycle(policy, reference)
+
+
+def test_cycle_prefers_what_runs_soon_and_what_is_popular() -> None:
+    policy = Cycle(LAYERS)
+    for _ in range(5):
+        for layer in range(LAYERS):
+            key = ExpertKey(layer, 0)
+            (policy.on_hit if key in set(policy.victims()) else policy.on_insert)(key)
+    assert order(policy) == [ExpertKey(2, 0), ExpertKey(1, 0), ExpertKey(0, 0)]  # layer 2 has just run
+    policy.on_insert(ExpertKey(0, 1))  # used once: colder than what all tokens use
+    assert order(policy)[0] == ExpertKey(0, 1)
+
+
+@pytest.mark.parametrize("kind", [Lfu, Cycle])
+def test_heaps_stay_bounded(kind: type[Policy]) -> None:
+    policy = kind(LAYERS)
+    for key in KEYS:
+        policy.on_insert(key)
+    for _ in range(2000):
+        for key in KEYS:
+            policy.on_hit(key)
+    heaps = [policy._heap] if isinstance(policy, Lfu) else list(policy._heaps.values())
+    residents = len(KEYS) // len(heaps)
+    assert all(len(heap) <= 8 * residents + 65 for heap in heaps)
+
+
+def _hits(name: str, slots: int, tokens: int) -> int:
+    """Hits of a run through 8 layers of 16 experts, where each token uses expert 0 of a layer always and another in
+    turn."""
+    layers, hits = 8, 0
+    policy = make_policy(name, layers)
+    resident: set[Key] = set()
+    for token in range(tokens):
+        for layer in range(layers):
+            for expert in (0, 1 + token % 15):
+                key = ExpertKey(layer, expert)
+                if key in resident:
+                    hits += 1
+                    policy.on_hit(key)
+                    continue
+                if len(resident) == slots:
+                    victim = next(iter(policy.victims()))
+                    policy.on_evict(victim)
+                    resident.remove(victim)
+                policy.on_insert(key)
+                resident.add(key)
+    return hits
+
+
+def test_cycle_hits_where_lru_cannot() -> None:
+    """Below one token's working set (16 records), lru has always just dropped what comes next."""
+    assert _hits("lru", 12, tokens=60) == 0
+    assert _hits("cycle", 12, tokens=60) > 60 * 4  # of the eight that are used always, more than half
+
+
+# By name
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError) as caught:
+        make_policy("belady", LAYERS)
+    assert "'belady'" in str(caught.value)
+    assert all(name in str(caught.value) for name in POLICIES)
+
+
+@every_policy
+def test_known_name(name: str) -> None:
+    policy = make_policy(name, LAYERS)
+    assert type(policy) is POLICIES[name]
+    assert policy.layers == LAYERS
+
+
+def test_own_class_by_module_and_name() -> None:
+    assert type(make_policy(f"{__name__}:Mine", LAYERS)) is Mine
+
+
+@pytest.mark.parametrize(
+    "name", ["no.such.module:Lru", "math:NoSuchClass", ":Lru", "math:", ":", ".relative:Lru", "", "math:sqrt", "LRU"]
+)
+def test_name_that_leads_nowhere(name: str) -> None:
+    with pytest.raises(UsageError):
+        make_policy(name, LAYERS)
+
+
+def test_class_that_is_no_policy_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"expected a complete subclass of tierlm\.policies\.eviction\.Policy, found .*NotOne"):
+        make_policy(f"{__name__}:NotOne", LAYERS)

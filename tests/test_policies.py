@@ -350,5 +350,5 @@ def test_name_that_leads_nowhere(name: str) -> None:
 
 
 def test_class_that_is_no_policy_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"expected a complete subclass of tierlm\.policies\.eviction\.Policy, found .*NotOne"):
+    with pytest.raises(UsageError, match=r"expected a complete subclass of tierlm\.policies.*found .*NotOne"):
         make_policy(f"{__name__}:NotOne", LAYERS)

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tierlm.errors import StorageError
+from tierlm.memory.disk import Disk
+from tierlm.memory.slots import Entry, Slot
 from tierlm.memory.store import Leases, Store
-from tierlm.memory.tiers import Disk, Entry, Slot, Source, Tier
+from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import Ticket, Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.policies.eviction import POLICIES, make_policy

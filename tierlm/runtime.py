@@ -16,9 +16,11 @@ from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.generate import Engine
 from tierlm.errors import BudgetError, UsageError
 from tierlm.kernels import native
+from tierlm.memory.disk import Disk
 from tierlm.memory.kvcache import KvCache
+from tierlm.memory.slots import Slot, allocate
 from tierlm.memory.store import Store
-from tierlm.memory.tiers import Disk, Slot, Source, Tier, allocate
+from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.models.catalog import GATES, Catalog

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
-from tierlm.memory.tiers import Entry, Tier
+from tierlm.memory.slots import Entry
+from tierlm.memory.tiers import Tier
 from tierlm.spec import ExpertKey, Key
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.formats import Weights, weights_of

@@ -7,7 +7,6 @@ One thread, the one that computes, calls a tier. Transfers run elsewhere; a tier
 from __future__ import annotations
 
 import bisect
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,66 +15,10 @@ import torch
 from torch import Tensor
 
 from tierlm.errors import StorageError
+from tierlm.memory.slots import Entry, Slot
 from tierlm.memory.transfer import Job, Ticket, Transfer
 from tierlm.policies.eviction import Policy
 from tierlm.spec import Key
-from tierlm.weights.checkpoint import Record
-from tierlm.weights.reader import Reader, Request, failure, split
-
-
-def allocate(nbytes: int, device: torch.device) -> Tensor:
-    """A slab: uint8 [nbytes], page-aligned. In host memory it takes up room only as it is written to, and is pinned
-    where there is an accelerator to copy to."""
-    if device.type != "cpu":
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    if torch.accelerator.is_available():
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    slab = mmap.mmap(-1, max(nbytes, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        slab.madvise(mmap.MADV_HUGEPAGE)  # a first touch per 2 MiB instead of per 4 KiB
-    return torch.frombuffer(slab, dtype=torch.uint8)[:nbytes]
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A place for one record. ``guard``: the event after which the last reader of the old content is through."""
-
-    buffer: Tensor  # uint8 [size]
-    guard: torch.Event | None = None
-
-    @property
-    def size(self) -> int:
-        return self.buffer.numel()
-
-    def release(self) -> None:
-        """Note that computation on this slot has been queued: the slot may be overwritten only after it."""
-        if self.buffer.device.type != "cpu":
-            self.guard = torch.Event(self.buffer.device)
-            self.guard.record()
-
-    def wait(self) -> None:
-        """Wait, in a transfer thread, until nobody reads the old content any more."""
-        if self.guard is not None:
-            self.guard.synchronize()
-            self.guard = None
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A record in a slot: loading while ``ticket`` is set, then resident.
-
-    ``pins``: leases and copies under way that hold it here. ``speculative``: nobody has demanded it yet.
-    ``passing``: a prefill streamed it through in the place of a warm record.
-    """
-
-    key: Key
-    slot: Slot
-    ticket: Ticket | None
-    speculative: bool
-    passing: bool
-    pins: int = 0
-    source: Entry | None = None
-    error: BaseException | None = None
 
 
 class Source(Protocol):
@@ -96,37 +39,6 @@ class Source(Protocol):
 
     def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
         """Drop the speculative reads that ``stale`` says are late."""
-
-
-class Disk:
-    """The tier at the bottom: records are always there, and are read."""
-
-    def __init__(self, reader: Reader, records: Callable[[Key], Record], transfer: Transfer):
-        self.reader, self.records, self.transfer = reader, records, transfer
-
-    def fetch(self, key: Key, slot: Slot, speculative: bool, passing: bool) -> tuple[Ticket, None]:
-        requests = [request for extent in self.records(key).extents for request in split(extent)]
-        return self.transfer.submit([self._job(r, slot) for r in requests], speculative=speculative), None
-
-    def _job(self, request: Request, slot: Slot) -> Job:
-        def run() -> None:
-            slot.wait()
-            part = slot.buffer[request.at : request.at + request.hi - request.lo]
-            self.reader.read(request, part.numpy().data)
-
-        return Job("disk->ram", request.hi - request.lo, run, lambda what: failure(request, request.start, what))
-
-    def settle(self) -> None:
-        """Nothing arrives at the disk."""
-
-    def copied(self, entry: Entry) -> None:
-        """The disk pins nothing."""
-
-    def keep(self, key: Key) -> None:
-        """The disk keeps everything."""
-
-    def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
-        """Reads belong to the tier that asked for them."""
 
 
 @dataclass
@@ -169,6 +81,7 @@ class Tier:
         self._passing_limit = max(2, len(slots) // 8)  # slots that a prefill may, likewise
         self._unclaimed = 0
         self._passing = 0
+        self._stream: torch.Stream | None = None  # for copies to the tier above
 
     def demand(self, key: Key) -> Entry | None:
         """The entry of ``key`` for use now, pinned and counted, resident or on its way; None if it must be started."""
@@ -234,15 +147,24 @@ class Tier:
 
         def run() -> None:
             slot.wait()
-            slot.buffer[:size].copy_(below.buffer[:size])
-            if slot.buffer.device.type != "cpu":
-                torch.accelerator.current_stream(slot.buffer.device).synchronize()
+            self._copy_up(slot.buffer[:size], below.buffer[:size])
 
         def stalled(what: str) -> StorageError:
             return StorageError(f"copying {key} from {self.name}: {what}")
 
         job = Job(f"{self.name}->vram", size, run, stalled)
         return self.transfer.submit([job], speculative=speculative, after=entry.ticket), entry
+
+    def _copy_up(self, target: Tensor, source: Tensor) -> None:
+        """In a transfer thread: copy, on a stream of its own where there are streams, and wait for it."""
+        if target.device.type == "cpu":
+            target.copy_(source)
+            return
+        if self._stream is None:
+            self._stream = torch.Stream(target.device)
+        torch.accelerator.set_stream(self._stream)  # of this thread only
+        target.copy_(source, non_blocking=True)
+        self._stream.synchronize()
 
     def settle(self) -> None:
         """Take note of what has arrived, and of what has failed."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from tierlm.memory.slots import Entry
 from tierlm.memory.store import Store
-from tierlm.memory.tiers import Entry, Tier
+from tierlm.memory.tiers import Tier
 from tierlm.spec import Key, TrunkKey
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.formats import Weights, weights_of

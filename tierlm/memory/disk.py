@@ -1,0 +1,42 @@
+"""The tier at the bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tierlm.memory.slots import Entry, Slot
+from tierlm.memory.transfer import Job, Ticket, Transfer
+from tierlm.spec import Key
+from tierlm.weights.checkpoint import Record
+from tierlm.weights.reader import Reader, Request, failure, split
+
+
+class Disk:
+    """The tier at the bottom: records are always there, and are read."""
+
+    def __init__(self, reader: Reader, records: Callable[[Key], Record], transfer: Transfer):
+        self.reader, self.records, self.transfer = reader, records, transfer
+
+    def fetch(self, key: Key, slot: Slot, speculative: bool, passing: bool) -> tuple[Ticket, None]:
+        requests = [request for extent in self.records(key).extents for request in split(extent)]
+        return self.transfer.submit([self._job(r, slot) for r in requests], speculative=speculative), None
+
+    def _job(self, request: Request, slot: Slot) -> Job:
+        def run() -> None:
+            slot.wait()
+            part = slot.buffer[request.at : request.at + request.hi - request.lo]
+            self.reader.read(request, part.numpy().data)
+
+        return Job("disk->ram", request.hi - request.lo, run, lambda what: failure(request, request.start, what))
+
+    def settle(self) -> None:
+        """Nothing arrives at the disk."""
+
+    def copied(self, entry: Entry) -> None:
+        """The disk pins nothing."""
+
+    def keep(self, key: Key) -> None:
+        """The disk keeps everything."""
+
+    def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
+        """Reads belong to the tier that asked for them."""

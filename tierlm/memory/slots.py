@@ -1,0 +1,67 @@
+"""Slots: places in a slab of a device's memory that hold one record each."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tierlm.memory.transfer import Ticket
+from tierlm.spec import Key
+
+
+def allocate(nbytes: int, device: torch.device) -> Tensor:
+    """A slab: uint8 [nbytes], page-aligned. In host memory it takes up room only as it is written to, and is pinned
+    where there is an accelerator to copy to."""
+    if device.type != "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if torch.accelerator.is_available():
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    slab = mmap.mmap(-1, max(nbytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        slab.madvise(mmap.MADV_HUGEPAGE)  # a first touch per 2 MiB instead of per 4 KiB
+    return torch.frombuffer(slab, dtype=torch.uint8)[:nbytes]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place for one record. ``guard``: the event after which the last reader of the old content is through."""
+
+    buffer: Tensor  # uint8 [size]
+    guard: torch.Event | None = None
+
+    @property
+    def size(self) -> int:
+        return self.buffer.numel()
+
+    def release(self) -> None:
+        """Note that computation on this slot has been queued: the slot may be overwritten only after it."""
+        if self.buffer.device.type != "cpu":
+            self.guard = torch.Event(self.buffer.device)
+            self.guard.record()
+
+    def wait(self) -> None:
+        """Wait, in a transfer thread, until nobody reads the old content any more."""
+        if self.guard is not None:
+            self.guard.synchronize()
+            self.guard = None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A record in a slot: loading while ``ticket`` is set, then resident.
+
+    ``pins``: leases and copies under way that hold it here. ``speculative``: nobody has demanded it yet.
+    ``passing``: a prefill streamed it through in the place of a warm record.
+    """
+
+    key: Key
+    slot: Slot
+    ticket: Ticket | None
+    speculative: bool
+    passing: bool
+    pins: int = 0
+    source: Entry | None = None
+    error: BaseException | None = None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm.kernels import Weight, gated_mlp, linear, native, widen
-from tierlm.kernels.linear import linear_reference
+from tierlm.kernels.linear import linear_reference, widen_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
@@ -32,7 +32,7 @@ def test_the_kernels_were_built() -> None:
 def test_equal_to_float64(dtype: torch.dtype, rows: int, outs: int, ins: int) -> None:
     weight = some_weight(outs, ins, dtype)
     x = torch.randn(rows, ins, generator=torch.Generator().manual_seed(1))
-    assert native.takes(x, weight.data, weight.scale)
+    assert native.kernels_for(weight.data, weight.scale) is not None
     exact = x.double() @ widen(weight).double().t()
     bound = 1e-6 * (x.abs().double() @ widen(weight).abs().double().t()) + 1e-30
     for found in (linear(x, weight), linear_reference(x, weight)):
@@ -70,17 +70,27 @@ def test_rows_threads_and_repetition_do_not_reach_the_result(dtype: torch.dtype)
         torch.set_num_threads(threads)
 
 
-def test_a_view_into_a_slot_is_taken_and_others_are_not() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (129, 300), (256, 128), (40, 515)])
+def test_widen_equals_the_reference_bit_for_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight = some_weight(*shape, dtype)
+    assert torch.equal(widen(weight), widen_reference(weight.data, weight.scale))
+    if shape[0] > 128:
+        for start, stop in ((128, None), (37, 131), (128, 129)):
+            assert torch.equal(widen(weight, start, stop), widen_reference(weight.data, weight.scale)[start:stop])
+
+
+def test_what_the_kernels_do_not_know_goes_to_torch() -> None:
     slab = torch.zeros(4096, dtype=torch.uint8)
-    inside = slab[128 : 128 + 2 * 30 * 20].view(torch.bfloat16).view(30, 20)
+    inside = slab[128 : 128 + 2 * 30 * 20].view(torch.bfloat16).view(30, 20)  # a view into a slot is known
     inside.copy_(torch.randn(30, 20, generator=torch.Generator().manual_seed(3)))
-    x = torch.ones(1, 20)
-    assert native.takes(x, inside, None)
-    assert not native.takes(torch.ones(native.MAX_ROWS + 1, 20), inside, None)
-    assert not native.takes(x, inside.t(), None)
-    assert not native.takes(torch.ones(20, 2).t(), inside, None)
-    both = linear(torch.ones(20, 2).t(), Weight(inside))
-    assert torch.allclose(both, linear(x, Weight(inside)).expand(2, 30), atol=1e-5)
+    assert native.kernels_for(inside, None) is not None
+    assert native.kernels_for(inside.t(), None) is None
+    assert native.kernels_for(inside.double(), None) is None
+    assert native.kernels_for(inside.to(torch.float8_e4m3fn), None) is None
+    rows = torch.randn(20, 3, generator=torch.Generator().manual_seed(5)).t()  # not contiguous
+    assert torch.allclose(linear(rows, Weight(inside)), linear(rows.contiguous(), Weight(inside)), atol=1e-5)
+    assert torch.allclose(linear(rows, Weight(inside.t().contiguous().t())), rows @ inside.float().t(), atol=1e-5)
 
 
 def test_gated_mlp_is_silu_of_gate_times_up_then_down() -> None:

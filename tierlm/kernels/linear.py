@@ -36,29 +36,43 @@ class Weight:
 
 def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:
     """Rows ``start`` to ``stop`` as float32 [stop - start, ...]; a view where they are float32 already."""
-    rows = weight.data[start:stop].float()
-    if weight.scale is None:
-        return rows
-    index = torch.arange(start, start + rows.shape[0], device=rows.device) // BLOCK
-    scale = weight.scale[index].repeat_interleave(BLOCK, dim=1)[:, : rows.shape[1]]
-    return rows.mul_(scale)
+    scale, extra = weight.scale, 0
+    if scale is not None:  # begin where a block of scales does
+        extra = start % BLOCK
+        scale = scale[start // BLOCK :]
+    data = weight.data[start - extra : stop]
+    if data.dtype == torch.float32 and scale is None:
+        return data
+    kernels = native.kernels_for(data, scale)
+    wide = kernels.widen(data, scale) if kernels is not None else widen_reference(data, scale)
+    return wide[extra:]
+
+
+def widen_reference(data: Tensor, scale: Tensor | None) -> Tensor:
+    """``widen`` of all rows in torch alone."""
+    rows = data.float()
+    if scale is not None:
+        wide = scale.repeat_interleave(BLOCK, dim=0).repeat_interleave(BLOCK, dim=1)
+        rows.mul_(wide[: rows.shape[0], : rows.shape[1]])
+    return rows
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """``x @ weight.T``: float32 [T, in] -> float32 [T, out]. The result depends on the shapes and values alone."""
-    if native.takes(x, weight.data, weight.scale):
-        return native.linear(x, weight.data, weight.scale)
+    kernels = native.kernels_for(weight.data, weight.scale)
+    if kernels is not None and len(x) <= native.MAX_ROWS and x.is_contiguous():
+        return kernels.linear(x, weight.data, weight.scale)
     return linear_reference(x, weight)
 
 
 def linear_reference(x: Tensor, weight: Weight) -> Tensor:
-    """``linear`` in torch alone."""
+    """``linear`` by matrix products of torch, a widened tile at a time."""
     if weight.scale is None and weight.data.dtype == x.dtype:
         return functional.linear(x, weight.data)
     if x.device.type != "cpu" and weight.scale is None:
         return functional.linear(x.to(weight.data.dtype), weight.data).float()
     outs, ins = weight.shape
-    tile = max(1, TILE_VALUES // ins)
+    tile = max(BLOCK, TILE_VALUES // ins // BLOCK * BLOCK)
     out = x.new_empty(x.shape[0], outs)
     for start in range(0, outs, tile):
         stop = min(start + tile, outs)

@@ -65,7 +65,8 @@ struct Float16 {
 struct Float8 {  // e4m3
     static constexpr int size = 1;
     static INLINE Floats load(const uint8_t* p) {
-        Words raw = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Words);
+        // In two steps, each of which is one instruction; compilers take the one step apart.
+        Words raw = __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Halves), Words);
         Words bits = ((raw & 0x80u) << 24) | ((raw & 0x7fu) << 20);
         return reinterpret_cast<Floats>(bits) * 0x1p120f;
     }
@@ -91,7 +92,8 @@ template <class Format, int OUTS, int ROWS>
 INLINE void tile(const Product& p, int64_t out, int64_t row) {
     const int64_t width = p.scale ? BLOCK : p.ins;
     const int64_t blocks = (p.ins + BLOCK - 1) / BLOCK;
-    float result[OUTS][ROWS] = {};
+    Floats total[OUTS][ROWS] = {};
+    float rest[OUTS][ROWS] = {};
     for (int64_t start = 0; start < p.ins; start += width) {
         const int64_t end = start + width < p.ins ? start + width : p.ins;
         Floats even[OUTS][ROWS] = {}, odd[OUTS][ROWS] = {};
@@ -107,28 +109,26 @@ INLINE void tile(const Product& p, int64_t out, int64_t row) {
                 }
             }
         }
-        for (int o = 0; o < OUTS; ++o)
-            for (int r = 0; r < ROWS; ++r) {
-                float total = sum(even[o][r] + odd[o][r]);
-                for (int64_t j = i; j < end; ++j) {
-                    uint8_t one[LANES * 4] = {};
-                    std::memcpy(one, p.w + ((out + o) * p.ins + j) * Format::size, Format::size);
-                    total += Format::load(one)[0] * p.x[(row + r) * p.ins + j];
-                }
-                result[o][r] += p.scale ? total * p.scale[(out + o) / BLOCK * blocks + start / BLOCK] : total;
+        for (int o = 0; o < OUTS; ++o) {
+            const float scale = p.scale ? p.scale[(out + o) / BLOCK * blocks + start / BLOCK] : 1.0f;
+            for (int r = 0; r < ROWS; ++r) total[o][r] += (even[o][r] + odd[o][r]) * scale;
+            for (int64_t j = i; j < end; ++j) {
+                uint8_t one[LANES * 4] = {};
+                std::memcpy(one, p.w + ((out + o) * p.ins + j) * Format::size, Format::size);
+                const float weight = Format::load(one)[0] * scale;
+                for (int r = 0; r < ROWS; ++r) rest[o][r] += weight * p.x[(row + r) * p.ins + j];
             }
+        }
     }
     for (int o = 0; o < OUTS; ++o)
-        for (int r = 0; r < ROWS; ++r) p.y[(row + r) * p.stride + out + o] = result[o][r];
+        for (int r = 0; r < ROWS; ++r) p.y[(row + r) * p.stride + out + o] = sum(total[o][r]) + rest[o][r];
 }
 
 template <class Format>
 INLINE void outputs(const Product& p, int64_t first, int64_t last) {
     int64_t row = 0;
     for (; row + 4 <= p.rows; row += 4) {
-        int64_t out = first;
-        for (; out + 2 <= last; out += 2) tile<Format, 2, 4>(p, out, row);
-        for (; out < last; ++out) tile<Format, 1, 4>(p, out, row);
+        for (int64_t out = first; out < last; ++out) tile<Format, 1, 4>(p, out, row);
     }
     for (; row < p.rows; ++row) {
         int64_t out = first;
@@ -137,13 +137,40 @@ INLINE void outputs(const Product& p, int64_t first, int64_t last) {
     }
 }
 
+// Weight rows `first` to `last` as float32, into y [outs, ins].
+template <class Format>
+INLINE void widened(const Product& p, int64_t first, int64_t last) {
+    const int64_t blocks = (p.ins + BLOCK - 1) / BLOCK;
+    for (int64_t out = first; out < last; ++out) {
+        const uint8_t* w = p.w + out * p.ins * Format::size;
+        float* y = p.y + out * p.ins;
+        for (int64_t i = 0; i < p.ins;) {
+            const float scale = p.scale ? p.scale[out / BLOCK * blocks + i / BLOCK] : 1.0f;
+            const int64_t end = p.scale ? std::min(p.ins, (i / BLOCK + 1) * BLOCK) : p.ins;
+            for (; i + LANES <= end; i += LANES)
+                *reinterpret_cast<Floats*>(y + i) = Format::load(w + i * Format::size) * scale;
+            for (; i < end; ++i) {
+                uint8_t one[LANES * 4] = {};
+                std::memcpy(one, w + i * Format::size, Format::size);
+                y[i] = Format::load(one)[0] * scale;
+            }
+        }
+    }
+}
+
 CLONES void outputs_float32(const Product& p, int64_t first, int64_t last) { outputs<Float32>(p, first, last); }
 CLONES void outputs_bfloat16(const Product& p, int64_t first, int64_t last) { outputs<BFloat16>(p, first, last); }
 CLONES void outputs_float16(const Product& p, int64_t first, int64_t last) { outputs<Float16>(p, first, last); }
 CLONES void outputs_float8(const Product& p, int64_t first, int64_t last) { outputs<Float8>(p, first, last); }
 
+CLONES void widened_float32(const Product& p, int64_t first, int64_t last) { widened<Float32>(p, first, last); }
+CLONES void widened_bfloat16(const Product& p, int64_t first, int64_t last) { widened<BFloat16>(p, first, last); }
+CLONES void widened_float16(const Product& p, int64_t first, int64_t last) { widened<Float16>(p, first, last); }
+CLONES void widened_float8(const Product& p, int64_t first, int64_t last) { widened<Float8>(p, first, last); }
+
 using Outputs = void (*)(const Product&, int64_t, int64_t);
 constexpr Outputs OUTPUTS[] = {outputs_float32, outputs_bfloat16, outputs_float16, outputs_float8};
+constexpr Outputs WIDENED[] = {widened_float32, widened_bfloat16, widened_float16, widened_float8};
 
 // A few threads that look for work a little while before they sleep. One that wakes too late to help is not waited for.
 class Pool {
@@ -217,6 +244,14 @@ class Pool {
     bool stop_ = false;
 };
 
+void share(void* pool, Outputs work, const Product& product) {
+    const int64_t outs = product.outs;
+    const int64_t piece = std::max<int64_t>(4, (65536 / std::max<int64_t>(product.ins, 1)) & ~int64_t{3});
+    static_cast<Pool*>(pool)->run((outs + piece - 1) / piece, [&](int64_t i) {
+        work(product, i * piece, std::min(outs, (i + 1) * piece));
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -225,16 +260,18 @@ void* tierlm_pool_new(int threads) { return new Pool(threads); }
 
 void tierlm_pool_free(void* pool) { delete static_cast<Pool*>(pool); }
 
-// y = x @ w.T. `format` counts float32, bfloat16, float16, block-scaled float8.
+// `format` counts float32, bfloat16, float16, block-scaled float8. Work is shared out by weight rows, in pieces of about
+// 64 Ki weights: long enough to outweigh the hand-over, short enough to end together.
+
+// y = x @ w.T
 void tierlm_linear(void* pool, int format, const float* x, const void* w, const float* scale, float* y, int64_t rows,
                    int64_t ins, int64_t outs, int64_t stride) {
-    const Product product{x, static_cast<const uint8_t*>(w), scale, y, rows, ins, outs, stride};
-    // Pieces of about 64 Ki weights: long enough to outweigh the hand-over, short enough to end together.
-    const int64_t share = std::max<int64_t>(4, (65536 / (ins > 0 ? ins : 1)) & ~int64_t{3});
-    static_cast<Pool*>(pool)->run((outs + share - 1) / share, [&](int64_t i) {
-        const int64_t first = i * share, last = first + share < outs ? first + share : outs;
-        OUTPUTS[format](product, first, last);
-    });
+    share(pool, OUTPUTS[format], Product{x, static_cast<const uint8_t*>(w), scale, y, rows, ins, outs, stride});
+}
+
+// y = w as float32. Row 0 of `w` is the first of a block of scales.
+void tierlm_widen(void* pool, int format, const void* w, const float* scale, float* y, int64_t ins, int64_t outs) {
+    share(pool, WIDENED[format], Product{nullptr, static_cast<const uint8_t*>(w), scale, y, 0, ins, outs, 0});
 }
 
 }

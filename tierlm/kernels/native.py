@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
-MAX_ROWS = 12  # above it, widening a tile and a matrix product are faster
+MAX_ROWS = 48  # above it, widening a tile and a matrix product are faster
 
 
 class Native:
@@ -26,6 +26,12 @@ class Native:
             ctypes.c_int,
             *[ctypes.c_void_p] * 4,
             *[ctypes.c_int64] * 4,
+        ]
+        self._library.tierlm_widen.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 3,
+            *[ctypes.c_int64] * 2,
         ]
         self._pools: dict[int, int] = {}
 
@@ -47,17 +53,25 @@ class Native:
         )
         return out
 
+    def widen(self, data: Tensor, scale: Tensor | None) -> Tensor:
+        """w [out, in] as stored -> float32 [out, in]. The first row is the first of a block of scales."""
+        outs, ins = data.shape
+        out = torch.empty(outs, ins)
+        self._library.tierlm_widen(
+            self._pool(torch.get_num_threads()),
+            FORMATS[data.dtype],
+            data.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            out.data_ptr(),
+            ins,
+            outs,
+        )
+        return out
+
     def _pool(self, threads: int) -> int:
         if threads not in self._pools:
             self._pools[threads] = self._library.tierlm_pool_new(threads)
         return self._pools[threads]
-
-
-def linear(x: Tensor, data: Tensor, scale: Tensor | None) -> Tensor:
-    """As ``Native.linear``, for what ``takes`` says can be taken."""
-    library = load()
-    assert library is not None
-    return library.linear(x, data, scale)
 
 
 @cache
@@ -70,8 +84,8 @@ def load() -> Native | None:
     return None
 
 
-def takes(x: Tensor, data: Tensor, scale: Tensor | None) -> bool:
-    """Whether the compiled kernels exist and are the faster way to multiply these."""
-    fits = data.dim() == 2 and len(x) <= MAX_ROWS and x.is_contiguous() and data.is_contiguous()
-    known = x.device.type == "cpu" and data.dtype in FORMATS and (scale is not None) == (data.dtype.itemsize == 1)
-    return fits and known and (scale is None or scale.is_contiguous()) and load() is not None
+def kernels_for(data: Tensor, scale: Tensor | None) -> Native | None:
+    """The compiled kernels, if they exist and know this weight."""
+    known = data.device.type == "cpu" and data.dtype in FORMATS and (scale is not None) == (data.dtype.itemsize == 1)
+    plain = data.dim() == 2 and data.is_contiguous() and (scale is None or scale.is_contiguous())
+    return load() if known and plain else None

@@ -137,40 +137,32 @@ INLINE void outputs(const Product& p, int64_t first, int64_t last) {
     }
 }
 
-// Weight rows `first` to `last` as float32, into y [outs, ins].
-template <class Format>
-INLINE void widened(const Product& p, int64_t first, int64_t last) {
-    const int64_t blocks = (p.ins + BLOCK - 1) / BLOCK;
-    for (int64_t out = first; out < last; ++out) {
-        const uint8_t* w = p.w + out * p.ins * Format::size;
-        float* y = p.y + out * p.ins;
-        for (int64_t i = 0; i < p.ins;) {
-            const float scale = p.scale ? p.scale[out / BLOCK * blocks + i / BLOCK] : 1.0f;
-            const int64_t end = p.scale ? std::min(p.ins, (i / BLOCK + 1) * BLOCK) : p.ins;
-            for (; i + LANES <= end; i += LANES)
-                *reinterpret_cast<Floats*>(y + i) = Format::load(w + i * Format::size) * scale;
-            for (; i < end; ++i) {
-                uint8_t one[LANES * 4] = {};
-                std::memcpy(one, w + i * Format::size, Format::size);
-                y[i] = Format::load(one)[0] * scale;
-            }
-        }
-    }
-}
-
 CLONES void outputs_float32(const Product& p, int64_t first, int64_t last) { outputs<Float32>(p, first, last); }
 CLONES void outputs_bfloat16(const Product& p, int64_t first, int64_t last) { outputs<BFloat16>(p, first, last); }
 CLONES void outputs_float16(const Product& p, int64_t first, int64_t last) { outputs<Float16>(p, first, last); }
 CLONES void outputs_float8(const Product& p, int64_t first, int64_t last) { outputs<Float8>(p, first, last); }
 
-CLONES void widened_float32(const Product& p, int64_t first, int64_t last) { widened<Float32>(p, first, last); }
-CLONES void widened_bfloat16(const Product& p, int64_t first, int64_t last) { widened<BFloat16>(p, first, last); }
-CLONES void widened_float16(const Product& p, int64_t first, int64_t last) { widened<Float16>(p, first, last); }
-CLONES void widened_float8(const Product& p, int64_t first, int64_t last) { widened<Float8>(p, first, last); }
+
+// Float8 weight rows `first` to `last` as float32, into y [outs, ins].
+CLONES void widened_float8(const Product& p, int64_t first, int64_t last) {
+    const int64_t blocks = (p.ins + BLOCK - 1) / BLOCK;
+    for (int64_t out = first; out < last; ++out) {
+        const uint8_t* w = p.w + out * p.ins;
+        float* y = p.y + out * p.ins;
+        for (int64_t i = 0; i < p.ins;) {
+            const float scale = p.scale[out / BLOCK * blocks + i / BLOCK];
+            const int64_t end = std::min(p.ins, (i / BLOCK + 1) * BLOCK);
+            for (; i + LANES <= end; i += LANES) *reinterpret_cast<Floats*>(y + i) = Float8::load(w + i) * scale;
+            for (; i < end; ++i) {
+                uint8_t one[LANES] = {w[i]};
+                y[i] = Float8::load(one)[0] * scale;
+            }
+        }
+    }
+}
 
 using Outputs = void (*)(const Product&, int64_t, int64_t);
 constexpr Outputs OUTPUTS[] = {outputs_float32, outputs_bfloat16, outputs_float16, outputs_float8};
-constexpr Outputs WIDENED[] = {widened_float32, widened_bfloat16, widened_float16, widened_float8};
 
 // A few threads that look for work a little while before they sleep. One that wakes too late to help is not waited for.
 class Pool {
@@ -269,9 +261,9 @@ void tierlm_linear(void* pool, int format, const float* x, const void* w, const 
     share(pool, OUTPUTS[format], Product{x, static_cast<const uint8_t*>(w), scale, y, rows, ins, outs, stride});
 }
 
-// y = w as float32. Row 0 of `w` is the first of a block of scales.
-void tierlm_widen(void* pool, int format, const void* w, const float* scale, float* y, int64_t ins, int64_t outs) {
-    share(pool, WIDENED[format], Product{nullptr, static_cast<const uint8_t*>(w), scale, y, 0, ins, outs, 0});
+// y = w, block-scaled float8, as float32. Row 0 of `w` is the first of a block of scales.
+void tierlm_widen_float8(void* pool, const void* w, const float* scale, float* y, int64_t ins, int64_t outs) {
+    share(pool, widened_float8, Product{nullptr, static_cast<const uint8_t*>(w), scale, y, 0, ins, outs, 0});
 }
 
 }

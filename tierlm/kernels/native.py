@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
-MAX_ROWS = 48  # above it, widening a tile and a matrix product are faster
+MAX_ROWS = 64  # above it, widening a tile and a matrix product are faster
 
 
 class Native:
@@ -27,12 +27,7 @@ class Native:
             *[ctypes.c_void_p] * 4,
             *[ctypes.c_int64] * 4,
         ]
-        self._library.tierlm_widen.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_int,
-            *[ctypes.c_void_p] * 3,
-            *[ctypes.c_int64] * 2,
-        ]
+        self._library.tierlm_widen_float8.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2]
         self._pools: dict[int, int] = {}
 
     def linear(self, x: Tensor, data: Tensor, scale: Tensor | None) -> Tensor:
@@ -53,19 +48,12 @@ class Native:
         )
         return out
 
-    def widen(self, data: Tensor, scale: Tensor | None) -> Tensor:
-        """w [out, in] as stored -> float32 [out, in]. The first row is the first of a block of scales."""
+    def widen(self, data: Tensor, scale: Tensor) -> Tensor:
+        """Block-scaled float8 [out, in] -> float32 [out, in]. The first row is the first of a block of scales."""
         outs, ins = data.shape
         out = torch.empty(outs, ins)
-        self._library.tierlm_widen(
-            self._pool(torch.get_num_threads()),
-            FORMATS[data.dtype],
-            data.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
-            out.data_ptr(),
-            ins,
-            outs,
-        )
+        pool = self._pool(torch.get_num_threads())
+        self._library.tierlm_widen_float8(pool, data.data_ptr(), scale.data_ptr(), out.data_ptr(), ins, outs)
         return out
 
     def _pool(self, threads: int) -> int:

@@ -32,8 +32,8 @@ setup(
         Extension(
             "tierlm.kernels._native",
             ["tierlm/kernels/native.cpp"],
-            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast", "-pthread", "-Wno-psabi"],
-            extra_link_args=["-pthread"],
+            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"],
+            extra_link_args=["-fopenmp"],
             language="c++",
             optional=True,
         )

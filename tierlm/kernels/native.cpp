@@ -1,29 +1,21 @@
-// Products of a few float32 rows with weights as they are stored, and the threads that share the work.
+// Products of a few float32 rows with weights as they are stored.
 //
-// Plain C interface, called through ctypes; no dependency but the compiler. Vector code is written with the compiler's
+// The threads are OpenMP's, and in practice torch's own: a second pool beside it would fight it for the cores, since
+// either keeps its idle threads spinning for a while. Plain C interface, called through ctypes; no dependency but the compiler. Vector code is written with the compiler's
 // own vector types and compiled once per instruction set; the best one is chosen when the library is loaded.
 //
 // Every output is computed by one thread, over the columns in one fixed order, whatever the number of threads, rows or
 // neighbours: results depend on the operands alone.
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <mutex>
-#include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define PAUSE() _mm_pause()
 #else
 #define CLONES
-#define PAUSE() std::this_thread::yield()
 #endif
 #define INLINE inline __attribute__((always_inline))
 
@@ -164,106 +156,30 @@ CLONES void widened_float8(const Product& p, int64_t first, int64_t last) {
 using Outputs = void (*)(const Product&, int64_t, int64_t);
 constexpr Outputs OUTPUTS[] = {outputs_float32, outputs_bfloat16, outputs_float16, outputs_float8};
 
-// A few threads that look for work a little while before they sleep. One that wakes too late to help is not waited for.
-class Pool {
-  public:
-    explicit Pool(int threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
-    }
-
-    ~Pool() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stop_ = true;
-            round_.fetch_add(1);
-        }
-        wake_.notify_all();
-        for (auto& worker : workers_) worker.join();
-    }
-
-    // Run `piece(i)` for every i below `pieces`, each once, on some thread.
-    void run(int64_t pieces, const std::function<void(int64_t)>& piece) {
-        std::lock_guard<std::mutex> caller(caller_);
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            piece_ = &piece;
-            pieces_ = pieces;
-            next_.store(0);
-            open_ = true;
-            round_.fetch_add(1);
-        }
-        if (pieces > 1) wake_.notify_all();
-        drain();
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            open_ = false;
-        }
-        while (busy_.load() != 0) PAUSE();
-    }
-
-  private:
-    void drain() {
-        for (int64_t i; (i = next_.fetch_add(1)) < pieces_;) (*piece_)(i);
-    }
-
-    void work() {
-        uint64_t seen = 0;
-        for (;;) {
-            for (int spin = 0; spin < SPINS && round_.load() == seen; ++spin) PAUSE();
-            {
-                std::unique_lock<std::mutex> lock(mutex_);
-                wake_.wait(lock, [&] { return round_.load() != seen; });
-                seen = round_.load();
-                if (stop_) return;
-                if (!open_) continue;
-                busy_.fetch_add(1);
-            }
-            drain();
-            busy_.fetch_sub(1);
-        }
-    }
-
-    static constexpr int SPINS = 2000;  // some tens of microseconds, about the gap between two products of a layer
-    std::vector<std::thread> workers_;
-    std::mutex caller_, mutex_;
-    std::condition_variable wake_;
-    std::atomic<uint64_t> round_{0};
-    std::atomic<int64_t> next_{0};
-    std::atomic<int> busy_{0};
-    int64_t pieces_ = 0;
-    const std::function<void(int64_t)>* piece_ = nullptr;
-    bool open_ = false;
-    bool stop_ = false;
-};
-
-void share(void* pool, Outputs work, const Product& product) {
+void share(int threads, Outputs work, const Product& product) {
     const int64_t outs = product.outs;
     const int64_t piece = std::max<int64_t>(4, (65536 / std::max<int64_t>(product.ins, 1)) & ~int64_t{3});
-    static_cast<Pool*>(pool)->run((outs + piece - 1) / piece, [&](int64_t i) {
-        work(product, i * piece, std::min(outs, (i + 1) * piece));
-    });
+    const int64_t pieces = (outs + piece - 1) / piece;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (pieces > 1)
+    for (int64_t i = 0; i < pieces; ++i) work(product, i * piece, std::min(outs, (i + 1) * piece));
 }
 
 }  // namespace
 
 extern "C" {
 
-void* tierlm_pool_new(int threads) { return new Pool(threads); }
-
-void tierlm_pool_free(void* pool) { delete static_cast<Pool*>(pool); }
-
 // `format` counts float32, bfloat16, float16, block-scaled float8. Work is shared out by weight rows, in pieces of about
 // 64 Ki weights: long enough to outweigh the hand-over, short enough to end together.
 
 // y = x @ w.T
-void tierlm_linear(void* pool, int format, const float* x, const void* w, const float* scale, float* y, int64_t rows,
+void tierlm_linear(int threads, int format, const float* x, const void* w, const float* scale, float* y, int64_t rows,
                    int64_t ins, int64_t outs, int64_t stride) {
-    share(pool, OUTPUTS[format], Product{x, static_cast<const uint8_t*>(w), scale, y, rows, ins, outs, stride});
+    share(threads, OUTPUTS[format], Product{x, static_cast<const uint8_t*>(w), scale, y, rows, ins, outs, stride});
 }
 
 // y = w, block-scaled float8, as float32. Row 0 of `w` is the first of a block of scales.
-void tierlm_widen_float8(void* pool, const void* w, const float* scale, float* y, int64_t ins, int64_t outs) {
-    share(pool, widened_float8, Product{nullptr, static_cast<const uint8_t*>(w), scale, y, 0, ins, outs, 0});
+void tierlm_widen_float8(int threads, const void* w, const float* scale, float* y, int64_t ins, int64_t outs) {
+    share(threads, widened_float8, Product{nullptr, static_cast<const uint8_t*>(w), scale, y, 0, ins, outs, 0});
 }
 
 }

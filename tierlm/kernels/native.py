@@ -15,27 +15,21 @@ MAX_ROWS = 64  # above it, widening a tile and a matrix product are faster
 
 
 class Native:
-    """The library and its threads: as many as torch's own."""
+    """The library. It uses as many threads as torch."""
 
     def __init__(self, file: Path):
-        self._library = ctypes.CDLL(str(file))
-        self._library.tierlm_pool_new.restype = ctypes.c_void_p
-        self._library.tierlm_pool_free.argtypes = [ctypes.c_void_p]
-        self._library.tierlm_linear.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_int,
-            *[ctypes.c_void_p] * 4,
-            *[ctypes.c_int64] * 4,
-        ]
-        self._library.tierlm_widen_float8.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2]
-        self._pools: dict[int, int] = {}
+        library = ctypes.CDLL(str(file))
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        self._linear, self._widen = library.tierlm_linear, library.tierlm_widen_float8
+        self._linear.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 4, *[size] * 4]
+        self._widen.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 2]
 
     def linear(self, x: Tensor, data: Tensor, scale: Tensor | None) -> Tensor:
         """``x @ w.T``: contiguous float32 [T, in] and w [out, in] as stored -> float32 [T, out]."""
         rows, ins = x.shape
         out = x.new_empty(rows, data.shape[0])
-        self._library.tierlm_linear(
-            self._pool(torch.get_num_threads()),
+        self._linear(
+            torch.get_num_threads(),
             FORMATS[data.dtype],
             x.data_ptr(),
             data.data_ptr(),
@@ -52,14 +46,8 @@ class Native:
         """Block-scaled float8 [out, in] -> float32 [out, in]. The first row is the first of a block of scales."""
         outs, ins = data.shape
         out = torch.empty(outs, ins)
-        pool = self._pool(torch.get_num_threads())
-        self._library.tierlm_widen_float8(pool, data.data_ptr(), scale.data_ptr(), out.data_ptr(), ins, outs)
+        self._widen(torch.get_num_threads(), data.data_ptr(), scale.data_ptr(), out.data_ptr(), ins, outs)
         return out
-
-    def _pool(self, threads: int) -> int:
-        if threads not in self._pools:
-            self._pools[threads] = self._library.tierlm_pool_new(threads)
-        return self._pools[threads]
 
 
 @cache

@@ -19,7 +19,7 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     if torch.accelerator.is_available():
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    slab = mmap.mmap(-1, max(nbytes, 1))
+    slab = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         slab.madvise(mmap.MADV_HUGEPAGE)  # a first touch per 2 MiB instead of per 4 KiB
     return torch.frombuffer(slab, dtype=torch.uint8)[:nbytes]

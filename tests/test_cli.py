@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from toys import edit_config, make_toy
 from typer.testing import CliRunner
 
-from tierlm import cli
+from tierlm import __version__, cli
 
 VOCAB = 300
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -379,3 +379,9 @@ def test_reader_of_the_output_that_goes_away_is_no_traceback(model: str) -> None
         errors = process.stderr.read().decode()
         assert process.wait(timeout=LIMIT) == 1
     assert "Traceback" not in errors and "BrokenPipeError" not in errors
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout == f"tierlm {__version__}\n"

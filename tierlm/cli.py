@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from tierlm import __version__
 from tierlm.config import Budget, SamplingParams, format_size
 from tierlm.errors import TierlmError, UsageError
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from tierlm.stats import Stats
 
 app = typer.Typer(
-    help="Run mixture-of-experts language models that are larger than memory, under a budget you name.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,6 +52,20 @@ ShowStats = Annotated[bool, typer.Option("--stats", help="Print what was moved, 
 Json = Annotated[
     Path | None, typer.Option("--json", help="Write result and statistics to a file; '-': only that, to stdout.")
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tierlm {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """Run mixture-of-experts language models that are larger than memory, under a budget you name."""
 
 
 @app.command()

@@ -744,3 +744,25 @@ def test_trunk_that_failed_comes_when_it_can() -> None:
         bench.shelf.failing.clear()
         for layer in (1, 2, 3, 0):
             assert is_whole(trunks.get(TrunkKey(layer)), TrunkKey(layer))
+
+
+def test_guessing_stops_when_guesses_are_wrong_and_resumes_when_they_are_right() -> None:
+    bench = Bench((24,), layers=2)
+
+    def run(right: bool, rounds: int) -> int:
+        """Guesses read in ``rounds`` steps of one layer, after hints that come true or do not."""
+        before = bench.top.stats.speculative
+        for turn in range(rounds):
+            wanted = [(5 * turn + i) % 300 for i in range(2)]
+            guessed = wanted if right else [400 + turn % 40]
+            bench.store.hint([ExpertKey(1, expert) for expert in guessed])
+            bench.drain()
+            bench.use(1, wanted)
+        return bench.top.stats.speculative - before
+
+    assert run(True, 20) > 20
+    run(False, 300)
+    assert run(False, 64) <= 64 // 16 + 1
+    run(True, 900)
+    assert run(True, 20) > 20
+    bench.close()

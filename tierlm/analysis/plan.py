@@ -58,7 +58,7 @@ def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:
     common = 6 * chunk * spec.hidden
     heads = spec.heads * (2 * (spec.nope_dim + spec.rope_dim) + 2 * spec.value_dim + spec.kv_rank)
     scores = 3 * min(spec.heads * chunk * context, max(2**23, chunk * context))  # raw, masked, softmax
-    expanded = context * (spec.latent_dim + min(spec.heads * (spec.nope_dim + spec.value_dim), 2**20 // spec.kv_rank))
+    expanded = context * (spec.latent_dim + min(spec.heads * (spec.nope_dim + spec.value_dim), 2**18 // spec.kv_rank))
     attention = chunk * (heads + 2 * spec.latent_dim) + scores + expanded
     moe = chunk * (2 * spec.experts_per_token * spec.hidden + 3 * spec.expert_width + 4 * spec.experts)
     dense = chunk * 3 * max(spec.dense_width, spec.shared_experts * spec.expert_width)

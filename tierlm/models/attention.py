@@ -17,7 +17,7 @@ from tierlm.weights.formats import Weights
 LATENT_NORM_EPS = 1e-6  # of the norms inside attention: fixed in DeepSeek's code, whatever rms_norm_eps says
 EXPAND_FROM = 128  # tokens a step from which expanding keys and values costs less than absorbing the projections
 SCORES = 2**23  # float32 scores held at a time
-HEADS_VALUES = 2**20  # float32 values of kv_b widened at a time
+HEADS_VALUES = 2**18  # float32 values of kv_b widened at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tierlm import __version__
 from tierlm.config import Budget, SamplingParams, format_size
 from tierlm.errors import TierlmError, UsageError
 
@@ -56,7 +56,7 @@ Json = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"tierlm {__version__}")
+        print(f"tierlm {metadata.version('tierlm')}")
         raise typer.Exit
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from pathlib import Path
 
@@ -64,12 +63,3 @@ def _stat(file: Path, name: str) -> int:
     except (OSError, ValueError):
         return 0
     return int(rows.get(name, 0))
-
-
-def swapped() -> int:
-    """Bytes of this process that are swapped out."""
-    try:
-        status = Path(f"/proc/{os.getpid()}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmSwap:")), 0)

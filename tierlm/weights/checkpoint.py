@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +165,6 @@ class Checkpoint:
                 raise CheckpointError(f"{index}: says that {name} is in {shard}; it is not there")
             self.tensors[name] = headers[shard][name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
         """The tensor called ``name``. Raises CheckpointError if it is missing or not of ``shape``."""
         found = self.tensors.get(name)
@@ -177,14 +173,6 @@ class Checkpoint:
         if shape is not None and found.shape != shape:
             raise CheckpointError(f"{found.file}: {name} has shape {list(found.shape)}, expected {list(shape)}")
         return found
-
-    def require(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.tensor(name)
-
-    @cached_property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

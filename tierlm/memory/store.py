@@ -12,7 +12,7 @@ from tierlm.spec import ExpertKey, Key
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.formats import Weights, weights_of
 
-WORTHWHILE = 0.7  # measured: at 0.55 guessing lost 12 % of the speed, at 0.85 it gained (docs/results.md)
+WORTHWHILE = 0.7  # a first choice on thin evidence: docs/results.md
 PROBE = 16
 MEMORY = 64  # guesses
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierlm.kernels import Weight, gated_mlp, linear, native, widen
+from tierlm.kernels import Weight, from_latent, gated_mlp, gated_mlps, into_latent, linear, native, widen
 from tierlm.kernels.linear import linear_reference, widen_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
@@ -93,8 +93,74 @@ def test_what_the_kernels_do_not_know_goes_to_torch() -> None:
     assert torch.allclose(linear(rows, Weight(inside.t().contiguous().t())), rows @ inside.float().t(), atol=1e-5)
 
 
-def test_gated_mlp_is_silu_of_gate_times_up_then_down() -> None:
-    gate, up, down = (some_weight(*shape, torch.bfloat16, i) for i, shape in enumerate([(48, 32), (48, 32), (32, 48)]))
-    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(4))
-    hidden = torch.nn.functional.silu(x @ widen(gate).t()) * (x @ widen(up).t())
-    assert torch.allclose(gated_mlp(x, gate, up, down), hidden @ widen(down).t(), atol=1e-3, rtol=1e-4)
+def some_mlp(hidden: int, width: int, dtype: torch.dtype, seed: int = 0) -> tuple[Weight, Weight, Weight]:
+    shapes = [(width, hidden), (width, hidden), (hidden, width)]
+    return tuple(some_weight(*shape, dtype, seed + i) for i, shape in enumerate(shapes))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(rows=st.sampled_from([1, 2, 5, 64, 65]), hidden=st.integers(1, 200), width=st.integers(1, 200))
+def test_gated_mlp_is_silu_of_gate_times_up_then_down(dtype: torch.dtype, rows: int, hidden: int, width: int) -> None:
+    mlp = some_mlp(hidden, width, dtype)
+    size = 1.0 if dtype != torch.float8_e4m3fn else 0.02  # moderate arguments of silu
+    x = size * torch.randn(rows, hidden, generator=torch.Generator().manual_seed(4))
+    gate, up, down = (widen(weight).double() for weight in mlp)
+    inner = torch.nn.functional.silu(x.double() @ gate.t()) * (x.double() @ up.t())
+    scale = (inner.abs() @ down.abs().t()).max() + 1e-30
+    assert ((gated_mlp(x, *mlp) - inner @ down.t()).abs() <= 3e-5 * scale).all()
+
+
+def test_silu_at_its_ends_and_of_what_is_no_number() -> None:
+    values = torch.tensor([-float("inf"), -1e30, -200.0, -88.0, -1.0, -0.0, 1e-38, 1.0, 88.0, 200.0, 1e4, float("nan")])
+    one = Weight(torch.ones(1, 1))
+    found = gated_mlp(values[:, None], one, Weight(torch.full((1, 1), 1.0)), one)[:, 0]
+    exact = values.double().sigmoid() * values.double() ** 2
+    small = exact.abs() < 1e-30
+    assert torch.allclose(found[~small].double(), exact[~small].float().double(), rtol=1e-5, equal_nan=True)
+    assert (found[small].abs() < 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_experts_side_by_side_have_the_bits_that_each_has_alone(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(6)
+    mlps = [some_mlp(300, 140, dtype, 10 * i) for i in range(5)]
+    xs = [torch.randn(rows, 300, generator=generator) / 30 for rows in (1, 3, 70, 1, 64)]
+    outs = [torch.empty_like(x) for x in xs]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            gated_mlps(list(zip(xs, outs, mlps, strict=True)))
+            for x, out, mlp in zip(xs, outs, mlps, strict=True):
+                assert torch.equal(out, gated_mlp(x, *mlp))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(
+    rows=st.integers(1, 12),
+    heads=st.integers(1, 5),
+    nope=st.integers(1, 140),
+    value=st.integers(1, 140),
+    rank=st.integers(1, 140),
+    data=st.data(),
+)
+def test_into_and_out_of_the_latent_space(
+    dtype: torch.dtype, rows: int, heads: int, nope: int, value: int, rank: int, data: st.DataObject
+) -> None:
+    first = data.draw(st.integers(0, heads - 1))
+    group = data.draw(st.integers(1, heads - first))
+    kv_b = some_weight(heads * (nope + value), rank, dtype)
+    exact = widen(kv_b).double().view(heads, nope + value, rank)[first : first + group]
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(rows, heads, nope + 3, generator=generator)[:, first : first + group, :nope]
+    mixed = torch.randn(group, rows, rank, generator=generator)
+    for found, left, right in (
+        (into_latent(q, kv_b, first, heads), q.transpose(0, 1), exact[:, :nope]),
+        (from_latent(mixed, kv_b, first, heads, value).transpose(0, 1), mixed, exact[:, nope:].transpose(1, 2)),
+    ):
+        bound = 2e-6 * left.double().abs() @ right.abs() + 1e-30
+        assert ((found - left.double() @ right).abs() <= bound).all()

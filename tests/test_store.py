@@ -6,6 +6,7 @@ first fills its part of the slot with NaN, so that a slot which is given away to
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,7 @@ class Bench:
         """Acquire, check and release; the experts in the order in which they came."""
         came = []
         with self.store.acquire(layer, experts, passing=passing) as leases:
-            for expert, weights in leases:
+            for expert, weights in itertools.chain.from_iterable(leases):
                 assert is_whole(weights, ExpertKey(layer, expert))
                 came.append(expert)
         assert sorted(came) == sorted(experts)
@@ -334,7 +335,7 @@ class Machine(RuleBasedStateMachine):
         self, leases: Leases, layer: int, seen: list[int], stop: int | None, boom: bool, hints: list[ExpertKey]
     ) -> None:
         assert self.bench is not None
-        for expert, weights in leases:
+        for expert, weights in itertools.chain.from_iterable(leases):
             assert is_whole(weights, ExpertKey(layer, expert))
             self.bench.store.hint(hints)
             assert is_whole(weights, ExpertKey(layer, expert)), "a leased record was given away"
@@ -453,7 +454,7 @@ def test_resident_experts_come_first(slots: tuple[int, ...]) -> None:
 
 def iterate_then(leases: Leases, count: int, then: Callable[[], None]) -> Iterator[tuple[int, Weights]]:
     """``leases``, with a call of ``then`` behind the first ``count``."""
-    for number, lease in enumerate(leases, 1):
+    for number, lease in enumerate(itertools.chain.from_iterable(leases), 1):
         yield lease
         if number == count:
             then()
@@ -467,7 +468,7 @@ def test_demand_joins_a_speculative_read(slots: tuple[int, ...]) -> None:
         bench.shelf.wait_for_reads(2)  # both files of it are being read
         with bench.store.acquire(0, [1, 2]) as leases:
             bench.shelf.resume()
-            assert sorted(expert for expert, _ in leases) == [1, 2]
+            assert sorted(expert for expert, _ in itertools.chain.from_iterable(leases)) == [1, 2]
         stats = bench.top.stats
         assert (stats.hits, stats.late_hits, stats.misses) == (0, 1, 1)
         assert (stats.speculative, stats.useful, stats.wasted, stats.cancelled) == (1, 1, 0, 0)
@@ -505,7 +506,7 @@ def test_demand_goes_ahead_of_hints() -> None:
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(0, [5]) as leases:
             bench.shelf.resume()
-            assert [expert for expert, _ in leases] == [5]
+            assert [expert for expert, _ in itertools.chain.from_iterable(leases)] == [5]
         bench.drain()
         order = list(bench.shelf.reads)
         assert order.index((ExpertKey(0, 5), 1)) < order.index((ExpertKey(1, 0), 1))
@@ -545,7 +546,7 @@ def test_stale_guesses_are_dropped(slots: tuple[int, ...]) -> None:
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(1, [5]) as leases:
             bench.shelf.resume()
-            assert [expert for expert, _ in leases] == [5]
+            assert [expert for expert, _ in itertools.chain.from_iterable(leases)] == [5]
         bench.drain()
         stats = bench.top.stats
         assert stats.speculative == 3

@@ -1,5 +1,5 @@
 """The arithmetic of weights in their stored formats: compiled kernels, and the torch reference beside them."""
 
-from tierlm.kernels.linear import Weight, gated_mlp, linear, widen
+from tierlm.kernels.linear import Weight, from_latent, gated_mlp, gated_mlps, into_latent, linear, unwidened, widen
 
-__all__ = ["Weight", "gated_mlp", "linear", "widen"]
+__all__ = ["Weight", "from_latent", "gated_mlp", "gated_mlps", "into_latent", "linear", "unwidened", "widen"]

@@ -7,6 +7,7 @@ several times faster than torch's bfloat16 product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 from tierlm.kernels import native
 
 TILE_VALUES = 2**20  # float32 values of one widened tile: 4 MiB
+ABSORB_ROWS = 8  # rows up to which the kernels carry queries and values through kv_b without widening it
 BLOCK = 128  # rows and columns that share one scale, DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2
 
 
@@ -76,4 +78,56 @@ def linear_reference(x: Tensor, weight: Weight) -> Tensor:
 
 def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
     """SwiGLU: ``down(silu(gate(x)) * up(x))``. float32 [T, in] -> float32 [T, in]."""
-    return linear(functional.silu(linear(x, gate)) * linear(x, up), down)
+    out = torch.empty_like(x)
+    gated_mlps([(x, out, (gate, up, down))])
+    return out
+
+
+def gated_mlps(jobs: Sequence[tuple[Tensor, Tensor, tuple[Weight, Weight, Weight]]]) -> None:
+    """Several ``gated_mlp`` of one shape at once: (x, y, (gate, up, down)), where y, contiguous, is written.
+
+    What each gives does not depend on the others.
+    """
+    together: dict[torch.dtype, list[tuple[Tensor, Tensor, list[tuple[Tensor, Tensor | None]]]]] = {}
+    for x, y, weights in jobs:
+        kernels = [native.kernels_for(weight.data, weight.scale) for weight in weights]
+        alike = len({weight.data.dtype for weight in weights}) == 1
+        if alike and all(kernels) and len(x) <= native.MAX_ROWS and x.is_contiguous():
+            together.setdefault(weights[0].data.dtype, []).append((x, y, [(w.data, w.scale) for w in weights]))
+        else:
+            gate, up, down = weights
+            y.copy_(linear(functional.silu(linear(x, gate)) * linear(x, up), down))
+    library = native.load()
+    if library is not None:
+        for few in together.values():
+            library.gated_mlps(few)
+
+
+def unwidened(kv_b: Weight, rows: int) -> bool:
+    """Whether ``into_latent`` and ``from_latent`` take this many rows through ``kv_b`` as it is stored."""
+    return rows <= ABSORB_ROWS and native.kernels_for(kv_b.data, kv_b.scale) is not None
+
+
+def into_latent(q: Tensor, kv_b: Weight, first: int, heads: int) -> Tensor:
+    """Queries carried into the latent space: float32 [T, g, nope] of the ``g`` heads from ``first`` on times the key
+    half of kv_b, whose rows are [heads, nope + value] -> float32 [g, T, rank]."""
+    kernels = native.kernels_for(kv_b.data, kv_b.scale)
+    if kernels is not None and len(q) <= ABSORB_ROWS and q.stride(2) == 1:
+        return kernels.into_latent(q, kv_b.data, kv_b.scale, first, heads)
+    return torch.bmm(q.transpose(0, 1), _widen_heads(kv_b, first, q.shape[1], heads)[:, : q.shape[2]])
+
+
+def from_latent(mixed: Tensor, kv_b: Weight, first: int, heads: int, value: int) -> Tensor:
+    """Values out of the latent space: float32 [g, T, rank] of the ``g`` heads from ``first`` on times the value half
+    of kv_b -> float32 [T, g, value]."""
+    kernels = native.kernels_for(kv_b.data, kv_b.scale)
+    if kernels is not None and mixed.shape[1] <= ABSORB_ROWS and mixed.is_contiguous():
+        return kernels.from_latent(mixed, kv_b.data, kv_b.scale, first, heads, value)
+    wide = _widen_heads(kv_b, first, len(mixed), heads)[:, -value:]
+    return torch.bmm(mixed, wide.transpose(1, 2)).transpose(0, 1)
+
+
+def _widen_heads(kv_b: Weight, first: int, count: int, heads: int) -> Tensor:
+    """float32 [count, nope + value, rank]."""
+    rows = kv_b.shape[0] // heads
+    return widen(kv_b, first * rows, (first + count) * rows).view(count, rows, -1)

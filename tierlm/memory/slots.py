@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tierlm.memory.transfer import Ticket
 from tierlm.spec import Key
+from tierlm.weights.formats import Weights
 
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
@@ -65,3 +66,4 @@ class Entry:
     pins: int = 0
     source: Entry | None = None
     error: BaseException | None = None
+    weights: Weights | None = None  # views of the record, made when they are first asked for

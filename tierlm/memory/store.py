@@ -28,8 +28,9 @@ class Store:
         self._hints = 0
 
     def acquire(self, layer: int, experts: Sequence[int], *, passing: bool = False) -> Leases:
-        """Leases of ``experts`` (each once) of ``layer``: ``with store.acquire(...) as leases: for expert, weights in
-        leases``. Reads begin on entering; experts come resident first, then as they arrive, each leased until the next.
+        """Leases of ``experts`` (each once) of ``layer``: ``with store.acquire(...) as leases: for batch in leases: for
+        expert, weights in batch``. Reads begin on entering; experts come resident first, then as they arrive, each
+        batch leased until the next.
 
         ``passing``: a prefill, which streams through a few slots and leaves the warm records where they are. Raises
         StorageError when a read fails or stalls; every lease ends with the ``with`` block, whatever happens in it.
@@ -100,19 +101,28 @@ class Leases:
         for key in list(self._held):
             self._release(key)
 
-    def __iter__(self) -> Iterator[tuple[int, Weights]]:
+    def __iter__(self) -> Iterator[list[tuple[int, Weights]]]:
+        """Batches of (expert, weights): all that are there. One at a time where they are streamed through, so that
+        each slot is free for the next read as soon as it can be."""
         while self._held or self._missing:
+            self._tier.settle()
             ready = [key for key, entry in self._held.items() if entry.ticket is None]
-            for key in ready:
-                entry = self._held[key]
-                if entry.error is not None:
-                    raise entry.error
-                yield key.expert, weights_of(entry.slot.buffer, self._store.records(key))
-                self._release(key)
-                self._start_missing()
             if not ready:
                 self._store.wait(list(self._held.values()))
                 self._start_missing()
+            for batch in [[key] for key in ready] if self._passing else [ready] * bool(ready):
+                yield [(key.expert, self._weights(key)) for key in batch]
+                for key in batch:
+                    self._release(key)
+                self._start_missing()
+
+    def _weights(self, key: ExpertKey) -> Weights:
+        entry = self._held[key]
+        if entry.error is not None:
+            raise entry.error
+        if entry.weights is None:
+            entry.weights = weights_of(entry.slot.buffer, self._store.records(key))
+        return entry.weights
 
     def _start_missing(self) -> None:
         """Start as many reads as there are slots for, in order."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tierlm.kernels import linear, widen
+from tierlm.kernels import Weight, from_latent, into_latent, linear, unwidened, widen
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.models.layers import rms_norm, rope_frequencies, rotate, softmax_scale
 from tierlm.spec import ModelSpec
@@ -70,32 +70,35 @@ class Attention:
         past = [self.cache.append(layer, s.span, step[s.start : s.stop]) for s in segments]
 
         out = x.new_empty(len(x), heads, spec.value_dim)
-        absorb = max(s.stop - s.start for s in segments) < EXPAND_FROM
-        largest = max((s.stop - s.start) * len(p) for s, p in zip(segments, past, strict=True))
-        group = max(1, min(heads, SCORES // largest, HEADS_VALUES // ((nope + spec.value_dim) * rank)))
+        tokens = max(s.stop - s.start for s in segments)
+        attend = self._absorbed if tokens < EXPAND_FROM else self._expanded
+        group = max(
+            1, min(heads, SCORES // max((s.stop - s.start) * len(p) for s, p in zip(segments, past, strict=True)))
+        )
+        kv_b = trunk["kv_b_proj"]
+        if not unwidened(kv_b, tokens):
+            group = max(1, min(group, HEADS_VALUES // ((nope + spec.value_dim) * rank)))
         for first in range(0, heads, group):
-            last = min(first + group, heads)
-            rows = widen(trunk["kv_b_proj"], first * (nope + spec.value_dim), last * (nope + spec.value_dim))
-            up = rows.view(last - first, nope + spec.value_dim, rank)
-            mine = slice(first, last)
+            mine = slice(first, first + group)
             for segment, latents in zip(segments, past, strict=True):
-                tokens = slice(segment.start, segment.stop)
-                attend = self._absorbed if absorb else self._expanded
-                out[tokens, mine] = attend(q_nope[tokens, mine], q_rope[tokens, mine], latents, up)
+                rows = slice(segment.start, segment.stop)
+                out[rows, mine] = attend(q_nope[rows, mine], q_rope[rows, mine], latents, kv_b, first)
         return linear(out.view(len(x), heads * spec.value_dim), trunk["o_proj"])
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, up: Tensor) -> Tensor:
-        """q [T, g, .], past [S, rank + rope], up [g, nope + value, rank] -> [T, g, value]."""
-        nope, rank = self.spec.nope_dim, self.spec.kv_rank
-        q_latent = torch.bmm(q_nope.transpose(0, 1), up[:, :nope])  # [g, T, rank]
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, kv_b: Weight, first: int) -> Tensor:
+        """q [T, g, .] of the heads from ``first`` on, past [S, rank + rope] -> [T, g, value]."""
+        spec = self.spec
+        q_latent = into_latent(q_nope, kv_b, first, spec.heads)
         query = torch.cat((q_latent, q_rope.transpose(0, 1)), dim=-1)  # [g, T, rank + rope]
-        mixed = self._softmax(query @ past.t()) @ past[:, :rank]  # [g, T, rank]
-        return torch.bmm(mixed, up[:, nope:].transpose(1, 2)).transpose(0, 1)
+        mixed = self._softmax(query @ past.t()) @ past[:, : spec.kv_rank]  # [g, T, rank]
+        return from_latent(mixed, kv_b, first, spec.heads, spec.value_dim)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, up: Tensor) -> Tensor:
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, kv_b: Weight, first: int) -> Tensor:
         """As ``_absorbed``, with keys and values of every past token."""
-        nope, rank = self.spec.nope_dim, self.spec.kv_rank
-        latents, shared_key = past[:, :rank], past[:, rank:]
+        spec = self.spec
+        nope, count, rows = spec.nope_dim, q_nope.shape[1], spec.nope_dim + spec.value_dim
+        up = widen(kv_b, first * rows, (first + count) * rows).view(count, rows, spec.kv_rank)
+        latents, shared_key = past[:, : spec.kv_rank], past[:, spec.kv_rank :]
         keys = latents @ up[:, :nope].transpose(1, 2)  # [g, S, nope]
         values = latents @ up[:, nope:].transpose(1, 2)  # [g, S, value]
         scores = torch.bmm(q_nope.transpose(0, 1), keys.transpose(1, 2)) + q_rope.transpose(0, 1) @ shared_key.t()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from tierlm.memory.store import Store
 from tierlm.models.layers import rms_norm
 from tierlm.policies.prediction import Predictor
 from tierlm.spec import ModelSpec, Router
-from tierlm.weights.formats import Weights, expert_ffn
+from tierlm.weights.formats import Weights, expert_ffns
 
 
 def route(x: Tensor, gate: Weight, bias: Weight | None, rule: Router, chosen: int) -> tuple[Tensor, Tensor]:
@@ -40,22 +43,32 @@ class MixtureOfExperts:
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
         """``hidden`` is the residual stream, ``x`` its norm, float32 [T, hidden] both -> float32 [T, hidden].
 
-        Each expert's rows are computed together and scattered to (token, choice); the sum over the choices runs in
-        the router's order, so that the order in which experts arrive does not reach the result.
+        The (token, choice) pairs are grouped by expert, each expert's rows computed together; the sum over the choices
+        runs in the router's order, so that the order in which experts arrive does not reach the result.
         """
         weights, experts = self._route(x, layer)
-        needed: list[int] = sorted(set(experts.flatten().tolist()))
-        outputs = x.new_empty(*experts.shape, x.shape[1])  # [T, k, hidden]
+        chosen = experts.shape[1]
+        pairs = experts.flatten().argsort(stable=True)  # [T * k], grouped by expert
+        counts = Counter(experts.flatten().tolist())
+        needed = sorted(counts)
+        ends = dict(zip(needed, itertools.accumulate(counts[expert] for expert in needed), strict=True))
+        outputs = x.new_empty(len(pairs), x.shape[1])  # in the order of pairs
         with self.store.acquire(layer, needed, passing=prefill) as leases:
             if not prefill:
                 self._look_ahead(hidden, layer, needed)
             shared = torch.zeros_like(x)
             if self.spec.shared_experts:  # while the reads are under way
                 shared = gated_mlp(x, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
-            for expert, record in leases:
-                rows, choice = torch.where(experts == expert)
-                outputs[rows, choice] = expert_ffn(x[rows], record)
-        return (outputs * weights[..., None]).sum(1) + shared
+            for batch in leases:
+                jobs = []
+                for expert, record in batch:
+                    mine = slice(ends[expert] - counts[expert], ends[expert])
+                    jobs.append((x[pairs[mine] // chosen], outputs[mine], record))
+                expert_ffns(jobs)
+        places = pairs.argsort().view_as(experts)  # [T, k]
+        for choice in range(chosen):
+            shared = shared + weights[:, choice, None] * outputs[places[:, choice]]
+        return shared
 
     def _route(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         gate, bias = self.gates[f"{layer}.gate"], self.gates.get(f"{layer}.bias")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tierlm.kernels import Weight, gated_mlp
+from tierlm.kernels import Weight, gated_mlps
 from tierlm.weights.checkpoint import Place, Record
 
 DTYPES = {
@@ -37,6 +37,6 @@ def weights_of(buffer: Tensor, record: Record) -> Weights:
     return {r: Weight(t, scaled.get(r)) for r, t in tensors.items() if not r.endswith(SCALE)}
 
 
-def expert_ffn(x: Tensor, expert: Weights) -> Tensor:
-    """One routed expert. float32 [T, hidden] -> float32 [T, hidden]."""
-    return gated_mlp(x, expert["gate_proj"], expert["up_proj"], expert["down_proj"])
+def expert_ffns(jobs: Sequence[tuple[Tensor, Tensor, Weights]]) -> None:
+    """Several routed experts: (x, y, weights), float32 [T, hidden] both; y, contiguous, is written."""
+    gated_mlps([(x, y, (expert["gate_proj"], expert["up_proj"], expert["down_proj"])) for x, y, expert in jobs])

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tierlm.errors import StorageError
 from tierlm.memory.disk import Disk
+from tierlm.memory.prefetch import Prefetch
 from tierlm.memory.slots import Entry, Slot
 from tierlm.memory.store import Leases, Store
 from tierlm.memory.tiers import Source, Tier
@@ -149,6 +150,16 @@ def is_whole(weights: Weights, key: Key) -> bool:
     return all(bool((weights[role].data == value_of(key, part)).all()) for role, part in parts.items())
 
 
+class Eager(Prefetch):
+    """Finds every guess worth its read: what is tested here is what becomes of them."""
+
+    def choose(
+        self, layer: int, absent: Sequence[ExpertKey], ahead: int, prefill: bool, backlog: float, spent: float
+    ) -> list[ExpertKey]:
+        super().choose(layer, absent, ahead, prefill, backlog, spent)
+        return list(absent)
+
+
 class Bench:
     """A store over one tier ("ram") or two ("vram" over "ram", both in host memory)."""
 
@@ -163,6 +174,13 @@ class Bench:
             source = tier
         self.top = self.tiers[-1]
         self.store = Store(self.top, record_of, WAIT)
+        self.store.prefetch = Eager()
+
+    def hint(self, keys: Sequence[ExpertKey]) -> None:
+        """Hint at keys of any layers."""
+        for layer in dict.fromkeys(key.layer for key in keys):
+            mine = [key for key in keys if key.layer == layer]
+            self.store.hint(layer, mine, ahead=1, passing=False, spent=0.0)
 
     def close(self) -> None:
         self.shelf.close()
@@ -337,7 +355,7 @@ class Machine(RuleBasedStateMachine):
         assert self.bench is not None
         for expert, weights in itertools.chain.from_iterable(leases):
             assert is_whole(weights, ExpertKey(layer, expert))
-            self.bench.store.hint(hints)
+            self.bench.hint(hints)
             assert is_whole(weights, ExpertKey(layer, expert)), "a leased record was given away"
             seen.append(expert)
             if len(seen) == stop:
@@ -348,7 +366,7 @@ class Machine(RuleBasedStateMachine):
     @rule(hints=some_keys)
     def hint(self, hints: list[ExpertKey]) -> None:
         assert self.bench is not None
-        self.bench.store.hint(hints)
+        self.bench.hint(hints)
 
     @rule(layer=layer_numbers, kept=st.sets(st.integers(0, EXPERTS - 1)))
     def cancel_stale(self, layer: int, kept: set[int]) -> None:
@@ -464,7 +482,7 @@ def iterate_then(leases: Leases, count: int, then: Callable[[], None]) -> Iterat
 def test_demand_joins_a_speculative_read(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:
         bench.shelf.pause()
-        bench.store.hint(keys(0, 1))
+        bench.hint(keys(0, 1))
         bench.shelf.wait_for_reads(2)  # both files of it are being read
         with bench.store.acquire(0, [1, 2]) as leases:
             bench.shelf.resume()
@@ -483,7 +501,7 @@ def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
     """A key that waits for a slot, and is hinted at meanwhile, gets one slot and is read once."""
     with bench_of(*slots) as bench:
         bench.shelf.hang(ExpertKey(0, 5))
-        bench.store.hint(keys(0, 5))
+        bench.hint(keys(0, 5))
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(0, [0, 1]) as leases:
             came = itertools.chain.from_iterable(leases)
@@ -492,7 +510,7 @@ def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
             for key, entry in bench.top.entries.items():
                 if key == ExpertKey(0, 5) and entry.ticket is not None:
                     bench.transfer.wait_any([entry.ticket], WAIT)
-            bench.store.hint(keys(0, 1))
+            bench.hint(keys(0, 1))
             assert [expert for expert, _ in came] == [1]
         bench.check()
         assert bench.shelf.reads[ExpertKey(0, 1), 0] == 1
@@ -502,7 +520,7 @@ def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
 def test_demand_goes_ahead_of_hints() -> None:
     with bench_of(8, threads=1) as bench:
         bench.shelf.pause()
-        bench.store.hint(keys(1, 0, 1, 2))
+        bench.hint(keys(1, 0, 1, 2))
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(0, [5]) as leases:
             bench.shelf.resume()
@@ -516,7 +534,7 @@ def test_demand_goes_ahead_of_hints() -> None:
 def test_hint_of_what_is_there_reads_nothing(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:
         bench.use(0, [1])
-        bench.store.hint(keys(0, 1, 1))
+        bench.hint(keys(0, 1, 1))
         bench.drain()
         assert sum(bench.shelf.reads.values()) == 2
         assert bench.top.stats.speculative == 0
@@ -532,7 +550,7 @@ def test_hints_leave_warm_records_alone(slots: tuple[int, ...]) -> None:
         warm = set(bench.top.entries)
         assert len(warm) == count
         for _ in range(5):
-            bench.store.hint(keys(2, *range(EXPERTS)))
+            bench.hint(keys(2, *range(EXPERTS)))
             bench.drain()
         assert len(warm - set(bench.top.entries)) <= max(1, count // 8)
 
@@ -542,7 +560,7 @@ def test_stale_guesses_are_dropped(slots: tuple[int, ...]) -> None:
     """What has not begun is never read; what has begun leaves first."""
     with bench_of(*slots, threads=1) as bench:
         bench.shelf.pause()
-        bench.store.hint(keys(1, 0, 1, 2))
+        bench.hint(keys(1, 0, 1, 2))
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(1, [5]) as leases:
             bench.shelf.resume()
@@ -632,7 +650,7 @@ def test_failed_read_names_itself(slots: tuple[int, ...], passing: bool) -> None
 def test_failed_guess_is_forgotten(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:
         bench.shelf.failing.add(ExpertKey(1, 2))
-        bench.store.hint(keys(1, 2))
+        bench.hint(keys(1, 2))
         bench.drain()
         assert ExpertKey(1, 2) not in bench.top.entries
         bench.shelf.failing.clear()
@@ -745,26 +763,3 @@ def test_trunk_that_failed_comes_when_it_can() -> None:
         bench.shelf.failing.clear()
         for layer in (1, 2, 3, 0):
             assert is_whole(trunks.get(TrunkKey(layer)), TrunkKey(layer))
-
-
-def test_guessing_stops_when_guesses_are_wrong_and_resumes_when_they_are_right() -> None:
-    bench = Bench((24,), layers=2)
-
-    def run(right: bool, rounds: int) -> int:
-        """Guesses read in ``rounds`` steps of one layer, after hints that come true or do not."""
-        before = bench.top.stats.speculative
-        for turn in range(rounds):
-            wanted = [(5 * turn + i) % 300 for i in range(2)]
-            guessed = wanted if right else [400 + turn % 40]
-            bench.store.hint([ExpertKey(1, expert) for expert in guessed])
-            bench.drain()
-            bench.use(1, wanted)
-            bench.use(0, wanted)  # a guess may only take the place of another layer's record
-        return bench.top.stats.speculative - before
-
-    assert run(True, 20) > 20
-    run(False, 300)
-    assert run(False, 64) <= 64 // 16 + 1
-    run(True, 900)
-    assert run(True, 20) > 20
-    bench.close()

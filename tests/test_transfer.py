@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tierlm.memory.transfer import Job, Ticket, Transfer
+from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
 
 WAIT = 60.0  # seconds; reached only by a test that fails
 
@@ -45,7 +45,8 @@ class Bench:
         return Job(link, nbytes, run, lambda what: Stalled(f"{name} {what}"))
 
     def submit(self, *names: str, speculative: bool = False, after: Ticket | None = None) -> Ticket:
-        return self.transfer.submit([self.job(name) for name in names], speculative=speculative, after=after)
+        priority = Priority.SPECULATIVE if speculative else Priority.DEMAND
+        return self.transfer.submit([self.job(name) for name in names], priority=priority, after=after)
 
     def hold(self, name: str, error: Exception | None = None) -> tuple[Ticket, threading.Event]:
         """A ticket that a thread is inside of, and the gate that lets it end, or fail with ``error``."""
@@ -112,7 +113,7 @@ def test_promoted_ticket_becomes_a_demand(one: Bench) -> None:
     second = one.submit("guess 2a", "guess 2b", speculative=True)
     demand = one.submit("demand")
     one.transfer.promote(second)
-    assert not second.speculative
+    assert second.priority is Priority.DEMAND
     gate.set()
     one.finish(first, second, demand)
     assert one.ran == ["held", "demand", "guess 2a", "guess 2b", "guess 1"]
@@ -218,7 +219,7 @@ def test_too_late_to_cancel_once_one_job_has_begun(one: Bench) -> None:
         inside.set()
         assert gate.wait(WAIT)
 
-    ticket = one.transfer.submit([one.job("a", then), one.job("b")], speculative=True)
+    ticket = one.transfer.submit([one.job("a", then), one.job("b")], priority=Priority.SPECULATIVE)
     assert inside.wait(WAIT)
     assert not one.transfer.cancel(ticket)
     gate.set()
@@ -396,7 +397,8 @@ def test_wait_wakes_other_threads(two: Bench) -> None:
 
 def test_busy_counts_bytes_per_link(one: Bench) -> None:
     ticket = one.transfer.submit(
-        [one.job("a", nbytes=3, link="disk->ram"), one.job("b", nbytes=4, link="disk->ram")], speculative=True
+        [one.job("a", nbytes=3, link="disk->ram"), one.job("b", nbytes=4, link="disk->ram")],
+        priority=Priority.SPECULATIVE,
     )
     other = one.transfer.submit([one.job("c", nbytes=5, link="ram->vram")], after=ticket)
     one.finish(other)

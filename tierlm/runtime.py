@@ -21,7 +21,7 @@ from tierlm.memory.kvcache import KvCache
 from tierlm.memory.slots import Slot, allocate
 from tierlm.memory.store import Store
 from tierlm.memory.tiers import Source, Tier
-from tierlm.memory.transfer import Transfer
+from tierlm.memory.transfer import Priority, Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.decoder import Decoder, Step
@@ -173,7 +173,7 @@ class Runtime:
 
     def _load_gates(self, disk: Disk) -> Weights:
         slot = Slot(allocate(self.catalog.size(GATES), torch.device("cpu")))
-        ticket, _ = disk.fetch(GATES, slot, speculative=False, passing=False)
+        ticket, _ = disk.fetch(GATES, slot, Priority.DEMAND, passing=False)
         self.transfer.wait_any([ticket], self.options.io_timeout)
         if ticket.error is not None:
             raise ticket.error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tierlm.errors import StorageError
 from tierlm.memory.slots import Entry, Slot
-from tierlm.memory.transfer import Job, Ticket, Transfer
+from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
 from tierlm.spec import Key
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.reader import Reader, Request, failure, split
@@ -17,17 +18,20 @@ class Disk:
     def __init__(self, reader: Reader, records: Callable[[Key], Record], transfer: Transfer):
         self.reader, self.records, self.transfer = reader, records, transfer
 
-    def fetch(self, key: Key, slot: Slot, speculative: bool, passing: bool) -> tuple[Ticket, None]:
+    def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, None]:
         requests = [request for extent in self.records(key).extents for request in split(extent)]
-        return self.transfer.submit([self._job(r, slot) for r in requests], speculative=speculative), None
+        return self.transfer.submit([self._job(r, slot, str(tuple(key))) for r in requests], priority=priority), None
 
-    def _job(self, request: Request, slot: Slot) -> Job:
+    def _job(self, request: Request, slot: Slot, what: str) -> Job:
         def run() -> None:
             slot.wait()
             part = slot.buffer[request.at : request.at + request.hi - request.lo]
             self.reader.read(request, part.numpy().data)
 
-        return Job("disk->ram", request.hi - request.lo, run, lambda what: failure(request, request.start, what))
+        def stalled(why: str) -> StorageError:
+            return failure(request, request.start, why)
+
+        return Job("disk->ram", request.hi - request.lo, run, stalled, what)
 
     def settle(self) -> None:
         """Nothing arrives at the disk."""
@@ -38,5 +42,5 @@ class Disk:
     def keep(self, key: Key) -> None:
         """The disk keeps everything."""
 
-    def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
+    def cancel_stale(self, stale: Callable[[Key], bool], *, begun: bool = True) -> None:
         """Reads belong to the tier that asked for them."""

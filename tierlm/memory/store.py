@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
+from tierlm.memory.prefetch import Prefetch
 from tierlm.memory.slots import Entry
 from tierlm.memory.tiers import Tier
+from tierlm.memory.transfer import LinkStats, Priority
 from tierlm.spec import ExpertKey, Key
+from tierlm.timeline import span
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.formats import Weights, weights_of
-
-WORTHWHILE = 0.7  # a first choice on thin evidence: docs/results.md
-PROBE = 16
-MEMORY = 64  # guesses
 
 
 class Store:
@@ -23,42 +23,83 @@ class Store:
     def __init__(self, tier: Tier, records: Callable[[Key], Record], io_timeout: float):
         self.tier, self.records, self.io_timeout = tier, records, io_timeout
         self.stall = 0.0
-        self._precision = 1.0  # running share of guesses that were demanded
-        self._judged = (0, 0)  # useful and wasted guesses already counted in it
-        self._hints = 0
+        self.prefetch = Prefetch()
+        self._hints: dict[int, tuple[list[ExpertKey], bool]] = {}  # by layer: what is to be read, and is it a prefill
+        self._likely: dict[int, list[ExpertKey]] = {}  # by layer: all that was guessed
+        self._link = LinkStats()  # as it was when the time of a read was last measured
 
     def acquire(self, layer: int, experts: Sequence[int], *, passing: bool = False) -> Leases:
         """Leases of ``experts`` (each once) of ``layer``: ``with store.acquire(...) as leases: for batch in leases: for
         expert, weights in batch``. Reads begin on entering; experts come resident first, then as they arrive, each
         batch leased until the next.
 
-        ``passing``: a prefill, which streams through a few slots and leaves the warm records where they are. Raises
-        StorageError when a read fails or stalls; every lease ends with the ``with`` block, whatever happens in it.
+        ``passing``: a prefill, which streams through a few slots, in the order of the disk, and leaves the warm records
+        where they are. Raises StorageError when a read fails or stalls; every lease ends with the ``with`` block,
+        whatever happens in it.
         """
-        return Leases(self, [ExpertKey(layer, expert) for expert in experts], passing)
+        return Leases(self, layer, [ExpertKey(layer, expert) for expert in experts], passing)
 
-    def hint(self, keys: Sequence[ExpertKey]) -> None:
-        """Begin to read ``keys``, likeliest first, behind every demand, as far as there is room for guesses.
+    def hint(self, layer: int, keys: Sequence[ExpertKey], *, ahead: int, passing: bool, spent: float) -> None:
+        """``keys`` of ``layer``, likeliest first, are likely to be demanded ``ahead`` layers from now. What is there
+        stays; of what is not, what is worth it is read behind every demand, as far as there is room for guesses.
 
-        A wrong guess costs a read of the link and of the cores. Where fewer than WORTHWHILE of the last guesses came to
-        use, only every PROBE-th hint is followed, to notice when that changes.
+        ``spent``: the seconds that the guesses took.
         """
-        self._judge()
-        self._hints += 1
-        if self._precision < WORTHWHILE and self._hints % PROBE:
-            return
+        wanted = set(keys)
+        self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted, begun=False)
+        self._likely[layer] = list(keys)
+        self.tier.keep_for_now(key for likely in self._likely.values() for key in likely)
+        self._measure()
+        absent = [key for key in keys if key not in self.tier.entries]
+        average = self.prefetch.read_seconds.value / max(1, self.tier.slots[0].size)
+        backlog = self.tier.transfer.backlog() * average
+        chosen = self.prefetch.choose(layer, absent, ahead, passing, backlog, spent)
+        self._hints[layer] = (self._in_order(chosen) if passing else chosen, passing)
+        self.follow()
+
+    def follow(self) -> None:
+        """Start the reads of hints, the next layer's first, as far as there are slots."""
+        for hints, passing in self._hints.values():
+            while hints:
+                key = hints[0]
+                absent = key not in self.tier.entries
+                if absent and self.tier.start(key, priority=Priority.SPECULATIVE, passing=passing) is None:
+                    return
+                hints.pop(0)
+
+    def warm(self, keys: Sequence[ExpertKey]) -> None:
+        """Fill the free slots with ``keys``, the most wanted first, in the background."""
         for key in keys:
-            if key not in self.tier.entries and self.tier.start(key, speculative=True) is None:
+            if key not in self.tier.entries and self.tier.start(key, priority=Priority.BACKGROUND) is None:
                 return
 
-    def _judge(self) -> None:
-        """Take the guesses whose worth has shown since the last time into the running precision."""
-        stats = self.tier.stats
-        useful, wasted = stats.useful - self._judged[0], stats.wasted - self._judged[1]
-        self._judged = (stats.useful, stats.wasted)
-        if useful + wasted:
-            weight = min(1.0, (useful + wasted) / MEMORY)
-            self._precision += weight * (useful / (useful + wasted) - self._precision)
+    def turn(self, layer: int, needed: Sequence[ExpertKey]) -> None:
+        """``layer`` runs now: what was guessed about it and is not ``needed`` has been wrong."""
+        wanted = set(needed)
+        self.prefetch.turn(layer, wanted)
+        self._hints.pop(layer, None)
+        if self._likely.pop(layer, None) is not None:
+            self.tier.keep_for_now(key for likely in self._likely.values() for key in likely)
+        self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted)
+
+    def _in_order(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """``keys`` as they lie on the disk."""
+
+        def place(key: ExpertKey) -> tuple[str, int]:
+            first = self.records(key).extents[0]
+            return str(first.file), first.start
+
+        return sorted(keys, key=place)
+
+    def _measure(self) -> None:
+        """Take what the disk has delivered since the last time into the time of a read."""
+        now, before = self.tier.transfer.busy().get("disk->ram", LinkStats()), self._link
+        size = self.tier.slots[0].size
+        moved = now.bytes - before.bytes
+        if moved >= size:
+            self.prefetch.read_seconds.add((now.seconds - before.seconds) * size / moved)
+            self.prefetch.read_cpu.add((now.cpu - before.cpu) * size / moved / (os.cpu_count() or 1))
+            self._link = now
 
     def wait(self, entries: Sequence[Entry]) -> None:
         """Wait until one of ``entries`` has arrived, or failed."""
@@ -67,7 +108,8 @@ class Store:
             raise RuntimeError(f"{self.tier.name}: no slot can be had, and nothing is on its way: a bug of tierlm")
         began = time.perf_counter()
         try:
-            self.tier.transfer.wait_any(tickets, self.io_timeout)
+            with span(self.tier.transfer.timeline, "wait", self.tier.name):
+                self.tier.transfer.wait_any(tickets, self.io_timeout)
         finally:
             self.stall += time.perf_counter() - began
         self.tier.settle()
@@ -76,22 +118,28 @@ class Store:
 class Leases:
     """What ``Store.acquire`` returns: a context manager, iterable once inside."""
 
-    def __init__(self, store: Store, keys: list[ExpertKey], passing: bool):
-        self._store, self._tier, self._keys, self._passing = store, store.tier, keys, passing
+    def __init__(self, store: Store, layer: int, keys: list[ExpertKey], passing: bool):
+        self._store, self._tier, self._layer, self._passing = store, store.tier, layer, passing
+        self._keys = keys
         self._held: dict[ExpertKey, Entry] = {}
         self._missing: list[ExpertKey] = []
+        self._read = 0  # records that were absent, or would have been without a guess
+        self._began, self._stalled = time.perf_counter(), store.stall
 
     def __enter__(self) -> Leases:
         self._tier.settle()
-        wanted = set(self._keys)
-        layer = self._keys[0].layer if self._keys else -1
-        self._tier.cancel_stale(lambda key: key.layer == layer and key not in wanted)
+        self._store.turn(self._layer, self._keys)
         for key in self._keys:
-            entry = self._tier.demand(key)
+            useful = self._tier.stats.useful
+            entry = self._tier.demand(key, passing=self._passing)
             if entry is None:
                 self._missing.append(key)
             else:
                 self._held[key] = entry
+                self._read += self._tier.stats.useful - useful
+        self._read += len(self._missing)
+        if self._passing:
+            self._missing = self._store._in_order(self._missing)
         self._start_missing()
         return self
 
@@ -100,6 +148,8 @@ class Leases:
     ) -> None:
         for key in list(self._held):
             self._release(key)
+        spent = time.perf_counter() - self._began - (self._store.stall - self._stalled)
+        self._store.prefetch.layer_done(self._read, spent, self._passing)
 
     def __iter__(self) -> Iterator[list[tuple[int, Weights]]]:
         """Batches of (expert, weights): all that are there. One at a time where they are streamed through, so that
@@ -125,12 +175,14 @@ class Leases:
         return entry.weights
 
     def _start_missing(self) -> None:
-        """Start as many reads as there are slots for, in order."""
+        """Start as many reads as there are slots for, in order, and what was hinted at behind them."""
         while self._missing:
-            entry = self._tier.demand(self._missing[0]) or self._tier.start(self._missing[0], passing=self._passing)
+            key = self._missing[0]
+            entry = self._tier.demand(key, passing=self._passing) or self._tier.start(key, passing=self._passing)
             if entry is None:
                 return
             self._held[self._missing.pop(0)] = entry
+        self._store.follow()
 
     def _release(self, key: ExpertKey) -> None:
         self._tier.unpin(self._held.pop(key))

@@ -7,7 +7,7 @@ One thread, the one that computes, calls a tier. Transfers run elsewhere; a tier
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tierlm.errors import StorageError
 from tierlm.memory.slots import Entry, Slot
-from tierlm.memory.transfer import Job, Ticket, Transfer
+from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
 from tierlm.policies.eviction import Policy
 from tierlm.spec import Key
 
@@ -24,7 +24,7 @@ from tierlm.spec import Key
 class Source(Protocol):
     """Where a tier gets records from: the disk, or the tier below."""
 
-    def fetch(self, key: Key, slot: Slot, speculative: bool, passing: bool) -> tuple[Ticket, Entry | None] | None:
+    def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, Entry | None] | None:
         """Start bringing ``key`` into ``slot``. Returns the ticket, and the entry below that stays pinned until it
         is done; None if there is no room on the way just now."""
 
@@ -37,14 +37,15 @@ class Source(Protocol):
     def keep(self, key: Key) -> None:
         """The tier above has let ``key`` go: what is left of it here is worth keeping again."""
 
-    def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
-        """Drop the speculative reads that ``stale`` says are late."""
+    def cancel_stale(self, stale: Callable[[Key], bool], *, begun: bool = True) -> None:
+        """Drop the speculative reads that ``stale`` names; of those that have begun, only if ``begun``."""
 
 
 @dataclass
 class TierStats:
     """Counts of records. A late hit is a demand that found its record on the way; a useful speculative read was
-    demanded afterwards, a wasted one not in the step it was for, a cancelled one was dropped before it began."""
+    demanded afterwards, a wasted one not in the step it was for, a cancelled one was dropped before it began. Records
+    that the background brought to free slots are counted as ``warmed`` alone."""
 
     hits: int = 0
     late_hits: int = 0
@@ -54,6 +55,7 @@ class TierStats:
     useful: int = 0
     wasted: int = 0
     cancelled: int = 0
+    warmed: int = 0
 
 
 class Tier:
@@ -79,12 +81,17 @@ class Tier:
         self._leaving: dict[Key, None] = {}  # first to go, oldest first: streamed through, guessed wrong, or also above
         self.speculative_limit = len(slots) // 8  # slots that guesses may hold at the expense of warm records
         self._passing_limit = max(2, len(slots) // 8)  # slots that a prefill may, likewise
+        self._warming: list[Entry] = []  # brought by the background, the least wanted last
+        self._kept: frozenset[Key] = frozenset()
         self._unclaimed = 0
         self._passing = 0
         self._stream: torch.Stream | None = None  # for copies to the tier above
 
-    def demand(self, key: Key) -> Entry | None:
-        """The entry of ``key`` for use now, pinned and counted, resident or on its way; None if it must be started."""
+    def demand(self, key: Key, *, passing: bool = False) -> Entry | None:
+        """The entry of ``key`` for use now, pinned and counted, resident or on its way; None if it must be started.
+
+        ``passing``: what was streamed through so far still is, and leaves first.
+        """
         entry = self.entries.get(key)
         if entry is None:
             return None
@@ -96,7 +103,7 @@ class Tier:
         if entry.speculative:
             self._claim(entry)
             self.stats.useful += 1
-        if entry.passing:
+        if entry.passing and not passing:
             entry.passing = False
             self._passing -= 1
         self._leaving.pop(key, None)
@@ -104,16 +111,18 @@ class Tier:
         entry.pins += 1
         return entry
 
-    def start(self, key: Key, *, speculative: bool = False, passing: bool = False) -> Entry | None:
+    def start(self, key: Key, *, priority: Priority = Priority.DEMAND, passing: bool = False) -> Entry | None:
         """Begin to bring in ``key``, which is absent. A demanded entry comes pinned. None: no slot can be had now.
 
-        ``passing``: it is streamed through; if it took a warm record's place it leaves first.
+        ``passing``: it is streamed through; if it took a warm record's place it leaves first. The background takes
+        free slots only, and gives them up for any other use until its read has begun.
         """
         self.settle()
-        slot, victim, displacing = self._find_slot(key, speculative, passing)
+        speculative = priority is Priority.SPECULATIVE
+        slot, victim, displacing = self._find_slot(key, priority, passing)
         if slot is None:
             return None
-        fetched = self.source.fetch(key, slot, speculative, passing)
+        fetched = self.source.fetch(key, slot, priority, passing)
         if fetched is None:
             return None
         if victim is None:
@@ -122,24 +131,32 @@ class Tier:
             self._evict(victim)
         entry = Entry(key, slot, fetched[0], speculative, passing and displacing, source=fetched[1])
         self.entries[key] = self._loading[key] = entry
-        self.policy.on_insert(key, demanded=not speculative)
+        self.policy.on_insert(key, demanded=priority is Priority.DEMAND)
         self._passing += entry.passing
         if speculative:
             self._unclaimed += 1
             self.stats.speculative += 1
+        elif priority is Priority.BACKGROUND:
+            self._warming.append(entry)
+            self.stats.warmed += 1
         else:
             entry.pins = 1
             self.stats.misses += 1
         return entry
 
-    def fetch(self, key: Key, slot: Slot, speculative: bool, passing: bool) -> tuple[Ticket, Entry] | None:
+    def keep_for_now(self, keys: Iterable[Key]) -> None:
+        """Spare ``keys``, as far as others can leave instead, until the next call: they are likely to be used soon."""
+        self._kept = frozenset(keys)
+
+    def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, Entry] | None:
         """As the source of the tier above: copy ``key`` up, out of a slot of this tier."""
-        entry = self.entries.get(key) if speculative else self.demand(key)
+        demanded = priority is Priority.DEMAND
+        entry = self.demand(key, passing=passing) if demanded else self.entries.get(key)
         if entry is None:
-            entry = self.start(key, speculative=speculative, passing=passing)
+            entry = self.start(key, priority=priority, passing=passing)
             if entry is None:
                 return None
-        if speculative:
+        if not demanded:
             entry.pins += 1
             if entry.speculative:  # the tier above keeps account of this guess
                 self._claim(entry)
@@ -152,8 +169,8 @@ class Tier:
         def stalled(what: str) -> StorageError:
             return StorageError(f"copying {key} from {self.name}: {what}")
 
-        job = Job(f"{self.name}->vram", size, run, stalled)
-        return self.transfer.submit([job], speculative=speculative, after=entry.ticket), entry
+        job = Job(f"{self.name}->vram", size, run, stalled, str(tuple(key)))
+        return self.transfer.submit([job], priority=priority, after=entry.ticket), entry
 
     def _copy_up(self, target: Tensor, source: Tensor) -> None:
         """In a transfer thread: copy, on a stream of its own where there are streams, and wait for it."""
@@ -200,15 +217,17 @@ class Tier:
         if entry is not None and not entry.passing:
             self._leaving.pop(key, None)
 
-    def cancel_stale(self, stale: Callable[[Key], bool]) -> None:
-        """Drop the speculative reads that ``stale`` says are late; those that have begun leave first when they end."""
-        self.source.cancel_stale(stale)
+    def cancel_stale(self, stale: Callable[[Key], bool], *, begun: bool = True) -> None:
+        """Drop the speculative reads that ``stale`` names. Those that have begun leave first when they end, unless
+        ``begun`` is False: then their time has not come yet, and they stay as they are."""
+        self.source.cancel_stale(stale, begun=begun)
         for key, entry in list(self.entries.items()) if self._unclaimed else ():
             if entry.speculative and stale(key):
-                self._claim(entry)
                 if entry.ticket is not None and self.transfer.cancel(entry.ticket):
+                    self._claim(entry)
                     self.stats.cancelled += 1
-                else:
+                elif begun:
+                    self._claim(entry)
                     self.stats.wasted += 1
                     self._leaving[key] = None
         self.settle()
@@ -218,37 +237,57 @@ class Tier:
         below = self.source.in_flight() if isinstance(self.source, Tier) else []
         return below + [entry.ticket for entry in self._loading.values() if entry.ticket is not None]
 
-    def _find_slot(self, key: Key, speculative: bool, passing: bool) -> tuple[Slot | None, Key | None, bool]:
+    def _find_slot(self, key: Key, priority: Priority, passing: bool) -> tuple[Slot | None, Key | None, bool]:
         """A slot for ``key``, which record has to leave it, and whether a warm one has left or leaves for ``key``."""
         nbytes = self.size_of(key)
         for slot in self._free:
             if slot.size >= nbytes:
                 return slot, None, False
+        if priority is Priority.BACKGROUND:
+            return None, None, False
+        if (freed := self._stop_warming(nbytes)) is not None:
+            return freed, None, False
         for candidate in self._leaving:
             if self._evictable(candidate, nbytes):
                 displacing = self.entries[candidate].passing  # it hands on what it has displaced
                 return self.entries[candidate].slot, candidate, displacing
+        speculative = priority is Priority.SPECULATIVE
         if (speculative and self._unclaimed >= self.speculative_limit) or (
             passing and self._passing >= self._passing_limit
         ):
             return None, None, False
+        spared: Key | None = None
         for candidate in self.policy.victims():
             # A guess may not take the place of what its own layer may need as much.
-            if self._evictable(candidate, nbytes) and not (speculative and candidate.layer == key.layer):
+            if not self._evictable(candidate, nbytes) or (speculative and candidate.layer == key.layer):
+                continue
+            if candidate not in self._kept:
                 return self.entries[candidate].slot, candidate, True
-        return None, None, False
+            spared = spared or candidate
+        if spared is None or speculative:
+            return None, None, False
+        return self.entries[spared].slot, spared, True
+
+    def _stop_warming(self, nbytes: int) -> Slot | None:
+        """The slot of the least wanted read of the background that has not begun, free again."""
+        while self._warming:
+            entry = self._warming.pop()
+            waits = entry.ticket is not None and entry.ticket.priority is Priority.BACKGROUND and not entry.pins
+            if waits and entry.slot.size >= nbytes and self.transfer.cancel(entry.ticket):  # type: ignore[arg-type]
+                self.stats.warmed -= 1
+                self.settle()
+                return entry.slot
+        return None
 
     def _evictable(self, key: Key, nbytes: int) -> bool:
         entry = self.entries[key]
         return not entry.pins and entry.ticket is None and entry.slot.size >= nbytes
 
-    def _evict(self, key: Key) -> Slot:
-        entry = self.entries[key]
-        self._forget(entry)
+    def _evict(self, key: Key) -> None:
+        self._forget(self.entries[key])
         self.policy.on_evict(key)
         self.source.keep(key)
         self.stats.evictions += 1
-        return entry.slot
 
     def _forget(self, entry: Entry) -> None:
         del self.entries[entry.key]

@@ -1,5 +1,4 @@
-"""Threads that move bytes. The only file with threads; the queue has a demand side, which goes first, and a
-speculative side."""
+"""Threads that move bytes. The only file with threads; demands go first, then guesses, then the background."""
 
 from __future__ import annotations
 
@@ -8,19 +7,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
+
+from tierlm.timeline import Timeline
+
+
+class Priority(IntEnum):
+    """What a transfer is for: the layer that runs now waits for it, a predictor asked for it, or a free slot did."""
+
+    DEMAND = 0
+    SPECULATIVE = 1
+    BACKGROUND = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One piece of a transfer: ``run`` moves ``nbytes`` over ``link`` ("disk->ram", ...) and raises if it cannot.
 
-    ``stalled`` makes the error that says which read it is that does not come back.
+    ``stalled`` makes the error that says which read it is that does not come back. ``what`` names it in a timeline.
     """
 
     link: str
     nbytes: int
     run: Callable[[], None]
     stalled: Callable[[str], Exception]
+    what: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +39,7 @@ class Ticket:
     """A transfer under way. ``done`` once every job of it has ended; then ``error`` says whether one failed."""
 
     jobs: Sequence[Job]
-    speculative: bool
+    priority: Priority
     after: Ticket | None = None
     pending: int = 0
     queued: int = 0  # jobs that no thread has taken up yet
@@ -41,23 +52,28 @@ class Ticket:
 
 @dataclass
 class LinkStats:
-    """``seconds``: during which at least one job was under way on this link."""
+    """``seconds``: during which at least one job was under way on this link; ``cpu``: processor time of the threads."""
 
     bytes: int = 0
     seconds: float = 0.0
+    cpu: float = 0.0
     active: int = 0
     since: float = 0.0
 
 
 class Transfer:
-    """A pool of threads over one queue. All methods may be called from any thread."""
+    """A pool of threads over one queue. All methods may be called from any thread.
 
-    def __init__(self, threads: int):
+    The background takes up at most a quarter of the threads, so that a demand finds most of them free.
+    """
+
+    def __init__(self, threads: int, timeline: Timeline | None = None):
+        self.timeline = timeline
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._finished = threading.Condition(self._lock)
-        self._demand: deque[tuple[Ticket, int]] = deque()
-        self._speculative: deque[tuple[Ticket, int]] = deque()
+        self._queues: dict[Priority, deque[tuple[Ticket, int]]] = {priority: deque() for priority in Priority}
+        self._background = max(1, threads // 4)  # threads that may still turn to the background
         self._closed = False
         self.links: dict[str, LinkStats] = {}
         self._threads = [
@@ -66,9 +82,11 @@ class Transfer:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, jobs: Sequence[Job], *, speculative: bool = False, after: Ticket | None = None) -> Ticket:
+    def submit(
+        self, jobs: Sequence[Job], *, priority: Priority = Priority.DEMAND, after: Ticket | None = None
+    ) -> Ticket:
         """Queue jobs; they start once ``after`` is done, and fail with it. Raises RuntimeError when closed."""
-        ticket = Ticket(jobs, speculative, after, len(jobs), len(jobs), unfinished=set(range(len(jobs))))
+        ticket = Ticket(jobs, priority, after, len(jobs), len(jobs), unfinished=set(range(len(jobs))))
         with self._lock:
             if self._closed:
                 raise RuntimeError("transfer is closed")
@@ -82,15 +100,17 @@ class Transfer:
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
-        """Make a speculative ticket, and what it waits for, a demand."""
+        """Make a ticket, and what it waits for, a demand."""
         with self._lock:
             link: Ticket | None = ticket
-            while link is not None and link.speculative:
-                link.speculative = False
-                moved = [item for item in self._speculative if item[0] is link]
+            while link is not None and link.priority is not Priority.DEMAND:
+                queue = self._queues[link.priority]
+                moved = [item for item in queue if item[0] is link]
                 for item in moved:
-                    self._speculative.remove(item)
-                self._demand.extend(moved)
+                    queue.remove(item)
+                link.priority = Priority.DEMAND
+                self._queues[Priority.DEMAND].extend(moved)
+                self._work.notify(len(moved))  # a background job may have had no thread
                 link = link.after
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -100,9 +120,9 @@ class Transfer:
                 return False
             if ticket.after is not None and ticket in ticket.after.dependents:
                 ticket.after.dependents.remove(ticket)
-            for queue in (self._demand, self._speculative):
-                for item in [item for item in queue if item[0] is ticket]:
-                    queue.remove(item)
+            queue = self._queues[ticket.priority]
+            for item in [item for item in queue if item[0] is ticket]:
+                queue.remove(item)
             ticket.cancelled = True
             self._finish(ticket, None)
             return True
@@ -124,16 +144,21 @@ class Transfer:
         now = time.perf_counter()
         with self._lock:
             return {
-                name: LinkStats(link.bytes, link.seconds + (now - link.since if link.active else 0.0))
+                name: LinkStats(link.bytes, link.seconds + (now - link.since if link.active else 0.0), link.cpu)
                 for name, link in self.links.items()
             }
+
+    def backlog(self) -> int:
+        """Bytes of demands that no thread has taken up yet."""
+        with self._lock:
+            return sum(ticket.jobs[index].nbytes for ticket, index in self._queues[Priority.DEMAND])
 
     def close(self, timeout: float = 5.0) -> bool:
         """Stop the threads after the jobs that they are in. False if one of them is stuck in a read."""
         with self._lock:
             self._closed = True
-            self._demand.clear()
-            self._speculative.clear()
+            for queue in self._queues.values():
+                queue.clear()
             self._work.notify_all()
         deadline = time.monotonic() + timeout
         for thread in self._threads:
@@ -141,7 +166,7 @@ class Transfer:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _enqueue(self, ticket: Ticket, first: bool) -> None:
-        queue = self._speculative if ticket.speculative else self._demand
+        queue = self._queues[ticket.priority]
         items = [(ticket, i) for i in range(len(ticket.jobs))]
         if first:
             queue.extendleft(reversed(items))
@@ -161,33 +186,53 @@ class Transfer:
         ticket.dependents.clear()
         self._finished.notify_all()
 
+    def _next(self) -> deque[tuple[Ticket, int]] | None:
+        """The queue whose turn it is."""
+        for priority, queue in self._queues.items():
+            if queue and (priority is not Priority.BACKGROUND or self._background):
+                return queue
+        return None
+
     def _run(self) -> None:
         while True:
             with self._work:
-                while not (self._demand or self._speculative or self._closed):
+                while (queue := self._next()) is None and not self._closed:
                     self._work.wait()
-                if self._closed:
+                if self._closed or queue is None:
                     return
-                ticket, index = (self._demand or self._speculative).popleft()
+                ticket, index = queue.popleft()
                 ticket.queued -= 1
+                background = ticket.priority is Priority.BACKGROUND
+                self._background -= background
                 skip = ticket.error is not None
                 job = ticket.jobs[index]
                 link = self.links.setdefault(job.link, LinkStats())
+                began = time.perf_counter()
                 if not link.active:
-                    link.since = time.perf_counter()
+                    link.since = began
                 link.active += 1
+                kind = ticket.priority.name.lower()
             error: BaseException | None = None
+            cpu = time.thread_time()
             if not skip:
                 try:
                     job.run()
                 except BaseException as caught:  # whatever it is, the thread lives on and the waiter gets it
                     error = caught
+            cpu = time.thread_time() - cpu
+            ended = time.perf_counter()
+            if self.timeline is not None:
+                self.timeline.add(job.link, job.what, began, ended, bytes=job.nbytes, priority=kind)
             with self._work:
                 link.active -= 1
                 if not link.active:
-                    link.seconds += time.perf_counter() - link.since
+                    link.seconds += ended - link.since
                 if error is None and not skip:
                     link.bytes += job.nbytes
+                    link.cpu += cpu
+                if background:
+                    self._background += 1
+                    self._work.notify()
                 ticket.error = ticket.error or error
                 ticket.unfinished.discard(index)
                 ticket.pending -= 1

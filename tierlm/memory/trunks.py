@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tierlm.memory.slots import Entry
 from tierlm.memory.store import Store
 from tierlm.memory.tiers import Tier
+from tierlm.memory.transfer import Priority
 from tierlm.spec import Key, TrunkKey
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.formats import Weights, weights_of
@@ -52,7 +53,7 @@ class Trunks:
         self._leased = self._bring(key)
         follower = self._next[key]
         if follower not in self.tier.entries:
-            self.tier.start(follower, speculative=True)
+            self.tier.start(follower, priority=Priority.SPECULATIVE)
         return weights_of(self._leased.slot.buffer, self.records(key))
 
     def _bring(self, key: TrunkKey) -> Entry:

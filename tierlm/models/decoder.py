@@ -59,6 +59,8 @@ class Decoder:
         angles = self.attention.angles(segments)
         for layer in range(self.spec.layers):
             trunk = self.trunks.get(TrunkKey(layer))
+            if self.spec.is_moe(layer):
+                self.moe.before_attention(hidden, layer, prefill)
             normed = rms_norm(hidden, trunk["input_layernorm"], eps)
             hidden = hidden + self.attention.forward(normed, layer, trunk, angles, segments)
             normed = rms_norm(hidden, self.gates[f"{layer}.norm"], eps)

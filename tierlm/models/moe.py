@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 
 import torch
@@ -54,8 +55,9 @@ class MixtureOfExperts:
         ends = dict(zip(needed, itertools.accumulate(counts[expert] for expert in needed), strict=True))
         outputs = x.new_empty(len(pairs), x.shape[1])  # in the order of pairs
         with self.store.acquire(layer, needed, passing=prefill) as leases:
-            if not prefill:
-                self._look_ahead(hidden, layer, needed)
+            self.predictor.observe(layer, needed)
+            for ahead in range(1, self.predictor.lookahead + 1):
+                self._look_ahead(hidden, layer + ahead, ahead, prefill)
             shared = torch.zeros_like(x)
             if self.spec.shared_experts:  # while the reads are under way
                 shared = gated_mlp(x, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
@@ -74,13 +76,26 @@ class MixtureOfExperts:
         gate, bias = self.gates[f"{layer}.gate"], self.gates.get(f"{layer}.bias")
         return route(x, gate, bias, self.spec.router, self.spec.experts_per_token)
 
-    def _look_ahead(self, hidden: Tensor, layer: int, chosen: list[int]) -> None:
-        """Tell the predictor what was chosen, and what the next layers' gates make of the hidden state now; hint."""
-        self.predictor.observe(layer, chosen)
-        for ahead in range(layer + 1, min(layer + 1 + self.predictor.lookahead, self.spec.layers)):
-            x = rms_norm(hidden, self.gates[f"{ahead}.norm"], self.spec.norm_eps)
-            ranked = self._route(x, ahead)[1]
-            # Choice by choice over the rows: every row's best comes before any row's second best.
-            self.predictor.observe_gate(ahead, list(dict.fromkeys(ranked.t().flatten().tolist())))
-        following = layer + 1 if layer + 1 < self.spec.layers else self.spec.dense_layers
-        self.store.hint(self.predictor.predict(following))
+    def before_attention(self, hidden: Tensor, layer: int, prefill: bool) -> None:
+        """The last chance to guess what ``layer`` will choose: ``hidden`` lacks its attention only."""
+        if self.predictor.gates:
+            self._look_ahead(hidden, layer, 0, prefill)
+
+    def _look_ahead(self, hidden: Tensor, layer: int, ahead: int, prefill: bool) -> None:
+        """Ask the predictor what ``layer`` will choose, which runs ``ahead`` layers from now, and hint at it. After the
+        last layer comes the first one of the next token, which no gate can see yet."""
+        wraps = layer >= self.spec.layers
+        if wraps:
+            layer += self.spec.dense_layers - self.spec.layers
+        if (self.predictor.gates and wraps) or (prefill and not self.predictor.gates) or not self.spec.is_moe(layer):
+            return
+        if not self.store.prefetch.due(ahead, prefill):
+            return
+        began = time.perf_counter()
+        if self.predictor.gates:
+            x = rms_norm(hidden, self.gates[f"{layer}.norm"], self.spec.norm_eps)
+            ranked = self._route(x, layer)[1].t().flatten().tolist()
+            # What most rows choose comes first; among equals a row's best before its second best.
+            self.predictor.observe_gate(layer, [expert for expert, _ in Counter(ranked).most_common()])
+        keys = self.predictor.predict(layer)
+        self.store.hint(layer, keys, ahead=ahead, passing=prefill, spent=time.perf_counter() - began)

@@ -15,11 +15,13 @@ from tierlm.spec import ExpertKey
 class Predictor(ABC):
     """Guesses a layer's experts before it runs. ``width``: experts a token chooses.
 
-    ``lookahead``: how many layers ahead the executor shall evaluate the gate on the current hidden state and report
-    the outcome through ``observe_gate``; 0: never. Only single-token steps are reported and asked about.
+    ``lookahead``: how many layers ahead it is asked; 0: never. ``gates``: whether the executor shall then evaluate the
+    gate of that layer on the hidden state as it is now, and report the outcome through ``observe_gate`` first; such a
+    predictor is asked once more just before the layer's attention. A prefill asks those with gates only.
     """
 
-    lookahead: int = 0
+    lookahead: int = 1
+    gates: bool = False
 
     def __init__(self, width: int):
         self.width = width
@@ -39,6 +41,8 @@ class Predictor(ABC):
 class NoPredictor(Predictor):
     """Never guesses."""
 
+    lookahead = 0
+
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         """Learns nothing."""
 
@@ -47,10 +51,11 @@ class NoPredictor(Predictor):
 
 
 class GateLookahead(Predictor):
-    """The next layer's own gate, on the hidden state that enters this layer's experts: the residual stream changes
-    little from one layer to the next (as in Eliseev and Mazur, arXiv 2312.17238)."""
+    """A layer's own gate, on the hidden state that enters an earlier layer's experts or the layer's attention: the
+    residual stream changes little from one layer to the next (as in Eliseev and Mazur, arXiv 2312.17238)."""
 
-    lookahead = 1
+    lookahead = 2
+    gates = True
 
     def __init__(self, width: int):
         super().__init__(width)
@@ -63,7 +68,7 @@ class GateLookahead(Predictor):
         self._ranked[layer] = ranked
 
     def predict(self, layer: int) -> list[ExpertKey]:
-        return [ExpertKey(layer, expert) for expert in self._ranked.get(layer, ())[: self.width]]
+        return [ExpertKey(layer, expert) for expert in self._ranked.get(layer, ())]
 
 
 PREDICTORS: dict[str, type[Predictor]] = {"none": NoPredictor, "gate": GateLookahead}

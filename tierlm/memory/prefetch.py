@@ -1,0 +1,101 @@
+"""Which guesses are worth a read: decided from what guesses, reads and layers have cost so far. No constants of a
+machine: the disk's speed, the layers' times and the guesses' precision are all measured while running."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from tierlm.spec import ExpertKey
+
+MEMORY = 32  # observations over which averages run
+PROBE = 16  # every so many chances, a lookahead that has not paid is tried again
+RANKS = 32  # guesses further back share one precision
+
+
+class Average:
+    """A running mean: of all values at first, then over about MEMORY of them."""
+
+    def __init__(self, value: float = 0.0):
+        self.value, self.count = value, 0
+
+    def add(self, value: float) -> None:
+        self.count = min(self.count + 1, MEMORY)
+        self.value += (value - self.value) / self.count
+
+
+class Prefetch:
+    """The account of one store's guesses.
+
+    A guess is the ``rank``-th likeliest record of a layer that is absent, made ``ahead`` of the layer: 1 when the layer
+    before runs its experts, 0 just before the layer's attention, and so on; prefill and decode apart (``kind``).
+    Its precision is judged whether it was read or not, so that nothing need be read to learn it. If it is right, it
+    saves the part of its read that fits between now and the layer's turn, as far as the layer would have waited at
+    all. If it is wrong, what is left of its read then is in the demands' way. Both cost the processor time of a read.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._precision: dict[tuple[int, bool, int], Average] = {}
+        self._window: dict[tuple[int, bool], Average] = {}  # seconds from the guess to the layer's turn
+        self._gain: dict[tuple[int, bool], Average] = {}  # seconds that following guesses was expected to save
+        self._cost: dict[tuple[int, bool], Average] = {}  # seconds that making them took
+        self._chances: dict[tuple[int, bool], int] = {}
+        self._absent: dict[bool, Average] = {}  # records of a layer that would have to be read without guesses
+        self._compute: dict[bool, Average] = {}  # seconds of a layer's expert step apart from waiting
+        self._open: dict[int, dict[tuple[int, bool], tuple[float, dict[ExpertKey, int]]]] = {}  # by layer
+        self.read_seconds = Average()  # of the link, for one record
+        self.read_cpu = Average()  # of the processors, likewise
+
+    def due(self, ahead: int, prefill: bool) -> bool:
+        """Whether it is worth finding out what a layer ``ahead`` will choose."""
+        kind = (ahead, prefill)
+        self._chances[kind] = self._chances.get(kind, -1) + 1
+        gain, cost = self._gain.get(kind), self._cost.get(kind)
+        unknown = gain is None or cost is None or gain.count < PROBE
+        return unknown or gain.value > cost.value or self._chances[kind] % PROBE == 0  # type: ignore[union-attr]
+
+    def choose(
+        self, layer: int, absent: Sequence[ExpertKey], ahead: int, prefill: bool, backlog: float, spent: float
+    ) -> list[ExpertKey]:
+        """Those of ``absent``, likeliest first, that are worth reading now. ``backlog``: seconds that the link has to
+        work for demands already; ``spent``: seconds it took to make the guesses."""
+        kind, read = (ahead, prefill), self.read_seconds.value
+        self._open.setdefault(layer, {})[kind] = (self._clock(), {key: rank for rank, key in enumerate(absent)})
+        window = self._window[kind].value if kind in self._window else 0.0
+        waits = 0.0  # that the layer would have without guesses
+        if prefill in self._absent:
+            waits = self._absent[prefill].value * read - self._compute[prefill].value
+        start, total, chosen = backlog, 0.0, []
+        for rank, key in enumerate(absent):
+            head = min(read, window - start)
+            if head <= 0 or waits <= 0:
+                break
+            p = self._precision.get((*kind, min(rank, RANKS)), Average()).value
+            gain = p * min(head, waits) - (1 - p) * (read - head) - self.read_cpu.value
+            if gain > 0:
+                chosen.append(key)
+                start, waits, total = start + read, waits - p * read, total + gain
+        self._average(self._gain, kind).add(total)
+        self._average(self._cost, kind).add(spent)
+        return chosen
+
+    def turn(self, layer: int, needed: Iterable[ExpertKey]) -> None:
+        """``layer`` runs now and demands ``needed``: judge what was guessed about it."""
+        wanted, now = set(needed), self._clock()
+        for kind, (made, ranks) in self._open.pop(layer, {}).items():
+            self._average(self._window, kind).add(now - made)
+            for key, rank in ranks.items():
+                self._average(self._precision, (*kind, min(rank, RANKS))).add(float(key in wanted))
+
+    def layer_done(self, absent: int, compute: float, prefill: bool) -> None:
+        """A layer has run: how many of its records had to be read, guessed or not, and the seconds it computed."""
+        self._average(self._absent, prefill).add(absent)
+        self._average(self._compute, prefill).add(compute)
+
+    @staticmethod
+    def _average(table: dict, kind: object) -> Average:  # type: ignore[type-arg]
+        if kind not in table:
+            table[kind] = Average()
+        found: Average = table[kind]
+        return found

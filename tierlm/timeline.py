@@ -1,0 +1,67 @@
+"""What happened when: spans of time on tracks, for a picture of what overlaps what.
+
+The file is in Chrome's Trace Event Format (complete events, microseconds), which ui.perfetto.dev and chrome://tracing
+open: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+LIMIT = 500_000  # spans that are kept, the latest: about 100 MB
+
+
+class Timeline:
+    """Spans, added from any thread."""
+
+    def __init__(self) -> None:
+        self._spans: deque[tuple[str, int, str, float, float, dict[str, object]]] = deque(maxlen=LIMIT)
+        self._origin = time.perf_counter()
+
+    def add(self, track: str, name: str, began: float, ended: float, **details: object) -> None:
+        """A span of this thread; ``began`` and ``ended`` as of time.perf_counter."""
+        self._spans.append((track, threading.get_ident(), name, began, ended, details))
+
+    @contextmanager
+    def span(self, track: str, name: str, **details: object) -> Iterator[None]:
+        """The span of a ``with`` block."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(track, name, began, time.perf_counter(), **details)
+
+    def write(self, file: Path) -> None:
+        """Write all spans to ``file``: beside it first, so that it is whole or not there. Raises OSError."""
+        spans = list(self._spans)
+        tracks = {track: number for number, track in enumerate(sorted({span[0] for span in spans}), 1)}
+        threads: dict[tuple[str, int], int] = {}
+        for track, thread, *_ in spans:  # threads count from 1 on each track
+            seen = sum(known == track for known, _ in threads)
+            threads.setdefault((track, thread), seen + 1)
+        events: list[dict[str, object]] = [
+            {"ph": "M", "name": "process_name", "pid": number, "args": {"name": track}}
+            for track, number in tracks.items()
+        ]
+        for track, thread, name, began, ended, details in spans:
+            at, duration = (began - self._origin) * 1e6, (ended - began) * 1e6
+            place = {"pid": tracks[track], "tid": threads[track, thread]}
+            events.append({"ph": "X", "name": name, "ts": at, "dur": duration, **place, "args": details})
+        beside = file.with_name(f".{file.name}.{os.getpid()}")
+        with open(beside, "w", encoding="utf-8") as stream:
+            json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(file)
+
+
+def span(timeline: Timeline | None, track: str, name: str) -> AbstractContextManager[None]:
+    """``timeline.span``, or nothing where no timeline is kept."""
+    return nullcontext() if timeline is None else timeline.span(track, name)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from toys import edit_config, make_toy
 from typer.testing import CliRunner
 
-from tierlm import __version__, cli
+from tierlm import LLM, __version__, cli
 
 VOCAB = 300
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -123,6 +123,20 @@ def test_run_prints_the_text(model: str, tierlm: Any) -> None:
         outcome = tierlm("run", model, "-p", "the quick", "-n", "5", "--context", "64")
     assert outcome.code == 0 and outcome.out.endswith("\n") and outcome.out.strip()
     assert "error" not in outcome.err
+
+
+def test_options_of_the_disk_reach_the_model(model: str, tierlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[dict[str, Any]] = []
+    real = LLM.load
+
+    def load(*given: Any, **options: Any) -> LLM:
+        loaded.append(options)
+        return real(*given, **options)
+
+    monkeypatch.setattr(LLM, "load", load)
+    for words in ([], ["--probe"]):
+        assert tierlm("run", model, "-p", "the", "-n", "1", "--context", "64", *words).code == 0
+    assert [options["probe"] for options in loaded] == ["auto", "refresh"]
 
 
 def test_same_tokens_from_run_to_run_and_from_both_readers(model: str, tierlm: Any) -> None:

@@ -134,9 +134,11 @@ def test_options_of_the_disk_reach_the_model(model: str, tierlm: Any, monkeypatc
         return real(*given, **options)
 
     monkeypatch.setattr(LLM, "load", load)
-    for words in ([], ["--probe"]):
+    shutil.copytree(model, "one")
+    shutil.copytree(model, "two")
+    for words in ([], ["--probe", "--mirror", "one", "--mirror", "two"]):
         assert tierlm("run", model, "-p", "the", "-n", "1", "--context", "64", *words).code == 0
-    assert [options["probe"] for options in loaded] == ["auto", "refresh"]
+    assert [(options["probe"], options["mirrors"]) for options in loaded] == [("auto", ()), ("refresh", ("one", "two"))]
 
 
 def test_same_tokens_from_run_to_run_and_from_both_readers(model: str, tierlm: Any) -> None:
@@ -207,6 +209,8 @@ BAD_OPTIONS: dict[str, tuple[list[str], int, list[str]]] = {  # words after the 
     "policy no policy": (["--policy", "json:JSONDecoder"], 2, ["UsageError", "json:JSONDecoder"]),
     "unknown predictor": (["--predictor", "oracle"], 2, ["UsageError", "'oracle'", "gate", "none"]),
     "unknown reader": (["--reader", "uring"], 2, ["UsageError", "reader", "'uring'", "mmap"]),
+    "mirror that is not there": (["--mirror", "gone"], 2, ["UsageError", "gone", "nothing"]),
+    "mirror of the same files": (["--mirror", "model"], 2, ["UsageError", "mirror model", "model.safetensors"]),
     "unknown device": (["--device", "tpu9"], 2, ["UsageError", "'tpu9'"]),
     "device without data": (["--device", "meta"], 2, ["UsageError", "meta"]),
     "no context": (["--context", "0"], 2, ["UsageError", "context"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,6 +197,7 @@ def test_stops_become_tuples() -> None:
 
 BAD_OPTIONS: list[tuple[str, Any]] = [
     *(("reader", value) for value in ("", "Direct", "o_direct", None, 1)),
+    *(("mirrors", value) for value in ("folder", Path("folder"), [""], ["a", 1], [None], None, 5)),
     *(("probe", value) for value in ("", "on", "Auto", None, True)),
     *(("kv_dtype", value) for value in ("", "float16", "fp32", None)),
     *(("prefill_chunk", value) for value in (0, -1, 1.0, "512", None, True)),
@@ -231,6 +233,12 @@ def test_good_options_are_kept(changes: dict[str, Any]) -> None:
     options = RuntimeOptions(**changes)
     for name, value in changes.items():
         assert getattr(options, name) == value
+
+
+def test_mirrors_become_a_tuple() -> None:
+    assert RuntimeOptions().mirrors == ()
+    assert RuntimeOptions(mirrors=["a", Path("b")]).mirrors == ("a", Path("b"))
+    assert hash(RuntimeOptions(mirrors=["a"])) == hash(RuntimeOptions(mirrors=("a",)))
 
 
 def test_options_are_frozen() -> None:

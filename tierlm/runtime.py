@@ -29,9 +29,9 @@ from tierlm.models.moe import MixtureOfExperts
 from tierlm.policies.eviction import make_policy
 from tierlm.policies.prediction import make_predictor
 from tierlm.weights.formats import DTYPES, Weights, weights_of
-from tierlm.weights.probe import find_profile
+from tierlm.weights.mirrors import open_disks
 from tierlm.weights.profile import ProfileCache, user_cache
-from tierlm.weights.reader import open_reader, read_rows, split
+from tierlm.weights.reader import read_rows, split
 
 DEFAULT_CONTEXT = 4096
 MAX_LOGITS = 64 * 2**20  # bytes set aside for what `logits` returns
@@ -59,22 +59,22 @@ class Runtime:
         self.predictor = make_predictor(options.predictor, spec.experts_per_token)
         make_policy(options.policy, spec.layers)  # a wrong name is told before anything is loaded
         self.plan = self._plan(budget)
-        self.reader, why = open_reader(options.reader, self.catalog.files)
-        try:
-            self.disk_profile, disk = find_profile(
-                self.reader, self.catalog.files, options.probe, ProfileCache(user_cache())
-            )
-        except BaseException:
-            self.reader.close()
-            raise
+        mirrors = [Path(folder) for folder in options.mirrors]
+        self.reader, self.disk_profile, disks = open_disks(
+            self.catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache())
+        )
         self.transfer = Transfer(options.transfer_threads or self._transfer_threads())
-        self.notes = [f"reader {why}", disk, *self._notes()]
+        self._notes = [*disks, *self._platform_notes()]
         try:
             self._build(progress or (lambda done, total: None))
         except BaseException:
             self.close()
             raise
         self.load_seconds = time.perf_counter() - began
+
+    @property
+    def notes(self) -> list[str]:
+        return self._notes + self.reader.troubles()
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token, float32 [T, vocab]. Raises PromptError, and BudgetError for too large a result."""
@@ -140,7 +140,7 @@ class Runtime:
         copying = 0 if self.plan.vram is None else COPY_THREADS
         return self.disk_profile.depth_of(sum(sizes) // len(sizes)) + copying
 
-    def _notes(self) -> list[str]:
+    def _platform_notes(self) -> list[str]:
         notes = []
         if self.catalog.ignored:
             notes.append(f"{len(self.catalog.ignored)} tensors of multi-token prediction layers are not used")

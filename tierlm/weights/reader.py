@@ -58,6 +58,10 @@ class Reader(ABC):
         The buffer is ALIGNMENT-aligned and of ``hi - lo`` bytes.
         """
 
+    def troubles(self) -> list[str]:
+        """What went wrong so far and was got round, in words."""
+        return []
+
     @abstractmethod
     def close(self) -> None:
         """Close all files. No read may be under way."""

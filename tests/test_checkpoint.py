@@ -337,7 +337,7 @@ def fetch(record: Record, reader: Reader) -> bytes:
         memory[:] = b"\xaa" * len(memory)
         view = memoryview(memory)
         for extent in record.extents:
-            for request in split(extent):
+            for request in split(extent, 2**20):
                 with view[request.at : request.at + request.hi - request.lo] as part:
                     reader.read(request, part)
         found = bytes(view[: record.nbytes])

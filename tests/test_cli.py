@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from toys import edit_config, make_toy
 from typer.testing import CliRunner
 
-from tierlm import __version__, cli
+from tierlm import LLM, __version__, cli
 
 VOCAB = 300
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -125,6 +125,22 @@ def test_run_prints_the_text(model: str, tierlm: Any) -> None:
     assert "error" not in outcome.err
 
 
+def test_options_of_the_disk_reach_the_model(model: str, tierlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[dict[str, Any]] = []
+    real = LLM.load
+
+    def load(*given: Any, **options: Any) -> LLM:
+        loaded.append(options)
+        return real(*given, **options)
+
+    monkeypatch.setattr(LLM, "load", load)
+    shutil.copytree(model, "one")
+    shutil.copytree(model, "two")
+    for words in ([], ["--probe", "--mirror", "one", "--mirror", "two"]):
+        assert tierlm("run", model, "-p", "the", "-n", "1", "--context", "64", *words).code == 0
+    assert [(options["probe"], options["mirrors"]) for options in loaded] == [("auto", ()), ("refresh", ("one", "two"))]
+
+
 def test_same_tokens_from_run_to_run_and_from_both_readers(model: str, tierlm: Any) -> None:
     words = ("run", model, "-p", "the fox", "-n", "6", "--context", "64", "--json", "-")
     found = [json.loads(tierlm(*words, "--reader", reader).out)["ids"] for reader in ("auto", "mmap")]
@@ -193,6 +209,8 @@ BAD_OPTIONS: dict[str, tuple[list[str], int, list[str]]] = {  # words after the 
     "policy no policy": (["--policy", "json:JSONDecoder"], 2, ["UsageError", "json:JSONDecoder"]),
     "unknown predictor": (["--predictor", "oracle"], 2, ["UsageError", "'oracle'", "gate", "none"]),
     "unknown reader": (["--reader", "uring"], 2, ["UsageError", "reader", "'uring'", "mmap"]),
+    "mirror that is not there": (["--mirror", "gone"], 2, ["UsageError", "gone", "nothing"]),
+    "mirror of the same files": (["--mirror", "model"], 2, ["UsageError", "mirror model", "model.safetensors"]),
     "unknown device": (["--device", "tpu9"], 2, ["UsageError", "'tpu9'"]),
     "device without data": (["--device", "meta"], 2, ["UsageError", "meta"]),
     "no context": (["--context", "0"], 2, ["UsageError", "context"]),

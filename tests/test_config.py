@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,9 +197,11 @@ def test_stops_become_tuples() -> None:
 
 BAD_OPTIONS: list[tuple[str, Any]] = [
     *(("reader", value) for value in ("", "Direct", "o_direct", None, 1)),
+    *(("mirrors", value) for value in ("folder", Path("folder"), [""], ["a", 1], [None], None, 5)),
+    *(("probe", value) for value in ("", "on", "Auto", None, True)),
     *(("kv_dtype", value) for value in ("", "float16", "fp32", None)),
     *(("prefill_chunk", value) for value in (0, -1, 1.0, "512", None, True)),
-    *(("transfer_threads", value) for value in (0, -1, 257, 8.0, None, True)),
+    *(("transfer_threads", value) for value in (0, -1, 257, 8.0, "8", True)),
     *(("io_timeout", value) for value in (0, -1, NAN, INF, "60", None, True)),
     *(("context", value) for value in (0, -1, 1.5, "4096", True, NAN)),
     *(("ram_slots", value) for value in (0, -1, 1.5, "4", True)),
@@ -220,7 +223,8 @@ def test_bad_options_name_the_field(field: str, value: Any) -> None:
         *({"reader": value} for value in ("auto", "direct", "mmap")),
         *({"kv_dtype": value} for value in ("float32", "bfloat16")),
         *({"context": value} for value in (None, 1, 10**7)),
-        *({"transfer_threads": value} for value in (1, 256)),
+        *({"transfer_threads": value} for value in (None, 1, 256)),
+        *({"probe": value} for value in ("auto", "refresh", "off")),
         {"resident_trunks": 0, "ram_slots": 1, "vram_slots": 1, "prefill_chunk": 1, "io_timeout": 0.001},
     ],
     ids=str,
@@ -229,6 +233,12 @@ def test_good_options_are_kept(changes: dict[str, Any]) -> None:
     options = RuntimeOptions(**changes)
     for name, value in changes.items():
         assert getattr(options, name) == value
+
+
+def test_mirrors_become_a_tuple() -> None:
+    assert RuntimeOptions().mirrors == ()
+    assert RuntimeOptions(mirrors=["a", Path("b")]).mirrors == ("a", Path("b"))
+    assert hash(RuntimeOptions(mirrors=["a"])) == hash(RuntimeOptions(mirrors=("a",)))
 
 
 def test_options_are_frozen() -> None:

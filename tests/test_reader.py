@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm.errors import StorageError, UsageError
-from tierlm.weights import reader as reader_module
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
 from tierlm.weights.reader import DirectReader, MmapReader, Reader, Request, open_reader, read_rows, split
 
@@ -57,10 +56,10 @@ def tensor(file: Path, name: str, start: int, stop: int) -> TensorInfo:
     return TensorInfo(name, file, start, stop - start, "U8", (stop - start,))
 
 
-def read(reader: Reader, extent: Extent) -> bytes:
+def read(reader: Reader, extent: Extent, request_bytes: int = 2**20) -> bytes:
     """The wanted bytes of an extent, through memory aligned as promised to readers."""
     with mmap.mmap(-1, max(extent.hi - extent.lo, 1)) as memory, memoryview(memory) as view:
-        for request in split(extent):
+        for request in split(extent, request_bytes):
             with view[request.at : request.at + request.hi - request.lo] as part:
                 reader.read(request, part)
         return bytes(view[extent.start - extent.lo : extent.stop - extent.lo])
@@ -132,9 +131,7 @@ def test_bytes_outside_the_request_are_not_touched(
 @PROFILE
 def test_requests_cover_an_extent_without_overlap(start: int, size: int, at: int) -> None:
     extent = Extent(Path("f"), start, start + size, at * ALIGNMENT, (tensor(Path("f"), "w", start, start + size),))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader_module, "REQUEST_BYTES", 2 * ALIGNMENT)
-        requests = split(extent)
+    requests = split(extent, 2 * ALIGNMENT)
     edge, wanted = extent.lo, 0
     for request in requests:
         assert request.lo == edge and request.hi > request.lo and request.hi - request.lo <= 2 * ALIGNMENT
@@ -144,15 +141,12 @@ def test_requests_cover_an_extent_without_overlap(start: int, size: int, at: int
     assert edge == extent.hi and wanted == size
 
 
-def test_an_extent_longer_than_a_request_is_read_whole(
-    make_file: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader_module, "REQUEST_BYTES", 2 * ALIGNMENT)
+def test_an_extent_longer_than_a_request_is_read_whole(make_file: Callable[[int], Path]) -> None:
     file = make_file(9 * ALIGNMENT + 77)
     extent = whole(file, 333, 9 * ALIGNMENT + 70)
-    assert len(split(extent)) == 5
+    assert len(split(extent, 2 * ALIGNMENT)) == 5
     for reader in (DirectReader(), MmapReader()):
-        assert read(reader, extent) == content(9 * ALIGNMENT + 70)[333:]
+        assert read(reader, extent, 2 * ALIGNMENT) == content(9 * ALIGNMENT + 70)[333:]
         reader.close()
 
 

@@ -166,7 +166,7 @@ class Bench:
     def __init__(self, slots: Sequence[int], policy: str = "cycle", layers: int = LAYERS, threads: int = 2):
         self.shelf, self.transfer = Shelf(), Watched(threads)
         self.tiers: list[Tier] = []  # from the bottom up
-        source: Source = Disk(self.shelf, record_of, self.transfer)
+        source: Source = Disk(self.shelf, record_of, self.transfer, 2**20)
         for name, count in zip(("ram", "vram"), slots, strict=False):
             made = [Slot(torch.zeros(SIZE, dtype=torch.uint8)) for _ in range(count)]
             tier = Tier(name, made, source, self.transfer, make_policy(policy, layers), lambda key: SIZE)

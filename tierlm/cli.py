@@ -46,6 +46,11 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer;
 Policy = Annotated[str, typer.Option(help="Eviction: cycle, lru, lfu, or module:Class.")]
 Predictor = Annotated[str, typer.Option(help="Prefetch: gate, none, or module:Class.")]
 Reader = Annotated[str, typer.Option(help="auto, direct (O_DIRECT) or mmap.")]
+Mirrors = Annotated[
+    list[str] | None,
+    typer.Option("--mirror", help="A folder with copies of the files on another disk; may be given several times."),
+]
+Probe = Annotated[bool, typer.Option("--probe", help="Measure the disk again; without it, only at its first use.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, or an accelerator as torch names it.")]
 Context = Annotated[int | None, typer.Option(help="Tokens to reserve KV memory for; default: the model's, up to 4096.")]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print what was moved, hit and waited for.")]
@@ -85,6 +90,8 @@ def run(
     policy: Policy = "cycle",
     predictor: Predictor = "gate",
     reader: Reader = "auto",
+    mirror: Mirrors = None,
+    probe: Probe = False,
     device: Device = "auto",
     context: Context = None,
     stats: ShowStats = False,
@@ -99,7 +106,7 @@ def run(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     quiet = json_file == Path("-")
-    with _load(model, ram, vram, quiet, device, policy, predictor, reader, context) as llm:
+    with _load(model, ram, vram, quiet, device, policy, predictor, reader, mirror, probe, context) as llm:
         text, ids, reason = _show(llm.stream(prompt, params), quiet)
         result = {"model": model, "prompt": prompt, "text": text, "ids": ids, "finish_reason": reason}
         _report(llm.stats(), result, stats, json_file)
@@ -122,6 +129,8 @@ def chat(
     policy: Policy = "cycle",
     predictor: Predictor = "gate",
     reader: Reader = "auto",
+    mirror: Mirrors = None,
+    probe: Probe = False,
     device: Device = "auto",
     context: Context = None,
     stats: ShowStats = False,
@@ -131,7 +140,7 @@ def chat(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     messages = [{"role": "system", "content": system}] if system else []
-    with _load(model, ram, vram, False, device, policy, predictor, reader, context) as llm:
+    with _load(model, ram, vram, False, device, policy, predictor, reader, mirror, probe, context) as llm:
         while line := _ask():
             messages.append({"role": "user", "content": line})
             text, _, _ = _show(llm.chat(messages, params), quiet=False)
@@ -164,12 +173,15 @@ def _load(
     policy: str,
     predictor: str,
     reader: str,
+    mirror: list[str] | None,
+    probe: bool,
     context: int | None,
 ) -> Iterator[LLM]:
     """The model, with a progress bar while it loads."""
     from tierlm.llm import LLM
 
     options: dict[str, Any] = {"device": device, "policy": policy, "predictor": predictor, "reader": reader}
+    options |= {"mirrors": tuple(mirror or ()), "probe": "refresh" if probe else "auto"}
     console = Console(stderr=True)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True))
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:

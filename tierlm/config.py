@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tierlm.errors import UsageError
 
@@ -110,7 +111,9 @@ class RuntimeOptions:
     context: int | None = None  # tokens of KV reserved, over all running sequences; None: min(model's own, 4096)
     prefill_chunk: int = 512
     kv_dtype: str = "float32"
-    transfer_threads: int = 8
+    transfer_threads: int | None = None  # reads at a time; None: as many as the disk likes
+    probe: str = "auto"  # of a disk at its first use; "refresh": measure again; "off": take what suits most
+    mirrors: Sequence[str | Path] = ()  # folders with copies of the model's files, on other disks
     io_timeout: float = 60.0  # seconds without a finished read before a demand gives up
     ram_slots: int | None = None
     vram_slots: int | None = None
@@ -119,12 +122,17 @@ class RuntimeOptions:
     def __post_init__(self) -> None:
         for name in ("device", "policy", "predictor"):
             _require(isinstance(getattr(self, name), str), name, "a name", self)
+        several = isinstance(self.mirrors, Sequence) and not isinstance(self.mirrors, str)
+        named = several and all(isinstance(folder, (str, Path)) and str(folder) for folder in self.mirrors)
+        _require(named, "mirrors", "a sequence of folders", self)
+        object.__setattr__(self, "mirrors", tuple(self.mirrors))
         _require(self.reader in ("auto", "direct", "mmap"), "reader", "auto, direct or mmap", self)
         _require(self.kv_dtype in ("float32", "bfloat16"), "kv_dtype", "float32 or bfloat16", self)
         _require(_is_int(self.prefill_chunk) and self.prefill_chunk >= 1, "prefill_chunk", "an integer >= 1", self)
-        _require(
-            _is_int(self.transfer_threads) and 1 <= self.transfer_threads <= 256, "transfer_threads", "1 to 256", self
-        )
+        _require(self.probe in ("auto", "refresh", "off"), "probe", "auto, refresh or off", self)
+        threads = self.transfer_threads
+        fits = threads is None or (_is_int(threads) and 1 <= threads <= 256)
+        _require(fits, "transfer_threads", "1 to 256 or None", self)
         _require(_finite(self.io_timeout) and self.io_timeout > 0, "io_timeout", "seconds > 0", self)
         for name in ("context", "ram_slots", "vram_slots"):
             value = getattr(self, name)

@@ -29,10 +29,13 @@ from tierlm.models.moe import MixtureOfExperts
 from tierlm.policies.eviction import make_policy
 from tierlm.policies.prediction import make_predictor
 from tierlm.weights.formats import DTYPES, Weights, weights_of
-from tierlm.weights.reader import open_reader, read_rows
+from tierlm.weights.mirrors import open_disks
+from tierlm.weights.profile import ProfileCache, user_cache
+from tierlm.weights.reader import read_rows, split
 
 DEFAULT_CONTEXT = 4096
 MAX_LOGITS = 64 * 2**20  # bytes set aside for what `logits` returns
+COPY_THREADS = 2  # to vram
 AUTO_RAM, AUTO_VRAM = 0.8, 0.9  # shares of what is free
 
 
@@ -56,15 +59,22 @@ class Runtime:
         self.predictor = make_predictor(options.predictor, spec.experts_per_token)
         make_policy(options.policy, spec.layers)  # a wrong name is told before anything is loaded
         self.plan = self._plan(budget)
-        self.reader, why = open_reader(options.reader, self.catalog.files)
-        self.transfer = Transfer(options.transfer_threads)
-        self.notes = [f"reader {why}", *self._notes()]
+        mirrors = [Path(folder) for folder in options.mirrors]
+        self.reader, self.disk_profile, disks = open_disks(
+            self.catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache())
+        )
+        self.transfer = Transfer(options.transfer_threads or self._transfer_threads())
+        self._notes = [*disks, *self._platform_notes()]
         try:
             self._build(progress or (lambda done, total: None))
         except BaseException:
             self.close()
             raise
         self.load_seconds = time.perf_counter() - began
+
+    @property
+    def notes(self) -> list[str]:
+        return self._notes + self.reader.troubles()
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token, float32 [T, vocab]. Raises PromptError, and BudgetError for too large a result."""
@@ -121,7 +131,16 @@ class Runtime:
             resident_trunks=options.resident_trunks,
         )
 
-    def _notes(self) -> list[str]:
+    def _transfer_threads(self) -> int:
+        """Enough to read this model's experts as fast as the disk goes, and to copy to vram meanwhile."""
+        sizes = [self.disk_profile.request_bytes]
+        if experts := self.catalog.experts():
+            extents = self.catalog.record(experts[0]).extents
+            sizes = [part.hi - part.lo for extent in extents for part in split(extent, self.disk_profile.request_bytes)]
+        copying = 0 if self.plan.vram is None else COPY_THREADS
+        return self.disk_profile.depth_of(sum(sizes) // len(sizes)) + copying
+
+    def _platform_notes(self) -> list[str]:
         notes = []
         if self.catalog.ignored:
             notes.append(f"{len(self.catalog.ignored)} tensors of multi-token prediction layers are not used")
@@ -133,7 +152,7 @@ class Runtime:
 
     def _build(self, progress: Callable[[int, int], None]) -> None:
         catalog, plan, options, spec = self.catalog, self.plan, self.options, self.catalog.spec
-        disk = Disk(self.reader, catalog.record, self.transfer)
+        disk = Disk(self.reader, catalog.record, self.transfer, self.disk_profile.request_bytes)
         gates = self._load_gates(disk)
         host = torch.device("cpu")
         self.experts = [self._expert_tier("ram", plan.ram, disk, host)]

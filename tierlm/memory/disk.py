@@ -13,13 +13,13 @@ from tierlm.weights.reader import Reader, Request, failure, split
 
 
 class Disk:
-    """The tier at the bottom: records are always there, and are read."""
+    """The tier at the bottom: records are always there, and are read, at most ``request_bytes`` at a time."""
 
-    def __init__(self, reader: Reader, records: Callable[[Key], Record], transfer: Transfer):
+    def __init__(self, reader: Reader, records: Callable[[Key], Record], transfer: Transfer, request_bytes: int):
         self.reader, self.records, self.transfer = reader, records, transfer
+        self.request_bytes = request_bytes
 
-    def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, None]:
-        requests = [request for extent in self.records(key).extents for request in split(extent)]
+        requests = [part for extent in self.records(key).extents for part in split(extent, self.request_bytes)]
         return self.transfer.submit([self._job(r, slot, str(tuple(key))) for r in requests], priority=priority), None
 
     def _job(self, request: Request, slot: Slot, what: str) -> Job:

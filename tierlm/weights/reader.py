@@ -16,8 +16,6 @@ import numpy as np
 from tierlm.errors import StorageError, UsageError
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
 
-REQUEST_BYTES = 8 * 2**20  # of one read; an extent that is longer is read by several threads at once
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -41,9 +39,10 @@ class Request:
         return min(self.hi, self.extent.stop)
 
 
-def split(extent: Extent) -> list[Request]:
-    """The requests that together read one extent."""
-    edges = [*range(extent.lo, extent.hi, REQUEST_BYTES), extent.hi]
+def split(extent: Extent, request_bytes: int) -> list[Request]:
+    """The requests, of at most ``request_bytes`` (a multiple of ALIGNMENT) each, that together read one extent: what
+    is longer is read by several threads at once."""
+    edges = [*range(extent.lo, extent.hi, request_bytes), extent.hi]
     return [Request(extent, lo, hi) for lo, hi in itertools.pairwise(edges)]
 
 
@@ -58,6 +57,10 @@ class Reader(ABC):
 
         The buffer is ALIGNMENT-aligned and of ``hi - lo`` bytes.
         """
+
+    def troubles(self) -> list[str]:
+        """What went wrong so far and was got round, in words."""
+        return []
 
     @abstractmethod
     def close(self) -> None:

@@ -1,67 +1,42 @@
-"""Write a full-shape synthetic checkpoint: the dimensions of a published model, random weights, any number of layers.
+"""Write a synthetic checkpoint: the dimensions of a published model, random weights, any number of layers.
 
-    python bench/synthetic.py deepseek-v2-lite /tmp/v2-lite --layers 12
+    python bench/synthetic.py deepseek-v2-lite /tmp/v2-lite --skew 0.5 --stickiness 0.35 --gguf /tmp/v2-lite.gguf
+    python bench/synthetic.py deepseek-v3 /tmp/v3 --layers 3 --dtype fp8
 
-The routers are random too, so that routing is nearly uniform: the worst case for any cache. It is written shard by
-shard in about a gigabyte of memory. The demo model's tokenizer goes with it, so that text can be typed in; what comes
-out is noise.
+Without --skew and --stickiness routing is nearly uniform: the worst case for any cache. --skew S makes the expert of
+rank r as popular as r ** -S: for S = 0.4, 0.6, 0.8 the hottest fifth of the experts gets 36, 45, 56 % of the choices
+(V3: 37, 48, 61 %). --stickiness R makes the next token choose an expert again with probability R; 0.29 to 0.41 has been
+reported of trained models. Both are what the weights are fitted to; ``bench/routing.py`` measures what comes out in a
+run, which on toys was 0 to 4 points more stickiness, and a hot share within 5 points where all topics had their turn.
+How the weights do it is told in bench/noise.py. --gguf writes the same weights for llama.cpp (bench/gguf_twin.py).
+
+It is written shard by shard, in little more memory than a shard, the embedding and the head take. The demo model's
+tokenizer goes with it, so that text can be typed in; what comes out is noise.
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
 from pathlib import Path
 
 import torch
+from noise import Noise
 from safetensors.torch import save_file
+from shapes import SHAPES, config_of
+from torch import Tensor
+from torch.nn import functional
 
 import tierlm.demo
+from tierlm.kernels.linear import BLOCK
 from tierlm.models import family_of
 from tierlm.models.deepseek import embedding_name, head_name
-from tierlm.spec import ExpertKey, TrunkKey
 
 SHARD_BYTES = 2**30
-V2_LITE = {
-    "model_type": "deepseek_v2",
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "n_shared_experts": 2,
-    "topk_method": "greedy",
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0,
-    "max_position_embeddings": 163840,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-    },
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "torch_dtype": "bfloat16",
-}
-SHAPES = {"deepseek-v2-lite": V2_LITE}
+LARGEST_FP8 = 448.0  # of e4m3
 
 
 class Shards:
@@ -69,11 +44,11 @@ class Shards:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.pending: dict[str, torch.Tensor] = {}
+        self.pending: dict[str, Tensor] = {}
         self.size = 0
         self.files: list[list[str]] = []
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: Tensor) -> None:
         self.pending[name] = tensor
         self.size += tensor.nbytes
         if self.size >= SHARD_BYTES:
@@ -82,7 +57,7 @@ class Shards:
     def flush(self) -> None:
         if self.pending:
             self.files.append(sorted(self.pending))
-            save_file(self.pending, self.folder / f"part-{len(self.files):05}.safetensors")
+            save_file(self.pending, self.folder / f"part-{len(self.files):05}.safetensors", {"format": "pt"})
             print(f"shard {len(self.files)}: {self.size / 1e9:.2f} GB", file=sys.stderr, flush=True)
         self.pending, self.size = {}, 0
 
@@ -97,44 +72,77 @@ class Shards:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def to_fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 [out, in], and what each block of 128 x 128 is to be multiplied with, float32 [out / 128, in / 128] rounded
+    up. The scales are powers of two, so that the product is a bfloat16 exactly, as the GGUF twin needs."""
+    rows, columns = matrix.shape
+    padded = functional.pad(matrix.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    largest = blocks.abs().amax((1, 3)).clamp(min=1e-30)
+    scale = torch.exp2((largest / LARGEST_FP8).log2().ceil())
+    scaled = (blocks / scale[:, None, :, None]).view_as(padded)[:rows, :columns]
+    return scaled.to(torch.float8_e4m3fn), scale
+
+
+def write_model(
+    shape: str,
+    out: Path,
+    layers: int | None = None,
+    fp8: bool = False,
+    skew: float = 0.0,
+    stickiness: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Write the model folder ``out``, which must not exist. Raises ValueError for routing that cannot be."""
+    config = config_of(shape, layers, fp8)
+    spec = family_of(config, shape).read_spec(config, shape)
+    noise = Noise(spec, skew, stickiness, seed)
+    out.mkdir(parents=True)
+    shards = Shards(out)
+    wide = (embedding_name(), head_name(spec))
+    for name, tensor in noise.tensors():
+        if fp8 and tensor.dim() == 2 and name not in wide and not name.endswith("mlp.gate.weight"):
+            tensor, scale = to_fp8(tensor)
+            shards.add(name + "_scale_inv", scale)
+        shards.add(name, tensor)
+    shards.finish()
+    (out / "config.json").write_text(json.dumps(config, indent=1))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        source = Path(tierlm.demo.__file__).parent / file
+        if source.exists():
+            shutil.copy(source, out / file)
+    dense = spec.dense_layers
+    print(f"{out}: {spec.layers} layers, {dense} of them dense, {spec.experts} experts in the others", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="fewer than the published number makes a smaller file")
+    parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--skew", type=float, default=0.0)
+    parser.add_argument("--stickiness", type=float, default=0.0)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--gguf-type", choices=("bf16", "q8_0", "q4_0"), default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists already")
+    if args.layers is not None and args.layers < 1:
+        parser.error(f"--layers: expected at least 1, found {args.layers}")
+    if args.skew < 0 or not 0 <= args.stickiness < 1:
+        parser.error("--skew must not be negative, and --stickiness is a probability below 1")
+    if args.gguf and not importlib.util.find_spec("gguf"):
+        parser.error("--gguf needs the gguf package: pip install tierlm[peers]")
+    try:
+        write_model(args.shape, args.out, args.layers, args.dtype == "fp8", args.skew, args.stickiness, args.seed)
+        if args.gguf:
+            from gguf_twin import write_twin
 
-    config = dict(SHAPES[args.shape])
-    config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
-    family = family_of(config, args.shape)
-    spec = family.read_spec(config, args.shape)
-    args.out.mkdir(parents=True)
-    torch.manual_seed(args.seed)
-
-    def random(shape: tuple[int, ...]) -> torch.Tensor:
-        if len(shape) == 1:
-            return torch.ones(shape, dtype=torch.bfloat16)
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[1] ** -0.5)
-
-    shards = Shards(args.out)
-    shards.add(embedding_name(), random((spec.vocab, spec.hidden)))
-    for layer in range(spec.layers):
-        groups = [family.trunk_tensors(spec, TrunkKey(layer))]
-        if spec.is_moe(layer):
-            groups += [family.expert_tensors(spec, ExpertKey(layer, expert)) for expert in range(spec.experts)]
-        for group in groups:
-            for name, shape in group.values():
-                shards.add(name, random(shape))
-    for name, shape in family.gate_tensors(spec).values():
-        shards.add(name, random(shape))
-    shards.add(head_name(spec), random((spec.vocab, spec.hidden)))
-    shards.finish()
-    (args.out / "config.json").write_text(json.dumps(config, indent=1))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        source = Path(tierlm.demo.__file__).parent / file
-        if source.exists():
-            shutil.copy(source, args.out / file)
+            write_twin(args.out, args.gguf, args.gguf_type)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

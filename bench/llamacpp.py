@@ -1,0 +1,30 @@
+"""llama.cpp through its binding xllamacpp: a server inside this process, set up to compare with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def open_server(file: Path, context: int, threads: int) -> Any:
+    """An xllamacpp.Server on a GGUF file, mapped and not copied: without repacked weights, warm-up, a second cache of
+    prompts, or more than one sequence."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx = context
+    params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
+    params.no_extra_bufts = True
+    params.fit_params = False
+    params.warmup = False
+    params.cache_ram_mib = 0
+    return xllamacpp.Server(params)
+
+
+def request(prompt: list[int], tokens: int, **options: Any) -> dict[str, Any]:
+    """A greedy completion of ids that streams one reply a token, and after them one with the timings."""
+    fixed = {"temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False}
+    return {"prompt": prompt, "n_predict": tokens, **fixed, **options}

@@ -1,0 +1,116 @@
+"""Random weights that behave: hidden states and logits of order one at any depth, and routing as asked.
+
+Matrices are normal with variance 1 / inputs, and those that write to the residual stream are scaled by the depth, so
+that all layers together add about as much as the embedding brought.
+
+Greedy decoding counts: the head prefers the id after the current one. A random model would soon run in a circle of a
+few tokens, and with it its routing; this one meets a new embedding at every step until the vocabulary is through. And
+the text does not hang on roundings, so that every engine computes the same tokens. Other logits are noise.
+
+The first TOPICS coordinates of the residual stream carry the topic of the current token, and nothing else: the
+embedding sets the one of its token's topic, which RUN ids in a row share, and no layer writes there. A router's columns
+for these coordinates are therefore a bias that depends on the topic alone. Their common part makes experts hot where a
+router has no bias of its own (V2's softmax); the part that differs between topics makes consecutive tokens choose
+alike. All of it is in the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from popularity import fit_bias, fit_common
+from torch import Tensor
+from torch.nn import functional
+
+from tierlm.models import family_of
+from tierlm.models.deepseek import embedding_name, head_name
+from tierlm.spec import ExpertKey, ModelSpec, TrunkKey
+
+TOPICS = 16
+RUN = 10  # ids in a row that share a topic
+LEVEL = 4.0  # of the coordinate of the current topic, where the others' spread is one
+NEXT = 20.0  # of the logit of the next id, before the final norm; the largest of 100,000 others is about 5
+GROWTH = 1.0  # variance that all layers together add to the embedding's, which is one; as measured on toys
+
+
+class Noise:
+    """The tensors of a model of ``spec``. ``skew``: exponent of the experts' popularity by rank. ``stickiness``: P(an
+    expert is chosen again by the next token); 0 leaves it to chance. Raises ValueError for one that cannot be."""
+
+    def __init__(self, spec: ModelSpec, skew: float = 0.0, stickiness: float = 0.0, seed: int = 0):
+        torch.manual_seed(seed)
+        self.spec = spec
+        self.bias = fit_bias(spec, skew)
+        self.common = fit_common(spec, self.bias, stickiness, stay=1 - 1 / RUN)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All of the model, layer by layer, expert by expert: bfloat16, correction biases float32."""
+        spec = self.spec
+        family = family_of({"model_type": spec.model_type}, "synthetic")
+        gates = family.gate_tensors(spec)
+        embedding = self._embedding()
+        yield embedding_name(), embedding
+        for layer in range(spec.layers):
+            groups = [family.trunk_tensors(spec, TrunkKey(layer))]
+            if spec.is_moe(layer):
+                groups += [family.expert_tensors(spec, ExpertKey(layer, expert)) for expert in range(spec.experts)]
+            for group in groups:
+                for role, (name, shape) in group.items():
+                    yield name, self._matrix(role, shape)
+            yield gates[f"{layer}.norm"][0], torch.ones(spec.hidden, dtype=torch.bfloat16)
+            if spec.is_moe(layer):
+                gate, bias = self._router(layer)
+                yield gates[f"{layer}.gate"][0], gate
+                if f"{layer}.bias" in gates:
+                    yield gates[f"{layer}.bias"][0], bias
+        yield gates["norm"][0], torch.ones(spec.hidden, dtype=torch.bfloat16)
+        yield head_name(spec), self._head(embedding)
+
+    def _matrix(self, role: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)  # a norm
+        if role not in ("o_proj", "down_proj"):
+            return _normal(shape, shape[1] ** -0.5)
+        writer = _normal(shape, (2 / self.spec.layers / shape[1]) ** 0.5)
+        writer[:TOPICS] = 0
+        return writer
+
+    def _spread(self, layer: int) -> float:
+        """The root mean square of the residual stream that enters ``layer``: its norm divides by it."""
+        return math.sqrt(1 + LEVEL**2 / self.spec.hidden + GROWTH * layer / self.spec.layers)
+
+    def _embedding(self) -> Tensor:
+        table = _normal((self.spec.vocab, self.spec.hidden), 1.0)
+        table[:, :TOPICS] = LEVEL * self._topics()
+        return table
+
+    def _head(self, embedding: Tensor) -> Tensor:
+        """Logits of variance one, but for the next id. Row by row, since the table may be two gigabytes."""
+        head = _normal(tuple(embedding.shape), self.spec.hidden**-0.5)
+        for token in range(self.spec.vocab):
+            head[token] += NEXT / self.spec.hidden * embedding[token - 1]
+        head[:, :TOPICS] = 0
+        return head
+
+    def _topics(self) -> Tensor:
+        """Which topic each token is of, one-hot, bfloat16 [vocab, TOPICS]."""
+        number = torch.arange(self.spec.vocab) // RUN % TOPICS
+        return functional.one_hot(number, TOPICS).bfloat16()
+
+    def _router(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The gate [experts, hidden], and the correction bias [experts]; every layer has other hot experts."""
+        spec = self.spec
+        rows = self.bias.view(spec.router.groups, -1)[torch.randperm(spec.router.groups)]
+        bias = torch.cat([row[torch.randperm(len(row))] for row in rows])
+        gate = _normal((spec.experts, spec.hidden), ((1 - self.common) / spec.hidden) ** 0.5)
+        by_topic = self.common**0.5 * torch.randn(spec.experts, TOPICS)
+        if spec.router.score == "softmax":
+            by_topic += bias[:, None]
+        gate[:, :TOPICS] = by_topic * self._spread(layer) / LEVEL
+        return gate, bias
+
+
+def _normal(shape: tuple[int, ...], spread: float) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, spread)

@@ -1,0 +1,81 @@
+"""What a router needs so that some experts are hot, and consecutive tokens choose alike.
+
+A router sees logits that are normal with variance one. Both fits draw such logits, let the runtime's own ``route``
+choose, and correct what they fit until the choice comes out as asked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tierlm.kernels import Weight
+from tierlm.models.moe import route
+from tierlm.spec import ModelSpec
+
+SAMPLES = 4096
+STEPS = 80
+RATE = {"softmax": 0.2, "sigmoid": 0.04}  # of a step: a sigmoid's scores spread over a fifth of its logits' spread
+CEILING = 0.9  # the largest probability asked for; a bias that makes a choice certain is infinite
+
+
+def choose(spec: ModelSpec, logits: Tensor, bias: Tensor) -> Tensor:
+    """The experts, int64 [n, k], that the router picks for ``logits`` [n, experts], biased where its kind has a bias:
+    V3's correction bias acts on the scores, V2 has none, and the logits themselves are shifted."""
+    eye = Weight(torch.eye(spec.experts))
+    if spec.router.score == "softmax":
+        return route(logits + bias, eye, None, spec.router, spec.experts_per_token)[1]
+    return route(logits, eye, Weight(bias), spec.router, spec.experts_per_token)[1]
+
+
+def zipf(spec: ModelSpec, skew: float) -> Tensor:
+    """How often a token chooses the expert of each rank, float32 [experts]: falls as rank ** -skew, and sums to k."""
+    falling = torch.arange(1, spec.experts + 1, dtype=torch.float32) ** -skew
+    low, high = 0.0, spec.experts_per_token / float(falling.min())
+    for _ in range(60):  # what CEILING cuts off goes to the others
+        middle = (low + high) / 2
+        asked = float((middle * falling).clamp(max=CEILING).sum())
+        low, high = (low, middle) if asked > spec.experts_per_token else (middle, high)
+    return (low * falling).clamp(max=CEILING)
+
+
+def fit_bias(spec: ModelSpec, skew: float) -> Tensor:
+    """The bias of each expert, float32 [experts], that makes the choice fall off as ``zipf``.
+
+    Ranks go round the router's groups, so that every group has its share of hot experts.
+    """
+    groups = spec.router.groups
+    target = zipf(spec, skew).view(-1, groups).t().flatten()
+    logits, bias = torch.randn(SAMPLES, spec.experts), torch.zeros(spec.experts)
+    if skew == 0:
+        return bias
+    for _ in range(STEPS):
+        counts = choose(spec, logits, bias).flatten().bincount(minlength=spec.experts)
+        bias += RATE[spec.router.score] * (target / (counts + 0.5) * SAMPLES).log()
+    return bias - bias.mean()
+
+
+def reuse(spec: ModelSpec, bias: Tensor, common: float) -> float:
+    """P(an expert of a token is chosen by the next one too) where ``common`` of the logits' variance is the same."""
+    same = common**0.5 * torch.randn(SAMPLES, spec.experts)
+    first, second = (
+        choose(spec, same + (1 - common) ** 0.5 * torch.randn(SAMPLES, spec.experts), bias) for _ in range(2)
+    )
+    return float((first[:, :, None] == second[:, None, :]).any(-1).float().mean())
+
+
+def fit_common(spec: ModelSpec, bias: Tensor, stickiness: float, stay: float) -> float:
+    """The share of the logits' variance that tokens of one topic must have in common for ``reuse`` to be
+    ``stickiness``, where the next token is of the same topic with probability ``stay``. Raises ValueError."""
+    if stickiness == 0:
+        return 0.0
+    apart = reuse(spec, bias, 0.0)
+    most = stay + (1 - stay) * apart
+    if not apart <= stickiness < most:
+        raise ValueError(f"stickiness {stickiness}: with this skew from {apart:.2f} to {most:.2f} is possible, or 0")
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        found = stay * reuse(spec, bias, middle) + (1 - stay) * apart
+        low, high = (low, middle) if found > stickiness else (middle, high)
+    return low

@@ -1,0 +1,170 @@
+"""The bench's synthetic models: they run, equal `transformers`, and route as asked; their GGUF twins equal them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import load_toy
+
+from tierlm import LLM, Budget, SamplingParams
+from tierlm.models import family_of
+from tierlm.spec import ModelSpec
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import popularity
+import routing
+import synthetic
+from shapes import config_of
+
+BUDGET = Budget("8GiB")
+PROMPT = [(37 * i + 11) % 1024 for i in range(20)]
+TOYS = [("toy-v2", False), ("toy-v3", False), ("toy-v2", True), ("toy-v3", True)]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
+    """Every toy, (shape, fp8) -> its folder, with hot experts and sticky routing."""
+    root = tmp_path_factory.mktemp("synthetic")
+    folders = {toy: root / f"{toy[0]}-{'fp8' if toy[1] else 'bf16'}" for toy in TOYS}
+    for (shape, fp8), folder in folders.items():
+        synthetic.write_model(shape, folder, fp8=fp8, skew=0.6, stickiness=0.4)
+    return folders
+
+
+def spec_of(shape: str) -> ModelSpec:
+    return family_of(config_of(shape, None, False), shape).read_spec(config_of(shape, None, False), shape)
+
+
+@pytest.mark.parametrize(("shape", "fp8"), TOYS)
+def test_a_synthetic_model_counts_and_its_logits_are_of_order_one(
+    shape: str, fp8: bool, toys: dict[tuple[str, bool], Path]
+) -> None:
+    with LLM.load(toys[shape, fp8], budget=BUDGET) as llm:
+        logits = llm.logits(PROMPT)
+        found = llm.generate([PROMPT], SamplingParams(max_new_tokens=8, ignore_eos=True))[0].ids
+    assert found == list(range(PROMPT[-1] + 1, PROMPT[-1] + 9))
+    assert 1 < logits.std() < 4 and logits.abs().max() < 40
+
+
+@pytest.mark.parametrize("shape", ["toy-v2", "toy-v3"])
+def test_bf16_equals_transformers(shape: str, toys: dict[tuple[str, bool], Path]) -> None:
+    with torch.no_grad():
+        expected = load_toy(toys[shape, False])(torch.tensor([PROMPT])).logits[0]
+    with LLM.load(toys[shape, False], budget=BUDGET) as llm:
+        found = llm.logits(PROMPT)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_hidden_states_stay_of_order_one_at_any_depth(tmp_path: Path) -> None:
+    for layers in (2, 24):
+        synthetic.write_model("toy-v2", tmp_path / str(layers), layers=layers)
+        with torch.no_grad():
+            states = load_toy(tmp_path / str(layers))(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states
+        assert all(0.8 < state.square().mean().sqrt() < 2 for state in states)
+
+
+def test_fp8_is_scaled_in_blocks_of_which_bf16_holds_the_product(toys: dict[tuple[str, bool], Path]) -> None:
+    matrix = torch.randn(200, 300, generator=torch.Generator().manual_seed(1)).bfloat16()
+    matrix[:128, :128] *= 50
+    stored, scale = synthetic.to_fp8(matrix)
+    wide = stored.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :300]
+    assert stored.dtype == torch.float8_e4m3fn and scale.shape == (2, 3)
+    assert torch.equal(wide, wide.bfloat16().float())
+    assert ((wide - matrix.float()).abs() <= matrix.float().abs() / 16 + scale.max() / 512).all()
+    tensors = load_file(toys["toy-v3", True] / "model-00001-of-00001.safetensors")
+    scaled = {name.removesuffix("_scale_inv") for name in tensors if name.endswith("_scale_inv")}
+    eights = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert scaled == eights and "model.layers.1.mlp.experts.0.up_proj.weight" in eights
+    assert not any(name.endswith(("gate.weight", "norm.weight", "head.weight", "tokens.weight")) for name in eights)
+
+
+def test_a_cut_keeps_layers_with_experts() -> None:
+    assert config_of("deepseek-v3", None, False)["first_k_dense_replace"] == 3
+    assert config_of("deepseek-v3", 4, True)["first_k_dense_replace"] == 1
+    assert config_of("deepseek-v3", 41, False)["first_k_dense_replace"] == 2
+
+
+@pytest.mark.parametrize("shape", ["toy-v2", "toy-v3"])
+def test_hot_and_sticky_routing_is_as_asked(shape: str, tmp_path: Path) -> None:
+    """Over 160 tokens, which is once round the topics."""
+    found: dict[tuple[float, float], dict[str, float]] = {}
+    for skew, stickiness in ((0.0, 0.0), (0.6, 0.0), (0.6, 0.4)):
+        folder = tmp_path / f"{skew}-{stickiness}"
+        synthetic.write_model(shape, folder, layers=4, skew=skew, stickiness=stickiness)
+        log, experts = routing.log_routing(folder, "8GiB", 160, PROMPT)
+        found[skew, stickiness] = routing.summarize(log, experts)
+        if not skew and not stickiness:
+            chance = routing.summarize(routing.uniform(log, experts), experts)
+    plain = found[0.0, 0.0]
+    assert plain["same"] < 0.01 and abs(plain["reuse"] - chance["reuse"]) < 0.04
+    assert plain["hot_share"] - chance["hot_share"] < 0.1
+    assert all(numbers["same"] < 0.1 for numbers in found.values())
+    asked = float(popularity.zipf(spec_of(shape), 0.6)[:6].sum()) / 4  # the hottest fifth of 32, of 4 choices
+    for sticky in (0.0, 0.4):
+        assert abs(found[0.6, sticky]["hot_share"] - asked) < 0.12
+        assert found[0.6, sticky]["hot_share"] > plain["hot_share"] + 0.1
+    assert abs(found[0.6, 0.4]["reuse"] - 0.4) < 0.08 and found[0.6, 0.0]["reuse"] < 0.3
+
+
+def test_popularity_falls_with_the_rank_and_sums_to_the_choices() -> None:
+    for skew in (0.0, 0.5, 3.0):
+        shares = popularity.zipf(spec_of("deepseek-v3"), skew)
+        assert abs(float(shares.sum()) - 8) < 1e-2 and shares.max() <= popularity.CEILING
+        assert (shares.diff() <= 0).all()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--stickiness", "0.95"], ["--skew", "-1"], ["--layers", "0"], ["--skew", "1", "--stickiness", "0.1"]]
+)
+def test_what_cannot_be_is_refused(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["synthetic.py", "toy-v2", str(tmp_path / "model"), *arguments])
+    with pytest.raises(SystemExit) as raised:
+        synthetic.main()
+    assert raised.value.code == 2 and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("shape", "fp8"), TOYS)
+def test_llama_cpp_computes_the_same_from_the_twin(
+    shape: str, fp8: bool, toys: dict[tuple[str, bool], Path], tmp_path: Path
+) -> None:
+    """It rounds activations to bfloat16, which sends single tokens to other experts: most rows must be close."""
+    pytest.importorskip("gguf", reason="needs gguf: pip install tierlm[peers]")
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install tierlm[peers]")
+    import llamacpp
+    from gguf_twin import write_twin
+
+    folder, count = toys[shape, fp8], 12
+    write_twin(folder, tmp_path / "twin.gguf")
+    replies: list[dict[str, Any]] = []
+    server = llamacpp.open_server(tmp_path / "twin.gguf", context=256, threads=1)
+    server.handle_completions(llamacpp.request(PROMPT, count, n_probs=20), replies.append)
+    steps = [reply["choices"][0]["logprobs"]["content"][0] for reply in replies[:count]]
+    with LLM.load(folder, budget=BUDGET) as llm:
+        ids = llm.generate([PROMPT], SamplingParams(max_new_tokens=count, ignore_eos=True))[0].ids
+        expected = llm.logits(PROMPT + ids)[len(PROMPT) - 1 :].log_softmax(-1)
+    assert [step["id"] for step in steps] == ids
+    far = [max(abs(top["logprob"] - float(row[top["id"]])) for top in step["top_logprobs"])
+           for step, row in zip(steps, expected, strict=False)]  # fmt: skip
+    assert sorted(far)[count // 2] < 0.2  # of logits that spread over 2.4
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_quantised_twins_hold_the_weights(kind: str, toys: dict[tuple[str, bool], Path], tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install tierlm[peers]")
+    from gguf_twin import write_twin
+
+    write_twin(toys["toy-v3", False], tmp_path / "twin.gguf", kind)
+    source = load_file(toys["toy-v3", False] / "model-00001-of-00001.safetensors")
+    twin = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "twin.gguf").tensors}
+    stacked = twin["blk.2.ffn_down_exps.weight"]
+    found = torch.tensor(gguf.quants.dequantize(stacked.data, stacked.tensor_type))
+    expected = torch.stack([source[f"model.layers.2.mlp.experts.{e}.down_proj.weight"].float() for e in range(32)])
+    assert (found - expected).square().mean() < {"q8_0": 1e-4, "q4_0": 2e-2}[kind] * expected.square().mean()
+    gate = torch.tensor(twin["blk.2.ffn_gate_inp.weight"].data)
+    assert torch.equal(gate, source["model.layers.2.mlp.gate.weight"].float())

@@ -72,24 +72,28 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
     budget = Budget(case["ram"], case["vram"])
     options = {"policy": case["policy"], "predictor": case["predictor"], "context": 1024}
+    options |= {"heat": False}  # each run begins as cold as the others
     with LLM.load(case["model"], budget=budget, **options) as llm:
         llm.generate([list(range(5, 5 + PROMPT))], tokens(WARM))
         before = llm.stats()
         llm.generate([[5]], tokens(case["tokens"] + 1))
         after = llm.stats()
-    seconds = after.decode_seconds - before.decode_seconds
-    link, earlier = after.links["disk->ram"], before.links["disk->ram"]
-    steps = case["tokens"] + 1  # the single prompt token is a step too
+    decode, earlier = after.decode, before.decode
+    seconds, tokens_made = decode.seconds - earlier.seconds, decode.tokens - earlier.tokens
     compute = next(iter(after.experts))
     now, then = after.experts[compute], before.experts[compute]
     hits = now.hits + now.late_hits - then.hits - then.late_hits
     useful = max(1, now.useful - then.useful + now.wasted - then.wasted)
+    stall, reading = decode.stall - earlier.stall, decode.reading - earlier.reading
     return {
-        "tokens_per_second": case["tokens"] / seconds,
-        "bytes_per_token": (link.bytes - earlier.bytes) / steps,
+        "tokens_per_second": tokens_made / seconds,
+        "bytes_per_token": (decode.disk_bytes - earlier.disk_bytes) / tokens_made,
         "hit_rate": hits / (hits + now.misses - then.misses),
+        "guesses_per_token": (now.speculative - then.speculative) / tokens_made,
         "guess_precision": (now.useful - then.useful) / useful,
-        "stall_share": (after.stall - before.stall) / (seconds * steps / case["tokens"]),
+        "stall_share": stall / seconds,
+        "disk_busy_share": reading / seconds,
+        "overlap": max(reading, seconds - stall) / seconds,
         "load_seconds": after.load_seconds,
         "peak_ram": after.peak_ram,
     }

@@ -16,6 +16,12 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)  # the toys are too small to be shared out, and another job may hold the other cores
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is remembered between runs is not the user's, here."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def toy_v3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A toy of the V3 architecture, one dense and three MoE layers of 16 experts, and its `transformers` model."""

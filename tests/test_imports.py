@@ -19,14 +19,15 @@ ROOT = Path(tierlm.__file__).parent
 # other. A part is a file or a folder of tierlm/.
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
+    [{"report"}],
     [{"llm", "stats"}],
     [{"runtime"}],
     [{"engine"}, {"text"}],
     [{"models"}],
     [{"memory"}, {"analysis"}],
     [{"weights"}, {"policies"}],
-    [{"spec"}, {"config"}],
-    [{"kernels"}, {"errors"}, {"demo"}],
+    [{"spec"}, {"config"}, {"timeline"}],
+    [{"kernels"}, {"errors"}, {"files"}, {"demo"}],
 ]
 # Less than their floor would allow.
 ONLY = {"text": {"text", "weights", "errors"}, "kernels": {"kernels"}, "errors": set[str](), "spec": set[str]()}

@@ -221,7 +221,7 @@ def test_half_precision_kv_cache(toy_v3: tuple[Path, Any], ids: list[int]) -> No
 
 
 def test_stats_add_up(toy_v3: tuple[Path, Any]) -> None:
-    with LLM.load(toy_v3[0], budget=RAM, ram_slots=9, predictor="none") as llm:
+    with LLM.load(toy_v3[0], budget=RAM, ram_slots=9, predictor="none", heat=False) as llm:
         llm.generate([[5, 6, 7]], TEN)
         stats = llm.stats()
         tier = stats.experts["ram"]

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from tierlm import LLM, Budget, SamplingParams
 from tierlm.errors import StorageError
+from tierlm.files import user_cache
 from tierlm.weights import probe as probe_module
 from tierlm.weights.checkpoint import ALIGNMENT
 from tierlm.weights.probe import DEPTHS, ENOUGH, MIB, SIZES, WORTHWHILE, Measurement, choose, find_profile, probe
-from tierlm.weights.profile import VERSION, DiskProfile, ProfileCache, disk_name, together, user_cache
+from tierlm.weights.profile import VERSION, DiskProfile, ProfileCache, disk_name, together
 from tierlm.weights.reader import DirectReader, MmapReader, Reader, Request, failure
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=200)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
-from tierlm.config import Budget, SamplingParams, format_size
+from tierlm.config import Budget, SamplingParams
 from tierlm.errors import TierlmError, UsageError
+from tierlm.files import write_whole
 
 if TYPE_CHECKING:
     from tierlm.llm import LLM
@@ -51,6 +50,13 @@ Mirrors = Annotated[
     typer.Option("--mirror", help="A folder with copies of the files on another disk; may be given several times."),
 ]
 Probe = Annotated[bool, typer.Option("--probe", help="Measure the disk again; without it, only at its first use.")]
+NoHeat = Annotated[
+    bool,
+    typer.Option("--no-heat", help="Neither remember which experts are used most, nor load them in the background."),
+]
+Timeline = Annotated[
+    Path | None, typer.Option(help="Write a trace of events to this file, for ui.perfetto.dev or chrome://tracing.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, or an accelerator as torch names it.")]
 Context = Annotated[int | None, typer.Option(help="Tokens to reserve KV memory for; default: the model's, up to 4096.")]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print what was moved, hit and waited for.")]
@@ -92,6 +98,8 @@ def run(
     reader: Reader = "auto",
     mirror: Mirrors = None,
     probe: Probe = False,
+    no_heat: NoHeat = False,
+    timeline: Timeline = None,
     device: Device = "auto",
     context: Context = None,
     stats: ShowStats = False,
@@ -106,7 +114,8 @@ def run(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     quiet = json_file == Path("-")
-    with _load(model, ram, vram, quiet, device, policy, predictor, reader, mirror, probe, context) as llm:
+    options = _options(device, policy, predictor, reader, mirror, probe, no_heat, timeline, context)
+    with _load(model, ram, vram, quiet, options) as llm:
         text, ids, reason = _show(llm.stream(prompt, params), quiet)
         result = {"model": model, "prompt": prompt, "text": text, "ids": ids, "finish_reason": reason}
         _report(llm.stats(), result, stats, json_file)
@@ -131,6 +140,8 @@ def chat(
     reader: Reader = "auto",
     mirror: Mirrors = None,
     probe: Probe = False,
+    no_heat: NoHeat = False,
+    timeline: Timeline = None,
     device: Device = "auto",
     context: Context = None,
     stats: ShowStats = False,
@@ -140,7 +151,8 @@ def chat(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     messages = [{"role": "system", "content": system}] if system else []
-    with _load(model, ram, vram, False, device, policy, predictor, reader, mirror, probe, context) as llm:
+    options = _options(device, policy, predictor, reader, mirror, probe, no_heat, timeline, context)
+    with _load(model, ram, vram, False, options) as llm:
         while line := _ask():
             messages.append({"role": "user", "content": line})
             text, _, _ = _show(llm.chat(messages, params), quiet=False)
@@ -163,25 +175,28 @@ def main() -> None:
         sys.exit(1)
 
 
-@contextmanager
-def _load(
-    model: str,
-    ram: str,
-    vram: str | None,
-    quiet: bool,
+def _options(
     device: str,
     policy: str,
     predictor: str,
     reader: str,
     mirror: list[str] | None,
     probe: bool,
+    no_heat: bool,
+    timeline: Path | None,
     context: int | None,
-) -> Iterator[LLM]:
+) -> dict[str, Any]:
+    """The command line's options as those of the API."""
+    options: dict[str, Any] = {"device": device, "policy": policy, "predictor": predictor, "reader": reader}
+    options |= {"mirrors": tuple(mirror or ()), "probe": "refresh" if probe else "auto"}
+    return options | {"heat": not no_heat, "timeline": timeline, "context": context}
+
+
+@contextmanager
+def _load(model: str, ram: str, vram: str | None, quiet: bool, options: dict[str, Any]) -> Iterator[LLM]:
     """The model, with a progress bar while it loads."""
     from tierlm.llm import LLM
 
-    options: dict[str, Any] = {"device": device, "policy": policy, "predictor": predictor, "reader": reader}
-    options |= {"mirrors": tuple(mirror or ()), "probe": "refresh" if probe else "auto"}
     console = Console(stderr=True)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True))
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
@@ -190,7 +205,6 @@ def _load(
             model,
             budget=Budget(ram, vram),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            context=context,
             **options,
         )
     try:
@@ -227,58 +241,16 @@ def _ask() -> str:
 
 def _report(stats: Stats, result: dict[str, Any], show: bool, json_file: Path | None) -> None:
     if show:
-        Console(stderr=True).print(_table(stats))
+        from tierlm.report import table
+
+        Console(stderr=True).print(table(stats))
     if json_file is None:
         return
-    text = json.dumps(result | {"stats": dataclasses.asdict(stats)}, indent=2, default=str)
+    text = json.dumps(result | {"stats": stats.as_json()}, indent=2, default=str)
     if json_file == Path("-"):
         print(text)
         return
-    beside = json_file.with_name(json_file.name + ".part")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(json_file)
+        write_whole(json_file, text + "\n")
     except OSError as error:
         raise UsageError(f"{json_file}: cannot be written: {error.strerror}") from error
-
-
-def _table(stats: Stats) -> Table:
-    table = Table(show_header=False, title="what it took", title_justify="left", box=None)
-    rows: list[tuple[str, str]] = [
-        ("load", f"{stats.load_seconds:.2f} s"),
-        ("prefill", f"{stats.prompt_tokens} tokens, {_number(stats.prefill_rate)} tokens/s"),
-        ("first token after", f"{_number(stats.first_token)} s"),
-        ("decode", f"{stats.new_tokens} tokens, {_number(stats.decode_rate)} tokens/s"),
-        ("waited for transfers", f"{stats.stall:.2f} s of {stats.prefill_seconds + stats.decode_seconds:.2f} s"),
-        ("expert hit rate", "-" if stats.hit_rate is None else f"{stats.hit_rate:.1%}"),
-        ("read from disk per token", format_size(stats.disk_bytes_per_token or 0)),
-    ]
-    for name, link in stats.links.items():
-        speed = link.bytes / link.seconds / 1e9 if link.seconds else 0.0
-        rows.append((name, f"{format_size(link.bytes)} at {speed:.2f} GB/s while busy"))
-    for name, tier in stats.experts.items():
-        plan = stats.plan.ram if name == "ram" else stats.plan.vram
-        slots = plan.expert_slots if plan else 0
-        rows.append(
-            (
-                f"experts in {name}",
-                f"{slots} slots: {tier.hits} hits, {tier.late_hits} late, {tier.misses} misses; guessed "
-                f"{tier.speculative}, of them {tier.useful} useful, {tier.wasted} wasted",
-            )
-        )
-    for name, part in (("ram", stats.plan.ram), ("vram", stats.plan.vram)):
-        if part is not None:
-            used = ", ".join(f"{what} {format_size(size)}" for what, size in part.parts.items() if size)
-            rows.append((f"{name} plan", f"{used}; floor {format_size(part.floor)}"))
-    rows.append(("peak of the process", format_size(stats.peak_ram)))
-    rows += [("note", note) for note in stats.notes]
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

@@ -114,6 +114,8 @@ class RuntimeOptions:
     transfer_threads: int | None = None  # reads at a time; None: as many as the disk likes
     probe: str = "auto"  # of a disk at its first use; "refresh": measure again; "off": take what suits most
     mirrors: Sequence[str | Path] = ()  # folders with copies of the model's files, on other disks
+    heat: bool = True  # remember which experts are used most, and load those in the background the next time
+    timeline: str | Path | None = None  # a file for a trace of events, written when the model is closed
     io_timeout: float = 60.0  # seconds without a finished read before a demand gives up
     ram_slots: int | None = None
     vram_slots: int | None = None
@@ -126,6 +128,9 @@ class RuntimeOptions:
         named = several and all(isinstance(folder, (str, Path)) and str(folder) for folder in self.mirrors)
         _require(named, "mirrors", "a sequence of folders", self)
         object.__setattr__(self, "mirrors", tuple(self.mirrors))
+        _require(isinstance(self.heat, bool), "heat", "True or False", self)
+        named = self.timeline is None or (isinstance(self.timeline, (str, Path)) and bool(str(self.timeline)))
+        _require(named, "timeline", "a file name or None", self)
         _require(self.reader in ("auto", "direct", "mmap"), "reader", "auto, direct or mmap", self)
         _require(self.kv_dtype in ("float32", "bfloat16"), "kv_dtype", "float32 or bfloat16", self)
         _require(_is_int(self.prefill_chunk) and self.prefill_chunk >= 1, "prefill_chunk", "an integer >= 1", self)

@@ -175,18 +175,21 @@ class LLM:
     ) -> Iterator[tuple[Running, str]]:
         """Each new token's sequence, and the text that it makes certain. Counts time in the engine only."""
         self._open()
-        counters = self._counters
-        counters.prompt_tokens += sum(map(len, ids))
-        events = self._runtime.engine.generate(ids, params)
+        counters, runtime = self._counters, self._runtime
+        events = runtime.engine.generate(ids, params)
         asked = mark = time.perf_counter()
-        first = True
+        meter, first = runtime.meter(), True
         for sequence in events:
-            now = time.perf_counter()
-            counters.count(now - mark, decoded=len(sequence.ids) > 1)
+            now, spent = time.perf_counter(), runtime.meter()
+            if len(sequence.ids) > 1:
+                counters.decode.add(1, now - mark, spent - meter)
+            else:
+                counters.prefill.add(len(sequence.prompt), now - mark, spent - meter)
+                counters.requests += 1
             if first:
                 counters.first_token, first = now - asked, False
             yield sequence, self._text(sequence, streams[sequence.index], params)
-            mark = time.perf_counter()
+            mark, meter = time.perf_counter(), runtime.meter()
 
     def _text(self, sequence: Running, stream: TextStream | None, params: SamplingParams) -> str:
         if stream is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +17,10 @@ from tierlm.analysis.plan import Plan, Sizes, TierPlan, make_plan, workspace_byt
 from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.generate import Engine
 from tierlm.errors import BudgetError, UsageError
+from tierlm.files import user_cache
 from tierlm.kernels import native
 from tierlm.memory.disk import Disk
+from tierlm.memory.heat import Heat
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.slots import Slot, allocate
 from tierlm.memory.store import Store
@@ -28,15 +32,28 @@ from tierlm.models.decoder import Decoder, Step
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.policies.eviction import make_policy
 from tierlm.policies.prediction import make_predictor
+from tierlm.timeline import Timeline
 from tierlm.weights.formats import DTYPES, Weights, weights_of
 from tierlm.weights.mirrors import open_disks
-from tierlm.weights.profile import ProfileCache, user_cache
+from tierlm.weights.profile import ProfileCache
 from tierlm.weights.reader import read_rows, split
 
 DEFAULT_CONTEXT = 4096
 MAX_LOGITS = 64 * 2**20  # bytes set aside for what `logits` returns
 COPY_THREADS = 2  # to vram
 AUTO_RAM, AUTO_VRAM = 0.8, 0.9  # shares of what is free
+
+
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """Running totals: seconds waited for transfers, seconds in which the disk was busy, bytes read from it."""
+
+    stall: float
+    reading: float
+    disk_bytes: int
+
+    def __sub__(self, earlier: Meter) -> Meter:
+        return Meter(self.stall - earlier.stall, self.reading - earlier.reading, self.disk_bytes - earlier.disk_bytes)
 
 
 class Runtime:
@@ -63,7 +80,13 @@ class Runtime:
         self.reader, self.disk_profile, disks = open_disks(
             self.catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache())
         )
-        self.transfer = Transfer(options.transfer_threads or self._transfer_threads())
+        cache = user_cache()
+        self._heat_file = cache / "heat" / f"{self.catalog.fingerprint}.json" if options.heat and cache else None
+        self.heat = Heat() if self._heat_file is None else Heat.read(self._heat_file, self.catalog.experts())
+        if options.timeline is not None and not Path(options.timeline).absolute().parent.is_dir():
+            raise UsageError(f"timeline: {Path(options.timeline).absolute().parent}: no such folder")
+        self.timeline = None if options.timeline is None else Timeline()
+        self.transfer = Transfer(options.transfer_threads or self._transfer_threads(), self.timeline)
         self._notes = [*disks, *self._platform_notes()]
         try:
             self._build(progress or (lambda done, total: None))
@@ -96,10 +119,23 @@ class Runtime:
             self.decoder.forward([step], prefill=True, out=out[start : start + len(step.ids)])
         return out
 
+    def meter(self) -> Meter:
+        """What has been waited for and read so far."""
+        disk = self.transfer.busy()["disk->ram"]
+        return Meter(self.store.stall + self.trunks.stall, disk.seconds, disk.bytes)
+
     def close(self) -> None:
-        """Stop the threads and close the files. A thread that is stuck in a read keeps its file."""
+        """Stop the threads and close the files; keep what is to be kept. A thread that is stuck in a read keeps its
+        file."""
         if self.transfer.close():
             self.reader.close()
+        try:
+            if self._heat_file is not None and self.heat.uses:
+                self.heat.write(self._heat_file)
+            if self.timeline is not None and self.options.timeline is not None:
+                self.timeline.write(Path(self.options.timeline))
+        except OSError as error:
+            warnings.warn(f"not written: {error.filename}: {error.strerror}", stacklevel=2)
 
     def _plan(self, budget: Budget) -> Plan:
         options, catalog = self.options, self.catalog
@@ -170,13 +206,17 @@ class Runtime:
             for size in level.load():
                 done += size
                 progress(done, total)
-        self.loaded_bytes = self.transfer.busy()["disk->ram"].bytes
         self.trunks = trunks[0]
-        self.store = Store(self.experts[0], catalog.record, options.io_timeout)
+        self.store = Store(self.experts[0], catalog.record, options.io_timeout, self.heat)
+        if options.heat:
+            hottest = self.heat.hottest()
+            self.store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         kv_dtype = torch.float32 if options.kv_dtype == "float32" else torch.bfloat16
         self.cache = KvCache(spec.layers, self.context, spec.latent_dim, kv_dtype, self.device)
-        moe = MixtureOfExperts(spec, gates, self.store, self.predictor)
-        self.decoder = Decoder(spec, self._embed, gates, self.trunks, catalog.head, self.cache, moe, self.device)
+        moe = MixtureOfExperts(spec, gates, self.store, self.predictor, self.timeline)
+        self.decoder = Decoder(
+            spec, self._embed, gates, self.trunks, catalog.head, self.cache, moe, self.device, self.timeline
+        )
         self.engine = Engine(self.decoder, self.cache, catalog.eos, options.prefill_chunk)
 
     def _expert_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:

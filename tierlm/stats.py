@@ -2,56 +2,86 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from tierlm.analysis.machine import peak_ram
 from tierlm.analysis.plan import Plan
 from tierlm.memory.tiers import TierStats
 from tierlm.memory.transfer import LinkStats
-from tierlm.runtime import Runtime
+from tierlm.runtime import Meter, Runtime
+
+
+@dataclass
+class Phase:
+    """Prefill, or decode. ``seconds`` in the engine; of these ``stall`` while computation waited for transfers, and
+    ``reading`` while the disk was busy, with ``disk_bytes`` read. A batched step counts each sequence's token."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    stall: float = 0.0
+    reading: float = 0.0
+    disk_bytes: int = 0
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second."""
+        return _ratio(self.tokens, self.seconds)
+
+    @property
+    def compute(self) -> float:
+        """Seconds in which computation did not wait."""
+        return self.seconds - self.stall
+
+    @property
+    def stall_share(self) -> float | None:
+        return _ratio(self.stall, self.seconds)
+
+    @property
+    def overlap(self) -> float | None:
+        """Overlap efficiency, max(reading, compute) / seconds: 1 if the slower of the two never waited."""
+        return _ratio(max(self.reading, self.compute), self.seconds)
+
+    @property
+    def disk_bytes_per_token(self) -> float | None:
+        return _ratio(self.disk_bytes, self.tokens)
+
+    def add(self, tokens: int, seconds: float, spent: Meter) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+        self.stall += spent.stall
+        self.reading += spent.reading
+        self.disk_bytes += spent.disk_bytes
 
 
 @dataclass
 class Counters:
-    """Tokens, and seconds spent in the engine. A batched step counts once for each of its sequences' tokens."""
+    """What the engine has done. ``first_token``: seconds from the last request to its first token."""
 
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    decoded_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    prefill: Phase = field(default_factory=Phase)
+    decode: Phase = field(default_factory=Phase)
+    requests: int = 0
     first_token: float | None = None
-
-    def count(self, seconds: float, *, decoded: bool) -> None:
-        self.new_tokens += 1
-        if decoded:
-            self.decoded_tokens += 1
-            self.decode_seconds += seconds
-        else:
-            self.prefill_seconds += seconds
 
 
 @dataclass(frozen=True)
 class Stats:
     """What has happened since the model was loaded. Sizes in bytes, times in seconds, rates in tokens a second.
 
-    ``first_token``: from the last request to its first token. ``stall``: while computation waited for a transfer.
-    ``links``: bytes moved and seconds busy on each link. ``experts`` and ``trunks``: records by tier, the compute tier
+    ``prefill`` counts prompt tokens, ``decode`` those new tokens that a step of their own has made: all but each
+    prompt's first. ``first_token``: from the last request to its first token. ``links``: bytes moved and seconds busy
+    on each link, loading and the background included. ``experts`` and ``trunks``: records by tier, the compute tier
     first; demands for one that is not there go on to the next. ``hit_rate``: of the experts demanded, the share that
-    was in the compute tier or on its way there. ``disk_bytes_per_token``: over prompt and new tokens.
+    was in the compute tier or on its way there.
     """
 
     load_seconds: float
     prompt_tokens: int
     new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
     first_token: float | None
-    prefill_rate: float | None
-    decode_rate: float | None
+    prefill: Phase
+    decode: Phase
     hit_rate: float | None
-    disk_bytes_per_token: float | None
-    stall: float
     links: dict[str, LinkStats]
     experts: dict[str, TierStats]
     trunks: dict[str, TierStats]
@@ -61,27 +91,27 @@ class Stats:
     reader: str
     notes: tuple[str, ...]
 
+    def as_json(self) -> dict[str, Any]:
+        """All of it, the derived rates and shares included, in plain types but for paths and keys."""
+        found = asdict(self)
+        for name, phase in (("prefill", self.prefill), ("decode", self.decode)):
+            derived = ("rate", "compute", "stall_share", "overlap", "disk_bytes_per_token")
+            found[name] |= {what: getattr(phase, what) for what in derived}
+        return found
+
 
 def collect(runtime: Runtime, counters: Counters) -> Stats:
     """A snapshot of a runtime and its counters."""
     compute = runtime.experts[0].stats
-    demanded = compute.hits + compute.late_hits + compute.misses
-    links = runtime.transfer.busy()
-    tokens = counters.prompt_tokens + counters.new_tokens
-    read = links["disk->ram"].bytes - runtime.loaded_bytes
     return Stats(
         load_seconds=runtime.load_seconds,
-        prompt_tokens=counters.prompt_tokens,
-        new_tokens=counters.new_tokens,
-        prefill_seconds=counters.prefill_seconds,
-        decode_seconds=counters.decode_seconds,
+        prompt_tokens=counters.prefill.tokens,
+        new_tokens=counters.decode.tokens + counters.requests,
         first_token=counters.first_token,
-        prefill_rate=_rate(counters.prompt_tokens, counters.prefill_seconds),
-        decode_rate=_rate(counters.decoded_tokens, counters.decode_seconds),
-        hit_rate=_rate(compute.hits + compute.late_hits, demanded),
-        disk_bytes_per_token=_rate(read, tokens),
-        stall=runtime.store.stall + runtime.trunks.stall,
-        links=links,
+        prefill=replace(counters.prefill),
+        decode=replace(counters.decode),
+        hit_rate=_ratio(compute.hits + compute.late_hits, compute.hits + compute.late_hits + compute.misses),
+        links=runtime.transfer.busy(),
         experts={tier.name: replace(tier.stats) for tier in runtime.experts},
         trunks={tier.name: replace(tier.stats) for tier in runtime.trunk_tiers},
         peak_ram=peak_ram(),
@@ -92,5 +122,5 @@ def collect(runtime: Runtime, counters: Counters) -> Stats:
     )
 
 
-def _rate(amount: float, over: float) -> float | None:
+def _ratio(amount: float, over: float) -> float | None:
     return amount / over if over else None

@@ -7,13 +7,14 @@ open: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKch
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+
+from tierlm.files import write_whole
 
 LIMIT = 500_000  # spans that are kept, the latest: about 100 MB
 
@@ -39,27 +40,21 @@ class Timeline:
             self.add(track, name, began, time.perf_counter(), **details)
 
     def write(self, file: Path) -> None:
-        """Write all spans to ``file``: beside it first, so that it is whole or not there. Raises OSError."""
+        """Write all spans to ``file``. Raises OSError."""
         spans = list(self._spans)
         tracks = {track: number for number, track in enumerate(sorted({span[0] for span in spans}), 1)}
-        threads: dict[tuple[str, int], int] = {}
-        for track, thread, *_ in spans:  # threads count from 1 on each track
-            seen = sum(known == track for known, _ in threads)
-            threads.setdefault((track, thread), seen + 1)
+        lanes: dict[tuple[str, int], int] = {}
+        for track, thread, *_ in spans:
+            lanes.setdefault((track, thread), len(lanes) + 1)
         events: list[dict[str, object]] = [
             {"ph": "M", "name": "process_name", "pid": number, "args": {"name": track}}
             for track, number in tracks.items()
         ]
         for track, thread, name, began, ended, details in spans:
             at, duration = (began - self._origin) * 1e6, (ended - began) * 1e6
-            place = {"pid": tracks[track], "tid": threads[track, thread]}
+            place = {"pid": tracks[track], "tid": lanes[track, thread]}
             events.append({"ph": "X", "name": name, "ts": at, "dur": duration, **place, "args": details})
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        with open(beside, "w", encoding="utf-8") as stream:
-            json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(file)
+        write_whole(file, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
 def span(timeline: Timeline | None, track: str, name: str) -> AbstractContextManager[None]:

@@ -19,6 +19,7 @@ class Disk:
         self.reader, self.records, self.transfer = reader, records, transfer
         self.request_bytes = request_bytes
 
+    def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, None]:
         requests = [part for extent in self.records(key).extents for part in split(extent, self.request_bytes)]
         return self.transfer.submit([self._job(r, slot, str(tuple(key))) for r in requests], priority=priority), None
 

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
+from tierlm.memory.heat import Heat
 from tierlm.memory.prefetch import Prefetch
 from tierlm.memory.slots import Entry
-from tierlm.memory.tiers import Tier
+from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import LinkStats, Priority
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import span
@@ -20,8 +21,9 @@ from tierlm.weights.formats import Weights, weights_of
 class Store:
     """Leases of expert records in the compute tier. Used from one thread. ``stall``: seconds waited for transfers."""
 
-    def __init__(self, tier: Tier, records: Callable[[Key], Record], io_timeout: float):
+    def __init__(self, tier: Tier, records: Callable[[Key], Record], io_timeout: float, heat: Heat | None = None):
         self.tier, self.records, self.io_timeout = tier, records, io_timeout
+        self.heat = heat or Heat()
         self.stall = 0.0
         self.prefetch = Prefetch()
         self._hints: dict[int, tuple[list[ExpertKey], bool]] = {}  # by layer: what is to be read, and is it a prefill
@@ -68,14 +70,21 @@ class Store:
                 hints.pop(0)
 
     def warm(self, keys: Sequence[ExpertKey]) -> None:
-        """Fill the free slots with ``keys``, the most wanted first, in the background."""
-        for key in keys:
-            if key not in self.tier.entries and self.tier.start(key, priority=Priority.BACKGROUND) is None:
-                return
+        """Fill the free slots with ``keys``, the most wanted first, in the background; what is left of them goes to
+        the tier below. Policies learn how hot each is."""
+        tier: Source = self.tier
+        waiting = list(keys)
+        while isinstance(tier, Tier):
+            for key in keys:
+                tier.policy.expect(key, self.heat.share(key))
+            while waiting and (waiting[0] in tier.entries or tier.start(waiting[0], priority=Priority.BACKGROUND)):
+                waiting.pop(0)
+            tier = tier.source
 
     def turn(self, layer: int, needed: Sequence[ExpertKey]) -> None:
         """``layer`` runs now: what was guessed about it and is not ``needed`` has been wrong."""
         wanted = set(needed)
+        self.heat.note(layer, needed)
         self.prefetch.turn(layer, wanted)
         self._hints.pop(layer, None)
         if self._likely.pop(layer, None) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ class Catalog:
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
         return sorted({tensor.file for tensor in self.checkpoint.tensors.values()})
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this model from others: a hash of its config, and of its files' names and sizes."""
+        digest = hashlib.sha256((self.checkpoint.folder / "config.json").read_bytes())
+        for file in self.files:
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+        return digest.hexdigest()[:32]
 
     def experts(self) -> list[ExpertKey]:
         return [ExpertKey(layer, e) for layer in self.spec.moe_layers for e in range(self.spec.experts)]

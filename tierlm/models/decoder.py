@@ -15,6 +15,7 @@ from tierlm.models.attention import Attention, Segment
 from tierlm.models.layers import rms_norm
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.spec import ModelSpec, TrunkKey
+from tierlm.timeline import Timeline, span
 from tierlm.weights.formats import Weights
 
 
@@ -39,7 +40,9 @@ class Decoder:
         cache: KvCache,
         moe: MixtureOfExperts,
         device: torch.device,
+        timeline: Timeline | None = None,
     ):
+        self.timeline = timeline
         self.spec, self.embed, self.gates, self.trunks, self.head, self.moe = spec, embed, gates, trunks, head, moe
         self.attention = Attention(spec, cache, device)
 
@@ -62,7 +65,8 @@ class Decoder:
             if self.spec.is_moe(layer):
                 self.moe.before_attention(hidden, layer, prefill)
             normed = rms_norm(hidden, trunk["input_layernorm"], eps)
-            hidden = hidden + self.attention.forward(normed, layer, trunk, angles, segments)
+            with span(self.timeline, "compute", f"attention {layer}"):
+                hidden = hidden + self.attention.forward(normed, layer, trunk, angles, segments)
             normed = rms_norm(hidden, self.gates[f"{layer}.norm"], eps)
             if self.spec.is_moe(layer):
                 hidden = hidden + self.moe.forward(hidden, normed, layer, trunk, prefill)
@@ -81,5 +85,6 @@ class Decoder:
         start = 0
         for key in self.head:
             block = self.trunks.get(key)["lm_head"]
-            out[:, start : start + block.shape[0]] = linear(x, block)
+            with span(self.timeline, "compute", "lm_head"):
+                out[:, start : start + block.shape[0]] = linear(x, block)
             start += block.shape[0]

@@ -14,6 +14,7 @@ from tierlm.memory.store import Store
 from tierlm.models.layers import rms_norm
 from tierlm.policies.prediction import Predictor
 from tierlm.spec import ModelSpec, Router
+from tierlm.timeline import Timeline, span
 from tierlm.weights.formats import Weights, expert_ffns
 
 
@@ -38,8 +39,15 @@ def route(x: Tensor, gate: Weight, bias: Weight | None, rule: Router, chosen: in
 class MixtureOfExperts:
     """The MoE part of all layers. ``gates``: the resident norms and routers (models/deepseek.py, gate_tensors)."""
 
-    def __init__(self, spec: ModelSpec, gates: Weights, store: Store, predictor: Predictor):
-        self.spec, self.gates, self.store, self.predictor = spec, gates, store, predictor
+    def __init__(
+        self,
+        spec: ModelSpec,
+        gates: Weights,
+        store: Store,
+        predictor: Predictor,
+        timeline: Timeline | None = None,
+    ):
+        self.spec, self.gates, self.store, self.predictor, self.timeline = spec, gates, store, predictor, timeline
 
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
         """``hidden`` is the residual stream, ``x`` its norm, float32 [T, hidden] both -> float32 [T, hidden].
@@ -60,13 +68,15 @@ class MixtureOfExperts:
                 self._look_ahead(hidden, layer + ahead, ahead, prefill)
             shared = torch.zeros_like(x)
             if self.spec.shared_experts:  # while the reads are under way
-                shared = gated_mlp(x, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
+                with span(self.timeline, "compute", f"shared expert {layer}"):
+                    shared = gated_mlp(x, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
             for batch in leases:
                 jobs = []
                 for expert, record in batch:
                     mine = slice(ends[expert] - counts[expert], ends[expert])
                     jobs.append((x[pairs[mine] // chosen], outputs[mine], record))
-                expert_ffns(jobs)
+                with span(self.timeline, "compute", f"{len(jobs)} experts of {layer}"):
+                    expert_ffns(jobs)
         places = pairs.argsort().view_as(experts)  # [T, k]
         for choice in range(chosen):
             shared = shared + weights[:, choice, None] * outputs[places[:, choice]]

@@ -47,6 +47,9 @@ class Policy(ABC):
         """``key`` never arrived."""
         self.on_evict(key)
 
+    def expect(self, key: Key, share: float) -> None:
+        """In earlier runs, ``share`` of the tokens used ``key``. Called before anything else."""
+
     @abstractmethod
     def victims(self) -> Iterator[Key]:
         """Keys that have a slot, the best victim first. The tier skips those in use, and takes one; nothing may be
@@ -134,6 +137,10 @@ class Cycle(Policy):
 
     def on_evict(self, key: Key) -> None:
         self._resident[key.layer].remove(key)
+
+    def expect(self, key: Key, share: float) -> None:
+        if share > 0:
+            self._rank[key] = math.log(share)
 
     def victims(self) -> Iterator[Key]:
         runs = {layer: _drain(heap, self._fresh) for layer, heap in self._heaps.items()}

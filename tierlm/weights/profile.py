@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tierlm.config import format_size
+from tierlm.files import write_whole
 from tierlm.weights.checkpoint import ALIGNMENT
 
 VERSION = 1  # of the file; one of another version is written anew
@@ -81,17 +81,7 @@ class ProfileCache:
             return "there is no cache folder"
         disks = self._disks() | {_key(file): asdict(profile)}
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            number, beside = tempfile.mkstemp(dir=self._file.parent, prefix=self._file.name)
-            try:
-                with open(number, "w", encoding="utf-8") as stream:
-                    json.dump({"version": VERSION, "disks": disks}, stream, indent=2)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(beside, self._file)
-            except BaseException:
-                os.unlink(beside)
-                raise
+            write_whole(self._file, json.dumps({"version": VERSION, "disks": disks}, indent=2))
         except OSError as error:
             return f"{self._file}: {error.strerror or error}"
         return None
@@ -108,17 +98,6 @@ class ProfileCache:
             return {}
         disks = found.get("disks")
         return disks if isinstance(disks, dict) else {}
-
-
-def user_cache() -> Path | None:
-    """tierlm's folder in the user's cache folder; None where the user has none."""
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(chosen):  # the specification says to ignore any other
-        return Path(chosen) / "tierlm"
-    try:
-        return Path.home() / ".cache" / "tierlm"
-    except RuntimeError:
-        return None
 
 
 def _key(file: Path) -> str:

@@ -42,8 +42,8 @@ def _phase(phase: Phase) -> str:
     read = format_size(phase.disk_bytes_per_token or 0)
     return (
         f"{phase.tokens} tokens at {_number(phase.rate)} tokens/s; {read} a token from disk; computed "
-        f"{phase.compute / phase.seconds:.0%}, waited {phase.stall / phase.seconds:.0%} of {phase.seconds:.2f} s; disk busy "
-        f"{phase.reading / phase.seconds:.0%}; overlap {_number(phase.overlap)}"
+        f"{phase.compute / phase.seconds:.0%}, waited {phase.stall / phase.seconds:.0%} of {phase.seconds:.2f} s; disk "
+        f"busy {phase.reading / phase.seconds:.0%}; overlap {_number(phase.overlap)}"
     )
 
 

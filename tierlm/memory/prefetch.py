@@ -3,12 +3,16 @@ machine: the disk's speed, the layers' times and the guesses' precision are all 
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from tierlm.spec import ExpertKey
 
 MEMORY = 32  # observations over which averages run
+TRIAL = 12  # steps with and as many without guesses that are compared at first
+REVISIT = 16  # afterwards, one step in so many is done the other way
 PROBE = 16  # every so many chances, a lookahead that has not paid is tried again
 RANKS = 32  # guesses further back share one precision
 
@@ -22,6 +26,31 @@ class Average:
     def add(self, value: float) -> None:
         self.count = min(self.count + 1, MEMORY)
         self.value += (value - self.value) / self.count
+
+
+class Pace:
+    """Whether steps go faster with guesses or without: both are tried by turns, and the faster one, by the median of
+    the last times, is then used but for a few steps that look whether that is still so.
+
+    What a read costs the computation beside it, in memory bandwidth, processor time and warm records, is in these
+    times, and nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[bool, deque[float]] = {way: deque(maxlen=MEMORY) for way in (True, False)}
+        self._steps = 0
+        self.guessing = True
+
+    def add(self, seconds: float) -> None:
+        """A step, done the way that ``guessing`` says, took ``seconds``: decide about the next one."""
+        self._times[self.guessing].append(seconds)
+        self._steps += 1
+        fewest = min(self._times.values(), key=len)
+        if len(fewest) < TRIAL:
+            self.guessing = not self.guessing
+            return
+        best = statistics.median(self._times[True]) <= statistics.median(self._times[False])
+        self.guessing = best if self._steps % REVISIT else not best
 
 
 class Prefetch:
@@ -44,11 +73,16 @@ class Prefetch:
         self._absent: dict[bool, Average] = {}  # records of a layer that would have to be read without guesses
         self._compute: dict[bool, Average] = {}  # seconds of a layer's expert step apart from waiting
         self._open: dict[int, dict[tuple[int, bool], tuple[float, dict[ExpertKey, int]]]] = {}  # by layer
+        self.pace = Pace()
+        self._began, self._ended = 0.0, 0.0  # of the running step's first layer, and of the latest
+        self._last, self._decoding = -1, False
         self.read_seconds = Average()  # of the link, for one record
         self.read_cpu = Average()  # of the processors, likewise
 
     def due(self, ahead: int, prefill: bool) -> bool:
         """Whether it is worth finding out what a layer ``ahead`` will choose."""
+        if not (prefill or self.pace.guessing):
+            return False
         kind = (ahead, prefill)
         self._chances[kind] = self._chances.get(kind, -1) + 1
         gain, cost = self._gain.get(kind), self._cost.get(kind)
@@ -83,6 +117,11 @@ class Prefetch:
     def turn(self, layer: int, needed: Iterable[ExpertKey]) -> None:
         """``layer`` runs now and demands ``needed``: judge what was guessed about it."""
         wanted, now = set(needed), self._clock()
+        if layer <= self._last:  # a step has ended with the layer before
+            if self._decoding:
+                self.pace.add(self._ended - self._began)
+            self._began = now
+        self._last = layer
         for kind, (made, ranks) in self._open.pop(layer, {}).items():
             self._average(self._window, kind).add(now - made)
             for key, rank in ranks.items():
@@ -92,6 +131,7 @@ class Prefetch:
         """A layer has run: how many of its records had to be read, guessed or not, and the seconds it computed."""
         self._average(self._absent, prefill).add(absent)
         self._average(self._compute, prefill).add(compute)
+        self._ended, self._decoding = self._clock(), not prefill
 
     @staticmethod
     def _average(table: dict, kind: object) -> Average:  # type: ignore[type-arg]

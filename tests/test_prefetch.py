@@ -1,0 +1,166 @@
+"""Which guesses are read: the account of what they save and cost, on a clock that is moved by hand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tierlm.memory.prefetch import MEMORY, PROBE, REVISIT, TRIAL, Pace, Prefetch
+from tierlm.spec import ExpertKey
+
+READ = 0.010  # seconds for one record
+
+
+class Layers:
+    """A model of two layers, A (0) and B (1). While A runs, B's experts are guessed: ``right`` of four come true."""
+
+    def __init__(self, window: float, compute: float, absent: int, cpu: float = 0.0):
+        self.now = 0.0
+        self.prefetch = Prefetch(lambda: self.now)
+        self.prefetch.read_seconds.add(READ)
+        self.prefetch.read_cpu.add(cpu)
+        self.window, self.compute, self.absent = window, compute, absent
+
+    def step(self, right: int, backlog: float = 0.0, spent: float = 0.0, prefill: bool = False) -> list[ExpertKey]:
+        """One pass through both; what was chosen to be read for B."""
+        self.prefetch.turn(0, [])
+        guessed = [ExpertKey(1, expert) for expert in range(4)]
+        chosen = self.prefetch.choose(1, guessed, 1, prefill, backlog, spent)
+        self.now += self.window
+        self.prefetch.turn(1, guessed[:right])
+        self.now += self.compute
+        self.prefetch.layer_done(self.absent, self.compute, prefill)
+        return chosen
+
+
+def test_nothing_is_read_before_anything_is_known() -> None:
+    assert Layers(1.0, 0.001, 4).step(4) == []
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_right_guesses_are_read_as_far_as_the_window_goes(prefill: bool) -> None:
+    layers = Layers(window=2.5 * READ, compute=0.0, absent=8)
+    for _ in range(10):
+        chosen = layers.step(4, prefill=prefill)
+    assert [key.expert for key in chosen] == [0, 1, 2]  # two in full, and the half of a third is a gain too
+
+
+def test_a_link_that_is_busy_for_longer_than_the_window_takes_no_guess() -> None:
+    layers = Layers(window=3 * READ, compute=0.0, absent=8)
+    for _ in range(10):
+        layers.step(4)
+    assert len(layers.step(4, backlog=1.5 * READ)) == 2
+    assert layers.step(4, backlog=3.01 * READ) == []
+
+
+def test_a_layer_that_would_not_wait_needs_no_guess() -> None:
+    layers = Layers(window=10 * READ, compute=5 * READ, absent=4)
+    for _ in range(10):
+        assert layers.step(4) == []
+
+
+def test_no_more_is_read_than_what_the_layer_would_wait_for() -> None:
+    layers = Layers(window=10 * READ, compute=2.5 * READ, absent=4)  # waits for one and a half
+    for _ in range(10):
+        chosen = layers.step(4)
+    assert len(chosen) == 2
+
+
+def test_wrong_guesses_are_not_read_where_they_would_be_in_the_way() -> None:
+    layers = Layers(window=0.3 * READ, compute=0.0, absent=8)
+    for _ in range(MEMORY):
+        chosen = layers.step(1)
+    assert [key.expert for key in chosen] == [0]  # the likeliest is always right, the others never
+
+
+def test_the_processor_time_of_a_read_can_outweigh_it() -> None:
+    layers = Layers(window=10 * READ, compute=0.0, absent=8, cpu=1.01 * READ)
+    for _ in range(MEMORY):
+        assert layers.step(4) == []
+
+
+def test_precision_is_learned_from_guesses_that_were_not_read() -> None:
+    layers = Layers(window=READ, compute=0.0, absent=8)
+    for _ in range(2 * MEMORY):
+        chosen = layers.step(0)
+    assert chosen == []
+    for _ in range(4 * MEMORY):
+        chosen = layers.step(4)
+    assert [key.expert for key in chosen] == [0]
+
+
+def test_a_lookahead_that_does_not_pay_is_looked_at_now_and_then() -> None:
+    layers = Layers(window=10 * READ, compute=0.0, absent=8)
+    for _ in range(3 * MEMORY):
+        layers.step(0, spent=0.001)
+    layers.prefetch.pace = Pace()  # which has an opinion of its own
+    asked = [layers.prefetch.due(1, False) for _ in range(4 * PROBE)]
+    assert sum(asked) == 4
+    for _ in range(3 * MEMORY):
+        layers.step(4, spent=0.001)
+    layers.prefetch.pace = Pace()
+    assert all(layers.prefetch.due(1, False) for _ in range(4 * PROBE))
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    window=st.floats(0, 0.1),
+    compute=st.floats(0, 0.1),
+    absent=st.integers(0, 10),
+    right=st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    backlog=st.floats(0, 0.1),
+)
+def test_what_is_chosen_is_guessed_in_order_and_fits(
+    window: float, compute: float, absent: int, right: list[int], backlog: float
+) -> None:
+    layers = Layers(window, compute, absent)
+    for count in right:
+        chosen = [key.expert for key in layers.step(count, backlog)]
+        assert chosen == sorted(set(chosen))
+        assert backlog + READ * (len(chosen) - 1) <= window or not chosen
+        assert READ * (len(chosen) - 4) <= max(0.0, absent * READ - compute)
+
+
+def ways(pace: Pace, steps: int, cost: dict[bool, float]) -> list[bool]:
+    """The ways in which steps were done."""
+    done = []
+    for _ in range(steps):
+        done.append(pace.guessing)
+        pace.add(cost[pace.guessing])
+    return done
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_faster_way_is_found_kept_and_left_when_it_is_no_longer_faster(better: bool) -> None:
+    pace = Pace()
+    trial = ways(pace, 2 * TRIAL, {better: 1.0, not better: 1.1})
+    assert sum(trial) == TRIAL
+    done = ways(pace, 10 * REVISIT, {better: 1.0, not better: 1.1})
+    assert done.count(better) >= 10 * REVISIT * (REVISIT - 1) // REVISIT - 1
+    assert done.count(not better) >= 9
+    ways(pace, MEMORY * REVISIT, {better: 1.2, not better: 1.0})
+    done = ways(pace, 10 * REVISIT, {better: 1.2, not better: 1.0})
+    assert done.count(not better) > 8 * REVISIT
+
+
+def test_one_slow_step_decides_nothing() -> None:
+    pace = Pace()
+    ways(pace, 4 * TRIAL, {True: 1.0, False: 1.1})
+    while not pace.guessing:
+        pace.add(1.1)
+    pace.add(100.0)
+    assert ways(pace, 2 * REVISIT, {True: 1.0, False: 1.1}).count(True) >= 2 * REVISIT - 3
+
+
+def test_steps_are_timed_from_the_first_layer_to_the_last() -> None:
+    """What happens between two steps, a person who reads, is nobody's cost; nor is a prefill a step."""
+    layers = Layers(window=1.0, compute=0.5, absent=4)
+    seen: list[float] = []
+    layers.prefetch.pace.add = seen.append  # type: ignore[method-assign]
+    layers.step(4, prefill=True)
+    for _ in range(3):
+        layers.step(4)
+        layers.now += 50.0
+    layers.step(4)
+    assert seen == [1.5, 1.5, 1.5]

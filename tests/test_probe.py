@@ -404,4 +404,4 @@ def test_an_interrupted_probe_leaves_no_file_open(
         LLM.load(padded, budget=Budget("8GiB"))
     links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
     assert str(padded / "padding.safetensors") not in map(os.path.realpath, links)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tierlm")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tierlm-probe")]

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from tierlm.errors import StorageError
 from tierlm.memory.slots import Entry, Slot
 from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
 from tierlm.spec import Key
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.reader import Reader, Request, failure, split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read(Job):
+    """One request. Records that are smaller than requests may be, and adjoin in their file, are read in one go."""
+
+    request: Request
+    slot: Slot
+    disk: Disk
+
+    def follows(self, jobs: Sequence[Job]) -> bool:
+        first, last = jobs[0], jobs[-1]
+        if not isinstance(first, Read) or not isinstance(last, Read):
+            return False
+        small = self.request.hi - first.request.lo <= self.disk.request_bytes
+        return small and self.disk.reader.adjoin(last.request, self.request)
+
+    def run_with(self, others: Sequence[Job]) -> None:
+        reads = [self, *(job for job in others if isinstance(job, Read))]
+        self.disk.reader.read_together(
+            [read.request for read in reads], [_buffer(read.request, read.slot) for read in reads]
+        )
 
 
 class Disk:
@@ -25,14 +47,12 @@ class Disk:
 
     def _job(self, request: Request, slot: Slot, what: str) -> Job:
         def run() -> None:
-            slot.wait()
-            part = slot.buffer[request.at : request.at + request.hi - request.lo]
-            self.reader.read(request, part.numpy().data)
+            self.reader.read(request, _buffer(request, slot))
 
-        def stalled(why: str) -> StorageError:
+        def stalled(why: str) -> Exception:
             return failure(request, request.start, why)
 
-        return Job("disk->ram", request.hi - request.lo, run, stalled, what)
+        return Read("disk->ram", request.hi - request.lo, run, stalled, what, request=request, slot=slot, disk=self)
 
     def settle(self) -> None:
         """Nothing arrives at the disk."""
@@ -45,3 +65,9 @@ class Disk:
 
     def cancel_stale(self, stale: Callable[[Key], bool], *, begun: bool = True) -> None:
         """Reads belong to the tier that asked for them."""
+
+
+def _buffer(request: Request, slot: Slot) -> memoryview:
+    """The place of a request in its slot, once nobody reads the old content any more."""
+    slot.wait()
+    return slot.buffer[request.at : request.at + request.hi - request.lo].numpy().data

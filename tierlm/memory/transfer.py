@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from tierlm.timeline import Timeline
+
+MERGE_WINDOW = 64  # jobs of the queue that are looked at for neighbours
 
 
 class Priority(IntEnum):
@@ -32,6 +35,14 @@ class Job:
     run: Callable[[], None]
     stalled: Callable[[str], Exception]
     what: str = ""
+
+    def follows(self, jobs: Sequence[Job]) -> bool:
+        """Whether this job, behind ``jobs`` of the same link, can be done with them in one go."""
+        return False
+
+    def run_with(self, others: Sequence[Job]) -> None:
+        """Do this job and ``others``, each of which follows those before it. After an error each is run alone."""
+        raise NotImplementedError
 
 
 @dataclass(slots=True, eq=False)
@@ -200,41 +211,72 @@ class Transfer:
                     self._work.wait()
                 if self._closed or queue is None:
                     return
-                ticket, index = queue.popleft()
-                ticket.queued -= 1
-                background = ticket.priority is Priority.BACKGROUND
+                items = self._take(queue)
+                jobs = [ticket.jobs[index] for ticket, index in items]
+                priority, skip = items[0][0].priority, items[0][0].error is not None
+                background = priority is Priority.BACKGROUND
                 self._background -= background
-                skip = ticket.error is not None
-                job = ticket.jobs[index]
-                link = self.links.setdefault(job.link, LinkStats())
+                link = self.links.setdefault(jobs[0].link, LinkStats())
                 began = time.perf_counter()
                 if not link.active:
                     link.since = began
                 link.active += 1
-                kind = ticket.priority.name.lower()
-            error: BaseException | None = None
             cpu = time.thread_time()
-            if not skip:
-                try:
-                    job.run()
-                except BaseException as caught:  # whatever it is, the thread lives on and the waiter gets it
-                    error = caught
+            errors = [None] if skip else _run_jobs(jobs)
             cpu = time.thread_time() - cpu
             ended = time.perf_counter()
             if self.timeline is not None:
-                self.timeline.add(job.link, job.what, began, ended, bytes=job.nbytes, priority=kind)
+                name, nbytes = ", ".join(job.what for job in jobs), sum(job.nbytes for job in jobs)
+                self.timeline.add(jobs[0].link, name, began, ended, bytes=nbytes, priority=priority.name.lower())
             with self._work:
                 link.active -= 1
                 if not link.active:
                     link.seconds += ended - link.since
-                if error is None and not skip:
-                    link.bytes += job.nbytes
-                    link.cpu += cpu
+                link.cpu += cpu
                 if background:
                     self._background += 1
                     self._work.notify()
-                ticket.error = ticket.error or error
-                ticket.unfinished.discard(index)
-                ticket.pending -= 1
-                if not ticket.pending:
-                    self._finish(ticket, None)
+                for (ticket, index), job, error in zip(items, jobs, errors, strict=True):
+                    if error is None and not skip:
+                        link.bytes += job.nbytes
+                    ticket.error = ticket.error or error
+                    ticket.unfinished.discard(index)
+                    ticket.pending -= 1
+                    if not ticket.pending:
+                        self._finish(ticket, None)
+
+    def _take(self, queue: deque[tuple[Ticket, int]]) -> list[tuple[Ticket, int]]:
+        """Off the queue: its first job, and those near it that can be done with it in one go. No more than a thread's
+        share: small jobs side by side are better done by the threads that have nothing to do."""
+        items = [queue.popleft()]
+        share = 1 + len(queue) // len(self._threads)
+        if share > 1 and items[0][0].error is None:
+            jobs = [items[0][0].jobs[items[0][1]]]
+            for ticket, index in itertools.islice(queue, MERGE_WINDOW):
+                if len(items) < share and ticket.error is None and ticket.jobs[index].follows(jobs):
+                    items.append((ticket, index))
+                    jobs.append(ticket.jobs[index])
+            for item in items[1:]:
+                queue.remove(item)
+        for ticket, _ in items:
+            ticket.queued -= 1
+        return items
+
+
+def _run_jobs(jobs: Sequence[Job]) -> list[BaseException | None]:
+    """Do some jobs, in one go if there are several. Returns the error of each: whatever it is, the thread lives on and
+    the waiter gets it."""
+    if len(jobs) > 1:
+        try:
+            jobs[0].run_with(jobs[1:])
+            return [None] * len(jobs)
+        except BaseException:  # whose it is shows when each is done alone
+            pass
+    errors: list[BaseException | None] = []
+    for job in jobs:
+        try:
+            job.run()
+            errors.append(None)
+        except BaseException as error:
+            errors.append(error)
+    return errors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,19 +47,34 @@ class MirrorReader(Reader):
         self.name = "+".join(sorted({reader.name for reader in self._readers}))
 
     def read(self, request: Request, buffer: memoryview) -> None:
-        left, errors = list(self._copies[request.extent.file]), list[StorageError]()
+        def read(copy: Copy) -> None:
+            copy.volume.reader.read(_of(copy.file, request), buffer)
+
+        self._from_a_copy(request.extent.file, len(buffer), read)
+
+    def adjoin(self, one: Request, following: Request) -> bool:
+        return all(reader.adjoin(one, following) for reader in self._readers)
+
+    def read_together(self, requests: Sequence[Request], buffers: Sequence[memoryview]) -> None:
+        def read(copy: Copy) -> None:
+            copy.volume.reader.read_together([_of(copy.file, request) for request in requests], buffers)
+
+        self._from_a_copy(requests[0].extent.file, sum(map(len, buffers)), read)
+
+    def _from_a_copy(self, file: Path, nbytes: int, read: Callable[[Copy], None]) -> None:
+        """Read ``nbytes`` from the best copy of ``file``, or the next best. Raises StorageError when none is left."""
+        left, errors = list(self._copies[file]), list[StorageError]()
         while left:
-            copy = self._begin(left, len(buffer))
+            copy = self._begin(left, nbytes)
             left.remove(copy)
             try:
-                copy.volume.reader.read(_of(copy.file, request), buffer)
-                return
+                return read(copy)
             except StorageError as error:
                 errors.append(error)
                 copy.failure = copy.failure or error
             finally:
                 with self._lock:
-                    copy.volume.under_way -= len(buffer)
+                    copy.volume.under_way -= nbytes
         first = errors[0]
         words = "; ".join(map(str, errors))
         raise StorageError(words, file=first.file, tensor=first.tensor, offset=first.offset) from first

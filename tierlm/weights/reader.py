@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,16 @@ class Reader(ABC):
         The buffer is ALIGNMENT-aligned and of ``hi - lo`` bytes.
         """
 
+    def adjoin(self, one: Request, following: Request) -> bool:
+        """Whether ``read_together`` reads these two in one go, which then costs less than two reads."""
+        return False
+
+    def read_together(self, requests: Sequence[Request], buffers: Sequence[memoryview]) -> None:
+        """Read requests that each adjoin the one before, as ``read`` does each. After an error, which may name any of
+        them, nothing is known of the buffers."""
+        for request, buffer in zip(requests, buffers, strict=True):
+            self.read(request, buffer)
+
     def troubles(self) -> list[str]:
         """What went wrong so far and was got round, in words."""
         return []
@@ -89,6 +99,27 @@ class DirectReader(Reader):
             raise failure(request, request.lo + got, error.strerror or str(error)) from error
         if got < wanted:
             raise failure(request, request.lo + got, f"expected {wanted} bytes from {request.lo}, found {got}")
+
+    def adjoin(self, one: Request, following: Request) -> bool:
+        """Neighbours that are not aligned share a page."""
+        return one.hi - following.lo in (0, ALIGNMENT) and one.extent.file == following.extent.file
+
+    def read_together(self, requests: Sequence[Request], buffers: Sequence[memoryview]) -> None:
+        """One read into several buffers. A shared page is read into the first of its two, and copied to the other."""
+        first, pairs = requests[0], list(itertools.pairwise(zip(requests, buffers, strict=True)))
+        targets = [buffers[0], *(buffer[one.hi - request.lo :] for (one, _), (request, buffer) in pairs)]
+        wanted = max(request.stop for request in requests) - first.lo
+        try:
+            fd = self._files.get(first.extent.file)
+            got = os.preadv(fd, targets, first.lo)
+        except OSError as error:
+            raise failure(first, first.lo, error.strerror or str(error)) from error
+        if got < wanted:
+            short = next(request for request in requests if request.stop > first.lo + got)
+            raise failure(short, first.lo + got, f"expected {wanted} bytes from {first.lo}, found {got}")
+        for (one, filled), (request, buffer) in pairs:
+            shared = one.hi - request.lo
+            buffer[:shared] = filled[len(filled) - shared :]
 
     def close(self) -> None:
         self._files.close()

@@ -12,55 +12,22 @@ since a run reads the same experts again and again. Prompt and warm-up are not c
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
 import json
-import mmap
-import os
-import random
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from disk import disk_ceiling
 from limited import available, run_limited
 from rich.console import Console
 from rich.table import Table
 
 from tierlm.config import parse_size
 
-BLOCK = 8 * 2**20
 PROMPT, WARM = 32, 8
-
-
-def disk_ceiling(folder: Path, total: int = 2 * 2**30, depth: int = 8) -> tuple[float, float]:
-    """Bytes a second of random direct reads, all of different places, the first time and again."""
-    places = [
-        (file, offset)
-        for file in folder.glob("*.safetensors")
-        for offset in range(0, file.stat().st_size - BLOCK, BLOCK)
-    ]
-    chosen = random.sample(places, min(len(places), total // BLOCK))
-    files = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file, _ in chosen}
-    buffers = [mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(depth)]
-    for buffer in buffers:
-        buffer.write(bytes(BLOCK))  # memory that is there already, as a slot's is
-
-    def read(lane: int) -> int:
-        return sum(os.preadv(files[file], [buffers[lane]], offset) for file, offset in chosen[lane::depth])
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor(depth) as pool:
-            assert sum(pool.map(read, range(depth))) == len(chosen) * BLOCK
-        return time.perf_counter() - began
-
-    speeds = len(chosen) * BLOCK / seconds(), len(chosen) * BLOCK / seconds()
-    for fd in files.values():
-        os.close(fd)
-    return speeds
 
 
 def measure(case: dict[str, Any]) -> dict[str, float]:
@@ -137,7 +104,10 @@ def main() -> None:
     in_cgroup = available()
     results: list[list[dict[str, float]]] = [[] for _ in cases]
     for turn in range(args.rounds):
-        first, again = disk_ceiling(args.model)
+        try:
+            first, again = disk_ceiling(args.model)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
         for case, found in zip(cases, results, strict=True):
             result = run_case(fixed | case, in_cgroup)
             result |= {"disk_first_read": first, "disk_ceiling": again}

@@ -24,7 +24,7 @@ def open_server(file: Path, context: int, threads: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def request(prompt: list[int], tokens: int, **options: Any) -> dict[str, Any]:
+def request_of(prompt: list[int], tokens: int, **options: Any) -> dict[str, Any]:
     """A greedy completion of ids that streams one reply a token, and after them one with the timings."""
     fixed = {"temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False}
     return {"prompt": prompt, "n_predict": tokens, **fixed, **options}

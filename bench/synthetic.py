@@ -63,7 +63,7 @@ class Shards:
 
     def finish(self) -> None:
         self.flush()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.files, 1):
             final = f"model-{number:05}-of-{len(self.files):05}.safetensors"
             (self.folder / f"part-{number:05}.safetensors").rename(self.folder / final)

@@ -96,7 +96,7 @@ def test_hot_and_sticky_routing_is_as_asked(shape: str, tmp_path: Path) -> None:
     found: dict[tuple[float, float], dict[str, float]] = {}
     for skew, stickiness in ((0.0, 0.0), (0.6, 0.0), (0.6, 0.4)):
         folder = tmp_path / f"{skew}-{stickiness}"
-        synthetic.write_model(shape, folder, layers=4, skew=skew, stickiness=stickiness)
+        synthetic.write_model(shape, folder, layers=3, skew=skew, stickiness=stickiness)
         log, experts = routing.log_routing(folder, "8GiB", 160, PROMPT)
         found[skew, stickiness] = routing.summarize(log, experts)
         if not skew and not stickiness:
@@ -143,7 +143,7 @@ def test_llama_cpp_computes_the_same_from_the_twin(
     write_twin(folder, tmp_path / "twin.gguf")
     replies: list[dict[str, Any]] = []
     server = llamacpp.open_server(tmp_path / "twin.gguf", context=256, threads=1)
-    server.handle_completions(llamacpp.request(PROMPT, count, n_probs=20), replies.append)
+    server.handle_completions(llamacpp.request_of(PROMPT, count, n_probs=20), replies.append)
     steps = [reply["choices"][0]["logprobs"]["content"][0] for reply in replies[:count]]
     with LLM.load(folder, budget=BUDGET) as llm:
         ids = llm.generate([PROMPT], SamplingParams(max_new_tokens=count, ignore_eos=True))[0].ids

@@ -1,0 +1,76 @@
+"""The disk under a model: what it can deliver, and what it has delivered."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import mmap
+import os
+import random
+import time
+from pathlib import Path
+
+BLOCK = 8 * 2**20
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+
+
+def disk_ceiling(folder: Path, total: int = 2 * 2**30, depth: int = 8) -> tuple[float, float]:
+    """Bytes a second of random direct reads, all of different places, the first time and again.
+
+    Raises ValueError for a model without a file that is larger than a read.
+    """
+    places = [
+        (file, offset)
+        for file in folder.glob("*.safetensors")
+        for offset in range(0, file.stat().st_size - BLOCK, BLOCK)
+    ]
+    if not places:
+        raise ValueError(f"{folder}: no file is larger than the {BLOCK} bytes that are read at a time")
+    chosen = random.sample(places, min(len(places), total // BLOCK))
+    files = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file, _ in chosen}
+    buffers = [mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(depth)]
+    for buffer in buffers:
+        buffer.write(bytes(BLOCK))  # memory that is there already, as a slot's is
+
+    def read(lane: int) -> int:
+        return sum(os.preadv(files[file], [buffers[lane]], offset) for file, offset in chosen[lane::depth])
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(depth) as pool:
+            assert sum(pool.map(read, range(depth))) == len(chosen) * BLOCK
+        return time.perf_counter() - began
+
+    speeds = len(chosen) * BLOCK / seconds(), len(chosen) * BLOCK / seconds()
+    for fd in files.values():
+        os.close(fd)
+    return speeds
+
+
+def bytes_read(path: Path) -> int:
+    """Bytes read so far, by anybody, from the block device that holds ``path``. Raises OSError where none does."""
+    device = os.stat(path).st_dev
+    counters = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
+    return int(counters[2]) * 512
+
+
+def own_bytes_read() -> int:
+    """Bytes that this process has made a disk read so far: directly, by page faults and by read-ahead."""
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["read_bytes"])
+
+
+def drop_page_cache(files: list[Path]) -> str:
+    """Forget what is cached: of everything where that is permitted, else of ``files``. Returns which, in words.
+
+    Pages that were cached before a run belong to another memory cgroup: the run would have them on top of its limit.
+    """
+    os.sync()
+    try:
+        DROP_CACHES.write_text("3")
+    except OSError:
+        for file in files:
+            fd = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+        return "the page cache of the model's files was dropped before each run; that of everything needs root"
+    return "the whole page cache was dropped before each run"

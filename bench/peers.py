@@ -1,0 +1,241 @@
+"""tierlm beside llama.cpp and transformers + accelerate: the same weights, prompt, cgroup, disk and machine.
+
+    python bench/synthetic.py deepseek-v2-lite /data/v2l --skew 0.5 --stickiness 0.35 --gguf /data/v2l.gguf
+    python bench/peers.py /data/v2l --gguf /data/v2l.gguf --ram 4GiB 8GiB --rounds 3
+
+Every run is a process of its own in a memory cgroup of its own, after the page cache was dropped; the peers take turns,
+and all of them come again in the next round, the first one last. tierlm and accelerate read the folder in place,
+llama.cpp maps the GGUF twin. All get the same ids and decode greedily. Load and start-to-first-token count from the
+start of the process. Decode lies between the first new token and the last; its bytes are those that the block device
+delivered meanwhile, to anybody, and those that the process itself made it deliver. The peak counts cached pages, which
+fill any cgroup that a mapped file is larger than. Before each round the disk's ceiling is probed (bench/disk.py).
+
+A peer that fails at one size is not tried again there; the table says why. The last line is JSON, every run included.
+Exit codes: 0 done, 1 nothing could be measured, 2 used wrongly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from disk import disk_ceiling, drop_page_cache
+from limited import available, run_limited
+from peer_runs import PEERS, Request
+from rich.console import Console
+from rich.table import Table
+
+import tierlm
+from tierlm.config import format_size, parse_size
+from tierlm.errors import UsageError
+
+TIERLM = Path(tierlm.__file__).parent.parent
+COLUMNS = {
+    "tokens_per_second": ("decode\ntokens/s", 1.0, 2),
+    "bytes_per_token": ("by the disk\nMB/token", 1e-6, 0),
+    "own_bytes_per_token": ("by the process\nMB/token", 1e-6, 0),
+    "first_token_seconds": ("TTFT\ns", 1.0, 2),
+    "load_seconds": ("load\ns", 1.0, 2),
+    "start_to_first_token_seconds": ("start to first\ntoken s", 1.0, 2),
+    "peak": ("peak of cgroup\nGiB, with cache", 2**-30, 2),
+}
+Run = dict[str, Any]  # what a peer's runner returned and the cgroup's peak; or {"failed": why}
+
+
+def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
+    """Median and range, for people."""
+    middle, least, most = (f"{scale * f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return f"{middle} [{least}-{most}]" if len(values) > 1 else middle
+
+
+def run_peer(request: dict[str, Any], timeout: float) -> Run:
+    """One run in a process and a cgroup of its own; ``request`` has the fields of a Request but for the last two. The
+    process imports the tierlm that this one has, be another installed or not."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(TIERLM), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": str(request["threads"]),
+        "HF_HUB_OFFLINE": "1",
+    }
+    try:
+        with tempfile.TemporaryDirectory(prefix="offload-", dir=Path(request["model"]).resolve().parent) as scratch:
+            sent = request | {"scratch": scratch, "started": time.monotonic()}
+            process, report = run_limited(
+                [sys.executable, __file__, "--one", json.dumps(sent)],
+                request["ram"],
+                capture_output=True,
+                timeout=timeout,
+                env=os.environ | environment,
+            )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {timeout:g} s"}
+    except OSError as error:
+        return {"failed": str(error)}
+    if report["killed"]:
+        return {"failed": "killed for memory"}
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [""]
+        return {"failed": f"{lines[-1][:160]} (exit code {process.returncode})"}
+    result: Run = json.loads(process.stdout.splitlines()[-1])
+    return result | {"peak": report["peak"]}
+
+
+def run_one(text: str) -> None:
+    """The child: run what the parent asked for, and print the result as the last line."""
+    fields = json.loads(text)
+    paths = {name: Path(fields[name]) for name in ("model", "gguf", "scratch") if fields[name] is not None}
+    request = Request(**(fields | paths))
+    print(json.dumps(PEERS[request.peer](request)))
+
+
+def ratios(own: list[Run], other: list[Run]) -> list[float]:
+    """tierlm's decode speed over a peer's, round by round."""
+    pairs = zip(own, other, strict=False)
+    return [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs if "failed" not in a | b]
+
+
+def summary(runs: list[Run]) -> dict[str, dict[str, float]]:
+    """Median, least and most of each column over the runs that came to their end."""
+    done = [run for run in runs if "failed" not in run]
+    if not done:
+        return {}
+    return {
+        name: {"median": statistics.median(v), "least": min(v), "most": max(v)}
+        for name in COLUMNS
+        if (v := [run[name] for run in done])
+    }
+
+
+def table_of(title: str, cases: dict[tuple[str, str], list[Run]]) -> Table:
+    """``cases``: (ram, peer) -> its runs by round."""
+    table = Table(title=title, caption="medians [least-most]", caption_justify="left")
+    for column in ("ram", "peer", *(head for head, _, _ in COLUMNS.values()), "tierlm is\nfaster by"):
+        table.add_column(column)
+    table.add_column("runs", min_width=24, overflow="fold")
+    for (ram, peer), runs in cases.items():
+        done = [run for run in runs if "failed" not in run]
+        why = next((run["failed"] for run in runs if "failed" in run), None)
+        cells = [spread([run[name] for run in done], scale, digits) if done else "-" for name, (_, scale, digits) in
+                 COLUMNS.items()]  # fmt: skip
+        quotients = ratios(cases.get((ram, "tierlm"), []), runs)
+        ratio = spread(quotients) if quotients and peer != "tierlm" else "-"
+        table.add_row(ram, peer, *cells, ratio, f"{len(done)}" + (f"; {why}" if why else ""))
+    return table
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--gguf", type=Path, help="the same weights for llama.cpp")
+    parser.add_argument("--ram", nargs="+", default=["4GiB"], help="size of the cgroup, and tierlm's budget")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--peer-tokens", nargs="+", default=[], metavar="PEER=N", help="fewer for a slow one")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds a run")
+    args = parser.parse_args()
+    try:
+        args.limits = {ram: parse_size(ram, "--ram") for ram in args.ram}
+    except UsageError as error:
+        parser.error(str(error))
+    args.counts = dict.fromkeys(args.peers, args.tokens)
+    for text in args.peer_tokens:
+        peer, _, count = text.partition("=")
+        if peer not in args.peers or not count.isdigit():
+            parser.error(f"--peer-tokens: expected one of {', '.join(args.peers)}, =, and a number; found {text!r}")
+        args.counts[peer] = int(count)
+    if min(args.counts.values()) < 2 or min(args.prompt_tokens, args.rounds, args.threads) < 1:
+        parser.error("at least two tokens, and one of anything else")
+    for path in filter(None, (args.model / "config.json", args.gguf)):
+        if not path.exists():
+            parser.error(f"{path}: no such file")
+    return args
+
+
+@dataclass
+class Measured:
+    """``cases``: (ram, peer) -> its runs by round. ``ceilings``: bytes a second at first and again, by round."""
+
+    fixed: dict[str, Any]
+    cases: dict[tuple[str, str], list[Run]]
+    ceilings: list[tuple[float, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def measure(args: argparse.Namespace) -> Measured:
+    """All runs, round by round."""
+    gguf = args.gguf.resolve() if args.gguf else None
+    files = [*args.model.glob("*.safetensors"), *filter(None, [gguf])]
+    fixed: dict[str, Any] = {"model": str(args.model.resolve()), "gguf": str(gguf) if gguf else None}
+    fixed |= {"threads": args.threads, "prompt": list(range(5, 5 + args.prompt_tokens))}
+    found = Measured(fixed, {(ram, peer): [] for ram in args.ram for peer in args.peers})
+    for turn in range(args.rounds):
+        try:
+            found.ceilings.append(disk_ceiling(args.model))
+        except ValueError as error:
+            found.note(f"the disk's ceiling was not measured: {error}")
+        first = turn % len(found.cases)
+        for (ram, peer), runs in [*found.cases.items()][first:] + [*found.cases.items()][:first]:
+            if any("failed" in run for run in runs):
+                continue
+            found.note(drop_page_cache(files))
+            request = fixed | {"peer": peer, "ram": args.limits[ram], "tokens": args.counts[peer]}
+            runs.append(run_peer(request, args.timeout))
+            told = runs[-1].get("failed") or f"{runs[-1]['tokens_per_second']:.2f} tokens/s"
+            print(f"round {turn + 1}, {ram}, {peer}: {told}", file=sys.stderr, flush=True)
+    known = [run["ids"] for runs in found.cases.values() for run in runs if -1 not in run.get("ids", [-1])]
+    texts = {tuple(ids[: min(args.counts.values())]) for ids in known}
+    found.note("all decoded the same tokens" if len(texts) == 1 else "not all decoded the same tokens")
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        run_one(sys.argv[2])
+        return
+    args = parse_arguments()
+    if not available():
+        sys.exit("memory cgroups cannot be made here (that takes root); without them no two runs have the same memory")
+    found = measure(args)
+    sizes = {"folder": sum(file.stat().st_size for file in args.model.glob("*.safetensors"))}
+    if args.gguf:
+        sizes["GGUF"] = args.gguf.stat().st_size
+    told = ", ".join(f"{name} {format_size(size)}" for name, size in sizes.items())
+    title = f"{args.model.name} ({told}), {args.prompt_tokens} tokens of prompt, {args.rounds} rounds interleaved"
+    console = Console(width=200)
+    console.print(table_of(title, found.cases))
+    if found.ceilings:
+        first, again = ([speeds[i] for speeds in found.ceilings] for i in (0, 1))
+        console.print(
+            f"disk's ceiling, random direct reads: {spread(first, 1e-9)} GB/s, and over the same places again "
+            f"{spread(again, 1e-9)} GB/s"
+        )
+    for note in found.notes:
+        console.print(f"note: {note}")
+    cases = [
+        {"ram": ram, "peer": peer, "summary": summary(runs), "runs": runs}
+        | {"tierlm_over_peer": ratios(found.cases.get((ram, "tierlm"), []), runs)}
+        for (ram, peer), runs in found.cases.items()
+    ]
+    options = found.fixed | {"tokens": args.counts, "rounds": args.rounds}
+    print(json.dumps({"options": options, "disk": found.ceilings, "notes": found.notes, "cases": cases}))
+    if not any(case["summary"] for case in cases):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,8 +23,8 @@ CONTEXT = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What to run. ``ram``: bytes. ``started``: time.monotonic() when the process was started. ``scratch``: an empty
-    folder on the model's disk, for an engine that must write."""
+    """What to run. ``ram``: bytes. ``pause``: seconds between the load and the request. ``started``: time.monotonic()
+    when the process was started. ``scratch``: an empty folder on the model's disk, for an engine that must write."""
 
     peer: str
     model: Path
@@ -33,6 +33,7 @@ class Request:
     prompt: list[int]
     tokens: int
     threads: int
+    pause: float
     scratch: Path
     started: float
 
@@ -44,6 +45,7 @@ class Clock:
 
     path: Path
     started: float
+    load: float = 0.0
     ready: float = 0.0
     marks: list[tuple[float, int, int]] = field(default_factory=list)  # of the tokens
     ids: list[int] = field(default_factory=list)
@@ -51,8 +53,10 @@ class Clock:
     def _now(self) -> float:
         return time.monotonic() - self.started
 
-    def loaded(self) -> None:
-        """The engine takes requests, and now it gets one."""
+    def loaded(self, pause: float) -> None:
+        """The engine takes requests, and gets one after a pause, that of somebody who types."""
+        self.load = self._now()
+        time.sleep(pause)
         self.ready = self._now()
 
     def token(self, token: int) -> None:
@@ -67,21 +71,26 @@ class Clock:
             "tokens_per_second": steps / (last - first),
             "bytes_per_token": (after[0] - before[0]) / steps,
             "own_bytes_per_token": (after[1] - before[1]) / steps,
-            "load_seconds": self.ready,
+            "load_seconds": self.load,
             "first_token_seconds": first - self.ready,
-            "start_to_first_token_seconds": first,
+            "start_to_first_token_seconds": first - (self.ready - self.load),
             "ids": self.ids,
         }
 
 
-def run_tierlm(request: Request) -> dict[str, Any]:
+def run_tierlm_cold(request: Request) -> dict[str, Any]:
+    """Knowing nothing of earlier runs."""
+    return run_tierlm(request, heat=False)
+
+
+def run_tierlm(request: Request, heat: bool = True) -> dict[str, Any]:
     """The engine below the text, which would hold back tokens that are no whole character."""
     from tierlm import LLM, Budget, SamplingParams
 
     clock = Clock(request.model, request.started)
     params = SamplingParams(max_new_tokens=request.tokens, ignore_eos=True)
-    with LLM.load(request.model, budget=Budget(request.ram), context=CONTEXT) as llm:
-        clock.loaded()
+    with LLM.load(request.model, budget=Budget(request.ram), context=CONTEXT, heat=heat) as llm:
+        clock.loaded(request.pause)
         for sequence in llm._runtime.engine.generate([request.prompt], params):
             clock.token(sequence.ids[-1])
         stats = llm.stats()
@@ -105,7 +114,7 @@ def run_llamacpp(request: Request) -> dict[str, Any]:
         replies.append(reply)
 
     server = open_server(request.gguf, CONTEXT, request.threads)
-    clock.loaded()
+    clock.loaded(request.pause)
     server.handle_completions(request_of(request.prompt, request.tokens), receive)
     if len(clock.ids) != request.tokens:
         raise SystemExit(f"asked for {request.tokens} tokens, got {len(clock.ids)}; last reply: {replies[-1]}")
@@ -132,7 +141,7 @@ def run_accelerate(request: Request) -> dict[str, Any]:
         offload_folder=request.scratch,
     ).eval()
     model.generation_config.eos_token_id = None
-    clock.loaded()
+    clock.loaded(request.pause)
     ids = torch.tensor([request.prompt])
     model.generate(ids, max_new_tokens=request.tokens, do_sample=False, pad_token_id=0, streamer=Streamer(clock))
     written = sum(file.stat().st_size for file in request.scratch.iterdir())
@@ -156,7 +165,8 @@ class Streamer:
 
 
 PEERS: dict[str, Callable[[Request], dict[str, Any]]] = {
-    "tierlm": run_tierlm,
+    "tierlm": run_tierlm_cold,
+    "tierlm-again": run_tierlm,
     "llama.cpp": run_llamacpp,
     "accelerate": run_accelerate,
 }

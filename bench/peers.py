@@ -10,6 +10,8 @@ start of the process. Decode lies between the first new token and the last; its 
 delivered meanwhile, to anybody, and those that the process itself made it deliver. The peak counts cached pages, which
 fill any cgroup that a mapped file is larger than. Before each round the disk's ceiling is probed (bench/disk.py).
 
+tierlm runs as at its first start; "tierlm-again" has run once before and knows which experts were used most.
+
 A peer that fails at one size is not tried again there; the table says why. The last line is JSON, every run included.
 Exit codes: 0 done, 1 nothing could be measured, 2 used wrongly.
 """
@@ -43,6 +45,8 @@ COLUMNS = {
     "tokens_per_second": ("decode\ntokens/s", 1.0, 2),
     "bytes_per_token": ("by the disk\nMB/token", 1e-6, 0),
     "own_bytes_per_token": ("by the process\nMB/token", 1e-6, 0),
+    "hit_rate": ("hit rate\n%", 100.0, 0),
+    "ceiling_share": ("of the disk's\nceiling %", 100.0, 0),
     "first_token_seconds": ("TTFT\ns", 1.0, 2),
     "load_seconds": ("load\ns", 1.0, 2),
     "start_to_first_token_seconds": ("start to first\ntoken s", 1.0, 2),
@@ -57,13 +61,14 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
     return f"{middle} [{least}-{most}]" if len(values) > 1 else middle
 
 
-def run_peer(request: dict[str, Any], timeout: float) -> Run:
+def run_peer(request: dict[str, Any], timeout: float, cache: str) -> Run:
     """One run in a process and a cgroup of its own; ``request`` has the fields of a Request but for the last two. The
     process imports the tierlm that this one has, be another installed or not."""
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(TIERLM), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": str(request["threads"]),
         "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": cache,  # what is remembered is remembered for this comparison
     }
     try:
         with tempfile.TemporaryDirectory(prefix="offload-", dir=Path(request["model"]).resolve().parent) as scratch:
@@ -110,7 +115,7 @@ def summary(runs: list[Run]) -> dict[str, dict[str, float]]:
     return {
         name: {"median": statistics.median(v), "least": min(v), "most": max(v)}
         for name in COLUMNS
-        if (v := [run[name] for run in done])
+        if (v := [run[name] for run in done if name in run])
     }
 
 
@@ -123,8 +128,10 @@ def table_of(title: str, cases: dict[tuple[str, str], list[Run]]) -> Table:
     for (ram, peer), runs in cases.items():
         done = [run for run in runs if "failed" not in run]
         why = next((run["failed"] for run in runs if "failed" in run), None)
-        cells = [spread([run[name] for run in done], scale, digits) if done else "-" for name, (_, scale, digits) in
-                 COLUMNS.items()]  # fmt: skip
+        cells = []
+        for name, (_, scale, digits) in COLUMNS.items():
+            values = [run[name] for run in done if name in run]
+            cells.append(spread(values, scale, digits) if values else "-")
         quotients = ratios(cases.get((ram, "tierlm"), []), runs)
         ratio = spread(quotients) if quotients and peer != "tierlm" else "-"
         table.add_row(ram, peer, *cells, ratio, f"{len(done)}" + (f"; {why}" if why else ""))
@@ -141,6 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--peer-tokens", nargs="+", default=[], metavar="PEER=N", help="fewer for a slow one")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between the load and the request")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a run")
     args = parser.parse_args()
@@ -176,27 +184,41 @@ class Measured:
             self.notes.append(text)
 
 
+def measure_round(args: argparse.Namespace, turn: int, found: Measured, files: list[Path], cache: str) -> None:
+    """The disk's ceiling, and each case once; another case begins each round."""
+    ceiling = None
+    try:
+        found.ceilings.append(disk_ceiling(args.model))
+        ceiling = found.ceilings[-1][1]
+    except ValueError as error:
+        found.note(f"the disk's ceiling was not measured: {error}")
+    first = turn % len(found.cases)
+    for (ram, peer), runs in [*found.cases.items()][first:] + [*found.cases.items()][:first]:
+        if any("failed" in run for run in runs):
+            continue
+        found.note(drop_page_cache(files))
+        request = found.fixed | {"peer": peer, "ram": args.limits[ram], "tokens": args.counts[peer]}
+        run = run_peer(request, args.timeout, cache)
+        if ceiling is not None and "failed" not in run:
+            run["ceiling_share"] = run["own_bytes_per_token"] * run["tokens_per_second"] / ceiling
+        runs.append(run)
+        told = run.get("failed") or f"{run['tokens_per_second']:.2f} tokens/s"
+        print(f"round {turn + 1}, {ram}, {peer}: {told}", file=sys.stderr, flush=True)
+
+
 def measure(args: argparse.Namespace) -> Measured:
     """All runs, round by round."""
     gguf = args.gguf.resolve() if args.gguf else None
     files = [*args.model.glob("*.safetensors"), *filter(None, [gguf])]
     fixed: dict[str, Any] = {"model": str(args.model.resolve()), "gguf": str(gguf) if gguf else None}
-    fixed |= {"threads": args.threads, "prompt": list(range(5, 5 + args.prompt_tokens))}
+    fixed |= {"threads": args.threads, "pause": args.pause, "prompt": list(range(5, 5 + args.prompt_tokens))}
     found = Measured(fixed, {(ram, peer): [] for ram in args.ram for peer in args.peers})
-    for turn in range(args.rounds):
-        try:
-            found.ceilings.append(disk_ceiling(args.model))
-        except ValueError as error:
-            found.note(f"the disk's ceiling was not measured: {error}")
-        first = turn % len(found.cases)
-        for (ram, peer), runs in [*found.cases.items()][first:] + [*found.cases.items()][:first]:
-            if any("failed" in run for run in runs):
-                continue
-            found.note(drop_page_cache(files))
-            request = fixed | {"peer": peer, "ram": args.limits[ram], "tokens": args.counts[peer]}
-            runs.append(run_peer(request, args.timeout))
-            told = runs[-1].get("failed") or f"{runs[-1]['tokens_per_second']:.2f} tokens/s"
-            print(f"round {turn + 1}, {ram}, {peer}: {told}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        if "tierlm-again" in args.peers:
+            request = fixed | {"peer": "tierlm-again", "ram": max(args.limits.values()), "tokens": 4 * args.tokens}
+            run_peer(request, args.timeout, cache)
+        for turn in range(args.rounds):
+            measure_round(args, turn, found, files, cache)
     known = [run["ids"] for runs in found.cases.values() for run in runs if -1 not in run.get("ids", [-1])]
     texts = {tuple(ids[: min(args.counts.values())]) for ids in known}
     found.note("all decoded the same tokens" if len(texts) == 1 else "not all decoded the same tokens")

@@ -30,16 +30,20 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def request_of(peer: str, model: Path, **changes: Any) -> dict[str, Any]:
     fields = {"peer": peer, "model": str(model), "gguf": None, "ram": 2**30, "prompt": PROMPT, "tokens": 4}
-    return {**fields, "threads": 1, **changes}
+    return {**fields, "threads": 1, "pause": 0.0, **changes}
 
 
 def test_decode_lies_between_the_first_token_and_the_last(tmp_path: Path) -> None:
-    clock = peer_runs.Clock(tmp_path, started=0.0, ready=3.0)
+    clock = peer_runs.Clock(tmp_path, started=0.0, load=1.0, ready=3.0)
     clock.marks = [(4.0, 1000, 10), (5.0, 1300, 40), (6.0, 1800, 50)]
     found = clock.result()
     assert found["tokens_per_second"] == 1.0
     assert (found["bytes_per_token"], found["own_bytes_per_token"]) == (400, 20)
-    assert (found["load_seconds"], found["first_token_seconds"], found["start_to_first_token_seconds"]) == (3, 1, 4)
+    assert (found["load_seconds"], found["first_token_seconds"], found["start_to_first_token_seconds"]) == (
+        1,
+        1,
+        2,
+    )  # the pause between is nobody's
 
 
 def test_all_peers_compute_the_same(toy: Path, tmp_path: Path) -> None:
@@ -57,14 +61,14 @@ def test_all_peers_compute_the_same(toy: Path, tmp_path: Path) -> None:
         paths = {"model": toy, "gguf": tmp_path / "twin.gguf", "scratch": scratch}
         fields = request_of(peer, toy, ram=ram) | paths | {"started": time.monotonic()}
         found[peer] = run(peer_runs.Request(**fields))
-        assert set(peers.COLUMNS) - {"peak"} <= set(found[peer])
+        assert set(peers.COLUMNS) - {"peak", "hit_rate", "ceiling_share"} <= set(found[peer])
     assert all(result["ids"] == [37, 38, 39, 40] for result in found.values())
     assert found["accelerate"]["offload_bytes_written"] > 2**20 and found["accelerate"]["modules_on_disk"] > 0
 
 
 @needs_cgroup
-def test_a_run_has_a_process_and_a_cgroup_of_its_own(toy: Path) -> None:
-    found = peers.run_peer(request_of("tierlm", toy), timeout=60)
+def test_a_run_has_a_process_and_a_cgroup_of_its_own(toy: Path, tmp_path: Path) -> None:
+    found = peers.run_peer(request_of("tierlm", toy), 60, str(tmp_path))
     assert found["ids"] == [37, 38, 39, 40]
     assert 0 < found["load_seconds"] < found["start_to_first_token_seconds"]
     assert 50 * 2**20 < found["peak"] < 2**30
@@ -81,9 +85,9 @@ def test_a_run_has_a_process_and_a_cgroup_of_its_own(toy: Path) -> None:
     ],
 )
 def test_a_peer_that_cannot_run_says_why(
-    peer: str, changes: dict[str, Any], timeout: float, why: str, toy: Path
+    peer: str, changes: dict[str, Any], timeout: float, why: str, toy: Path, tmp_path: Path
 ) -> None:
-    assert peers.run_peer(request_of(peer, toy, **changes), timeout) == {"failed": why}
+    assert peers.run_peer(request_of(peer, toy, **changes), timeout, str(tmp_path)) == {"failed": why}
 
 
 def test_the_table_shows_medians_ratios_and_failures() -> None:

@@ -176,11 +176,11 @@ class Bench:
         self.store = Store(self.top, record_of, WAIT)
         self.store.prefetch = Eager()
 
-    def hint(self, keys: Sequence[ExpertKey]) -> None:
+    def hint(self, keys: Sequence[ExpertKey], passing: bool = False) -> None:
         """Hint at keys of any layers."""
         for layer in dict.fromkeys(key.layer for key in keys):
             mine = [key for key in keys if key.layer == layer]
-            self.store.hint(layer, mine, ahead=1, passing=False, spent=0.0)
+            self.store.hint(layer, mine, ahead=1, passing=passing, spent=0.0)
 
     def close(self) -> None:
         self.shelf.close()
@@ -355,7 +355,7 @@ class Machine(RuleBasedStateMachine):
         assert self.bench is not None
         for expert, weights in itertools.chain.from_iterable(leases):
             assert is_whole(weights, ExpertKey(layer, expert))
-            self.bench.hint(hints)
+            self.bench.hint(hints, passing=len(hints) % 2 == 0)
             assert is_whole(weights, ExpertKey(layer, expert)), "a leased record was given away"
             seen.append(expert)
             if len(seen) == stop:
@@ -363,10 +363,15 @@ class Machine(RuleBasedStateMachine):
                     raise Boom
                 break
 
-    @rule(hints=some_keys)
-    def hint(self, hints: list[ExpertKey]) -> None:
+    @rule(hints=some_keys, passing=st.booleans())
+    def hint(self, hints: list[ExpertKey], passing: bool) -> None:
         assert self.bench is not None
-        self.bench.hint(hints)
+        self.bench.hint(hints, passing)
+
+    @rule(hints=some_keys)
+    def warm(self, hints: list[ExpertKey]) -> None:
+        assert self.bench is not None
+        self.bench.store.warm(list(dict.fromkeys(hints)))
 
     @rule(layer=layer_numbers, kept=st.sets(st.integers(0, EXPERTS - 1)))
     def cancel_stale(self, layer: int, kept: set[int]) -> None:
@@ -538,6 +543,17 @@ def test_hint_of_what_is_there_reads_nothing(slots: tuple[int, ...]) -> None:
         bench.drain()
         assert sum(bench.shelf.reads.values()) == 2
         assert bench.top.stats.speculative == 0
+
+
+@pytest.mark.parametrize("slots", [(2,), (4,), (17,), (4, 4), (17, 4)], ids=str)
+def test_guesses_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, ...]) -> None:
+    with bench_of(*slots) as bench:
+        bench.use(2, range(slots[-1]))  # all slots are warm
+        for _ in range(2):
+            bench.hint(keys(1, *range(EXPERTS)), passing=True)
+            bench.drain()
+        bench.use(0, range(EXPERTS), passing=True)
+        bench.check()
 
 
 @pytest.mark.parametrize("slots", [(4,), (7,), (16,), (4, 7), (2, 7), (1, 16)], ids=str)

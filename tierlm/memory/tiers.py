@@ -252,9 +252,10 @@ class Tier:
                 displacing = self.entries[candidate].passing  # it hands on what it has displaced
                 return self.entries[candidate].slot, candidate, displacing
         speculative = priority is Priority.SPECULATIVE
-        if (speculative and self._unclaimed >= self.speculative_limit) or (
-            passing and self._passing >= self._passing_limit
-        ):
+        if speculative and self._unclaimed >= self.speculative_limit:
+            return None, None, False
+        # Guesses leave half to the demands, which could not go on otherwise.
+        if passing and self._passing >= (self._passing_limit // 2 if speculative else self._passing_limit):
             return None, None, False
         spared: Key | None = None
         for candidate in self.policy.victims():

@@ -48,7 +48,7 @@ class Policy(ABC):
         self.on_evict(key)
 
     def expect(self, key: Key, share: float) -> None:
-        """In earlier runs, ``share`` of the tokens used ``key``. Called before anything else."""
+        """In earlier runs, ``share`` of the tokens used ``key``."""
 
     @abstractmethod
     def victims(self) -> Iterator[Key]:
@@ -139,8 +139,10 @@ class Cycle(Policy):
         self._resident[key.layer].remove(key)
 
     def expect(self, key: Key, share: float) -> None:
-        if share > 0:
-            self._rank[key] = math.log(share)
+        if share > 0 and key not in self._used:
+            self._rank[key] = math.log(share) - self._token * math.log(self.DECAY)
+            if key in self._resident.get(key.layer, ()):
+                self._push(key)
 
     def victims(self) -> Iterator[Key]:
         runs = {layer: _drain(heap, self._fresh) for layer, heap in self._heaps.items()}

@@ -23,12 +23,13 @@ from tierlm.weights.reader import MmapReader, Reader, Request
 
 MIB = 2**20
 MIDDLE = 2 * MIB  # the size at which the depth is looked for; then the size, at that depth
-# The likeliest first: on a slow disk, or a small model, the time or the bytes run out. Not 1: there must be a read
-# under way while a thread takes note of the one before, which is slower beside a running model than here.
-DEPTHS = (4, 8, 2, 16)
-SIZES = (MIDDLE, 4 * MIB, MIB, MIB // 2, 8 * MIB)
+# The likeliest first: on a slow disk, or a small model, the time or the bytes run out. Not fewer than 4 nor smaller than
+# 2 MiB: beside a running model, threads wait for the interpreter between two reads, which a probe alone does not see
+# (2 reads of 1 MiB have won a probe, and decoded more slowly than 8 of 2 MiB).
+DEPTHS = (8, 4, 16)
+SIZES = (MIDDLE, 4 * MIB, 8 * MIB)
 MAX_UNDER_WAY = 64 * MIB
-ENOUGH = 0.95  # of the best rate
+ENOUGH = 0.9  # of the best rate: what is under way is in the way of what is demanded next
 ROUNDS = 3  # over all settings, so that what else the disk does falls on all of them
 SAMPLE_BYTES, SAMPLE_SECONDS = 32 * MIB, 0.05  # of one setting in one round; whichever ends first
 STAGE_BYTES, STAGE_SECONDS = 640 * MIB, 0.6  # of each of the two searches

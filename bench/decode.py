@@ -3,10 +3,8 @@
     python bench/decode.py MODEL --ram 2GiB 4GiB --policy cycle lru --predictor none gate --rounds 3
 
 Every case runs in a process of its own, in a memory cgroup of the size of its budget where one can be made, one case
-after another, and all of them again in the next round. Before each round the disk's ceiling is probed: random 8 MiB
-O_DIRECT reads of the model's own files, eight at a time, twice over the same places. A virtual disk may keep what it
-read lately in a cache of its host, so that the second pass is faster; both are reported, and the second is the ceiling,
-since a run reads the same experts again and again. Prompt and warm-up are not counted. The last line is JSON.
+after another, and all of them again, in the other order, in the next round. Before each round the disk's ceiling is
+probed (bench/disk.py). Prompt and warm-up are not counted. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from disk import disk_ceiling
+from disk import disk_ceiling, stolen
 from limited import available, run_limited
 from rich.console import Console
 from rich.table import Table
@@ -42,9 +40,9 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     options |= {"heat": False}  # each run begins as cold as the others
     with LLM.load(case["model"], budget=budget, **options) as llm:
         llm.generate([list(range(5, 5 + PROMPT))], tokens(WARM))
-        before = llm.stats()
+        before, taken = llm.stats(), stolen()
         llm.generate([[5]], tokens(case["tokens"] + 1))
-        after = llm.stats()
+        after, taken = llm.stats(), stolen() - taken
     decode, earlier = after.decode, before.decode
     seconds, tokens_made = decode.seconds - earlier.seconds, decode.tokens - earlier.tokens
     compute = next(iter(after.experts))
@@ -60,6 +58,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
         "guess_precision": (now.useful - then.useful) / useful,
         "stall_share": stall / seconds,
         "disk_busy_share": reading / seconds,
+        "stolen_per_token": taken / tokens_made,  # core-seconds, by the host of a virtual machine
         "overlap": max(reading, seconds - stall) / seconds,
         "load_seconds": after.load_seconds,
         "peak_ram": after.peak_ram,
@@ -81,6 +80,31 @@ def run_case(case: dict[str, Any], in_cgroup: bool) -> dict[str, float]:
     return result
 
 
+def draw(file: Path, title: str, cases: list[dict[str, str]], results: list[list[dict[str, float]]]) -> None:
+    """Tokens a second against the budget, a line for each policy and predictor; every round a point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    kinds = list(dict.fromkeys((case["policy"], case["predictor"]) for case in cases))
+    for kind, colour, marker in zip(
+        kinds, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), "osD^v", strict=False
+    ):
+        mine = [(c, r) for c, r in zip(cases, results, strict=True) if (c["policy"], c["predictor"]) == kind]
+        sizes = [parse_size(case["ram"]) / 2**30 for case, _ in mine]
+        speeds = [[one["tokens_per_second"] for one in found] for _, found in mine]
+        label = f"policy {kind[0]}, predictor {kind[1]}"
+        axes.plot(sizes, [statistics.median(one) for one in speeds], color=colour, marker=marker, label=label)
+        for size, found in zip(sizes, speeds, strict=True):
+            axes.plot([size] * len(found), found, color=colour, marker=marker, linestyle="", alpha=0.3, markersize=4)
+    axes.set(xlabel="budget and memory cgroup, GiB", ylabel="tokens/s", title=title, ylim=(0, None), xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
@@ -90,6 +114,7 @@ def main() -> None:
     parser.add_argument("--predictor", nargs="+", default=["none", "gate"])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, help="draw tokens/s against the budget to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -105,19 +130,30 @@ def main() -> None:
     results: list[list[dict[str, float]]] = [[] for _ in cases]
     for turn in range(args.rounds):
         try:
-            first, again = disk_ceiling(args.model)
+            small, again = disk_ceiling(args.model)
         except ValueError as error:
             raise SystemExit(str(error)) from error
         for case, found in zip(cases, results, strict=True):
             result = run_case(fixed | case, in_cgroup)
-            result |= {"disk_first_read": first, "disk_ceiling": again}
+            result |= {"disk_small_pages": small, "disk_ceiling": again}
             result["share_of_ceiling"] = result["bytes_per_token"] * result["tokens_per_second"] / again
             found.append(result)
             print(f"round {turn + 1} {case} {result['tokens_per_second']:.2f} tok/s", file=sys.stderr, flush=True)
 
     medians = [{name: statistics.median(r[name] for r in found) for name in found[0]} for found in results]
     table = Table(title=f"{args.model.name}, {args.rounds} rounds interleaved, medians [least-most]")
-    for column in ("ram", "policy", "predictor", "tok/s", "MB/token", "hit rate", "stalled", "of the disk's ceiling"):
+    for column in (
+        "ram",
+        "policy",
+        "predictor",
+        "tok/s",
+        "MB/token",
+        "hit rate",
+        "stalled",
+        "overlap",
+        "stolen ms",
+        "of the disk's ceiling",
+    ):
         table.add_column(column)
     for case, found, median in zip(cases, results, medians, strict=True):
         speeds = [result["tokens_per_second"] for result in found]
@@ -127,10 +163,14 @@ def main() -> None:
             f"{median['bytes_per_token'] / 1e6:.0f}",
             f"{median['hit_rate']:.1%}",
             f"{median['stall_share']:.0%}",
+            f"{median['overlap']:.2f}",
+            f"{1000 * median['stolen_per_token']:.0f}",
             f"{median['share_of_ceiling']:.0%} of {median['disk_ceiling'] / 1e9:.2f} GB/s "
-            f"({median['disk_first_read'] / 1e9:.2f} at first)",
+            f"({median['disk_small_pages'] / 1e9:.2f} with small pages)",
         )
     Console(width=140).print(table)
+    if args.plot:
+        draw(args.plot, f"{args.model.name}: decode under a budget", cases, results)
     print(json.dumps({"cgroup": in_cgroup, "cases": [c | m for c, m in zip(cases, medians, strict=True)]}))
 
 

@@ -172,7 +172,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass
 class Measured:
-    """``cases``: (ram, peer) -> its runs by round. ``ceilings``: bytes a second at first and again, by round."""
+    """``cases``: (ram, peer) -> its runs by round. ``ceilings``: bytes a second into small and huge pages, by round."""
 
     fixed: dict[str, Any]
     cases: dict[tuple[str, str], list[Run]]
@@ -243,8 +243,8 @@ def main() -> None:
     if found.ceilings:
         first, again = ([speeds[i] for speeds in found.ceilings] for i in (0, 1))
         console.print(
-            f"disk's ceiling, random direct reads: {spread(first, 1e-9)} GB/s, and over the same places again "
-            f"{spread(again, 1e-9)} GB/s"
+            f"disk's ceiling, random direct reads into huge pages: {spread(again, 1e-9)} GB/s; into small pages: "
+            f"{spread(first, 1e-9)} GB/s"
         )
     for note in found.notes:
         console.print(f"note: {note}")

@@ -2,10 +2,11 @@
 
     python bench/prefill.py MODEL --ram 4GiB --tokens 512 --rounds 3
 
-Each round, one after another: the disk's ceiling (bench/disk.py), the prompt in a memory cgroup of the budget, and the
-same prompt where everything fits, the second time it is run, which is arithmetic alone. The bound is the larger of
-bytes read / ceiling and the arithmetic. What is read is set against the bytes of the model's experts and streamed
-trunks, each once. The last line is JSON.
+Each round, one after another: the disk's ceiling (bench/disk.py), the prompt in a memory cgroup of the budget, twice,
+and the same prompt where everything fits, of which the second time counts, which is arithmetic alone. The bound is the
+larger of bytes read / ceiling and the arithmetic. The first time, each slot's memory is touched for the first time as
+well. Bytes read are set against those of all experts and trunks, each once. ``stolen``: core-seconds that the host of a
+virtual machine took away meanwhile, largely for its part in the reads. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from disk import disk_ceiling, drop_page_cache
+from disk import disk_ceiling, drop_page_cache, stolen
 from limited import available, run_limited
 from rich.console import Console
 from rich.table import Table
@@ -27,27 +28,27 @@ from tierlm.config import parse_size
 
 
 def measure(case: dict[str, Any]) -> dict[str, float]:
-    """Run the prompt in this process, twice if ``again``, and report the last time."""
+    """Run the prompt in this process twice; what the first and the second time took."""
     from tierlm import LLM, Budget, SamplingParams
 
     prompt = [(37 * i) % 30_000 + 5 for i in range(case["tokens"])]
+    found: dict[str, float] = {}
     with LLM.load(case["model"], budget=Budget(case["ram"]), context=1024, heat=False) as llm:
-        loaded = llm.stats().links["disk->ram"].bytes
-        for _ in range(2 if case["again"] else 1):
-            before = llm.stats().prefill
+        found["loaded_bytes"] = llm.stats().links["disk->ram"].bytes
+        catalog = llm._runtime.catalog
+        found["model_bytes"] = sum(catalog.size(key) for key in [*catalog.experts(), *catalog.trunks])
+        for turn in ("first", "second"):
+            before, taken = llm.stats().prefill, stolen()
             llm.generate([prompt], SamplingParams(max_new_tokens=1))
-        phase = llm.stats().prefill
-        model = sum(llm._runtime.catalog.size(key) for key in llm._runtime.catalog.experts())
-        model += sum(llm._runtime.catalog.size(key) for key in llm._runtime.catalog.trunks)
-    seconds, stall = phase.seconds - before.seconds, phase.stall - before.stall
-    return {
-        "seconds": seconds,
-        "stall": stall,
-        "reading": phase.reading - before.reading,
-        "disk_bytes": phase.disk_bytes - before.disk_bytes,
-        "loaded_bytes": loaded,
-        "model_bytes": model,
-    }
+            now = llm.stats().prefill
+            found |= {
+                f"{turn}_seconds": now.seconds - before.seconds,
+                f"{turn}_stall": now.stall - before.stall,
+                f"{turn}_disk_busy": now.reading - before.reading,
+                f"{turn}_disk_bytes": now.disk_bytes - before.disk_bytes,
+                f"{turn}_stolen": stolen() - taken,
+            }
+    return found
 
 
 def run(case: dict[str, Any], limit: int | None) -> dict[str, float]:
@@ -82,22 +83,26 @@ def main() -> None:
     rounds: list[dict[str, float]] = []
     for turn in range(args.rounds):
         drop_page_cache(list(args.model.glob("*.safetensors")))
-        first, again = disk_ceiling(args.model)
-        found = run(case | {"ram": args.ram, "again": False}, limit)
-        alone = run(case | {"ram": args.all, "again": True}, None)
-        found |= {"compute": alone["seconds"] - alone["stall"], "disk": found["disk_bytes"] / again}
-        found |= {"ceiling": again, "first_read": first, "bytes_ratio": found["disk_bytes"] / found["model_bytes"]}
-        found["share_of_bound"] = max(found["disk"], found["compute"]) / found["seconds"]
-        found["share_of_own_bound"] = max(found["reading"], found["seconds"] - found["stall"]) / found["seconds"]
+        small, again = disk_ceiling(args.model)
+        found = run(case | {"ram": args.ram}, limit)
+        alone = run(case | {"ram": args.all}, None)
+        found |= {"ceiling_bytes": again, "ceiling_small_pages_bytes": small}
+        found["compute_alone"] = alone["second_seconds"] - alone["second_stall"]
+        for name in ("first", "second"):
+            read, seconds = found[f"{name}_disk_bytes"], found[f"{name}_seconds"]
+            found[f"{name}_bytes_ratio"] = read / found["model_bytes"]
+            found[f"{name}_share_of_bound"] = max(read / again, found["compute_alone"]) / seconds
+            busy, computing = found[f"{name}_disk_busy"], seconds - found[f"{name}_stall"]
+            found[f"{name}_overlap"] = max(busy, computing) / seconds
         rounds.append(found)
-        print(f"round {turn + 1}: {found['seconds']:.2f} s", file=sys.stderr, flush=True)
+        print(f"round {turn + 1}: {found['first_seconds']:.2f} s", file=sys.stderr, flush=True)
 
     table = Table(title=f"{args.model.name}, {args.tokens} tokens at {args.ram}: medians [least-most] of {args.rounds}")
     table.add_column("what")
     table.add_column("value")
     for name in rounds[0]:
         values = [found[name] for found in rounds]
-        unit = 1e9 if name.endswith("_bytes") or name in ("ceiling", "first_read") else 1
+        unit = 1e9 if name.endswith("_bytes") else 1
         shown = f"{statistics.median(values) / unit:.3f} [{min(values) / unit:.3f}-{max(values) / unit:.3f}]"
         table.add_row(name + (" (GB)" if unit > 1 else ""), shown)
     Console(width=100).print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -180,6 +181,8 @@ class Runtime:
         notes = []
         if self.catalog.ignored:
             notes.append(f"{len(self.catalog.ignored)} tensors of multi-token prediction layers are not used")
+        if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+            notes.append("torch was imported before tierlm: its idle threads spin on cores that reads need")
         if native.load() is None:
             notes.append("the compiled kernels were not built (no C++ compiler): torch does their work, more slowly")
         if self.plan.vram is not None and self.device.type == "cpu":

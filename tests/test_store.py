@@ -485,7 +485,7 @@ def iterate_then(leases: Leases, count: int, then: Callable[[], None]) -> Iterat
 
 @pytest.mark.parametrize("slots", [(4,), (4, 4), (2, 4), (4, 2)], ids=str)
 def test_demand_joins_a_speculative_read(slots: tuple[int, ...]) -> None:
-    with bench_of(*slots) as bench:
+    with bench_of(*slots, threads=8) as bench:
         bench.shelf.pause()
         bench.hint(keys(0, 1))
         bench.shelf.wait_for_reads(2)  # both files of it are being read
@@ -554,6 +554,12 @@ def test_guesses_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, ...])
             bench.drain()
         bench.use(0, range(EXPERTS), passing=True)
         bench.check()
+        for layer in (1, 0, 1, 0):  # the slots that the last layer has passed through are up for guesses now
+            for _ in range(3):
+                bench.hint(keys(1 - layer, *range(EXPERTS)), passing=True)
+                bench.drain()
+            bench.use(layer, range(EXPERTS), passing=True)
+            bench.check()
 
 
 @pytest.mark.parametrize("slots", [(4,), (7,), (16,), (4, 7), (2, 7), (1, 16)], ids=str)

@@ -132,6 +132,7 @@ class Leases:
         self._keys = keys
         self._held: dict[ExpertKey, Entry] = {}
         self._missing: list[ExpertKey] = []
+        self._joined: set[ExpertKey] = set()  # those whose read was under way already
         self._read = 0  # records that were absent, or would have been without a guess
         self._began, self._stalled = time.perf_counter(), store.stall
 
@@ -146,6 +147,8 @@ class Leases:
             else:
                 self._held[key] = entry
                 self._read += self._tier.stats.useful - useful
+                if entry.ticket is not None:
+                    self._joined.add(key)
         self._read += len(self._missing)
         if self._passing:
             self._missing = self._store._in_order(self._missing)
@@ -166,6 +169,12 @@ class Leases:
         while self._held or self._missing:
             self._tier.settle()
             ready = [key for key, entry in self._held.items() if entry.ticket is None]
+            for key in [key for key in ready if self._held[key].error is not None and key in self._joined]:
+                self._joined.remove(key)  # a guess has failed, which is nobody's error yet: now it is demanded
+                self._release(key)
+                self._missing.append(key)
+                ready.remove(key)
+            self._start_missing()
             if not ready:
                 self._store.wait(list(self._held.values()))
                 self._start_missing()

@@ -247,16 +247,21 @@ class Tier:
             return None, None, False
         if (freed := self._stop_warming(nbytes)) is not None:
             return freed, None, False
+        speculative = priority is Priority.SPECULATIVE
+        if speculative and passing:  # a prefill's guesses leave half to its demands, which could not go on otherwise
+            ahead = sum(entry.speculative and entry.passing for entry in self.entries.values())
+            if ahead >= self._passing_limit // 2:
+                return None, None, False
         for candidate in self._leaving:
             if self._evictable(candidate, nbytes):
                 displacing = self.entries[candidate].passing  # it hands on what it has displaced
                 return self.entries[candidate].slot, candidate, displacing
-        speculative = priority is Priority.SPECULATIVE
         if speculative and self._unclaimed >= self.speculative_limit:
             return None, None, False
-        # Guesses leave half to the demands, which could not go on otherwise.
-        if passing and self._passing >= (self._passing_limit // 2 if speculative else self._passing_limit):
-            return None, None, False
+        if passing and self._passing >= self._passing_limit:
+            guesses = (e for e in self.entries.values() if e.speculative and e.passing and not speculative)
+            found = next((guess for guess in guesses if self._evictable(guess.key, nbytes)), None)
+            return (None, None, False) if found is None else (found.slot, found.key, True)
         spared: Key | None = None
         for candidate in self.policy.victims():
             # A guess may not take the place of what its own layer may need as much.

@@ -75,7 +75,7 @@ class LinkStats:
 class Transfer:
     """A pool of threads over one queue. All methods may be called from any thread.
 
-    Guesses and the background take up at most a quarter of the threads: a demand finds most of them free, and the
+    Guesses and the background take up a quarter of the threads, or two: a demand finds most of them free, and the
     arithmetic beside them keeps more of the memory's bandwidth.
     """
 
@@ -85,7 +85,7 @@ class Transfer:
         self._work = threading.Condition(self._lock)
         self._finished = threading.Condition(self._lock)
         self._queues: dict[Priority, deque[tuple[Ticket, int]]] = {priority: deque() for priority in Priority}
-        self._spare = max(1, threads // 4)  # threads that may still turn to anything but demands
+        self._spare = min(threads, max(2, threads // 4))  # threads that may still turn to anything but demands
         self._closed = False
         self.links: dict[str, LinkStats] = {}
         self._threads = [

@@ -23,7 +23,7 @@ from tierlm.weights.reader import MmapReader, Reader, Request
 
 MIB = 2**20
 MIDDLE = 2 * MIB  # the size at which the depth is looked for; then the size, at that depth
-# The likeliest first: on a slow disk, or a small model, the time or the bytes run out. Not fewer than 4 nor smaller than
+# The likeliest first: on a slow disk, or a small model, the time or the bytes run out. Not fewer than 4, nor less than
 # 2 MiB: beside a running model, threads wait for the interpreter between two reads, which a probe alone does not see
 # (2 reads of 1 MiB have won a probe, and decoded more slowly than 8 of 2 MiB).
 DEPTHS = (8, 4, 16)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import threading
 from pathlib import Path
 
 
 def write_whole(file: Path, text: str) -> None:
     """Write ``text`` beside ``file``, bring it to the disk, and rename: a reader finds the old or the new. OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    number, beside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    beside = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with open(number, "w", encoding="utf-8") as stream:
+        with open(beside, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(beside, file)
     except BaseException:
-        os.unlink(beside)
+        beside.unlink(missing_ok=True)
         raise
 
 

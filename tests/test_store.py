@@ -668,6 +668,33 @@ def test_failed_read_names_itself(slots: tuple[int, ...], passing: bool) -> None
         bench.use(1, [0, 2, 3], passing=passing)
 
 
+def test_a_guess_that_fails_is_read_again_for_the_demand_that_joined_it() -> None:
+    with bench_of(4) as bench:
+        key = ExpertKey(1, 2)
+        bench.shelf.failing.add(key)
+        bench.shelf.pause()
+        bench.hint([key])
+        bench.shelf.wait_for_reads(1)
+        with bench.store.acquire(1, [2]) as leases:
+            ticket = bench.top.entries[key].ticket
+            assert ticket is not None
+            bench.shelf.resume()
+            bench.transfer.wait_any([ticket], WAIT)
+            bench.shelf.failing.clear()
+            assert [expert for expert, _ in itertools.chain.from_iterable(leases)] == [2]
+        bench.check()
+
+
+def test_guesses_that_took_over_the_passing_slots_are_no_deadlock() -> None:
+    with bench_of(17) as bench:
+        bench.use(2, range(17))  # all slots are warm
+        bench.use(0, range(EXPERTS), passing=True)  # the passing slots are the first to leave
+        bench.hint(keys(1, *range(EXPERTS)), passing=True)
+        bench.drain()
+        bench.use(0, range(20, 26), passing=True)
+        bench.check()
+
+
 @pytest.mark.parametrize("slots", [(4,), (4, 4)], ids=str)
 def test_failed_guess_is_forgotten(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:

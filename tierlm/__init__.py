@@ -18,7 +18,7 @@ from tierlm.errors import (
 )
 
 # Read by OpenMP when torch loads it: how long idle threads spin. For milliseconds, by default, on cores that the system
-# needs for the disk's reads: decode was 15-18 % slower here. A choice of the user's own stands.
+# needs for the disk's reads (docs/results.md, what did not work). A choice of the user's own stands.
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

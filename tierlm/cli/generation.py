@@ -1,35 +1,26 @@
-"""The command line: a client of the public API. Exit codes: 0 done, 1 failed, 2 used wrongly."""
+"""``tierlm run`` and ``tierlm chat``: text from a model."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-from rich.text import Text
 
 from tierlm.config import Budget, SamplingParams
-from tierlm.errors import TierlmError, UsageError
+from tierlm.errors import UsageError
 from tierlm.files import write_whole
 
 if TYPE_CHECKING:
     from tierlm.llm import LLM
     from tierlm.stats import Stats
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
 Model = Annotated[str, typer.Argument(help="A folder in Hugging Face layout, a hub id, or 'demo'.")]
 Ram = Annotated[str, typer.Option(help="Host memory for the whole process, such as 8GiB; auto: most of what is free.")]
@@ -65,21 +56,6 @@ Json = Annotated[
 ]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"tierlm {metadata.version('tierlm')}")
-        raise typer.Exit
-
-
-Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")]
-
-
-@app.callback()
-def options(version: Version = False) -> None:
-    """Run mixture-of-experts language models that are larger than memory, under a budget you name."""
-
-
-@app.command()
 def run(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; '-' reads it from standard input.")],
@@ -121,7 +97,6 @@ def run(
         _report(llm.stats(), result, stats, json_file)
 
 
-@app.command()
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="An instruction that stands before the conversation.")] = None,
@@ -158,21 +133,6 @@ def chat(
             text, _, _ = _show(llm.chat(messages, params), quiet=False)
             messages.append({"role": "assistant", "content": text})
         _report(llm.stats(), {}, stats, None)
-
-
-def main() -> None:
-    """The console script. Every error that is raised on purpose becomes one line and its exit code."""
-    try:
-        app()
-    except TierlmError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {type(error).__name__}:", Text(str(error)), soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        sys.exit(1)
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _options(

@@ -1,0 +1,52 @@
+"""The command line: a client of the public API. Exit codes: 0 done, 1 failed, 2 used wrongly."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from tierlm.cli.generation import chat, run
+from tierlm.errors import TierlmError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (run, chat):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tierlm {metadata.version('tierlm')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """Run mixture-of-experts language models that are larger than memory, under a budget you name."""
+
+
+def main() -> None:
+    """The console script. Every error that is raised on purpose becomes one line and its exit code."""
+    try:
+        app()
+    except TierlmError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {type(error).__name__}:", Text(str(error)), soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -12,11 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm.errors import UsageError
-from tierlm.policies.eviction import POLICIES, Cycle, Lfu, Lru, Policy, make_policy
+from tierlm.policies import POLICIES, make_policy
+from tierlm.policies.cycle import Cycle
+from tierlm.policies.eviction import Policy, Setting
+from tierlm.policies.frequency import Lfu
+from tierlm.policies.recency import Lru
 from tierlm.spec import ExpertKey, Key, TrunkKey
 
 LAYERS, EXPERTS = 3, 4
+SETTING = Setting(LAYERS, LAYERS * EXPERTS)
 KEYS = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+DECAY = 0.9  # of cycle
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 
 every_policy = pytest.mark.parametrize("name", POLICIES)
@@ -70,7 +76,7 @@ class Reference:
 
     def cycle_score(self, key: Key) -> float:
         """The documented one: layers until the next chance / L + 1/p - 1."""
-        share = sum((1 - Cycle.DECAY) * Cycle.DECAY ** (self.token - token) for token in self.tokens.get(key, ()))
+        share = sum((1 - DECAY) * DECAY ** (self.token - token) for token in self.tokens.get(key, ()))
         distance = next(n for n in range(1, LAYERS + 1) if (self.layer + n) % LAYERS == key.layer)
         return distance / LAYERS + 1 / max(share, Cycle.FLOOR) - 1
 
@@ -82,7 +88,7 @@ def order(policy: Policy) -> list[Key]:
 
 def replay(name: str, trace: list[tuple[str, Key]]) -> Iterator[tuple[Policy, Reference]]:
     """The policy and the reference after each step of ``trace``."""
-    policy, reference = make_policy(name, LAYERS), Reference()
+    policy, reference = make_policy(name, SETTING), Reference()
     for what, key in trace:
         reference.apply(policy, what, key)
         yield policy, reference
@@ -116,7 +122,7 @@ def test_looking_changes_nothing(name: str, trace: list[tuple[str, Key]], looks:
 @given(trace=traces, skips=st.lists(st.integers(0, 3), min_size=1))
 def test_evicting_while_looking(name: str, trace: list[tuple[str, Key]], skips: list[int]) -> None:
     """As the tier does it: skip some victims, evict the next from inside the loop, and look no further."""
-    policy, reference = make_policy(name, LAYERS), Reference()
+    policy, reference = make_policy(name, SETTING), Reference()
     for step, (what, key) in enumerate(trace):
         reference.apply(policy, what, key)
         if step % 3 == 2:
@@ -129,7 +135,7 @@ def test_evicting_while_looking(name: str, trace: list[tuple[str, Key]], skips: 
 
 @every_policy
 def test_evicted_key_comes_again_only_when_reinserted(name: str) -> None:
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     for key in KEYS:
         policy.on_insert(key)
     gone = set()
@@ -146,7 +152,7 @@ def test_evicted_key_comes_again_only_when_reinserted(name: str) -> None:
 @every_policy
 @pytest.mark.parametrize("demanded", [True, False])
 def test_discarded_key_is_gone(name: str, demanded: bool) -> None:
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     policy.on_insert(KEYS[0], demanded=demanded)
     policy.on_insert(KEYS[1])
     policy.on_discard(KEYS[0])
@@ -158,7 +164,7 @@ def test_discarded_key_is_gone(name: str, demanded: bool) -> None:
 @every_policy
 def test_guess_that_comes_back_again_and_again(name: str) -> None:
     """The same key, guessed and dropped many times: one slot, one key."""
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     policy.on_insert(KEYS[1])
     for _ in range(50):
         policy.on_insert(KEYS[0], demanded=False)
@@ -169,7 +175,7 @@ def test_guess_that_comes_back_again_and_again(name: str) -> None:
 
 @every_policy
 def test_takes_trunk_keys(name: str) -> None:
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     for layer in range(LAYERS + 2):  # the blocks of the lm_head count on past the last layer
         policy.on_insert(TrunkKey(layer), demanded=layer % 2 == 0)
     policy.on_hit(TrunkKey(0))
@@ -179,7 +185,7 @@ def test_takes_trunk_keys(name: str) -> None:
 @every_policy
 def test_memory_stays_bounded(name: str) -> None:
     """However long the run, a policy remembers some records of the model, not its history."""
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     for step in range(5000):
         key = KEYS[step * 7 % len(KEYS)]
         (policy.on_hit if step >= len(KEYS) else policy.on_insert)(key)
@@ -230,7 +236,7 @@ def test_lfu_order(trace: list[tuple[str, Key]]) -> None:
     slots=st.integers(1, len(KEYS) - 1),
 )
 def test_cycle_takes_the_best_score(tokens: list[tuple[list[set[int]], int]], guesses: list[Key], slots: int) -> None:
-    policy, reference = make_policy("cycle", LAYERS), Reference()
+    policy, reference = make_policy("cycle", SETTING), Reference()
     steps = 0
 
     def use(what: str, key: Key) -> None:
@@ -268,7 +274,7 @@ def test_cycle_on_any_trace(trace: list[tuple[str, Key]]) -> None:
 
 
 def test_cycle_prefers_what_runs_soon_and_what_is_popular() -> None:
-    policy = Cycle(LAYERS)
+    policy = Cycle(SETTING)
     for _ in range(5):
         for layer in range(LAYERS):
             key = ExpertKey(layer, 0)
@@ -280,13 +286,13 @@ def test_cycle_prefers_what_runs_soon_and_what_is_popular() -> None:
 
 @pytest.mark.parametrize("kind", [Lfu, Cycle])
 def test_heaps_stay_bounded(kind: type[Policy]) -> None:
-    policy = kind(LAYERS)
+    policy = kind(SETTING)
     for key in KEYS:
         policy.on_insert(key)
     for _ in range(2000):
         for key in KEYS:
             policy.on_hit(key)
-    heaps = [policy._heap] if isinstance(policy, Lfu) else list(policy._heaps.values())
+    heaps = [policy._ranking._heap] if isinstance(policy, Lfu) else list(policy._heaps.values())
     residents = len(KEYS) // len(heaps)
     assert all(len(heap) <= 8 * residents + 65 for heap in heaps)
 
@@ -295,7 +301,7 @@ def _hits(name: str, slots: int, tokens: int) -> int:
     """Hits of a run through 8 layers of 16 experts, where each token uses expert 0 of a layer always and another in
     turn."""
     layers, hits = 8, 0
-    policy = make_policy(name, layers)
+    policy = make_policy(name, Setting(layers, slots))
     resident: set[Key] = set()
     for token in range(tokens):
         for layer in range(layers):
@@ -325,20 +331,20 @@ def test_cycle_hits_where_lru_cannot() -> None:
 
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UsageError) as caught:
-        make_policy("belady", LAYERS)
+        make_policy("belady", SETTING)
     assert "'belady'" in str(caught.value)
     assert all(name in str(caught.value) for name in POLICIES)
 
 
 @every_policy
 def test_known_name(name: str) -> None:
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     assert type(policy) is POLICIES[name]
-    assert policy.layers == LAYERS
+    assert policy.setting == SETTING
 
 
 def test_own_class_by_module_and_name() -> None:
-    assert type(make_policy(f"{__name__}:Mine", LAYERS)) is Mine
+    assert type(make_policy(f"{__name__}:Mine", SETTING)) is Mine
 
 
 @pytest.mark.parametrize(
@@ -346,9 +352,9 @@ def test_own_class_by_module_and_name() -> None:
 )
 def test_name_that_leads_nowhere(name: str) -> None:
     with pytest.raises(UsageError):
-        make_policy(name, LAYERS)
+        make_policy(name, SETTING)
 
 
 def test_class_that_is_no_policy_is_refused() -> None:
     with pytest.raises(UsageError, match=r"expected a complete subclass of tierlm\.policies.*found .*NotOne"):
-        make_policy(f"{__name__}:NotOne", LAYERS)
+        make_policy(f"{__name__}:NotOne", SETTING)

@@ -103,7 +103,7 @@ def test_own_class_by_module_and_name() -> None:
 
 def test_class_that_is_no_predictor_is_refused() -> None:
     with pytest.raises(UsageError, match="Predictor"):
-        make_predictor("tierlm.policies.eviction:Lru", 2)
+        make_predictor("tierlm.policies.recency:Lru", 2)
 
 
 @every_predictor

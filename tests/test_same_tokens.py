@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tierlm import LLM, Budget, SamplingParams
-from tierlm.policies.eviction import POLICIES
+from tierlm.policies import POLICIES
 from tierlm.policies.prediction import PREDICTORS
 
 PARAMS = SamplingParams(max_new_tokens=20, ignore_eos=True)

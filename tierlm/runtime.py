@@ -31,8 +31,10 @@ from tierlm.memory.trunks import Trunks
 from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.decoder import Decoder, Step
 from tierlm.models.moe import MixtureOfExperts
-from tierlm.policies.eviction import make_policy
+from tierlm.policies import make_policy
+from tierlm.policies.eviction import Setting
 from tierlm.policies.prediction import make_predictor
+from tierlm.policies.recency import Lru
 from tierlm.timeline import Timeline
 from tierlm.weights.formats import DTYPES, Weights, weights_of
 from tierlm.weights.mirrors import open_disks
@@ -75,7 +77,7 @@ class Runtime:
             raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
         self.context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
         self.predictor = make_predictor(options.predictor, spec.experts_per_token)
-        make_policy(options.policy, spec.layers)  # a wrong name is told before anything is loaded
+        make_policy(options.policy, Setting(spec.layers, 1))  # a wrong name is told before anything is loaded
         self.plan = self._plan(budget)
         mirrors = [Path(folder) for folder in options.mirrors]
         self.reader, self.disk_profile, disks = open_disks(
@@ -225,12 +227,14 @@ class Runtime:
     def _expert_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:
         size = max((self.catalog.size(key) for key in self.catalog.experts()), default=0)
         slots = _cut(allocate(plan.expert_slots * size, device), [size] * plan.expert_slots)
-        policy = make_policy(self.options.policy, self.catalog.spec.layers)
+        policy = make_policy(
+            self.options.policy, Setting(self.catalog.spec.layers, plan.expert_slots, self.catalog.size)
+        )
         return Tier(name, slots, source, self.transfer, policy, self.catalog.size)
 
     def _trunk_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:
         sizes = [self.catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
-        policy = make_policy("lru", self.catalog.spec.layers)
+        policy = Lru(Setting(self.catalog.spec.layers, len(sizes), self.catalog.size))
         return Tier(name, _cut(allocate(sum(sizes), device), sizes), source, self.transfer, policy, self.catalog.size)
 
     def _load_gates(self, disk: Disk) -> Weights:

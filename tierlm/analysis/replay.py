@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from tierlm.analysis.residency import Residency
 from tierlm.analysis.trace import Trace
-from tierlm.policies.eviction import Policy
+from tierlm.policies import make_policy
+from tierlm.policies.belady import Belady
+from tierlm.policies.eviction import Policy, Setting
 from tierlm.spec import ExpertKey
 
 
@@ -60,6 +62,23 @@ def _bring(residency: Residency, wanted: list[ExpertKey], missing: list[ExpertKe
         for key in held[released : released + count]:
             residency.release(key)
         released += count
+
+
+def setting_of(trace: Trace, slots: int) -> Setting:
+    """What a policy would know of the tier."""
+    size = trace.info.record_bytes or 1
+    return Setting(trace.info.layers, slots, lambda key: size)
+
+
+def open_policy(name: str, trace: Trace, slots: int, **parameters: float) -> Policy:
+    """A policy for ``trace`` by the name that ``make_policy`` knows; "belady" is the oracle. Raises UsageError."""
+    setting = setting_of(trace, slots)
+    if name != "belady":
+        return make_policy(name, setting, **parameters)
+    keys = expert_keys(trace)
+    passes = trace.passes()
+    future = ([keys[layer][e] for e in ids] for step in passes for layer, ids in enumerate(step.needed))
+    return Belady(setting, future)
 
 
 def expert_keys(trace: Trace) -> list[list[ExpertKey]]:

@@ -108,16 +108,14 @@ def _read_npz(archive: zipfile.ZipFile, file: Path) -> Trace:
             )
     if cuts.dtype.kind not in "iu" or cuts.ndim != 1 or len(cuts) < 2:
         raise TraceError(f"{file}: offsets: expected integers [sequences + 1], found {cuts.dtype} {cuts.shape}")
-    lengths = np.diff(cuts.astype(np.int64))
-    if cuts[0] != 0 or cuts[-1] != tokens or (lengths < 0).any():
-        at = int(np.argmax(lengths < 0)) + 1 if (lengths < 0).any() else 0
-        raise TraceError(
-            f"{file}: offsets: expected 0 to {tokens}, rising, found {cuts[0]} to {cuts[-1]}, {cuts[at]} at {at}"
-        )
-    experts = ids.astype(np.int16)
-    trace = _trace(
-        file, experts, np.repeat(np.arange(len(lengths)), lengths), np.arange(tokens), np.zeros(tokens, bool)
-    )
+    if cuts[0] != 0 or cuts[-1] != tokens:
+        raise TraceError(f"{file}: offsets: expected 0 to {tokens}, found {cuts[0]} to {cuts[-1]}")
+    falls = np.flatnonzero(cuts[1:] < cuts[:-1])
+    if len(falls):
+        at = int(falls[0])
+        raise TraceError(f"{file}: offsets: expected them to rise, found {cuts[at + 1]} at {at + 1} behind {cuts[at]}")
+    sequences = np.searchsorted(cuts[1:], np.arange(tokens), side="right")
+    trace = _trace(file, ids.astype(np.int16), sequences, np.arange(tokens), np.zeros(tokens, bool))
     return trace if bound == MAX_EXPERTS else replace(trace, info=replace(trace.info, experts=bound))
 
 

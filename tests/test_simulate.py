@@ -72,7 +72,7 @@ def test_a_slow_disk_is_the_whole_time(trace: Trace) -> None:
 
 
 def test_latency_passes_side_by_side_up_to_the_depth() -> None:
-    for depth, expected in ((1, 8 * 1.5), (2, 4 * (1 + 2 * 0.5)), (8, 1 + 8 * 0.5)):
+    for depth, expected in ((1, 8 * 1.5), (2, 3 * 1.5 + 2.0), (8, 1 + 8 * 0.5)):
         link = Link(Speed(2.0, 1.0, depth), 1)
         keys = [ExpertKey(0, expert) for expert in range(8)]
         for key in keys:

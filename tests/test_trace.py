@@ -50,6 +50,7 @@ def test_own_format_gives_back_everything(tmp_path: Path) -> None:
 
 def test_blocks_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tierlm.analysis.tracefile.BLOCK", 7)
+    monkeypatch.setattr("tierlm.analysis.tracefile.BLOCK_BYTES", 7 * LAYERS * CHOSEN)
     monkeypatch.setattr("tierlm.analysis.trace.BLOCK", 7)
     trace = make_trace()
     write_trace(tmp_path / "t", trace)

@@ -42,7 +42,12 @@ def replay(trace: Trace, policy: Policy, slots: int) -> Replayed:
             missed += len(missing)
             if step.prefill and places is not None:
                 missing.sort(key=lambda key, place=places[layer]: place[key.expert])  # type: ignore[misc]
-            _bring(residency, wanted, missing, step.prefill)
+            if step.prefill or len(wanted) > slots:
+                _bring(residency, wanted, missing, step.prefill)
+                continue
+            for key in missing:
+                residency.start(key, passing=False)
+            residency.release_all()
     return Replayed(demanded, missed)
 
 

@@ -31,12 +31,13 @@ class Residency:
         """Pin ``key`` and tell the policy of the hit. False: it is absent and must be started."""
         if key not in self.resident:
             return False
-        if key in self.guessed:
+        if self.guessed and key in self.guessed:
             self.guessed.remove(key)
             self.useful += 1
-        if not passing:
+        if self._passing and not passing:
             self._passing.discard(key)
-        self._leaving.pop(key, None)
+        if self._leaving:
+            self._leaving.pop(key, None)
         self.policy.on_hit(key)
         self._pinned.add(key)
         return True
@@ -63,6 +64,10 @@ class Residency:
         self._pinned.discard(key)
         if key in self._passing:
             self._leaving[key] = None
+
+    def release_all(self) -> None:
+        """Release what is pinned, all at once, where nothing of it is passing: after a layer of a decode step."""
+        self._pinned.clear()
 
     def keep_for_now(self, keys: Iterable[ExpertKey]) -> None:
         """Spare ``keys`` while others can leave instead."""

@@ -23,6 +23,7 @@ from tierlm.errors import TraceError
 from tierlm.files import whole
 
 FORMAT, VERSION = "tierlm-trace", 1
+BLOCK_BYTES = 4 * 2**20  # that wait to be written, at most, but for one step
 HEAD = "trace.json"
 DTYPES = {"experts": "<i2", "sequences": "<i4", "steps": "<i4", "prefill": "|b1", "scores": "<f2", "guesses": "<i2"}
 OPTIONAL = ("scores", "guesses")
@@ -44,8 +45,8 @@ class TraceWriter:
     def add(self, **parts: Array) -> None:
         """The next tokens: the arrays of a Trace, with the same optional ones each time."""
         self._pending.append(parts)
-        self._waiting += len(parts["experts"])
-        if self._waiting >= BLOCK:
+        self._waiting += sum(rows.nbytes for rows in parts.values())
+        if self._waiting >= BLOCK_BYTES:
             self._flush()
 
     def close(self) -> None:
@@ -74,7 +75,7 @@ class TraceWriter:
             rows = np.concatenate([parts[name] for parts in self._pending]).astype(DTYPES[name])
             with self._zip.open(f"{self._blocks}/{name}.npy", "w") as member:
                 np.lib.format.write_array(member, rows, allow_pickle=False)
-        self.tokens += self._waiting
+        self.tokens += sum(len(parts["experts"]) for parts in self._pending)
         self._blocks += 1
         self._pending, self._waiting = [], 0
 

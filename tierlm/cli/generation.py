@@ -34,7 +34,7 @@ Penalty = Annotated[float, typer.Option(help="Above 1: tokens that stand already
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
 Policy = Annotated[str, typer.Option(help="Eviction: cycle, lru, lfu, or module:Class.")]
-Predictor = Annotated[str, typer.Option(help="Prefetch: gate, none, previous, frequency, transition, ensemble, or module:Class.")]
+Predictor = Annotated[str, typer.Option(help="Prefetch: gate, none, one of docs/traces.md, or module:Class.")]
 Reader = Annotated[str, typer.Option(help="auto, direct (O_DIRECT) or mmap.")]
 Mirrors = Annotated[
     list[str] | None,

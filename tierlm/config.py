@@ -105,7 +105,7 @@ class RuntimeOptions:
     """
 
     device: str = "auto"
-    policy: str = "cycle"
+    policy: str = "default"
     predictor: str = "gate"
     reader: str = "auto"
     context: int | None = None  # tokens of KV reserved, over all running sequences; None: min(model's own, 4096)

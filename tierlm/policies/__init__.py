@@ -10,13 +10,17 @@ from typing import Any
 from tierlm.errors import UsageError
 from tierlm.files import write_whole
 from tierlm.policies.cycle import Cycle
+from tierlm.policies.echo import Echo
 from tierlm.policies.eviction import Policy, Setting
 from tierlm.policies.frequency import Gdsf, Lfu, LfuAgeing, LruK
+from tierlm.policies.hazard import Hazard
 from tierlm.policies.queues import Arc, S3Fifo, TwoQ
 from tierlm.policies.recency import Clock, Fifo, LayerLru, Lru, Random, Sieve
 from tierlm.policies.registry import lookup
 
 POLICIES: dict[str, type[Policy]] = {
+    "echo": Echo,
+    "hazard": Hazard,
     "cycle": Cycle,
     "lru": Lru,
     "layer-lru": LayerLru,
@@ -32,7 +36,7 @@ POLICIES: dict[str, type[Policy]] = {
     "fifo": Fifo,
     "random": Random,
 }
-DEFAULT = "cycle"  # also known as "default"
+DEFAULT = "echo"  # also known as "default"
 
 
 def make_policy(name: str, setting: Setting, **parameters: float) -> Policy:

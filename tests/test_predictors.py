@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm.errors import UsageError
-from tierlm.policies.prediction import PREDICTORS, GateLookahead, NoPredictor, Predictor, make_predictor
+from tierlm.policies.prediction import GateLookahead, NoPredictor, Predictor
+from tierlm.policies.predictors import PREDICTORS, make_predictor
 from tierlm.spec import ExpertKey
 
 LAYERS, EXPERTS = 4, 8

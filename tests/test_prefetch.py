@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierlm.memory.prefetch import MEMORY, PROBE, REVISIT, TRIAL, Pace, Prefetch
+from tierlm.policies.prefetch import MEMORY, PROBE, REVISIT, TRIAL, Pace, Prefetch
 from tierlm.spec import ExpertKey
 
 READ = 0.010  # seconds for one record

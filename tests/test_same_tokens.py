@@ -10,7 +10,7 @@ import torch
 
 from tierlm import LLM, Budget, SamplingParams
 from tierlm.policies import POLICIES
-from tierlm.policies.prediction import PREDICTORS
+from tierlm.policies.predictors import PREDICTORS
 
 PARAMS = SamplingParams(max_new_tokens=20, ignore_eos=True)
 RAM = Budget("8GiB")

@@ -22,7 +22,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tierlm.errors import StorageError
 from tierlm.memory.disk import Disk
-from tierlm.memory.prefetch import Prefetch
 from tierlm.memory.slots import Entry, Slot
 from tierlm.memory.store import Leases, Store
 from tierlm.memory.tiers import Source, Tier
@@ -30,6 +29,7 @@ from tierlm.memory.transfer import Ticket, Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.policies import POLICIES, make_policy
 from tierlm.policies.eviction import Setting
+from tierlm.policies.prefetch import Prefetch
 from tierlm.spec import ExpertKey, Key, TrunkKey
 from tierlm.weights.checkpoint import Record, TensorInfo, build_record
 from tierlm.weights.formats import Weights

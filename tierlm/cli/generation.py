@@ -39,7 +39,7 @@ Policy = Annotated[
         help="Eviction: default, lru or another of docs/policies.md, a FILE.json of parameters, or module:Class."
     ),
 ]
-Predictor = Annotated[str, typer.Option(help="Prefetch: gate, none, or module:Class.")]
+Predictor = Annotated[str, typer.Option(help="Prefetch: gate, none, one of docs/traces.md, or module:Class.")]
 Reader = Annotated[str, typer.Option(help="auto, direct (O_DIRECT) or mmap.")]
 Mirrors = Annotated[
     list[str] | None,

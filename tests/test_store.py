@@ -287,7 +287,7 @@ class Machine(RuleBasedStateMachine):
     bench: Bench | None = None
     hung: ExpertKey | None = None
 
-    @initialize(slots=st.tuples(slot_counts, slot_counts), policy=st.sampled_from(sorted(POLICIES)))
+    @initialize(slots=st.tuples(slot_counts, slot_counts), policy=st.sampled_from(["cycle", "echo", "lru"]))
     def build(self, slots: tuple[int, int], policy: str) -> None:
         self.bench = Bench(slots[: self.tiers], policy)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tierlm.cli.generation import chat, run
+from tierlm.cli.tracing import simulate, trace
 from tierlm.errors import TierlmError
 
 app = typer.Typer(
@@ -19,8 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, chat):
+for command in (run, chat, simulate):
     app.command()(command)
+app.add_typer(trace, name="trace")
 
 
 def _version(wanted: bool) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm.errors import UsageError
-from tierlm.policies import POLICIES, make_policy
+from tierlm.policies import DEFAULT, POLICIES, make_policy, write_policy
+from tierlm.policies.belady import Belady
 from tierlm.policies.cycle import Cycle
 from tierlm.policies.eviction import Policy, Setting
 from tierlm.policies.frequency import Lfu
@@ -326,7 +329,171 @@ def test_cycle_hits_where_lru_cannot() -> None:
     assert _hits("cycle", 12, tokens=60) > 60 * 4  # of the eight that are used always, more than half
 
 
+def run(policy: Policy, tokens: list[list[set[int]]], slots: int) -> int:
+    """The hits of a run as the engine counts them: a token's layers in turn; what a layer needs is not evicted."""
+    resident: set[Key] = set()
+    hits = 0
+    for chosen in tokens:
+        for layer, experts in enumerate(chosen):
+            needed = [ExpertKey(layer, expert) for expert in sorted(experts)]
+            missing = [key for key in needed if key not in resident]
+            for key in needed:
+                if key in resident:
+                    policy.on_hit(key)
+            hits += len(needed) - len(missing)
+            for key in missing:
+                if len(resident) == slots:
+                    victim = next(other for other in policy.victims(key) if other not in needed)
+                    policy.on_evict(victim)
+                    resident.remove(victim)
+                policy.on_insert(key)
+                resident.add(key)
+    return hits
+
+
+tokens_of_four = st.lists(
+    st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=4), min_size=LAYERS, max_size=LAYERS), max_size=40
+)
+
+
+@every_policy
+@SETTINGS
+@given(tokens=tokens_of_four, slots=st.integers(4, 20))
+def test_belady_is_never_beaten(name: str, tokens: list[list[set[int]]], slots: int) -> None:
+    future = [[ExpertKey(layer, e) for e in ids] for token in tokens for layer, ids in enumerate(token)]
+    setting = Setting(LAYERS, slots)
+    assert run(make_policy(name, setting), tokens, slots) <= run(Belady(setting, future), tokens, slots)
+
+
+def test_belady_refuses_another_future() -> None:
+    policy = Belady(SETTING, [[KEYS[0]], [KEYS[1]]])
+    policy.on_insert(KEYS[0])
+    with pytest.raises(ValueError, match=r"use 2 of .* is demanded, but the trace has 1"):
+        policy.on_hit(KEYS[0])
+
+
+def test_layers_of_one_slot_share_keep_to_it() -> None:
+    """Per-layer lru takes the victim from the layer that asks, once that has its share; else from the largest."""
+    policy = make_policy("layer-lru", Setting(2, 4))
+    for key in [ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(0, 2), ExpertKey(1, 0)]:
+        policy.on_insert(key)
+    assert next(policy.victims(ExpertKey(1, 1))) == ExpertKey(0, 0)
+    policy.on_evict(ExpertKey(0, 0))
+    policy.on_insert(ExpertKey(1, 1))
+    assert next(policy.victims(ExpertKey(1, 2))) == ExpertKey(1, 0)
+    assert set(policy.victims(ExpertKey(1, 2))) == {ExpertKey(0, 1), ExpertKey(0, 2), ExpertKey(1, 0), ExpertKey(1, 1)}
+
+
+@pytest.mark.parametrize(("power", "leaves"), [(1.0, ExpertKey(0, 0)), (0.0, ExpertKey(0, 0)), (-1.0, ExpertKey(0, 1))])
+def test_gdsf_weighs_sizes(power: float, leaves: Key) -> None:
+    """A slot holds a record of any size: then the small one, that is cheap to read again, leaves."""
+    policy = make_policy("gdsf", Setting(1, 2, lambda key: 1 + 9 * key[-1]), power=power)
+    for expert in (0, 1):
+        policy.on_insert(ExpertKey(0, expert))
+    assert next(policy.victims()) == leaves
+
+
+def _periodic(tokens: int) -> list[list[set[int]]]:
+    """What a token chooses follows from the last one's choices alone: six kinds of token, in turn."""
+    return [
+        [{(5 * (token % 6) + layer + n) % 32 for n in range(2)} for layer in range(LAYERS)] for token in range(tokens)
+    ]
+
+
+def test_echo_knows_what_followed() -> None:
+    """All are used as often, the one just used last of all again: hazard learns that, echo also who comes next."""
+    tokens, slots = _periodic(120), 18
+    rates = {name: run(make_policy(name, Setting(LAYERS, slots)), tokens, slots) for name in ("lru", "hazard", "echo")}
+    assert rates["lru"] == 0
+    assert rates["echo"] > rates["hazard"]
+    future = [[ExpertKey(layer, e) for e in ids] for token in tokens for layer, ids in enumerate(token)]
+    assert rates["echo"] > 0.8 * run(Belady(Setting(LAYERS, slots), future), tokens, slots)
+
+
+def test_echo_outlives_its_memory() -> None:
+    """More tokens than it remembers, turns too wide to remember, and experts that come late."""
+    tokens = _periodic(100)
+    tokens[40] = [set(range(40))] * LAYERS
+    tokens[70] = [{200, 201}] * LAYERS
+    policy = make_policy("echo", Setting(LAYERS, 50), memory=64, neighbours=4)
+    assert 0 < run(policy, tokens, 50) < sum(len(ids) for token in tokens for ids in token)
+
+
+@pytest.mark.parametrize("name", ["hazard", "echo"])
+def test_hazard_takes_earlier_runs_into_account(name: str) -> None:
+    policy = make_policy(name, SETTING)
+    for key in KEYS:
+        policy.expect(key, 0.9 if key.expert == 1 else 0.1)
+    for layer in range(LAYERS):  # each layer runs once, with what says nothing about the others
+        for expert in (1, 2, 3, 0):
+            policy.on_insert(ExpertKey(layer, expert), demanded=expert == 0)
+    policy.on_hit(KEYS[0])
+    assert {key.expert for key in list(policy.victims(KEYS[0]))[-LAYERS:]} <= {0, 1}
+
+
 # By name
+
+
+def test_default_is_a_name() -> None:
+    assert type(make_policy("default", SETTING)) is POLICIES[DEFAULT]
+
+
+@every_policy
+def test_parameters_are_arguments_with_defaults_within_bounds(name: str) -> None:
+    kind = POLICIES[name]
+    arguments = inspect.signature(kind.__init__).parameters
+    for parameter, (low, high) in kind.tunable.items():
+        default = arguments[parameter].default
+        assert arguments[parameter].kind is inspect.Parameter.KEYWORD_ONLY
+        assert low <= default <= high
+        assert isinstance(default, int) == (isinstance(low, int) and isinstance(high, int))
+        for bound in (low, high):
+            policy = make_policy(name, SETTING, **{parameter: bound})
+            run(policy, _periodic(12), len(KEYS))
+
+
+@every_policy
+def test_policy_of_a_file(name: str, tmp_path: Path) -> None:
+    """What a search has found is kept, and loaded by the file's name; arguments go first."""
+    parameters = {parameter: low for parameter, (low, _) in POLICIES[name].tunable.items()}
+    write_policy(tmp_path / "best.json", name, parameters)
+    policy = make_policy(str(tmp_path / "best.json"), SETTING)
+    assert type(policy) is POLICIES[name]
+    assert state(policy) == state(make_policy(name, SETTING, **parameters))
+
+
+def state(policy: Policy) -> dict[str, object]:
+    """What a policy was made with."""
+    return {name: value for name, value in vars(policy).items() if isinstance(value, (int, float))}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "policy file .*expected an object"),
+        ("[]", "policy file .*expected an object"),
+        ('{"policy": "lru"}', "policy file .*'parameters'"),
+        ('{"policy": 3, "parameters": {}}', "expected the name of a policy"),
+        ('{"policy": "x.json", "parameters": {}}', "expected the name of a policy"),
+        ('{"policy": "lru", "parameters": []}', "expected the name of a policy"),
+        ('{"policy": "best", "parameters": {}}', "unknown policy 'best'"),
+        ('{"policy": "cycle", "parameters": {"decoy": 1}}', "unknown parameter 'decoy'; known are decay"),
+        ('{"policy": "cycle", "parameters": {"decay": 2}}', r"decay: expected a number from 0.5 to 0.999, found 2"),
+        ('{"policy": "cycle", "parameters": {"decay": "0.9"}}', "expected a number"),
+        ('{"policy": "lru-k", "parameters": {"k": 2.0}}', "expected an integer from 1 to 8"),
+        ('{"policy": "lru-k", "parameters": {"k": true}}', "expected an integer from 1 to 8"),
+        ('{"policy": "lru", "parameters": {"k": 1}}', "unknown parameter 'k'; known are none"),
+    ],
+)
+def test_policy_file_that_makes_no_sense(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        make_policy(str(tmp_path / "bad.json"), SETTING)
+
+
+def test_policy_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.json"):
+        make_policy(str(tmp_path / "none.json"), SETTING)
 
 
 def test_unknown_name_lists_the_known_ones() -> None:

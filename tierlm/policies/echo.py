@@ -25,13 +25,13 @@ class Past:
 
 
 class Echo(Hazard):
-    """Hazard, and beside it the vote of similar tokens: of the ``memory`` last tokens, those ``neighbours`` whose
-    choices in the layers so far, and fading by ``trail`` a token before that, overlap most with the present ones say
-    what the tokens after them used, by ``fade`` a token less. A record waits 1/P - 1 turns, where P is the geometric
-    mean of its hazard and of its share of the votes.
+    """Hazard, and beside it the vote of similar tokens. Of the ``memory`` last tokens, the ``neighbours`` whose choices
+    in the layers so far overlap most with the present one's say what the tokens after them used, by ``fade`` a token
+    less. A record waits 1/P - 1 turns, where log P is the mean of the logarithms of its share of the votes, which has
+    the weight ``echo``, and of its hazard.
 
-    Weights are exp(``sharpness`` x overlap), overlap 1 where all choices are the same; among the votes the hazard
-    counts as much as one neighbour with an overlap of a half. Nearest neighbours as in the memory of past sequences of
+    Votes weigh exp(``sharpness`` x overlap), overlap 1 where all choices are the same; among them the hazard counts as
+    much as one neighbour with an overlap of a half. Nearest neighbours as in the memory of past sequences of
     MoE-Infinity (Xue et al., arXiv 2401.14361), which prefetches by it.
     """
 
@@ -40,41 +40,41 @@ class Echo(Hazard):
         "memory": (64, 4096),
         "neighbours": (4, 256),
         "sharpness": (2.0, 30.0),
-        "trail": (0.0, 0.9),
         "fade": (0.0, 0.9),
+        "echo": (0.0, 1.0),
     }
 
     def __init__(
         self,
         setting: Setting,
         *,
-        slow: float = 0.01,
+        slow: float = 0.02,
         prior: float = 5.0,
         memory: int = 1000,
-        neighbours: int = 32,
-        sharpness: float = 12.0,
-        trail: float = 0.3,
+        neighbours: int = 16,
+        sharpness: float = 9.0,
         fade: float = 0.6,
+        echo: float = 0.6,
     ):
         super().__init__(setting, slow=slow, prior=prior)
-        self.memory, self.neighbours, self.sharpness, self.trail = memory, neighbours, sharpness, trail
+        self.memory, self.neighbours, self.sharpness, self.echo = memory, neighbours, sharpness, echo
         self._fading: Floats = np.float32(fade) ** np.arange(FOLLOWERS, dtype=np.float32)
         self._steps = np.arange(1, FOLLOWERS + 1)
         self._past: dict[int, Past] = {}
-        self._present = -1  # the token that the next three are about
-        self._overlap = np.zeros(memory, np.float32)  # [tokens] choices in common with the present one, so far
-        self._before = np.zeros(memory, np.float32)  # [tokens] the same for what was before either, fading
-        self._choices = 0  # that the present token has made so far
-        self._choices_before = 0.0
+        self._present = -1  # the token that the next two are about
+        self._overlap = np.zeros(memory, np.float32)  # [tokens] choices in common with it so far
+        self._choices = 0  # that it has made so far
 
     def learn(self, layer: int, used: list[int]) -> None:
         hazard = self.hazard(layer, used)
-        chance = np.sqrt(hazard * self._vote(layer, used, hazard))
+        chance = hazard ** (1 - self.echo) * self._vote(layer, used, hazard) ** self.echo
         self.forecast(layer, np.reciprocal(chance) - 1)
 
     def _vote(self, layer: int, used: list[int], hazard: Floats) -> Floats:
         """[experts] the share of the votes."""
-        self._turn_to(self.token)
+        if self.token != self._present:
+            self._present, self._choices = self.token, 0
+            self._overlap[:] = 0
         past, now = self._past_of(layer, len(used)), self.token % self.memory
         past.member[:, now] = 0
         past.used[now] = -1
@@ -84,7 +84,7 @@ class Echo(Hazard):
         self._choices += len(used)
         past.member[used, now] = 1
         past.used[now, : len(used)] = used
-        alike = (self._overlap + self._before) / (self._choices + self._choices_before)
+        alike = self._overlap / self._choices
         alike[now] = -1
         known = min(self.token, self.memory - 1)  # tokens before this one
         if known > self.neighbours:
@@ -100,15 +100,6 @@ class Echo(Hazard):
         trust = self._fading.sum()
         shares: Floats = ((votes + trust * hazard) / (weights.sum() + trust)).astype(np.float32)
         return shares
-
-    def _turn_to(self, token: int) -> None:
-        """The present one becomes the one before ``token``."""
-        if token != self._present:
-            self._present = token
-            self._before = np.roll(self.trail * (self._before + self._overlap), 1)
-            self._choices_before = self.trail * (self._choices_before + self._choices)
-            self._overlap = np.zeros(self.memory, np.float32)
-            self._choices = 0
 
     def _past_of(self, layer: int, width: int) -> Past:
         """That of ``layer``, as wide as there are experts, and as this turn has choices."""

@@ -36,7 +36,7 @@ class Hazard(Forecast):
 
     tunable: ClassVar[Bounds] = {"slow": (0.001, 0.1), "prior": (1.0, 50.0)}
 
-    def __init__(self, setting: Setting, *, slow: float = 0.01, prior: float = 5.0):
+    def __init__(self, setting: Setting, *, slow: float = 0.02, prior: float = 5.0):
         super().__init__(setting)
         self.slow, self.prior = slow, prior
         self._seen, self._hits = np.zeros(AGES * SHARES), np.zeros(AGES * SHARES)

@@ -134,7 +134,7 @@ class Arc(Policy):
         self._once, self._again = Queue(), Queue()
         self._once_ghosts, self._again_ghosts = Queue(), Queue()
         self._counts = (0, 0)  # of ghosts, before what leaves for the record that comes
-        self._target = 0  # slots for what was used once
+        self._target = 0.0  # slots for what was used once
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         self._target = self._adapted(key if demanded else None)
@@ -169,13 +169,13 @@ class Arc(Policy):
             yield from self._again
             yield from self._once
 
-    def _adapted(self, incoming: Key | None) -> int:
+    def _adapted(self, incoming: Key | None) -> float:
         """The target, once ``incoming`` has come."""
         once, again = self._counts
         if incoming in self._once_ghosts:
-            return min(self._target + max(again // max(once, 1), 1), self.setting.capacity)
+            return min(self._target + max(again / max(once, 1), 1.0), float(self.setting.capacity))
         if incoming in self._again_ghosts:
-            return max(self._target - max(once // max(again, 1), 1), 0)
+            return max(self._target - max(once / max(again, 1), 1.0), 0.0)
         return self._target
 
 

@@ -189,7 +189,7 @@ def test_options_act_or_raise(toy_v3: tuple[Path, Any]) -> None:
     folder = toy_v3[0]
     for options, message in [
         ({"polcy": "lru"}, "unknown options: polcy; known are device, policy"),
-        ({"policy": "best"}, "unknown policy 'best'; known are cycle, lru, "),
+        ({"policy": "best"}, "unknown policy 'best'; known are "),
         ({"predictor": "oracle"}, "unknown predictor 'oracle'; known are none, gate"),
         ({"reader": "tape"}, "reader: expected auto, direct or mmap"),
         ({"device": "quantum"}, "device 'quantum' cannot be used here"),

@@ -420,6 +420,16 @@ def test_echo_outlives_its_memory() -> None:
 
 
 @pytest.mark.parametrize("name", ["hazard", "echo"])
+def test_what_is_never_used_again_stays_a_number(name: str) -> None:
+    policy = make_policy(name, Setting(1, 4))
+    for expert in range(4):
+        policy.on_insert(ExpertKey(0, expert))
+    for turn in range(9000):  # a share that only shrank would be 0 by now
+        policy.on_hit(ExpertKey(0, turn % 2))
+    assert set(list(policy.victims())[:2]) == {ExpertKey(0, 2), ExpertKey(0, 3)}
+
+
+@pytest.mark.parametrize("name", ["hazard", "echo"])
 def test_hazard_takes_earlier_runs_into_account(name: str) -> None:
     policy = make_policy(name, SETTING)
     for key in KEYS:

@@ -13,6 +13,7 @@ from tierlm.policies.forecast import Floats, Forecast
 from tierlm.spec import ExpertKey, Key
 
 AGES, SHARES = 16, 32  # log buckets, two to a doubling
+FLOOR = 1e-6  # of a share: below it, records are equally cold
 EVEN = 16  # the bucket of a share as large as the mean one
 
 
@@ -59,7 +60,7 @@ class Hazard(Forecast):
             self._hits += np.bincount(habits.bucket[used], minlength=AGES * SHARES)
         habits.turns += 1
         rate = max(self.slow, 1 / (habits.turns + 9))
-        habits.share *= 1 - rate
+        habits.share = np.maximum(habits.share * (1 - rate), FLOOR)
         habits.share[used] += rate
         habits.age += 1
         habits.age[used] = 0
@@ -79,7 +80,7 @@ class Hazard(Forecast):
             habits.bucket = self._bucket(habits.age, habits.share)
             for expert, share in self._expected.pop(layer, {}).items():
                 if expert < self.experts:
-                    habits.share[expert] = max(share, 1e-4)
+                    habits.share[expert] = max(share, FLOOR)
         return habits
 
     def _bucket(self, age: NDArray[np.intp], share: Floats) -> NDArray[np.intp]:

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 
 from tierlm.analysis.trace import Trace
@@ -87,7 +88,9 @@ def _reuse(file: Path, title: str, trace: Trace) -> None:
         if len(gaps):
             left.plot(np.sort(gaps), np.linspace(0, 100, len(gaps)), color=colour, linewidth=1)
         right.plot(100 * np.arange(1, len(shares) + 1) / len(shares), 100 * shares, color=colour, linewidth=1)
-    left.set(xscale="log", xlabel="tokens until the next use", ylabel="% of uses, at most", title="reuse distance")
+    left.set_xscale("log")
+    left.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+    left.set(xlabel="tokens until the next use", ylabel="% of uses, at most", title="reuse distance")
     right.set(xlabel="experts by rank, % of a layer's", ylabel="% of tokens that use it", title="popularity")
     right.set_ylim(bottom=0)
     for axes in (left, right):

@@ -138,14 +138,10 @@ def main() -> None:
         names = usable(trace)
         runs = dict(zip(names, pool.map(run, [(*place, "default", name, 0.25) for name in names]), strict=True))
         foresights = dict(zip(names, pool.map(foretell, [(*place, name) for name in names]), strict=True))
-        shown = [name for name in ("lru", "default", "belady") if name in args.policies or name == "default"]
-        speeds = {
-            name: [
-                result.tokens_per_second
-                for result in pool.map(run, [(*place, name, "none", f) for f in args.fractions])
-            ]
-            for name in shown
-        }
+        speeds = {}
+        for name in ("belady", "default", "lru"):
+            results = pool.map(run, [(*place, name, "none", fraction) for fraction in args.fractions])
+            speeds[name] = [result.tokens_per_second for result in results]
     hits = {name: [counted[name, fraction][0].hit_rate for fraction in args.fractions] for name in args.policies}
     console.print(
         f"{args.trace.name}: {trace.info.model}, {len(trace)} tokens, {trace.records} experts, cold start included"

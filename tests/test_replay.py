@@ -15,7 +15,7 @@ from tierlm.policies import POLICIES
 PROMPTS = [[(37 * i + 11 * j) % 1000 + 2 for i in range(30 * j + 1)] for j in range(4)]
 
 
-@pytest.mark.parametrize("slots", [8, 20, 40, 120])
+@pytest.mark.parametrize("slots", [8, 40])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_engine_counts_what_the_replay_does(policy: str, slots: int, tmp_path: Path) -> None:
     """Prompts of 1 to 91 tokens in chunks of 32, three side by side, then one that is continued alone."""

@@ -140,9 +140,8 @@ class _Run:
         self.predictor.observe(self.trace.info.first_layer + layer, needed)
         for ahead in range(1, self.predictor.lookahead + 1):
             self._look_ahead(layer + ahead, ahead, step.prefill)
-        expert = machine.expert_seconds * (
-            1 + (step.tokens * self._chosen(layer) / max(1, len(needed)) - 1) * machine.further
-        )
+        rows = 1.0 if step.tokens == 1 else self._pairs(layer) / max(1, len(needed))  # of an expert
+        expert = machine.expert_seconds * (1 + (rows - 1) * machine.further)
         while held or missing:
             self._settle()
             ready = [key for key in held if key not in tier.loading]
@@ -159,9 +158,9 @@ class _Run:
                 self._start(held, missing, step.prefill)
         self.prefetch.layer_done(absent, self.now - began - (result.stall_seconds - stalled), step.prefill)
 
-    def _chosen(self, layer: int) -> float:
-        """Experts that a token of this step chose, on average."""
-        return float((self.trace.experts[self._rows, layer] >= 0).sum(1).mean())
+    def _pairs(self, layer: int) -> int:
+        """The (token, choice) pairs of this step."""
+        return int((self.trace.experts[self._rows, layer] >= 0).sum())
 
     def _start(self, held: list[ExpertKey], missing: list[ExpertKey], passing: bool) -> None:
         """Start as many of ``missing`` as there are slots for, and what was hinted at behind them."""

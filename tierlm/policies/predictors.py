@@ -7,8 +7,8 @@ from tierlm.policies.prediction import GateLookahead, NoPredictor, Predictor
 from tierlm.policies.registry import lookup
 
 PREDICTORS: dict[str, type[Predictor]] = {
-    "gate": GateLookahead,
     "none": NoPredictor,
+    "gate": GateLookahead,
     "previous": PreviousToken,
     "frequency": Frequency,
     "transition": Transition,

@@ -8,32 +8,16 @@ several times faster than torch's bfloat16 product.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tierlm.kernels import native
+from tierlm.kernels.weight import BLOCK, Weight
 
 TILE_VALUES = 2**20  # float32 values of one widened tile: 4 MiB
 ABSORB_ROWS = 8  # rows up to which the kernels carry queries and values through kv_b without widening it
-BLOCK = 128  # rows and columns that share one scale, DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A matrix [out, in] (or a vector [out]) in its stored dtype.
-
-    ``scale``: float32 [ceil(out / 128), ceil(in / 128)] that multiplies blocks of 128 x 128, for float8; else None.
-    """
-
-    data: Tensor
-    scale: Tensor | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.data.shape
 
 
 def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:

@@ -1,0 +1,94 @@
+"""int8 and int4 weights: their layout, how they are made, and what they stand for. Torch alone.
+
+A weight [out, in] is cut into tiles of 8 rows x 32 columns, the edges padded with zeros. With O = ceil(out / 8) and
+G = ceil(in / 32):
+
+    int8   data  int8    [O, G, 256]   byte 32 q + 4 r + j of a tile: row r, column 4 q + j          (q < 8, j < 4)
+    int4   data  uint8   [O, G, 128]   byte 32 v + 4 r + j: row r, column 4 v + j in the low four bits,
+                                       column 16 + 4 v + j in the high four                          (v < 4, j < 4)
+    both   scale float16 [O, G, 8]     of the 8 rows of a tile
+
+A value is scale x (stored number), less 8 first where it is int4. int8 uses -127 to 127. A scale may be negative; the
+scales of rows that are padding are 0. So the 8 rows are 8 lanes of a vector: four columns of each are multiplied at once
+by four activations that all lanes share, and one vector of scales serves a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tierlm.kernels.weight import GROUP, LANES, Weight
+
+TILE_BYTES = {"int8": 256, "int4": 128}
+# Scales that are tried for a group of int4, as the number that its largest value is mapped to. The best for a gaussian
+# lies inside, where the rest of the group gains more than the clipped value loses.
+LEVELS = tuple(sign * (6.0 + 0.25 * step) for sign in (-1, 1) for step in range(13))
+
+
+def layout(format: str, outs: int, ins: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The shapes of data and scale of an int8 or int4 weight [outs, ins]."""
+    blocks, groups = -(-outs // LANES), -(-ins // GROUP)
+    return (blocks, groups, TILE_BYTES[format]), (blocks, groups, LANES)
+
+
+def quantise(weight: Tensor, format: str) -> Weight:
+    """The int8 or int4 weight nearest to a finite float ``weight`` [out, in]; scales are searched for least squared
+    error in int4, and take the largest value of a group to 127 in int8. Needs about 20 times the bytes of ``weight``
+    in bf16: give it slices of rows, a multiple of 8 each, where that is too much; slices give the same tiles."""
+    outs, ins = weight.shape
+    padded = functional.pad(weight.float(), (0, -ins % GROUP, 0, -outs % LANES))
+    groups = padded.view(len(padded), -1, GROUP)
+    scale, numbers = _int8(groups) if format == "int8" else _int4(groups)
+    tiles = numbers.view(len(padded) // LANES, LANES, -1, GROUP).transpose(1, 2)  # [O, G, 8, 32]
+    tiles = tiles.unflatten(3, (-1, 4)).transpose(2, 3).contiguous()  # [O, G, 8 quads, 8 rows, 4]
+    if format == "int4":
+        tiles = tiles.to(torch.uint8)
+        tiles = tiles[:, :, :4] | tiles[:, :, 4:] << 4
+    scales = scale.view(len(tiles), LANES, -1).transpose(1, 2).contiguous()
+    return Weight(tiles.flatten(2), scales, (outs, ins))
+
+
+def dequantise(weight: Weight) -> Tensor:
+    """What an int8 or int4 weight stands for: float32 [out, in]."""
+    assert weight.scale is not None
+    tiles = weight.data
+    if weight.format == "int4":
+        tiles = torch.stack((tiles & 15, tiles >> 4), dim=2).to(torch.int8) - 8  # [O, G, 2, 128]
+    blocks, groups = tiles.shape[:2]
+    values = tiles.reshape(blocks, groups, -1, LANES, 4).transpose(2, 3).reshape(blocks, groups, LANES, GROUP)
+    wide = (values.float() * weight.scale.float()[..., None]).transpose(1, 2).reshape(blocks * LANES, -1)
+    return wide[: weight.shape[0], : weight.shape[1]].contiguous()
+
+
+def _int8(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [..., 32] -> scales float16 [...], numbers int8 [..., 32]."""
+    scale = _half(groups.abs().amax(-1) / 127)
+    return scale, _nearest(groups, scale, -127, 127).to(torch.int8)
+
+
+def _int4(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [..., 32] -> scales float16 [...], numbers 0 to 15 as int8 [..., 32]."""
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
+    best = torch.full_like(largest, torch.inf)
+    scale = torch.zeros_like(largest, dtype=torch.float16)
+    for level in LEVELS:
+        tried = _half(largest / level)
+        numbers = _nearest(groups, tried, -8, 7)
+        # With the numbers fixed, the scale of least squared error.
+        tried = _half((groups * numbers).sum(-1) / (numbers * numbers).sum(-1).clamp_(min=1))
+        error = (groups - tried.float()[..., None] * _nearest(groups, tried, -8, 7)).pow_(2).sum(-1)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
+    return scale, (_nearest(groups, scale, -8, 7) + 8).to(torch.int8)
+
+
+def _half(scale: Tensor) -> Tensor:
+    return scale.clamp(-65504, 65504).half()
+
+
+def _nearest(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """The whole numbers whose products with ``scale`` are nearest; 0 where the scale is 0."""
+    inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
+    return (groups * inverse[..., None]).round_().clamp_(low, high)

@@ -9,8 +9,8 @@ G = ceil(in / 32):
     both   scale float16 [O, G, 8]     of the 8 rows of a tile
 
 A value is scale x (stored number), less 8 first where it is int4. int8 uses -127 to 127. A scale may be negative; the
-scales of rows that are padding are 0. So the 8 rows are 8 lanes of a vector: four columns of each are multiplied at once
-by four activations that all lanes share, and one vector of scales serves a tile.
+scales of rows that are padding are 0. So the 8 rows are 8 lanes of a vector: four columns of each are multiplied at
+once by four activations that all lanes share, and one vector of scales serves a tile.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.nn import functional
 from tierlm.kernels.weight import GROUP, LANES, Weight
 
 TILE_BYTES = {"int8": 256, "int4": 128}
-# Scales that are tried for a group of int4, as the number that its largest value is mapped to. The best for a gaussian
-# lies inside, where the rest of the group gains more than the clipped value loses.
-LEVELS = tuple(sign * (6.0 + 0.25 * step) for sign in (-1, 1) for step in range(13))
+# Scales that are tried for a group of int4, as the number that its largest value is mapped to, before rounding. The rest
+# of a group may gain more by a finer scale than its largest value loses.
+LEVELS = tuple(-6 - step / 4 for step in range(13))
 
 
 def layout(format: str, outs: int, ins: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -41,8 +41,8 @@ def quantise(weight: Tensor, format: str) -> Weight:
     padded = functional.pad(weight.float(), (0, -ins % GROUP, 0, -outs % LANES))
     groups = padded.view(len(padded), -1, GROUP)
     scale, numbers = _int8(groups) if format == "int8" else _int4(groups)
-    tiles = numbers.view(len(padded) // LANES, LANES, -1, GROUP).transpose(1, 2)  # [O, G, 8, 32]
-    tiles = tiles.unflatten(3, (-1, 4)).transpose(2, 3).contiguous()  # [O, G, 8 quads, 8 rows, 4]
+    tiles = numbers.view(len(padded) // LANES, LANES, -1, GROUP).transpose(1, 2).contiguous()  # [O, G, 8, 32]
+    tiles = tiles.view(*tiles.shape[:3], -1, 4).transpose(2, 3).contiguous()  # [O, G, 8 quads, 8 rows, 4]
     if format == "int4":
         tiles = tiles.to(torch.uint8)
         tiles = tiles[:, :, :4] | tiles[:, :, 4:] << 4

@@ -22,8 +22,8 @@ from torch.nn import functional
 from tierlm.kernels.weight import GROUP, LANES, Weight
 
 TILE_BYTES = {"int8": 256, "int4": 128}
-# Scales that are tried for a group of int4, as the number that its largest value is mapped to, before rounding. The rest
-# of a group may gain more by a finer scale than its largest value loses.
+# Scales that are tried for a group of int4, as the number that its largest value is mapped to, before rounding. The
+# rest of a group may gain more by a finer scale than its largest value loses.
 LEVELS = tuple(-6 - step / 4 for step in range(13))
 
 

@@ -21,6 +21,7 @@ setup(
         "psutil>=5.9",
         "rich>=13",
         "typer>=0.12",
+        "xxhash>=3.4",
     ],
     extras_require={
         "peers": ["accelerate>=1.10", "gguf>=0.17", "safetensors>=0.4.5", "transformers>=5.20", "xllamacpp>=2026.10"],

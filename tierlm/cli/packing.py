@@ -37,8 +37,8 @@ def pack(
         with _progress("packing", console) as progress:
             pack_model(find_model(model), out, experts=experts, trunk=trunk, progress=progress)
     except KeyboardInterrupt:
-        console.print("[dim]what is finished is kept: the same command goes on from there[/dim]")
-        raise
+        console.print("[dim]interrupted; what is finished is kept: the same command goes on from there[/dim]")
+        raise typer.Exit(1) from None
     size = sum(file.stat().st_size for file in out.iterdir())
     console.print(Text(f"{out}: {format_size(size)}"))
 

@@ -77,7 +77,11 @@ def write_file(
         os.replace(beside, file)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise StorageError(f"{file}: cannot be written: {error.strerror or error}", file=str(file)) from error
+        raise StorageError(
+            f"{file}: cannot be written: {error.strerror or error}; make room, and run the same command "
+            "again: it goes on with this file",
+            file=str(file),
+        ) from error
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

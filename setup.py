@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
+KERNELS = Path("tierlm/kernels")
+
 setup(
     name="tierlm",
     version="0.1.0",
@@ -34,7 +36,8 @@ setup(
         # A plain shared library, called through ctypes. Without a compiler the package installs and works without it.
         Extension(
             "tierlm.kernels._native",
-            ["tierlm/kernels/native.cpp"],
+            sorted(str(file) for file in KERNELS.glob("*.cpp")),
+            depends=sorted(str(file) for file in KERNELS.glob("*.h")),
             extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             language="c++",

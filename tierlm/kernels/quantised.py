@@ -25,6 +25,7 @@ TILE_BYTES = {"int8": 256, "int4": 128}
 # Scales that are tried for a group of int4, as the number that its largest value is mapped to, before rounding. The
 # rest of a group may gain more by a finer scale than its largest value loses.
 LEVELS = tuple(-6 - step / 4 for step in range(13))
+NEGLIGIBLE = 1e-30  # a group of activations with nothing larger is taken for zeros
 
 
 def layout(format: str, outs: int, ins: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -60,6 +61,16 @@ def dequantise(weight: Weight) -> Tensor:
     values = tiles.reshape(blocks, groups, -1, LANES, 4).transpose(2, 3).reshape(blocks, groups, LANES, GROUP)
     wide = (values.float() * weight.scale.float()[..., None]).transpose(1, 2).reshape(blocks * LANES, -1)
     return wide[: weight.shape[0], : weight.shape[1]].contiguous()
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Activations as products with int8 and int4 take them, float32 [T, in] both: in groups of 32 columns the nearest
+    multiples of 1 / 127 of the largest; halves go to the even one. Not a number where a group has no finite largest."""
+    groups = functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest <= NEGLIGIBLE, 0.0, torch.full_like(largest, 127).div_(largest))
+    numbers = (groups * inverse).round_()
+    return (numbers * (largest / 127)).flatten(1)[:, : x.shape[1]]
 
 
 def _int8(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,11 @@ class Weight:
         return self.data.dtype in (torch.int8, torch.uint8)
 
     @property
+    def rounds(self) -> bool:
+        """Whether products with it take the activations rounded to int8."""
+        return self.quantised and not self.exact
+
+    @property
     def shape(self) -> torch.Size:
         """The logical shape."""
         if self.size is not None:

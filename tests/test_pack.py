@@ -256,13 +256,13 @@ def test_what_is_finished_is_not_written_again(
 
 
 class FullDisk:
-    """Stands in for ``open`` of files to be written: a disk that is full after so many bytes."""
+    """A fake, in the place of ``open``: a disk that is full after so many bytes have been written."""
 
     def __init__(self, room: int):
         self.room = room
 
     def open(self, file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        stream = builtins.open(file, mode, *rest, **options)
+        stream = builtins.open(file, mode, *rest, **options)  # noqa: SIM115
         return stream if "w" not in mode else FullStream(stream, self)
 
 
@@ -316,7 +316,7 @@ def test_what_exists_is_never_written_to(toy_v3: tuple[Path, Any], tmp_path: Pat
         pack_model(toy_v3[0], tmp_path, experts="keep", trunk="keep")
     with pytest.raises(UsageError, match="lies in the folder of the model"):
         pack_model(toy_v3[0], toy_v3[0] / "packed", experts="keep", trunk="keep")
-    with pytest.raises(UsageError, match="expected one of keep, .*int4"):
+    with pytest.raises(UsageError, match=r"expected one of keep, .*int4"):
         pack_model(toy_v3[0], tmp_path / "out", experts="int3", trunk="keep")
     assert not list(tmp_path.iterdir())
 

@@ -3,7 +3,7 @@
 
 #include "product.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TIERLM_PORTABLE)
 
 #include <immintrin.h>
 

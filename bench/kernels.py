@@ -12,11 +12,13 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,23 +52,24 @@ class Ours:
     """The kernels' side of a format."""
 
     def __init__(self, format: str, generator: torch.Generator):
-        self.head = copies_of(torch.randn(HEAD, HIDDEN, generator=generator) / 50, format, 8)
+        head = copies_of(torch.randn(HEAD, HIDDEN, generator=generator) / 50, format, 8)
         gate, down = (torch.randn(n, m, generator=generator) / 50 for n, m in ((WIDTH, HIDDEN), (HIDDEN, WIDTH)))
         parts = (copies_of(gate, format, EXPERTS), copies_of(gate, format, EXPERTS), copies_of(down, format, EXPERTS))
-        self.experts = list(zip(*parts, strict=True))
-        self.generator, self.turn = generator, 0
+        self.heads = itertools.cycle(head)
+        experts = list(zip(*parts, strict=True))
+        self.steps = {n: itertools.cycle([self._step(experts, n, generator) for _ in range(8)]) for n in (1, PROMPT)}
+
+    @staticmethod
+    def _step(experts: list[tuple[Weight, ...]], tokens: int, generator: torch.Generator) -> list[Any]:
+        x, chosen = torch.randn(tokens, HIDDEN), choices(generator, tokens)
+        rows = [(x[(chosen == expert).any(1)], expert) for expert in chosen.unique().tolist()]
+        return [(mine, torch.empty_like(mine), experts[expert]) for mine, expert in rows]
 
     def matrix(self) -> None:
-        linear(torch.ones(1, HIDDEN), self.head[self.turn % len(self.head)])
-        self.turn += 1
+        linear(torch.ones(1, HIDDEN), next(self.heads))
 
     def experts_of(self, tokens: int) -> None:
-        x, chosen = torch.randn(tokens, HIDDEN), choices(self.generator, tokens)
-        jobs = []
-        for expert in chosen.unique().tolist():
-            rows = x[(chosen == expert).any(1)]
-            jobs.append((rows, torch.empty_like(rows), self.experts[expert]))
-        gated_mlps(jobs)
+        gated_mlps(next(self.steps[tokens]))
 
 
 class Theirs:
@@ -77,10 +80,11 @@ class Theirs:
         repacked = type == "Q4_0"  # this version lays no other type out for AVX2
         head = torch.randn(HEAD, HIDDEN, generator=generator) / 50
         gate, down = (torch.randn(n, m, generator=generator) / 50 for n, m in ((WIDTH, HIDDEN), (HIDDEN, WIDTH)))
-        self.heads = [ggml.weights(type, head, 1, repacked) for _ in range(8)]
         self.gate, self.up, self.down = (ggml.weights(type, part, EXPERTS, repacked) for part in (gate, gate, down))
-        self.matrices, self.turn, self.generator = [self._matrix(weight) for weight in self.heads], 0, generator
-        self.layers = {tokens: self._experts(tokens) for tokens in (1, PROMPT)}
+        matrices = [self._matrix(ggml.weights(type, head, 1, repacked)) for _ in range(8)]
+        self.matrices = itertools.cycle(matrices)
+        steps = {n: [self._experts(n, generator) for _ in range(8)] for n in (1, PROMPT)}
+        self.steps = {n: itertools.cycle(graphs) for n, graphs in steps.items()}
 
     def _matrix(self, weight: int) -> int:
         context = self.ggml.context()
@@ -89,7 +93,7 @@ class Theirs:
         self.ggml.set(x, np.ones(HIDDEN, np.float32))
         return graph
 
-    def _experts(self, tokens: int) -> tuple[int, int]:
+    def _experts(self, tokens: int, generator: torch.Generator) -> int:
         call, context = self.ggml.call, self.ggml.context()
         x = self.ggml.tensor(context, "F32", HIDDEN, 1, tokens)
         ids = self.ggml.tensor(context, "I32", CHOSEN, tokens)
@@ -97,16 +101,14 @@ class Theirs:
         inner = call("mul", context, gate, call("mul_mat_id", context, self.up, x, ids))
         graph = self.ggml.graph(context, call("mul_mat_id", context, self.down, inner, ids))
         self.ggml.set(x, torch.randn(tokens, HIDDEN).numpy())
-        return graph, ids
+        self.ggml.set(ids, choices(generator, tokens).numpy())
+        return graph
 
     def matrix(self) -> None:
-        self.ggml.compute(self.matrices[self.turn % len(self.matrices)])
-        self.turn += 1
+        self.ggml.compute(next(self.matrices))
 
     def experts_of(self, tokens: int) -> None:
-        graph, ids = self.layers[tokens]
-        self.ggml.set(ids, choices(self.generator, tokens).numpy())
-        self.ggml.compute(graph)
+        self.ggml.compute(next(self.steps[tokens]))
 
 
 def rate(work: Callable[[], object], amount: float) -> float:

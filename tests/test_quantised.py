@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tierlm.kernels.quantised import TILE_BYTES, dequantise, layout, quantise, rounded
+from tierlm.kernels.quantised import TILE_BYTES, dequantise, layout, quantise, quantise_reference, rounded
 from tierlm.kernels.weight import Weight
 
 FORMATS = list(TILE_BYTES)
@@ -46,6 +46,21 @@ def test_every_byte_is_where_the_layout_says(format: str) -> None:
 def test_what_quantising_a_gaussian_loses(format: str, most: float) -> None:
     exact = gaussian(64, 1024)
     assert error(dequantise(quantise(exact, format)), exact) < most
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", [(1, 1), (8, 32), (21, 70), (64, 512)])
+def test_compiled_and_reference_make_the_same_weight(format: str, shape: tuple[int, int]) -> None:
+    """But for sums in another order, by which of two scales that are equally good may win."""
+    exact = gaussian(*shape) * torch.logspace(-6, 4, shape[0])[:, None]
+    found, reference = quantise(exact, format), quantise_reference(exact, format)
+    assert found.scale is not None and reference.scale is not None
+    assert found.data.shape == reference.data.shape and found.data.dtype == reference.data.dtype
+    same = (found.data == reference.data).all(-1) & (found.scale == reference.scale).all(-1)
+    assert same.float().mean() > 0.8
+    for row, exact_row in enumerate(exact):
+        lost = (dequantise(reference)[row] - exact_row).norm()
+        assert (dequantise(found)[row] - exact_row).norm() <= lost * 1.01 + 1e-9
 
 
 def test_searching_the_scale_beats_taking_the_largest_value_in_every_group() -> None:

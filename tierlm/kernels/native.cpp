@@ -51,6 +51,14 @@ void tierlm_widen(int threads, int format, const void* w, const void* scale, flo
     share(threads, work, {nullptr, nullptr, static_cast<const uint8_t*>(w), scale, y, 0, ins, outs, 0});
 }
 
+// w [outs, ins] to the tiles of kernels/quantised.py: int4 if `four`, else int8.
+void tierlm_quantise(int threads, int four, const float* w, uint8_t* data, uint16_t* scales, int64_t ins,
+                     int64_t outs) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t row = 0; row < outs; row += LANES)
+        quantised(w, data, scales, outs, ins, row, std::min(outs, row + LANES), four);
+}
+
 // One expert and the rows that chose it.
 struct Expert {
     const float* x;  // [rows, hidden]

@@ -29,6 +29,8 @@ class Native:
         self._linear, self._widen = library.tierlm_linear, library.tierlm_widen
         self._mlps = library.tierlm_gated_mlps
         self._into, self._from = library.tierlm_into_latent, library.tierlm_from_latent
+        self._quantise = library.tierlm_quantise
+        self._quantise.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 3, *[size] * 2]
         self._linear.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 5, *[size] * 4]
         self._widen.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 3, *[size] * 2]
         self._mlps.argtypes = [ctypes.c_int, ctypes.c_int, pointer, *[size] * 3]
@@ -50,6 +52,12 @@ class Native:
         threads, format, _, *pointers = _call(out, weight, out)
         self._widen(threads, format, *pointers, ins, outs)
         return out
+
+    def quantise(self, weight: Tensor, made: Weight) -> None:
+        """A finite, contiguous float32 matrix into the empty tiles and scales of ``made``, of its size."""
+        assert made.scale is not None
+        pointers = weight.data_ptr(), made.data.data_ptr(), made.scale.data_ptr()
+        self._quantise(torch.get_num_threads(), made.format == "int4", *pointers, weight.shape[1], weight.shape[0])
 
     def gated_mlps(self, jobs: Sequence[tuple[Tensor, Tensor, Sequence[Weight]]]) -> None:
         """Several ``y = down(silu(gate(x)) * up(x))`` at once, of one format and shape.

@@ -8,7 +8,7 @@ constexpr int64_t GROUP = 32;   // columns of a row that share one scale in int8
 
 INLINE int64_t groups_of(int64_t ins) { return (ins + GROUP - 1) / GROUP; }
 
-// GROUP activations of a row as scale * numbers: see activations.cpp.
+// GROUP activations of a row as scale * numbers: see rounding.cpp.
 struct Rounded {
     float scale;
     int32_t sum;  // of the numbers
@@ -48,6 +48,10 @@ Work int4_outputs_x86();
 
 // Rows of x [rows, ins] to rounded; of the groups of columns `first` to `last`.
 void round_activations(const float* x, Rounded* rounded, int64_t rows, int64_t ins, int64_t first, int64_t last);
+
+// Rows `first` to `last` of w [outs, ins] to tiles of int4 or int8; `first` is a multiple of 8.
+void quantised(const float* w, uint8_t* data, uint16_t* scales, int64_t outs, int64_t ins, int64_t first, int64_t last,
+               bool four);
 
 // gate = silu(gate) * up, of `count` values.
 void gated(float* gate, const float* up, int64_t count);

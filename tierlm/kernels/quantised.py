@@ -1,4 +1,4 @@
-"""int8 and int4 weights: their layout, how they are made, and what they stand for. Torch alone.
+"""int8 and int4 weights: their layout, how they are made, and what they stand for.
 
 A weight [out, in] is cut into tiles of 8 rows x 32 columns, the edges padded with zeros. With O = ceil(out / 8) and
 G = ceil(in / 32):
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tierlm.kernels import native
 from tierlm.kernels.weight import GROUP, LANES, Weight
 
 TILE_BYTES = {"int8": 256, "int4": 128}
@@ -36,8 +37,22 @@ def layout(format: str, outs: int, ins: int) -> tuple[tuple[int, int, int], tupl
 
 def quantise(weight: Tensor, format: str) -> Weight:
     """The int8 or int4 weight nearest to a finite float ``weight`` [out, in]; scales are searched for least squared
-    error in int4, and take the largest value of a group to 127 in int8. Needs about 20 times the bytes of ``weight``
-    in bf16: give it slices of rows, a multiple of 8 each, where that is too much; slices give the same tiles."""
+    error in int4, and take the largest value of a group to 127 in int8. Slices of rows, a multiple of 8 each, give the
+    same tiles."""
+    library = native.load()
+    if library is None or weight.device.type != "cpu":
+        return quantise_reference(weight, format)
+    data, scale = layout(format, *weight.shape)
+    dtype = torch.int8 if format == "int8" else torch.uint8
+    made = Weight(
+        torch.empty(data, dtype=dtype), torch.empty(scale, dtype=torch.float16), (weight.shape[0], weight.shape[1])
+    )
+    library.quantise(weight.float().contiguous(), made)
+    return made
+
+
+def quantise_reference(weight: Tensor, format: str) -> Weight:
+    """``quantise`` in torch alone; it needs about 20 times the bytes that ``weight`` has in bf16."""
     outs, ins = weight.shape
     padded = functional.pad(weight.float(), (0, -ins % GROUP, 0, -outs % LANES))
     groups = padded.view(len(padded), -1, GROUP)

@@ -3,7 +3,7 @@
 
 #include "product.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TIERLM_PORTABLE)
 
 #include <immintrin.h>
 
@@ -50,6 +50,9 @@ STEP __m256i four(const int8_t* x) {
     return _mm256_set1_epi32(quad);
 }
 
+// The sum so far stays in its register: rearranged by the compiler, sums of several rows would not fit.
+STEP void settle(__m256i& sum) { __asm__("" : "+x"(sum)); }
+
 STEP __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
 struct Int4 {
@@ -65,6 +68,7 @@ struct Int4 {
                 const int8_t* numbers = x[r * groups].numbers + 4 * v;
                 sums[r] = Isa::add4(sums[r], lower, four(numbers));
                 sums[r] = Isa::add4(sums[r], upper, four(numbers + 16));
+                if (ROWS > 1) settle(sums[r]);
             }
         }
         for (int r = 0; r < ROWS; ++r) sums[r] = Isa::end4(sums[r], x[r * groups].sum);
@@ -77,11 +81,18 @@ struct Int8 {
     STEP void add(__m256i* sums, const uint8_t* w, const Rounded* x, int64_t groups) {
         for (int q = 0; q < 8; ++q) {
             const __m256i quad = load(w + 32 * q);
-            for (int r = 0; r < ROWS; ++r) sums[r] = Isa::add8(sums[r], quad, four(x[r * groups].numbers + 4 * q));
+            for (int r = 0; r < ROWS; ++r) {
+                sums[r] = Isa::add8(sums[r], quad, four(x[r * groups].numbers + 4 * q));
+                if (ROWS > 1) settle(sums[r]);
+            }
         }
         for (int r = 0; r < ROWS; ++r) sums[r] = Isa::end8(sums[r], x[r * groups].sum);
     }
 };
+
+// Bytes from what is computed to what is fetched. Without it, reading and computing take turns; past the end of a piece
+// follows what the next thread needs, or nothing.
+constexpr int64_t AHEAD = 2048;
 
 // A tile is unpacked once for ROWS rows of activations.
 template <class Stored, class Isa, int ROWS>
@@ -94,9 +105,11 @@ AVX2 void outputs_of_rows(const Product& p, int64_t first, int64_t last, int64_t
         __m256 totals[ROWS];
         for (int r = 0; r < ROWS; ++r) totals[r] = _mm256_setzero_ps();
         for (int64_t g = 0; g < groups; ++g) {
+            const uint8_t* tile = w + g * Stored::tile;
+            for (int64_t i = 0; i < Stored::tile; i += 64) _mm_prefetch(tile + AHEAD + i, _MM_HINT_T0);
             __m256i sums[ROWS];
             for (int r = 0; r < ROWS; ++r) sums[r] = _mm256_setzero_si256();
-            Stored::template add<Isa, ROWS>(sums, w + g * Stored::tile, x + g, groups);
+            Stored::template add<Isa, ROWS>(sums, tile, x + g, groups);
             const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + g * LANES)));
             for (int r = 0; r < ROWS; ++r) {
                 const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(x[r * groups + g].scale));

@@ -1,11 +1,11 @@
 // Vectors of the compiler's own kind, compiled once per instruction set: the best one is chosen when the library is
-// loaded.
+// loaded. TIERLM_PORTABLE leaves what runs on any processor, to test it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__x86_64__) && !defined(TIERLM_ONE_CLONE)
+#if defined(__x86_64__) && !defined(TIERLM_PORTABLE)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES

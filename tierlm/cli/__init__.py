@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tierlm.cli.generation import chat, run
+from tierlm.cli.packing import pack, verify
 from tierlm.cli.tracing import simulate, trace
 from tierlm.errors import TierlmError
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, chat, simulate):
+for command in (run, chat, pack, verify, simulate):
     app.command()(command)
 app.add_typer(trace, name="trace")
 

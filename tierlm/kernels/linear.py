@@ -9,7 +9,7 @@ bfloat16 product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from tierlm.kernels.quantised import dequantise, rounded
 from tierlm.kernels.weight import BLOCK, LANES, Weight
 
 TILE_VALUES = 2**20  # float32 values of one widened tile: 4 MiB
+ROWS_AT_ONCE = 512  # of several experts in one call of the kernels
 ABSORB_ROWS = 8  # rows up to which the kernels carry queries and values through kv_b without widening it
+
+Job = tuple[Tensor, Tensor, tuple[Weight, Weight, Weight]]  # x, y, and gate, up and down of a gated_mlp
 
 
 def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:
@@ -87,12 +90,12 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
     return out
 
 
-def gated_mlps(jobs: Sequence[tuple[Tensor, Tensor, tuple[Weight, Weight, Weight]]]) -> None:
+def gated_mlps(jobs: Sequence[Job]) -> None:
     """Several ``gated_mlp`` of one shape at once: (x, y, (gate, up, down)), where y, contiguous, is written.
 
     What each gives does not depend on the others.
     """
-    together: dict[tuple[str, bool], list[tuple[Tensor, Tensor, tuple[Weight, Weight, Weight]]]] = {}
+    together: dict[tuple[str, bool], list[Job]] = {}
     for x, y, weights in jobs:
         alike = len({(weight.format, weight.exact) for weight in weights}) == 1
         if alike and _few(x, weights[0]) and all(native.kernels_for(weight) for weight in weights):
@@ -103,7 +106,19 @@ def gated_mlps(jobs: Sequence[tuple[Tensor, Tensor, tuple[Weight, Weight, Weight
     library = native.load()
     if library is not None:
         for few in together.values():
-            library.gated_mlps(few)
+            for run in _runs(few):
+                library.gated_mlps(run)
+
+
+def _runs(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
+    """The jobs in order, so many at a time that their scratch stays small."""
+    first = rows = 0
+    for at, (x, _, _) in enumerate(jobs):
+        if at > first and rows + len(x) > ROWS_AT_ONCE:
+            yield jobs[first:at]
+            first, rows = at, 0
+        rows += len(x)
+    yield jobs[first:]
 
 
 def unwidened(kv_b: Weight, rows: int, nope: int, value: int) -> bool:

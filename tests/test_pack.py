@@ -113,6 +113,19 @@ def test_what_is_beside_the_weights_comes_along(kept: Path, toy_v3: tuple[Path, 
     )
 
 
+def test_exact_activations_lose_less(toy_v3: tuple[Path, Any], tmp_path: Path, ids: list[int]) -> None:
+    """What int8 weights alone lose, against what rounding the activations adds."""
+    folder, _ = toy_v3
+    pack_model(folder, tmp_path / "out", experts="int8", trunk="int8")
+
+    def logits(model: Path, exact: bool) -> torch.Tensor:
+        with LLM.load(model, budget=RAM, heat=False, exact=exact) as llm:
+            return llm.logits(ids)
+
+    true, exact, rounded = logits(folder, False), logits(tmp_path / "out", True), logits(tmp_path / "out", False)
+    assert 0 < (exact - true).norm() < (rounded - true).norm() < 0.1 * true.norm()
+
+
 def test_a_packed_store_can_be_packed_again(kept: Path, tmp_path: Path) -> None:
     pack_model(kept, tmp_path / "again", experts="keep", trunk="keep")
     for name, data in contents(kept).items():

@@ -98,7 +98,7 @@ class SamplingParams:
 @dataclass(frozen=True)
 class RuntimeOptions:
     """How to run. The defaults are right for most; none of them changes the tokens except ``prefill_chunk``,
-    whose effect is of rounding only, and ``kv_dtype``.
+    whose effect is of rounding only, ``kv_dtype`` and ``exact``.
 
     ``ram_slots``, ``vram_slots`` and ``resident_trunks`` hold the number of expert slots, and of trunks that stay in a
     tier, at or below what the budget allows: for experiments.
@@ -111,6 +111,7 @@ class RuntimeOptions:
     context: int | None = None  # tokens of KV reserved, over all running sequences; None: min(model's own, 4096)
     prefill_chunk: int = 512
     kv_dtype: str = "float32"
+    exact: bool = False  # int8 and int4 weights times activations in float32, not rounded to int8: slower
     transfer_threads: int | None = None  # reads at a time; None: as many as the disk likes
     probe: str = "auto"  # of a disk at its first use; "refresh": measure again; "off": take what suits most
     mirrors: Sequence[str | Path] = ()  # folders with copies of the model's files, on other disks
@@ -130,7 +131,8 @@ class RuntimeOptions:
         named = several and all(isinstance(folder, (str, Path)) and str(folder) for folder in self.mirrors)
         _require(named, "mirrors", "a sequence of folders", self)
         object.__setattr__(self, "mirrors", tuple(self.mirrors))
-        _require(isinstance(self.heat, bool), "heat", "True or False", self)
+        for name in ("heat", "exact"):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", self)
         for name in ("timeline", "trace"):
             value = getattr(self, name)
             named = value is None or (isinstance(value, (str, Path)) and bool(str(value)))

@@ -205,12 +205,12 @@ class Runtime:
         host = torch.device("cpu")
         self.experts = [self._expert_tier("ram", plan.ram, disk, host)]
         trunk_tiers = [self._trunk_tier("ram", plan.ram, disk, host)]
-        trunks = [Trunks(trunk_tiers[0], plan.ram.trunk, catalog.trunks, catalog.record, options.io_timeout)]
+        shared = catalog.trunks, catalog.record, options.io_timeout, options.exact
+        trunks = [Trunks(trunk_tiers[0], plan.ram.trunk, *shared)]
         if plan.vram is not None:
             self.experts.insert(0, self._expert_tier("vram", plan.vram, self.experts[0], self.device))
             trunk_tiers.insert(0, self._trunk_tier("vram", plan.vram, trunk_tiers[0], self.device))
-            above = Trunks(trunk_tiers[0], plan.vram.trunk, catalog.trunks, catalog.record, options.io_timeout)
-            trunks.insert(0, above)
+            trunks.insert(0, Trunks(trunk_tiers[0], plan.vram.trunk, *shared))
         self.trunk_tiers = trunk_tiers
         total = sum(catalog.size(key) for part in (plan.ram, plan.vram) if part is not None for key in part.trunk)
         done = 0
@@ -219,7 +219,7 @@ class Runtime:
                 done += size
                 progress(done, total)
         self.trunks = trunks[0]
-        self.store = Store(self.experts[0], catalog.record, options.io_timeout, self.heat)
+        self.store = Store(self.experts[0], catalog.record, options.io_timeout, self.heat, options.exact)
         if options.heat:
             hottest = self.heat.hottest()
             self.store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))

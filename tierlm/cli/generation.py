@@ -53,6 +53,9 @@ NoHeat = Annotated[
 Timeline = Annotated[
     Path | None, typer.Option(help="Write a trace of events to this file, for ui.perfetto.dev or chrome://tracing.")
 ]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Multiply int8 and int4 weights by activations that are not rounded: slower.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, or an accelerator as torch names it.")]
 Context = Annotated[int | None, typer.Option(help="Tokens to reserve KV memory for; default: the model's, up to 4096.")]
 ShowStats = Annotated[bool, typer.Option("--stats", help="Print what was moved, hit and waited for.")]
@@ -81,6 +84,7 @@ def run(
     probe: Probe = False,
     no_heat: NoHeat = False,
     timeline: Timeline = None,
+    exact: Exact = False,
     device: Device = "auto",
     context: Context = None,
     stats: ShowStats = False,
@@ -95,7 +99,7 @@ def run(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     quiet = json_file == Path("-")
-    options = _options(device, policy, predictor, reader, mirror, probe, no_heat, timeline, context)
+    options = _options(device, policy, predictor, reader, mirror, probe, no_heat, timeline, context, exact)
     with _load(model, ram, vram, quiet, options) as llm:
         text, ids, reason = _show(llm.stream(prompt, params), quiet)
         result = {"model": model, "prompt": prompt, "text": text, "ids": ids, "finish_reason": reason}
@@ -122,6 +126,7 @@ def chat(
     probe: Probe = False,
     no_heat: NoHeat = False,
     timeline: Timeline = None,
+    exact: Exact = False,
     device: Device = "auto",
     context: Context = None,
     stats: ShowStats = False,
@@ -131,7 +136,7 @@ def chat(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
     )
     messages = [{"role": "system", "content": system}] if system else []
-    options = _options(device, policy, predictor, reader, mirror, probe, no_heat, timeline, context)
+    options = _options(device, policy, predictor, reader, mirror, probe, no_heat, timeline, context, exact)
     with _load(model, ram, vram, False, options) as llm:
         while line := _ask():
             messages.append({"role": "user", "content": line})
@@ -150,11 +155,12 @@ def _options(
     no_heat: bool,
     timeline: Path | None,
     context: int | None,
+    exact: bool,
 ) -> dict[str, Any]:
     """The command line's options as those of the API."""
     options: dict[str, Any] = {"device": device, "policy": policy, "predictor": predictor, "reader": reader}
     options |= {"mirrors": tuple(mirror or ()), "probe": "refresh" if probe else "auto"}
-    return options | {"heat": not no_heat, "timeline": timeline, "context": context}
+    return options | {"heat": not no_heat, "timeline": timeline, "context": context, "exact": exact}
 
 
 @contextmanager

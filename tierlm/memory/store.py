@@ -19,10 +19,18 @@ from tierlm.weights.formats import Weights, weights_of
 
 
 class Store:
-    """Leases of expert records in the compute tier. Used from one thread. ``stall``: seconds waited for transfers."""
+    """Leases of expert records in the compute tier. Used from one thread. ``stall``: seconds waited for transfers;
+    ``exact``: see kernels.Weight."""
 
-    def __init__(self, tier: Tier, records: Callable[[Key], Record], io_timeout: float, heat: Heat | None = None):
-        self.tier, self.records, self.io_timeout = tier, records, io_timeout
+    def __init__(
+        self,
+        tier: Tier,
+        records: Callable[[Key], Record],
+        io_timeout: float,
+        heat: Heat | None = None,
+        exact: bool = False,
+    ):
+        self.tier, self.records, self.io_timeout, self.exact = tier, records, io_timeout, exact
         self.heat = heat or Heat()
         self.stall = 0.0
         self.prefetch = Prefetch()
@@ -190,7 +198,7 @@ class Leases:
         if entry.error is not None:
             raise entry.error
         if entry.weights is None:
-            entry.weights = weights_of(entry.slot.buffer, self._store.records(key))
+            entry.weights = weights_of(entry.slot.buffer, self._store.records(key), self._store.exact)
         return entry.weights
 
     def _start_missing(self) -> None:

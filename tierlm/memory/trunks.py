@@ -14,7 +14,7 @@ from tierlm.weights.formats import Weights, weights_of
 
 
 class Trunks:
-    """``order``: the trunks in the order in which they run, a cycle."""
+    """``order``: the trunks in the order in which they run, a cycle. ``exact``: see kernels.Weight."""
 
     def __init__(
         self,
@@ -23,8 +23,9 @@ class Trunks:
         order: Sequence[TrunkKey],
         records: Callable[[Key], Record],
         io_timeout: float,
+        exact: bool = False,
     ):
-        self.tier, self.records = tier, records
+        self.tier, self.records, self.exact = tier, records, exact
         self._waiter = Store(tier, records, io_timeout)
         self._resident = resident
         self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
@@ -54,7 +55,7 @@ class Trunks:
         follower = self._next[key]
         if follower not in self.tier.entries:
             self.tier.start(follower, priority=Priority.SPECULATIVE)
-        return weights_of(self._leased.slot.buffer, self.records(key))
+        return weights_of(self._leased.slot.buffer, self.records(key), self.exact)
 
     def _bring(self, key: TrunkKey) -> Entry:
         """The entry of ``key``, resident and pinned."""

@@ -34,15 +34,15 @@ def view(buffer: Tensor, place: Place) -> Tensor:
     return data.view(dtype).view(place.shape)
 
 
-def weights_of(buffer: Tensor, record: Record) -> Weights:
-    """All weights of a record by role, as views into its bytes."""
+def weights_of(buffer: Tensor, record: Record, exact: bool = False) -> Weights:
+    """All weights of a record by role, as views into its bytes. ``exact``: see Weight."""
     found: dict[str, Weight] = {}
     for role, place in record.places.items():
         if role.endswith(SCALE):
             continue
         scale = record.places.get(role + SCALE)
         size = None if place.size is None else (place.size[0], place.size[1])
-        found[role] = Weight(view(buffer, place), None if scale is None else view(buffer, scale), size)
+        found[role] = Weight(view(buffer, place), None if scale is None else view(buffer, scale), size, exact)
     return found
 
 

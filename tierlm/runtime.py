@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tierlm.analysis.machine import available_ram, process_ram
-from tierlm.analysis.plan import Plan, Sizes, TierPlan, make_plan, workspace_bytes
+from tierlm.analysis.plan import Plan, TierPlan, make_plan
 from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.generate import Engine
 from tierlm.errors import BudgetError, UsageError
@@ -31,6 +31,7 @@ from tierlm.memory.trunks import Trunks
 from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.decoder import Decoder, Step
 from tierlm.models.moe import MixtureOfExperts
+from tierlm.models.outline import sizes_of
 from tierlm.policies.eviction import make_policy
 from tierlm.policies.prediction import make_predictor
 from tierlm.timeline import Timeline
@@ -40,7 +41,6 @@ from tierlm.weights.profile import ProfileCache
 from tierlm.weights.reader import read_rows, split
 
 DEFAULT_CONTEXT = 4096
-MAX_LOGITS = 64 * 2**20  # bytes set aside for what `logits` returns
 COPY_THREADS = 2  # to vram
 AUTO_RAM, AUTO_VRAM = 0.8, 0.9  # shares of what is free
 
@@ -139,18 +139,9 @@ class Runtime:
             warnings.warn(f"not written: {error.filename}: {error.strerror}", stacklevel=2)
 
     def _plan(self, budget: Budget) -> Plan:
-        options, catalog = self.options, self.catalog
-        spec = catalog.spec
+        options = self.options
         kv_item = 4 if options.kv_dtype == "float32" else 2
-        sizes = Sizes(
-            trunk={key: catalog.size(key) for key in catalog.trunks},
-            expert=max((catalog.size(key) for key in catalog.experts()), default=0),
-            experts=len(catalog.experts()),
-            resident=catalog.size(GATES),
-            kv=self.context * spec.layers * spec.latent_dim * kv_item,
-            logits=min(options.prefill_chunk * spec.vocab * 4, MAX_LOGITS),
-            workspace=workspace_bytes(spec, min(options.prefill_chunk, self.context), self.context),
-        )
+        sizes = sizes_of(self.catalog, self.context, options.prefill_chunk, kv_item)
         torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own memory is there before it is counted
         held = process_ram()
         self.ram_budget = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
@@ -162,7 +153,7 @@ class Runtime:
             ram=self.ram_budget,
             vram=vram,
             process=held,
-            min_slots=spec.experts_per_token,
+            min_slots=self.catalog.spec.experts_per_token,
             ram_slots=options.ram_slots,
             vram_slots=options.vram_slots,
             resident_trunks=options.resident_trunks,

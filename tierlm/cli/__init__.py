@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tierlm.cli.generation import chat, run
+from tierlm.cli.planning import plan
 from tierlm.errors import TierlmError
 
 app = typer.Typer(
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, chat):
+for command in (run, chat, plan):
     app.command()(command)
 
 

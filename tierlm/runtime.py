@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tierlm.analysis.machine import available_ram, process_ram
-from tierlm.analysis.plan import Plan, TierPlan, make_plan
-from tierlm.config import Budget, RuntimeOptions, format_size
+from tierlm.analysis.plan import AUTO_RAM, Plan, TierPlan, make_plan
+from tierlm.analysis.pressure import Pressure
+from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.generate import Engine
 from tierlm.errors import BudgetError, UsageError
 from tierlm.files import user_cache
@@ -23,7 +24,7 @@ from tierlm.kernels import native
 from tierlm.memory.disk import Disk
 from tierlm.memory.heat import Heat
 from tierlm.memory.kvcache import KvCache
-from tierlm.memory.slots import Slot, allocate
+from tierlm.memory.slots import Slot, allocate, can_give_back
 from tierlm.memory.store import Store
 from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import Priority, Transfer
@@ -40,9 +41,8 @@ from tierlm.weights.mirrors import open_disks
 from tierlm.weights.profile import ProfileCache
 from tierlm.weights.reader import read_rows, split
 
-DEFAULT_CONTEXT = 4096
 COPY_THREADS = 2  # to vram
-AUTO_RAM, AUTO_VRAM = 0.8, 0.9  # shares of what is free
+AUTO_VRAM = 0.9  # the share of what is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,19 @@ class Runtime:
         except BaseException:
             self.close()
             raise
+        self.pressure: Pressure | None = None  # --ram auto was chosen for what was free, which others may come to need
+        if budget.ram is None and can_give_back():
+            self.pressure = Pressure(reserve=int(self.ram_budget * (1 - AUTO_RAM) / AUTO_RAM))
+        self._given_up = self._taken_back = 0
         self.load_seconds = time.perf_counter() - began
 
     @property
     def notes(self) -> list[str]:
-        return self._notes + self.reader.troubles()
+        followed = []
+        if self._given_up:
+            what = f"{format_size(self._given_up)} of slots given up, {format_size(self._taken_back)} taken back"
+            followed.append(f"this machine was short of memory: {what}")
+        return self._notes + self.reader.troubles() + followed
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token, float32 [T, vocab]. Raises PromptError, and BudgetError for too large a result."""
@@ -124,6 +132,17 @@ class Runtime:
         """What has been waited for and read so far."""
         disk = self.transfer.busy()["disk->ram"]
         return Meter(self.store.stall + self.trunks.stall, disk.seconds, disk.bytes)
+
+    def follow_pressure(self) -> None:
+        """Between two steps: give memory of expert slots back if others need it, or take it again."""
+        if self.pressure is None:
+            return
+        tier = self.experts[-1]  # of ram
+        change = self.pressure.change(sum(slot.size for slot in tier.slots if slot.filled))
+        if change < 0:
+            self._given_up += tier.give_up(-change, self.catalog.spec.experts_per_token)
+        elif change > 0 and tier.retired:
+            self._taken_back += tier.take_back(change)
 
     def close(self) -> None:
         """Stop the threads and close the files; keep what is to be kept. A thread that is stuck in a read keeps its

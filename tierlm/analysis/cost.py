@@ -145,7 +145,7 @@ def skewed_hits(share: float, work: Work, skew: float = 0.5, stickiness: float =
     popular = sum(math.pow(rank, -skew) for rank in range(1, int(slots) + 1))
     popular += (slots - int(slots)) * math.pow(int(slots) + 1, -skew)
     everything = sum(math.pow(rank, -skew) for rank in range(1, work.experts + 1))
-    return min(1.0, stickiness * kept + (1 - stickiness) * popular / everything)
+    return min(1.0, max(share, stickiness * kept + (1 - stickiness) * popular / everything))
 
 
 def streamed_bytes(plan: Plan, sizes: Mapping[TrunkKey, int]) -> tuple[int, int]:

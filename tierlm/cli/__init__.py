@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 from tierlm.cli.generation import chat, run
+from tierlm.cli.health import doctor
+from tierlm.cli.measuring import profile
 from tierlm.cli.planning import plan
 from tierlm.errors import TierlmError
 
@@ -20,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, chat, plan):
+for command in (run, chat, plan, profile, doctor):
     app.command()(command)
 
 

@@ -26,7 +26,6 @@ Model = Annotated[
     str, typer.Argument(help="A folder, a config.json, a hub id, 'demo', or a known model such as DeepSeek-V3.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-AUTO_SHARE = 0.8  # of what is free, as the engine takes it
 WIDTH = 116
 
 
@@ -48,11 +47,12 @@ def plan(
     """Say what a budget means for a model on a machine: bytes, slots, tokens a second. No weights are needed."""
     from tierlm.analysis.forecast import Question, forecast
     from tierlm.analysis.machine import available_ram
-    from tierlm.config import RuntimeOptions
+    from tierlm.analysis.plan import AUTO_RAM
+    from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
     from tierlm.models.outline import sizes_of, work_of
 
     name, records, kind = _records(model, format)
-    tokens = context or min(records.spec.max_position, 4096)
+    tokens = context or min(records.spec.max_position, DEFAULT_CONTEXT)
     if not 1 <= tokens <= records.spec.max_position:
         raise UsageError(f"context: expected 1 to the model's own {records.spec.max_position}, found {context}")
     if not 1 <= prompt <= tokens:
@@ -60,7 +60,7 @@ def plan(
     options = RuntimeOptions(context=tokens)
     free = available_ram()
     question = Question(
-        ram=int(free * AUTO_SHARE) if ram == "auto" else parse_size(ram, "ram"),
+        ram=int(free * AUTO_RAM) if ram == "auto" else parse_size(ram, "ram"),
         vram=None if vram is None else parse_size(vram, "vram"),
         context=tokens,
         prompt=prompt,

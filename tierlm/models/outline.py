@@ -80,7 +80,7 @@ class Outline:
         spec = self.spec
         row = math.ceil(spec.hidden * self._bits.wide / 8)
         rows = max(1, HEAD_BLOCK_BYTES // row)
-        self._blocks = [min(rows, spec.vocab - at) * row for at in range(0, spec.vocab, rows)]
+        self._blocks: list[int] = [min(rows, spec.vocab - at) * row for at in range(0, spec.vocab, rows)]
         self.trunks = [TrunkKey(number) for number in range(spec.layers + len(self._blocks))]
         self._prediction_layers = int(config.get("num_nextn_predict_layers") or 0)
         self._sizes: dict[Key, int] = {}
@@ -115,7 +115,7 @@ class Outline:
 
     @property
     def _wide_bytes(self) -> int:
-        return int(self.spec.vocab * self.spec.hidden * self._bits.wide / 8)
+        return math.ceil(self.spec.vocab * self.spec.hidden * self._bits.wide / 8)
 
     def _bytes(self, key: Key) -> int:
         if isinstance(key, ExpertKey):

@@ -154,10 +154,10 @@ def _experts(name: str) -> Experts:
         part = slab[number * values : (number + 1) * values]
         part.copy_(one)
         matrices.append(part.view(shapes[number % 3]))
-    scale = None
+    scales: dict[tuple[int, ...], Tensor] = {}
     if name == "fp8":
-        scale = {shape: torch.ones(-(-shape[0] // 128), -(-shape[1] // 128)) for shape in shapes}
-    weights = [Weight(matrix, scale and scale[tuple(matrix.shape)]) for matrix in matrices]  # type: ignore[index]
+        scales = {shape: torch.ones(-(-shape[0] // 128), -(-shape[1] // 128)) for shape in shapes}
+    weights = [Weight(matrix, scales.get(tuple(matrix.shape))) for matrix in matrices]
     return [(weights[at], weights[at + 1], weights[at + 2]) for at in range(0, len(weights), 3)]
 
 

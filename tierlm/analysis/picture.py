@@ -46,6 +46,7 @@ def draw(file: Path, profile: Profile, model: str, work: Work, model_bytes: int)
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        from matplotlib.lines import Line2D
     except ImportError as error:
         raise UsageError("a plot needs matplotlib: pip install tierlm[plot]") from error
     figure, axes = pyplot.subplots(figsize=(11, 6.4), layout="constrained")
@@ -85,13 +86,13 @@ def draw(file: Path, profile: Profile, model: str, work: Work, model_bytes: int)
     axes.plot([c for c, _ in line], [b for _, b in line], color="#111111", linewidth=1, alpha=0.5, zorder=3)
     axes.set(xlabel="capacity, bytes", ylabel="bandwidth, bytes/s")
     axes.set_title(f"Bandwidth against capacity: {profile.processor}, {profile.cores} cores", loc="left", fontsize=11)
-    marks = [pyplot.Line2D([], [], marker="D", color="#111111", linestyle="-", label="this machine, measured")]
+    marks = [Line2D([], [], marker="D", color="#111111", linestyle="-", label="this machine, measured")]
     marks += [
-        pyplot.Line2D([], [], marker="o", color=colour, alpha=0.6, linestyle="", label=f"{what}, as published")
+        Line2D([], [], marker="o", color=colour, alpha=0.6, linestyle="", label=f"{what}, as published")
         for colour, what in KINDS.values()
     ]
     what = f"{model}, tokens/s if all its active weights\nwere read from there at each token"
-    marks.append(pyplot.Line2D([], [], color="#c23b22", alpha=0.6, label=what))
+    marks.append(Line2D([], [], color="#c23b22", alpha=0.6, label=what))
     axes.legend(handles=marks, fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.99))
     ticks = {10**power: name for power, name in zip((6, 9, 12), ("1 MB", "1 GB", "1 TB"), strict=True)}
     axes.set_xticks(list(ticks), list(ticks.values()))

@@ -133,10 +133,13 @@ def measure_disk(
     wanted: Sequence[Cell],
     seconds: float,
     done: Callable[[], None] = lambda: None,
+    *,
+    huge: bool = True,
 ) -> list[DiskRate]:
     """Measure ``wanted`` in ROUNDS over all of them, so that what else the disk does falls on all, within about
-    ``seconds``. ``done`` is called after each sample. Raises UsageError, StorageError."""
-    with files_of(folder) as files, _Bench(files, wanted) as bench:
+    ``seconds``. ``done`` is called after each sample; ``huge``: into huge pages, as the engine's slots are. Raises
+    UsageError, StorageError."""
+    with files_of(folder) as files, _Bench(files, wanted, huge) as bench:
         limit = time.perf_counter() + seconds
         for turn in range(ROUNDS):
             for cell in wanted:
@@ -149,7 +152,7 @@ def measure_disk(
 class _Bench:
     """Samples of settings over some files."""
 
-    def __init__(self, files: Sequence[Path], wanted: Sequence[Cell]):
+    def __init__(self, files: Sequence[Path], wanted: Sequence[Cell], huge: bool):
         self._files = files
         self._wholes = []
         for file in files:
@@ -159,7 +162,7 @@ class _Bench:
         nbytes = max((cell.request_bytes * cell.depth for cell in wanted), default=ALIGNMENT)
         self._memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            self._memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
         self._view = memoryview(self._memory)
         for page in range(0, nbytes, ALIGNMENT):  # a page's first touch is not the disk's time
             self._view[page] = 1

@@ -53,10 +53,10 @@ def doctor(
     else:
         table = Table(show_header=False, box=None)
         for finding in findings:
-            what = Text(finding.what)
+            said = Text(finding.what)
             if finding.todo:
-                what.append(f"\n-> {finding.todo}", style="bold")
-            table.add_row(f"[{COLOURS[finding.level]}]{finding.level}[/]", finding.area, what)
+                said.append(f"\n-> {finding.todo}", style="bold")
+            table.add_row(Text(finding.level, style=COLOURS[finding.level]), finding.area, said)
         Console().print(table)
     if broken:
         raise typer.Exit(1)

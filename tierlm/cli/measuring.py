@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from tierlm.config import format_size
 from tierlm.errors import UsageError
@@ -196,13 +197,11 @@ def _show(found: Profile) -> None:
     console.print(memory)
     for path in dict.fromkeys(rate.path for rate in found.disks):
         console.print(_disk_table(found, path))
-        for rate in found.disks:
-            if rate.path == path and (rate.pattern, rate.reader) != ("random", "direct"):
-                label = f" [yellow]from RAM: {rate.from_ram}[/yellow]" if rate.from_ram else ""
-                console.print(
-                    f" {rate.reader} {rate.pattern} {format_size(rate.request_bytes)} x {rate.depth}: {_gb(rate.rate)} "
-                    f"GB/s{label}"
-                )
+        for disk in found.disks:
+            if disk.path == path and (disk.pattern, disk.reader) != ("random", "direct"):
+                label = f"; from RAM: {disk.from_ram}" if disk.from_ram else ""
+                what = f" {disk.reader} {disk.pattern} {format_size(disk.request_bytes)} x {disk.depth}"
+                console.print(Text(f"{what}: {_gb(disk.rate)} GB/s{label}", style="yellow" if label else ""))
     kernels = Table(title="kernels, G multiply-adds/s", title_justify="left", box=None)
     kernels.add_column("")
     rows = sorted({rate.rows for rate in found.kernels})
@@ -232,11 +231,10 @@ def _disk_table(found: Profile, path: str) -> Table:
         by_depth = {rate.depth: rate for rate in cells if rate.request_bytes == size}
         shown = []
         for depth in depths:
-            rate = by_depth.get(depth)
-            mark = "*" if rate is not None and rate.from_ram else ""
-            shown.append(
-                "" if rate is None else f"{rate.rate.median / 1e9:.2f}{mark} ({1e3 * rate.percentiles[0]:.1f})"
-            )
+            cell = by_depth.get(depth)
+            mark = "*" if cell is not None and cell.from_ram else ""
+            text = "" if cell is None else f"{cell.rate.median / 1e9:.2f}{mark} ({1e3 * cell.percentiles[0]:.1f})"
+            shown.append(text)
         table.add_row(format_size(size), *shown)
     if any(rate.from_ram for rate in cells):
         table.caption = "* " + next(rate.from_ram for rate in cells if rate.from_ram)

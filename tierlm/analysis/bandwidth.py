@@ -23,8 +23,8 @@ NODES = Path("/sys/devices/system/node")
 BLOCK = 256 * 2**20  # bytes of RAM for each thread, where there is room; many times a cache's share
 ROUNDS, SECONDS = 5, 0.06  # of each figure
 SMALLEST = 256 * 2**10  # bytes; a call takes about a tenth of the time of less
-Block = NDArray[np.int64]
-Action = Callable[[Block, Block], None]
+Block = NDArray[np.int32]  # whose largest value is found as fast as it can be read
+Action = Callable[[Block], None]
 
 
 def cache_sizes(folder: Path = CACHES) -> dict[str, int]:
@@ -92,50 +92,45 @@ def _rate(
     """``cpus`` of ``node`` at work, each on ``nbytes`` that one of ``owners`` of the node ``where`` has placed."""
     placed = [owners[i % len(owners)] for i in range(len(cpus))]
     with ThreadPoolExecutor(len(cpus)) as pool:
-        pairs = list(pool.map(_fresh, [nbytes] * len(cpus), placed))
+        blocks = list(pool.map(_fresh, [nbytes] * len(cpus), placed))
 
         def rate(action: Action) -> Spread:
-            rounds = [
-                sum(pool.map(_speed, [action] * len(cpus), pairs, cpus, [nbytes] * len(cpus)))
-                for _ in range(ROUNDS + 1)
-            ]
+            rounds = [sum(pool.map(_speed, [action] * len(cpus), blocks, cpus)) for _ in range(ROUNDS + 1)]
             return spread(rounds[1:])  # the first one also wakes the processors up
 
         return MemoryRate(name, capacity, node, where, len(cpus), rate(_read), rate(_write), rate(_copy))
 
 
-def _fresh(nbytes: int, cpu: int) -> tuple[Block, Block]:
-    """Two blocks, ``nbytes`` together, first written to, and so placed, by ``cpu``."""
+def _fresh(nbytes: int, cpu: int) -> Block:
+    """A block of ``nbytes``, first written to, and so placed, by ``cpu``."""
     os.sched_setaffinity(0, {cpu})  # of the calling thread
-    one, other = np.empty(nbytes // 16, np.int64), np.empty(nbytes // 16, np.int64)
-    one.fill(1)
-    other.fill(2)
-    return one, other
+    block = np.empty(nbytes // 4, np.int32)
+    block.fill(1)
+    return block
 
 
-def _speed(action: Action, pair: tuple[Block, Block], cpu: int, nbytes: int) -> float:
+def _speed(action: Action, block: Block, cpu: int) -> float:
     """Bytes a second of one thread on ``cpu``, over as many whole passes as SECONDS have room for."""
     os.sched_setaffinity(0, {cpu})
     passes, spent, began = 0, 0.0, time.perf_counter()
     while spent < SECONDS:
-        action(*pair)
+        action(block)
         passes += 1
         spent = time.perf_counter() - began
-    return passes * nbytes / spent
+    return passes * block.nbytes / spent
 
 
-def _read(one: Block, other: Block) -> None:
-    one.max()
-    other.max()
+def _read(block: Block) -> None:
+    block.max()
 
 
-def _write(one: Block, other: Block) -> None:
-    one.fill(3)
-    other.fill(4)
+def _write(block: Block) -> None:
+    block.fill(3)
 
 
-def _copy(one: Block, other: Block) -> None:
-    np.copyto(one, other)
+def _copy(block: Block) -> None:
+    half = len(block) // 2
+    np.copyto(block[:half], block[half : 2 * half])
 
 
 def _numbers(text: str) -> list[int]:

@@ -22,14 +22,14 @@ KINDS = {
 TOKENS = (0.1, 1, 10, 100)
 # Where a label goes, in points from its mark, if not to the right of it.
 PLACES = {
-    "RTX 4060": (-6, -11),
-    "V100 16 GB": (-48, 5),
-    "RTX 4060 Ti 16 GB": (6, 5),
+    "RTX 4060": (-46, -3),
+    "V100 16 GB": (-56, -3),
+    "RTX 4060 Ti 16 GB": (-44, 7),
     "RTX 4090": (5, 5),
-    "DGX Spark": (6, 4),
-    "Ryzen AI Max+ 395": (6, -9),
+    "DGX Spark": (7, 3),
+    "Ryzen AI Max+ 395": (7, -11),
     "external KV storage": (-88, 6),
-    "Mac Studio Max": (6, 2),
+    "Mac Studio Max": (7, 0),
 }
 
 
@@ -54,7 +54,7 @@ def draw(file: Path, profile: Profile, model: str, work: Work, model_bytes: int)
     for row in hardware():
         if row["kind"] == "link":
             axes.axhline(row["bandwidth"], color="#cccccc", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-            axes.text(2.4e5, row["bandwidth"] * 1.05, row["name"], fontsize=7.5, color="#999999")
+            axes.text(3.6e14, row["bandwidth"] * 1.05, row["name"], fontsize=7.5, color="#999999", ha="right")
             continue
         colour, _ = KINDS[row["kind"]]
         axes.plot(row["capacity"], row["bandwidth"], "o", color=colour, alpha=0.55, markersize=6, zorder=2)
@@ -69,7 +69,8 @@ def draw(file: Path, profile: Profile, model: str, work: Work, model_bytes: int)
     token = model_bytes / max(1, work.moe_layers * work.experts * work.expert_weights) * work.active_weights
     for speed in TOKENS:
         axes.axhline(speed * token, color="#c23b22", linewidth=0.9, alpha=0.55, zorder=1)
-        axes.text(3.6e14, speed * token * 1.06, f"{speed:g} tokens/s", fontsize=8, color="#c23b22", ha="right")
+        if axes.get_ylim()[0] < speed * token < axes.get_ylim()[1]:
+            axes.text(4.4e14, speed * token, f"{speed:g} tokens/s", fontsize=8, color="#c23b22", va="center")
     axes.axvline(model_bytes, color="#c23b22", linewidth=0.9, linestyle="--", alpha=0.7, zorder=1)
     axes.text(
         model_bytes * 1.1, 2.4e8, f"{model}: {model_bytes / 1e9:.0f} GB,\n{token / 1e9:.1f} GB a token", fontsize=8,
@@ -79,9 +80,16 @@ def draw(file: Path, profile: Profile, model: str, work: Work, model_bytes: int)
     for name, (capacity, bandwidth) in points.items():
         axes.plot(capacity, bandwidth, "D", color="#111111", markersize=7, zorder=4)
         axes.annotate(
-            f"{name}\n{bandwidth / 1e9:.3g} GB/s", (capacity, bandwidth), (8, 7), textcoords="offset points",
-            fontsize=8.5, weight="bold", zorder=5,
-        )  # fmt: skip
+            f"{name}\n{bandwidth / 1e9:.3g} GB/s",
+            (capacity, bandwidth),
+            (0, -28),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
+            zorder=5,
+        )
     line = sorted(points.values())
     axes.plot([c for c, _ in line], [b for _, b in line], color="#111111", linewidth=1, alpha=0.5, zorder=3)
     axes.set(xlabel="capacity, bytes", ylabel="bandwidth, bytes/s")
@@ -93,7 +101,7 @@ def draw(file: Path, profile: Profile, model: str, work: Work, model_bytes: int)
     ]
     what = f"{model}, tokens/s if all its active weights\nwere read from there at each token"
     marks.append(Line2D([], [], color="#c23b22", alpha=0.6, label=what))
-    axes.legend(handles=marks, fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.99))
+    axes.legend(handles=marks, fontsize=8, frameon=False, loc="lower left")
     ticks = {10**power: name for power, name in zip((6, 9, 12), ("1 MB", "1 GB", "1 TB"), strict=True)}
     axes.set_xticks(list(ticks), list(ticks.values()))
     rates = {10**power: name for power, name in zip((9, 10, 11, 12), ("1", "10", "100", "1000"), strict=True)}

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tierlm.analysis.machine import available_ram
 from tierlm.analysis.profile import DiskRate, percentiles, spread
 from tierlm.config import format_size
@@ -33,6 +35,7 @@ ROUNDS = 3
 CELL_SECONDS, CELL_BYTES = 0.08, 128 * MIB  # of one setting in one round; whichever ends first
 UNDER_WAY = 256 * MIB  # bytes of buffers, at most: an eighth of what this process may still take
 SCRATCH_BYTES, SCRATCH_SHARE = 1024 * MIB, 0.05  # written where no files are: of what is free
+HUGE_PAGE = 2 * MIB
 SCRATCH_LEAST = 64 * MIB
 ENOUGH = 256 * MIB  # in files that are there already
 PROOF = 0.9  # of the bytes read must have left the device
@@ -160,10 +163,11 @@ class _Bench:
             tensor = TensorInfo("what the profile reads", file, 0, size, "U8", (size,))
             self._wholes.append(Extent(file, 0, size, 0, (tensor,)))
         nbytes = max((cell.request_bytes * cell.depth for cell in wanted), default=ALIGNMENT)
-        self._memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-        self._view = memoryview(self._memory)
+        start = -np.frombuffer(self._memory, np.uint8).ctypes.data % HUGE_PAGE  # smaller than one, and it gets none
+        self._view = memoryview(self._memory)[start : start + nbytes]
         for page in range(0, nbytes, ALIGNMENT):  # a page's first touch is not the disk's time
             self._view[page] = 1
         self._pool = ThreadPoolExecutor(max(DEPTHS))

@@ -211,8 +211,8 @@ def _show(found: Profile) -> None:
         kernels.add_row(name, *(_gb(rate.rate) for rate in found.kernels if rate.format == name))
     console.print(kernels)
     if found.beside is not None:
-        arithmetic, disk = found.beside
-        console.print(f" side by side the arithmetic keeps {arithmetic:.0%} of its speed, the disk {disk:.0%}")
+        arithmetic, reads = found.beside
+        console.print(f" side by side the arithmetic keeps {arithmetic:.0%} of its speed, the disk {reads:.0%}")
     for what in found.missing:
         console.print(f" [yellow]not measured[/yellow] {what}")
 

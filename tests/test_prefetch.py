@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierlm.memory.prefetch import MEMORY, PROBE, REVISIT, TRIAL, Pace, Prefetch
+from tierlm.memory.pace import CLEAR, REVISIT, TRIAL, Pace
+from tierlm.memory.prefetch import MEMORY, PROBE, Prefetch
 from tierlm.spec import ExpertKey
 
 READ = 0.010  # seconds for one record
@@ -134,14 +135,31 @@ def ways(pace: Pace, steps: int, cost: dict[bool, float]) -> list[bool]:
 @pytest.mark.parametrize("better", [True, False])
 def test_the_faster_way_is_found_kept_and_left_when_it_is_no_longer_faster(better: bool) -> None:
     pace = Pace()
-    trial = ways(pace, 2 * TRIAL, {better: 1.0, not better: 1.1})
-    assert sum(trial) == TRIAL
+    assert sum(ways(pace, 2 * CLEAR, {better: 1.0, not better: 1.1})) == CLEAR
     done = ways(pace, 10 * REVISIT, {better: 1.0, not better: 1.1})
     assert done.count(better) >= 10 * REVISIT * (REVISIT - 1) // REVISIT - 1
     assert done.count(not better) >= 9
-    ways(pace, MEMORY * REVISIT, {better: 1.2, not better: 1.0})
+    ways(pace, TRIAL * REVISIT, {better: 1.2, not better: 1.0})
     done = ways(pace, 10 * REVISIT, {better: 1.2, not better: 1.0})
     assert done.count(not better) > 8 * REVISIT
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_way_that_is_much_slower_is_looked_at_seldom_and_taken_up_at_once_when_it_is_not(better: bool) -> None:
+    pace = Pace()
+    done = ways(pace, 2 * CLEAR + 1000, {better: 1.0, not better: 2.0})
+    assert CLEAR + 8 <= done.count(not better) <= CLEAR + 10
+    done = ways(pace, 100 + 2 * TRIAL, {better: 1.0, not better: 0.5})
+    assert done[-TRIAL:] == [not better] * TRIAL
+
+
+def test_where_the_ways_are_alike_the_trial_takes_its_time() -> None:
+    pace, cost = Pace(), iter([1.0, 1.1, 1.2, 1.0, 1.1, 1.2] * TRIAL)
+    trial = []
+    for _ in range(2 * TRIAL):
+        trial.append(pace.guessing)
+        pace.add(next(cost))
+    assert trial == [True, False] * TRIAL
 
 
 def test_one_slow_step_decides_nothing() -> None:

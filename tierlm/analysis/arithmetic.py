@@ -6,7 +6,6 @@ The only file of this folder that loads torch, when a function of it is called.
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 import random
 import threading
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierlm.analysis.machine import available_ram
 from tierlm.analysis.profile import KernelRate, Spread, spread
+from tierlm.weights.reader import host_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,10 +143,7 @@ def _experts(name: str) -> Experts:
     room = min(RESIDENT, available_ram() // 4)
     values = HIDDEN * WIDTH
     count = max(TOGETHER, room // (3 * values * dtype.itemsize))
-    memory = mmap.mmap(-1, count * 3 * values * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    slab = torch.frombuffer(memory, dtype=dtype)
+    slab = torch.frombuffer(host_memory(count * 3 * values * dtype.itemsize), dtype=dtype)
     one = torch.randn(values, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
     matrices: list[Tensor] = []
@@ -185,6 +182,7 @@ class _Reads:
         large = [file for file in files if file.stat().st_size > READ]
         self._files = [(os.open(file, os.O_RDONLY | os.O_DIRECT), file.stat().st_size) for file in large]
         self._counts = [0] * DEPTH
+        self._memory = memoryview(host_memory(DEPTH * READ))
         self._stop = threading.Event()
 
     @property
@@ -213,9 +211,7 @@ class _Reads:
                 thread.join()
 
     def _read(self, lane: int) -> None:
-        with mmap.mmap(-1, READ, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            while not self._stop.is_set():
-                fd, size = random.choice(self._files)
-                self._counts[lane] += os.preadv(fd, [memory], random.randrange((size - READ) // 4096 + 1) * 4096)
+        buffer = self._memory[lane * READ : (lane + 1) * READ]
+        while not self._stop.is_set():
+            fd, size = random.choice(self._files)
+            self._counts[lane] += os.preadv(fd, [buffer], random.randrange((size - READ) // 4096 + 1) * 4096)

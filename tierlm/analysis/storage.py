@@ -26,7 +26,7 @@ from tierlm.config import format_size
 from tierlm.errors import UsageError
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
 from tierlm.weights.profile import disk_name
-from tierlm.weights.reader import MmapReader, Reader, Request, open_reader
+from tierlm.weights.reader import MmapReader, Reader, Request, host_memory, open_reader
 
 MIB = 2**20
 SIZES = tuple(size * 1024 for size in (64, 256, 1024, 4096, 8192, 32768))
@@ -163,9 +163,9 @@ class _Bench:
             tensor = TensorInfo("what the profile reads", file, 0, size, "U8", (size,))
             self._wholes.append(Extent(file, 0, size, 0, (tensor,)))
         nbytes = max((cell.request_bytes * cell.depth for cell in wanted), default=ALIGNMENT)
-        self._memory = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+        self._memory = host_memory(nbytes + 2 * HUGE_PAGE)
+        if not huge and hasattr(mmap, "MADV_NOHUGEPAGE"):
+            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         start = -np.frombuffer(self._memory, np.uint8).ctypes.data % HUGE_PAGE  # smaller than one, and it gets none
         self._view = memoryview(self._memory)[start : start + nbytes]
         for page in range(0, nbytes, ALIGNMENT):  # a page's first touch is not the disk's time

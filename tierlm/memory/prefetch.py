@@ -3,16 +3,13 @@ machine: the disk's speed, the layers' times and the guesses' precision are all 
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+from tierlm.memory.pace import Pace
 from tierlm.spec import ExpertKey
 
 MEMORY = 32  # observations over which averages run
-TRIAL = 12  # steps with and as many without guesses that are compared at first
-REVISIT = 16  # afterwards, one step in so many is done the other way
 PROBE = 16  # every so many chances, a lookahead that has not paid is tried again
 RANKS = 32  # guesses further back share one precision
 
@@ -26,31 +23,6 @@ class Average:
     def add(self, value: float) -> None:
         self.count = min(self.count + 1, MEMORY)
         self.value += (value - self.value) / self.count
-
-
-class Pace:
-    """Whether steps go faster with guesses or without: both are tried by turns, and the faster one, by the median of
-    the last times, is then used but for a few steps that look whether that is still so.
-
-    What a read costs the computation beside it, in memory bandwidth, processor time and warm records, is in these
-    times, and nowhere else.
-    """
-
-    def __init__(self) -> None:
-        self._times: dict[bool, deque[float]] = {way: deque(maxlen=MEMORY) for way in (True, False)}
-        self._steps = 0
-        self.guessing = True
-
-    def add(self, seconds: float) -> None:
-        """A step, done the way that ``guessing`` says, took ``seconds``: decide about the next one."""
-        self._times[self.guessing].append(seconds)
-        self._steps += 1
-        fewest = min(self._times.values(), key=len)
-        if len(fewest) < TRIAL:
-            self.guessing = not self.guessing
-            return
-        best = statistics.median(self._times[True]) <= statistics.median(self._times[False])
-        self.guessing = best if self._steps % REVISIT else not best
 
 
 class Prefetch:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tierlm.memory.transfer import Ticket
 from tierlm.spec import Key
 from tierlm.weights.formats import Weights
+from tierlm.weights.reader import host_memory
 
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
@@ -22,10 +23,7 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     if torch.accelerator.is_available():
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    slab = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        slab.madvise(mmap.MADV_HUGEPAGE)  # a first touch per 2 MiB instead of per 4 KiB
-    return torch.frombuffer(slab, dtype=torch.uint8)[:nbytes]
+    return torch.frombuffer(host_memory(max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
 
 
 def can_give_back() -> bool:

@@ -5,7 +5,6 @@ Small requests and few of them are worth having: what is demanded waits behind w
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import statistics
@@ -19,7 +18,7 @@ from tierlm.config import format_size
 from tierlm.errors import StorageError
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
 from tierlm.weights.profile import DiskProfile, ProfileCache, disk_name
-from tierlm.weights.reader import MmapReader, Reader, Request
+from tierlm.weights.reader import MmapReader, Reader, Request, host_memory
 
 MIB = 2**20
 MIDDLE = 2 * MIB  # the size at which the depth is looked for; then the size, at that depth
@@ -29,7 +28,9 @@ MIDDLE = 2 * MIB  # the size at which the depth is looked for; then the size, at
 DEPTHS = (8, 4, 16)
 SIZES = (MIDDLE, 4 * MIB, 8 * MIB)
 MAX_UNDER_WAY = 64 * MIB
-ENOUGH = 0.9  # of the best rate: what is under way is in the way of what is demanded next
+# Of the best rate. What is under way is in the way of what is demanded next, and more reads at a time take more from
+# the arithmetic than such a share of speed brings; samples of the same setting lie 20 % apart on a shared disk.
+ENOUGH = 0.75
 ROUNDS = 3  # over all settings, so that what else the disk does falls on all of them
 SAMPLE_BYTES, SAMPLE_SECONDS = 32 * MIB, 0.05  # of one setting in one round; whichever ends first
 STAGE_BYTES, STAGE_SECONDS = 640 * MIB, 0.6  # of each of the two searches
@@ -90,7 +91,7 @@ def probe(reader: Reader, files: Sequence[Path]) -> DiskProfile:
 
     Takes about a second, and reads at most about twice STAGE_BYTES, nor much more than there is. Raises StorageError.
     """
-    with mmap.mmap(-1, MEMORY) as memory, memoryview(memory) as view:
+    with host_memory(MEMORY) as memory, memoryview(memory) as view:
         for page in range(0, MEMORY, ALIGNMENT):  # a page's first touch is not the disk's time
             view[page] = 1
         with ThreadPoolExecutor(max(DEPTHS), "tierlm-probe") as pool:

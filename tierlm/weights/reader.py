@@ -17,6 +17,18 @@ from tierlm.errors import StorageError, UsageError
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
 
 
+def host_memory(nbytes: int) -> mmap.mmap:
+    """Memory to read into, page-aligned, which takes up room only as it is written to.
+
+    On huge pages where there are any: one touch for 2 MiB, and a direct read is a few segments instead of thousands,
+    which a disk may take several times faster. Private, since shared memory may get none.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One read of part of an extent: the bytes from file offset ``lo`` to ``hi``, both aligned, into the record at

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tierlm.analysis.profile import Profile, Spread
 
 DISK_SECONDS = 24.0  # over all paths
-DEMO_TOKENS = 24
+DEMO_TOKENS, DEMO_LAYERS = 24, 7
 
 
 def profile(
@@ -79,6 +79,8 @@ def profile(
         named = find_config(model)
         outline = Outline(named.config, named.where, format)
         draw(plot, found, f"{named.name} {outline.format}", work_of(outline), outline.used_bytes)
+    if not found.disks:  # what was asked for
+        raise typer.Exit(1)
 
 
 def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) -> Profile:
@@ -153,18 +155,20 @@ def _layer_seconds() -> float:
     from tierlm.llm import LLM
 
     with LLM.load("demo", budget=Budget("2GiB"), context=256, heat=False, probe="off") as llm:
-        layers = 7
         llm.generate([list(range(2, 66))], SamplingParams(max_new_tokens=DEMO_TOKENS, ignore_eos=True))
         before = llm.stats().decode
         llm.generate([[5]], SamplingParams(max_new_tokens=DEMO_TOKENS, ignore_eos=True))
         after = llm.stats().decode
-    return (after.compute - before.compute) / (after.tokens - before.tokens) / layers
+    return (after.compute - before.compute) / (after.tokens - before.tokens) / DEMO_LAYERS
 
 
-def _start_seconds() -> float:
-    """Seconds from the command to when a model may be loaded."""
+def _start_seconds() -> float | None:
+    """Seconds from the command to when a model may be loaded; None if another interpreter cannot be started."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import tierlm.llm, tierlm.cli"], check=True)
+    try:
+        subprocess.run([sys.executable, "-c", "import tierlm.llm, tierlm.cli"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
     return time.perf_counter() - began
 
 

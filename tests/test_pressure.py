@@ -32,7 +32,7 @@ def after(reading: Reading, held: int = 8000) -> int:
         (1600, 0.0, 600),
         (1000, 0.5, -1000),  # something waits for memory although there seems to be enough: an eighth
         (600, 0.5, -1000),
-        (5000, 0.5, -1000),  # nothing is taken while something waits
+        (5000, 0.5, 0),  # nothing is taken while something waits
     ],
 )
 def test_what_is_given_back_and_taken(available: int, stalled: float, change: int) -> None:

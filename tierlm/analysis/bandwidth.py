@@ -6,6 +6,7 @@ time than a call is not measured. No torch.
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from tierlm.analysis.machine import available_ram
 from tierlm.analysis.profile import MemoryRate, Spread, spread
+from tierlm.weights.reader import host_memory
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 NODES = Path("/sys/devices/system/node")
@@ -56,7 +58,7 @@ def nodes(folder: Path = NODES) -> dict[int, list[int]]:
 
 
 def measure_memory(done: Callable[[], None] = lambda: None) -> tuple[list[MemoryRate], float]:
-    """The rates of every level, and the seconds a byte that the first write to fresh memory takes.
+    """The rates of every level, and the seconds a byte that the first write to memory takes.
 
     ``done`` is called after each level.
     """
@@ -71,10 +73,7 @@ def measure_memory(done: Callable[[], None] = lambda: None) -> tuple[list[Memory
     threads = max(1, max(len(cpus) for cpus in places.values()))
     room = available_ram() // 4 // threads
     block = min(max(BLOCK, 4 * max(caches.values(), default=0) // threads), room)
-    began = time.perf_counter()
-    with ThreadPoolExecutor(1) as pool:  # whose thread is pinned, not this one
-        pool.submit(_fresh, block, cpus[0]).result()
-    touch = (time.perf_counter() - began) / block
+    touch = _touch(block, sorted(os.sched_getaffinity(0)))
     for node, own in places.items():
         for where, theirs in places.items():
             if where == node:
@@ -84,6 +83,15 @@ def measure_memory(done: Callable[[], None] = lambda: None) -> tuple[list[Memory
                 found.append(_rate("RAM", 0, block, node, own, where, theirs))
                 done()
     return found, touch
+
+
+def _touch(nbytes: int, cpus: Sequence[int]) -> float:
+    """Seconds a byte that the first write to memory like the slots' takes, all of ``cpus`` at it."""
+    views = [np.frombuffer(host_memory(nbytes), np.uint8) for _ in cpus]
+    with ThreadPoolExecutor(len(cpus)) as pool:
+        began = time.perf_counter()
+        list(pool.map(lambda view: view[:: mmap.PAGESIZE].fill(1), views))
+        return (time.perf_counter() - began) / (nbytes * len(cpus))
 
 
 def _rate(

@@ -54,9 +54,10 @@ class Pressure:
         short = self.reserve - reading.available
         if reading.available < SHORT * self.reserve:
             return -short
-        if reading.stalled > STALLED:
-            return -max(int(held * STEP), short)
-        return -short if reading.available > PLENTY * self.reserve else 0
+        plenty = reading.available > PLENTY * self.reserve
+        if reading.stalled > STALLED:  # with plenty, something waits in a cgroup of its own: nothing here would help
+            return 0 if plenty else -max(int(held * STEP), short)
+        return -short if plenty else 0
 
 
 def _stalled(file: Path) -> float:

@@ -30,7 +30,7 @@ from tierlm.analysis.forecast import Question, forecast
 from tierlm.analysis.profile import Profile, machine_of, read_profile
 from tierlm.config import parse_size
 from tierlm.models.catalog import Catalog
-from tierlm.models.outline import published_format, sizes_of, work_of
+from tierlm.models.outline import sizes_of, stored_format, work_of
 
 CONTEXT, CHUNK, WARM = 1024, 512, 8
 
@@ -68,10 +68,9 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
 def predict(case: dict[str, Any], profile: Profile, found: dict[str, float]) -> dict[str, float]:
     """What the plan says of a case, and what the cost model says at the measured hit rate."""
-    folder = Path(case["model"])
-    catalog = Catalog(folder)
-    kind = published_format(json.loads((folder / "config.json").read_text()))
+    catalog = Catalog(Path(case["model"]))
     sizes, work = sizes_of(catalog, CONTEXT, CHUNK, 4), work_of(catalog)
+    kind = stored_format(work)
     machine = machine_of(profile, kind, vram=False)
     ram = parse_size(case["ram"])
     question = Question(ram, None, CONTEXT, case["prompt"], CHUNK, kind, process=int(found["process"]))

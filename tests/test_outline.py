@@ -15,7 +15,7 @@ from tierlm.analysis.plan import SLACK, make_plan
 from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.hub import DEMO
 from tierlm.models.known import find_config, known_models
-from tierlm.models.outline import FORMATS, Outline, expanded_kv, sizes_of, work_of
+from tierlm.models.outline import FORMATS, Outline, expanded_kv, sizes_of, stored_format, work_of
 
 # Billions of parameters, all and active, as the models' cards have them. (Active ones are counted with and without
 # embedding and head by different publishers, hence the loose bound.)
@@ -65,6 +65,12 @@ def test_the_parts_sum_to_the_whole() -> None:
         parts = sum(of.size(key) for key in [*of.trunks, *of.experts(), GATES])
         embedding = of.spec.vocab * of.spec.hidden * FORMATS[format].wide / 8
         assert parts + embedding == pytest.approx(of.used_bytes, rel=0.003)
+
+
+def test_the_format_of_files_is_told_by_their_experts() -> None:
+    assert stored_format(work_of(Catalog(DEMO))) == "bf16"
+    for format in FORMATS:
+        assert stored_format(work_of(outline("DeepSeek-V3", format))) == format
 
 
 def test_latents_against_keys_and_values() -> None:

@@ -63,7 +63,7 @@ def test_plan_says_bytes_slots_and_speed(tierlm: Command) -> None:
 def test_plan_takes_a_given_disk_and_machine(tierlm: Command, tmp_path: Path) -> None:
     disk = DiskRate("/", "d", "direct", "random", MIB, 8, Spread(5e9, 4e9, 6e9), (1e-3, 2e-3, 3e-3), 1.0)
     file = tmp_path / "profile.json"
-    Profile("today", "p", 2, 2**34, 2**34, disks=[disk]).write(file)
+    Profile("today", "p", 2, 2**34, 2**34, disks=[disk], disk_capacity={"/": 2**40}).write(file)
     arguments = ("plan", "demo", "--ram", "1GiB", "--json", "--machine", str(file))
     rates = json.loads(tierlm(*arguments)[1])["rates"]
     assert (rates["disk"], rates["origins"]["disk"]) == (5e9, "measured today")

@@ -16,6 +16,8 @@ from tierlm.errors import UsageError
 from tierlm.files import user_cache, write_whole
 
 VERSION = 1
+ENGINE_SIZES = tuple(size * 2**20 for size in (1, 4, 8))  # bytes of a request, as weights/probe.py chooses them
+ENGINE_DEPTHS = (4, 8, 16)
 
 # Where nothing was measured: a desktop with two channels of memory and an NVMe disk of the third generation.
 ASSUMED_DISK, ASSUMED_LATENCY = 3e9, 1e-3
@@ -112,10 +114,20 @@ class Profile:
         """Keep it as JSON. Raises OSError."""
         write_whole(file, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
-    def best_disk(self) -> DiskRate | None:
-        """The fastest direct random reads that no page cache had a part in."""
-        real = [rate for rate in self.disks if not rate.from_ram and rate.pattern == "random"]
-        return max(real, key=lambda rate: (rate.reader == "direct", rate.rate.median), default=None)
+    def engine_disk(self) -> tuple[float, float] | None:
+        """Bytes a second and the latency of the fastest disk, read as the engine reads: the median over random direct
+        reads of ENGINE_SIZES at ENGINE_DEPTHS, since the best of many samples is luck; the seconds of one that is
+        alone. None where no disk's own figures are known."""
+        found: list[tuple[float, float]] = []
+        for path in self.disk_capacity:
+            real = [r for r in self.disks if r.path == path and r.pattern == "random" and not r.from_ram]
+            direct = [rate for rate in real if rate.reader == "direct"] or real
+            sized = [rate for rate in direct if rate.request_bytes in ENGINE_SIZES] or direct
+            usual = [rate for rate in sized if rate.depth in ENGINE_DEPTHS] or sized
+            if usual:
+                alone = min(sized, key=lambda rate: (rate.depth, rate.request_bytes))
+                found.append((spread([rate.rate.median for rate in usual]).median, alone.percentiles[0]))
+        return max(found, default=None)
 
 
 def default_file() -> Path | None:
@@ -158,7 +170,7 @@ def machine_of(profile: Profile | None, format: str, vram: bool) -> Machine:
         origins[name] = "assumed" if value is None else measured
         return otherwise if value is None else value
 
-    disk = None if profile is None else profile.best_disk()
+    disk = None if profile is None else profile.engine_disk()
     cores = profile.cores if profile is not None else len(os.sched_getaffinity(0))
     rates = {} if profile is None else {(k.format, k.rows): k.rate.median for k in profile.kernels}
     likely = rates.get((format, 1))
@@ -171,8 +183,8 @@ def machine_of(profile: Profile | None, format: str, vram: bool) -> Machine:
     products = products or {rows: rate for (kind, rows), rate in rates.items() if kind == "bf16"}
     large = ASSUMED_PRODUCTS * cores
     return Machine(
-        disk=known("disk", disk and disk.rate.median, ASSUMED_DISK),
-        latency=known("latency", disk and disk.percentiles[0] / disk.depth, ASSUMED_LATENCY),
+        disk=known("disk", disk and disk[0], ASSUMED_DISK),
+        latency=known("latency", disk and disk[1], ASSUMED_LATENCY),
         weights={format: weights},
         products=known("products", products or None, {1: min(weights, large), 64: large}),
         beside=known("beside", profile and profile.beside, ASSUMED_BESIDE),

@@ -86,12 +86,12 @@ def _records(model: str, format: str | None) -> tuple[str, Records, str]:
     """The records of a model, exactly where its files are there and are to be used as they are."""
     from tierlm.models.catalog import Catalog
     from tierlm.models.known import find_config
-    from tierlm.models.outline import Outline, published_format
+    from tierlm.models.outline import Outline, stored_format, work_of
 
     named = find_config(model)
     if named.folder is not None and format is None:
         catalog = Catalog(named.folder)
-        return named.name, catalog, published_format(named.config)
+        return named.name, catalog, stored_format(work_of(catalog))
     outline = Outline(named.config, named.where, format)
     return named.name, outline, outline.format
 

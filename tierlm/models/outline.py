@@ -171,6 +171,13 @@ def expanded_kv(spec: ModelSpec) -> int:
     return spec.heads * (spec.nope_dim + spec.rope_dim + spec.value_dim)
 
 
+def stored_format(work: Work) -> str:
+    """The format whose experts take as many bits as those of a model's files, or nearly: its kernels' rate is what
+    counts."""
+    bits = 8 * work.expert_bytes / max(1, work.expert_weights)
+    return min(FORMATS, key=lambda name: abs(FORMATS[name].experts - bits))
+
+
 def published_format(config: Mapping[str, Any]) -> str:
     """The format that a config says its checkpoint is in."""
     quantization = config.get("quantization_config") or {}

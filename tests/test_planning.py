@@ -233,7 +233,8 @@ def profile_of(tmp_path: Path) -> Profile:
     return Profile("today", "a processor", 2, 2**34, 2**34, memory, cells, {str(tmp_path): 10**12})
 
 
-def test_the_picture(tmp_path: Path) -> None:
+def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")  # where matplotlib keeps its list of fonts, which takes seconds to make
     pytest.importorskip("matplotlib")
     profile = profile_of(tmp_path)
     assert tiers(profile) == {"L2": (2**19, 2e10), "RAM": (2**34, 3e9), "disk": (10**12, 3e9)}

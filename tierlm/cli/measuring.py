@@ -224,8 +224,8 @@ def _show(found: Profile) -> None:
 def _disk_table(found: Profile, path: str) -> Table:
     cells = [r for r in found.disks if r.path == path and (r.pattern, r.reader) == ("random", "direct")]
     device = next(rate.device for rate in found.disks if rate.path == path)
-    counted = [rate.device_share for rate in cells if rate.device_share is not None]
-    proof = f"the device delivered {min(counted):.0%} or more of the bytes" if counted else "no device to count at"
+    counted = [rate.device_share for rate in cells if rate.device_share is not None and not rate.from_ram]
+    proof = f"the device delivered {min(counted):.0%} or more of the bytes" if counted else "not counted at a device"
     table = Table(title=f"{path}: {device}; random direct reads, GB/s (median ms); {proof}", title_justify="left")
     table.add_column("size x depth")
     depths = sorted({rate.depth for rate in cells})

@@ -5,8 +5,8 @@
 Each round profiles the machine beside the model's files first (as `tierlm profile` does), then runs every budget in a
 process of its own, in a memory cgroup of that size where one can be made, in the other order in the next round. The
 prediction of a round is made from that round's profile. ``--routing uniform`` is right for synthetic checkpoints,
-whose routing is nearly that; ``typical`` for trained ones. How far the model of the time is off apart from the hit
-rate is told by the column that is given the measured one. The last line is JSON.
+whose routing is nearly that; ``typical`` for trained ones. How far the model of the time is off apart from
+what the cache does is told by the column that is given the bytes read a token. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -76,11 +76,14 @@ def predict(case: dict[str, Any], profile: Profile, found: dict[str, float]) -> 
     question = Question(ram, None, CONTEXT, case["prompt"], CHUNK, kind, process=int(found["process"]))
     plan = forecast(sizes, work, machine, question)
     speed = plan.worst if case["routing"] == "uniform" else plan.typical
-    hits = (found["hit_rate"], found["hit_rate"])
-    known = decode_seconds(work, machine, kind, hits, streamed_bytes(plan.plan, sizes.trunk), 64)
+    demanded = work.moe_layers * work.experts_per_token * work.expert_bytes
+    streamed = streamed_bytes(plan.plan, sizes.trunk)
+    missed = max(0.0, found["bytes_per_token"] - streamed[0]) / demanded  # late hits are read all the same
+    hits = (max(0.0, 1 - missed), max(0.0, 1 - missed))
+    known = decode_seconds(work, machine, kind, hits, streamed, 64)
     return {
         "predicted_decode": speed.decode,
-        "predicted_decode_at_hit_rate": 1 / known.total,
+        "predicted_decode_at_bytes": 1 / known.total,
         "predicted_hit_rate": speed.hit_rate,
         "predicted_bytes_per_token": speed.step.disk_bytes,
         "predicted_prefill": speed.prefill,
@@ -139,10 +142,10 @@ def main() -> None:
             print(f"round {turn + 1} {ram}: {found['decode']:.2f} tok/s", file=sys.stderr, flush=True)
 
     medians = {ram: {n: statistics.median(r[n] for r in rows) for n in rows[0]} for ram, rows in results.items()}
-    pairs = ("decode", "predicted_decode"), ("decode", "predicted_decode_at_hit_rate"), ("prefill", "predicted_prefill")
+    pairs = ("decode", "predicted_decode"), ("decode", "predicted_decode_at_bytes"), ("prefill", "predicted_prefill")
     pairs += (("first_token", "predicted_first_token"), ("load", "predicted_load"))
     table = Table(title=f"{args.model.name}: measured / predicted (error), medians of {args.rounds} rounds")
-    for column in ("ram", "slots", "hit rate", "MB/token", "decode tok/s", "at the hit rate", "prefill tok/s",
+    for column in ("ram", "slots", "hit rate", "MB/token", "decode tok/s", "at the bytes read", "prefill tok/s",
                    "first token s", "load s"):  # fmt: skip
         table.add_column(column)
     errors: dict[str, list[float]] = {}

@@ -1,9 +1,9 @@
 """--ram auto beside another program: what becomes of the slots, the speed and the tokens.
 
-    python bench/pressure.py MODEL --limit 2GiB --take 350MiB
+    python bench/pressure.py MODEL --limit 2GiB --leave 100MiB
 
 In a memory cgroup of the limit (v1 or v2; needs root) a model generates with --ram auto; after a third of its tokens a
-second process takes that much memory and holds it until another third has been made. The last line is JSON: slots and
+second process takes what is free but for that much, and holds it until another third has been made. The last line is JSON: slots and
 seconds of each token, whether the tokens equal those without a second process, and whether anything was killed.
 """
 
@@ -20,12 +20,13 @@ from pathlib import Path
 
 from limited import available, run_limited
 
+from tierlm.analysis.machine import available_ram
 from tierlm.config import parse_size
 
 HOG = "import sys, time; memory = bytearray(int(sys.argv[1])); memory[::4096] = b'x' * len(memory[::4096]); input()"
 
 
-def generate(model: str, tokens: int, take: int) -> None:
+def generate(model: str, tokens: int, leave: int) -> None:
     """Inside the cgroup."""
     from tierlm import LLM, SamplingParams
 
@@ -35,7 +36,8 @@ def generate(model: str, tokens: int, take: int) -> None:
         for number, piece in enumerate(
             llm.stream(list(range(5, 37)), SamplingParams(max_new_tokens=tokens, ignore_eos=True))
         ):
-            if take and number == tokens // 3:
+            if leave and number == tokens // 3:
+                take = max(0, available_ram() - leave)
                 hog = subprocess.Popen([sys.executable, "-c", HOG, str(take)], stdin=subprocess.PIPE)
             if hog is not None and number == 2 * tokens // 3:
                 hog.communicate(b"\n")
@@ -49,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--limit", default="2GiB")
-    parser.add_argument("--take", default="350MiB")
+    parser.add_argument("--leave", default="100MiB")
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -59,8 +61,8 @@ def main() -> None:
     if not available():
         raise SystemExit("memory cgroups cannot be made here")
     found = []
-    for take in (0, parse_size(args.take)):
-        command = [sys.executable, __file__, str(args.model), "--tokens", str(args.tokens), "--inside", str(take)]
+    for leave in (0, parse_size(args.leave)):
+        command = [sys.executable, __file__, str(args.model), "--tokens", str(args.tokens), "--inside", str(leave)]
         process, report = run_limited(command, parse_size(args.limit), capture_output=True, env=os.environ)
         if process.returncode:
             raise SystemExit(process.stderr)

@@ -22,7 +22,7 @@ def test_a_case_is_measured_and_predicted_alike() -> None:
     assert found["hit_rate"] == 1.0 and found["slots"] == 192 and found["decode"] > 0
     guess = predict.predict(case, Profile("today", "p", 2, 2**34, 2**34), found)
     assert guess["predicted_slots"] == found["slots"] and guess["predicted_hit_rate"] == 1.0
-    assert guess["predicted_decode"] == pytest.approx(guess["predicted_decode_at_hit_rate"], rel=0.01)
+    assert guess["predicted_decode"] == pytest.approx(guess["predicted_decode_at_bytes"], rel=0.01)
     assert all(value >= 0 for value in guess.values())
 
 

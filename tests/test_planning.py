@@ -94,6 +94,18 @@ def test_what_is_refused(tierlm: Command, arguments: tuple[str, ...], code: int,
     assert words in " ".join((out + err).split())
 
 
+def test_a_folder_that_may_not_be_entered(tierlm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # root, who runs tests in places, may enter any
+    for command in (("plan", "locked", "--ram", "1GiB"), ("profile", "--path", "locked")):
+        code, _, err = tierlm(*command)
+        assert code == 1 and "locked: Permission denied" in err and "Traceback" not in err
+    code, out, _ = tierlm("doctor", "locked")
+    assert code == 1 and "Permission denied" in out
+
+
 def test_plan_and_doctor_start_without_torch() -> None:
     """A plan is asked for before anything is installed on a card, and answered at once."""
     script = "import sys; sys.argv = ['tierlm', 'plan', 'DeepSeek-V3', '--ram', '64GiB', '--json']\n"

@@ -113,7 +113,7 @@ def check_machine(folder: Path = Path("/sys")) -> list[Finding]:
         found.append(Finding("note", "huge pages", what, todo))
     found.append(_kernels())
     cache = user_cache()
-    above = None if cache is None else next(part for part in (cache, *cache.parents) if part.exists())
+    above = None if cache is None else next(part for part in (cache, *cache.parents) if os.access(part, os.F_OK))
     if above is None or not os.access(above, os.W_OK):
         todo = "name one that can be written to with XDG_CACHE_HOME"
         found.append(Finding("note", "cache folder", "measurements and heat cannot be remembered", todo))

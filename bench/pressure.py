@@ -3,8 +3,9 @@
     python bench/pressure.py MODEL --limit 2GiB --leave 100MiB
 
 In a memory cgroup of the limit (v1 or v2; needs root) a model generates with --ram auto; after a third of its tokens a
-second process takes what is free but for that much, and holds it until another third has been made. The last line is JSON: slots and
-seconds of each token, whether the tokens equal those without a second process, and whether anything was killed.
+second process takes what is free but for that much, and holds it until another third has been made. The last line is
+JSON: slots and seconds of each token, whether the tokens equal those without a second process, and whether anything
+was killed.
 """
 
 from __future__ import annotations

@@ -47,12 +47,12 @@ def main() -> None:
     except TierlmError as error:
         Console(stderr=True).print(f"[red]error:[/red] {type(error).__name__}:", Text(str(error)), soft_wrap=True)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:  # such as a folder that may not be entered
-        if isinstance(error, BrokenPipeError):  # the reader of our output has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        else:
-            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 
-def open_server(file: Path, context: int, threads: int) -> Any:
-    """An xllamacpp.Server on a GGUF file, mapped and not copied: without repacked weights, warm-up, a second cache of
-    prompts, or more than one sequence."""
+def open_server(file: Path, context: int, threads: int, *, repacked: bool = False) -> Any:
+    """An xllamacpp.Server on a GGUF file, mapped and not copied, without warm-up, a second cache of prompts, or more
+    than one sequence. ``repacked``: with quantised weights copied into the layout of its fastest kernels, which takes
+    memory for all of them."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -17,7 +18,7 @@ def open_server(file: Path, context: int, threads: int) -> Any:
     params.n_parallel = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
-    params.no_extra_bufts = True
+    params.no_extra_bufts = not repacked
     params.fit_params = False
     params.warmup = False
     params.cache_ram_mib = 0

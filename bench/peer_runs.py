@@ -97,7 +97,11 @@ def run_tierlm(request: Request, heat: bool = True) -> dict[str, Any]:
     return clock.result() | {"hit_rate": stats.hit_rate, "notes": list(stats.notes)}
 
 
-def run_llamacpp(request: Request) -> dict[str, Any]:
+def run_llamacpp_repacked(request: Request) -> dict[str, Any]:
+    return run_llamacpp(request, repacked=True)
+
+
+def run_llamacpp(request: Request, repacked: bool = False) -> dict[str, Any]:
     """Ids are read off the names that bench/gguf_twin.py gives to tokens; other files have none."""
     if request.gguf is None:
         raise SystemExit("needs --gguf FILE")
@@ -113,7 +117,7 @@ def run_llamacpp(request: Request) -> dict[str, Any]:
             clock.token(int(name[1]) if name else -1)
         replies.append(reply)
 
-    server = open_server(request.gguf, CONTEXT, request.threads)
+    server = open_server(request.gguf, CONTEXT, request.threads, repacked=repacked)
     clock.loaded(request.pause)
     server.handle_completions(request_of(request.prompt, request.tokens), receive)
     if len(clock.ids) != request.tokens:
@@ -168,5 +172,6 @@ PEERS: dict[str, Callable[[Request], dict[str, Any]]] = {
     "tierlm": run_tierlm_cold,
     "tierlm-again": run_tierlm,
     "llama.cpp": run_llamacpp,
+    "llama.cpp-repacked": run_llamacpp_repacked,
     "accelerate": run_accelerate,
 }

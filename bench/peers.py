@@ -11,6 +11,7 @@ delivered meanwhile, to anybody, and those that the process itself made it deliv
 fill any cgroup that a mapped file is larger than. Before each round the disk's ceiling is probed (bench/disk.py).
 
 tierlm runs as at its first start; "tierlm-again" has run once before and knows which experts were used most.
+"llama.cpp-repacked" copies quantised weights into the layout of its fastest kernels, where memory holds them all.
 
 A peer that fails at one size is not tried again there; the table says why. The last line is JSON, every run included.
 Exit codes: 0 done, 1 nothing could be measured, 2 used wrongly.
@@ -143,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--gguf", type=Path, help="the same weights for llama.cpp")
     parser.add_argument("--ram", nargs="+", default=["4GiB"], help="size of the cgroup, and tierlm's budget")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["tierlm", "llama.cpp", "accelerate"])
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--peer-tokens", nargs="+", default=[], metavar="PEER=N", help="fewer for a slow one")

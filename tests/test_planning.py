@@ -95,8 +95,12 @@ def test_what_is_refused(tierlm: Command, arguments: tuple[str, ...], code: int,
 
 
 def test_a_folder_that_may_not_be_entered(tierlm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Path.is_dir
+
     def refuse(path: Path) -> bool:
-        raise PermissionError(13, "Permission denied", str(path))
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
 
     monkeypatch.setattr(Path, "is_dir", refuse)  # root, who runs tests in places, may enter any
     for command in (("plan", "locked", "--ram", "1GiB"), ("profile", "--path", "locked")):

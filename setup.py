@@ -30,6 +30,7 @@ setup(
     extras_require={
         "peers": ["accelerate>=1.10", "gguf>=0.17", "safetensors>=0.4.5", "transformers>=5.20", "xllamacpp>=2026.10"],
         "plot": ["matplotlib>=3.8"],
+        "tune": ["optuna>=4"],
         "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20"],
         "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil"],
     },

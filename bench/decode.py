@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--ram", nargs="+", default=["4GiB"])
     parser.add_argument("--vram")
-    parser.add_argument("--policy", nargs="+", default=["cycle"])
+    parser.add_argument("--policy", nargs="+", default=["default"])
     parser.add_argument("--predictor", nargs="+", default=["none", "gate"])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,4 +1,4 @@
-"""How far the cost model's typical hit rate is from that of recorded routing, under the default policy.
+"""How far the cost model's typical hit rate is from that of recorded routing, under the policy ``cycle``.
 
     python bench/typical.py TRACE.jsonl --experts 256
 
@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tierlm.analysis.cost import Work, skewed_hits
-from tierlm.policies.eviction import make_policy
+from tierlm.policies import make_policy
+from tierlm.policies.eviction import Setting
 from tierlm.spec import ExpertKey
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
@@ -25,7 +26,7 @@ WARM = 40  # tokens
 
 def replayed(steps: list[list[list[int]]], slots: int) -> float:
     """The hit rate of the steps after the first WARM."""
-    policy, resident = make_policy("cycle", len(steps[0])), set[ExpertKey]()
+    policy, resident = make_policy("cycle", Setting(len(steps[0]), slots)), set[ExpertKey]()
     hits = demanded = 0
     for number, step in enumerate(steps):
         for layer, experts in enumerate(step):

@@ -204,7 +204,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], int, list[str]]] = {  # words after the 
     "infinite budget": (["--ram", "inf"], 2, ["UsageError", "budget ram"]),
     "negative budget": (["--ram", "-1GiB"], 2, ["UsageError", "budget ram"]),
     "nonsense vram": (["--vram", "8 GiBs"], 2, ["UsageError", "budget vram", "8 GiBs"]),
-    "unknown policy": (["--policy", "fifo"], 2, ["UsageError", "'fifo'", "lru", "lfu", "cycle"]),
+    "unknown policy": (["--policy", "best"], 2, ["UsageError", "'best'", "lru", "lfu", "cycle"]),
     "policy module": (["--policy", "no.such:Policy"], 2, ["UsageError", "no.such:Policy"]),
     "policy no policy": (["--policy", "json:JSONDecoder"], 2, ["UsageError", "json:JSONDecoder"]),
     "unknown predictor": (["--predictor", "oracle"], 2, ["UsageError", "'oracle'", "gate", "none"]),

@@ -189,8 +189,8 @@ def test_options_act_or_raise(toy_v3: tuple[Path, Any]) -> None:
     folder = toy_v3[0]
     for options, message in [
         ({"polcy": "lru"}, "unknown options: polcy; known are device, policy"),
-        ({"policy": "best"}, "unknown policy 'best'; known are lru, lfu, cycle"),
-        ({"predictor": "oracle"}, "unknown predictor 'oracle'; known are none, gate"),
+        ({"policy": "best"}, "unknown policy 'best'; known are echo, hazard, cycle, lru, "),
+        ({"predictor": "oracle"}, "unknown predictor 'oracle'; known are gate, none"),
         ({"reader": "tape"}, "reader: expected auto, direct or mmap"),
         ({"device": "quantum"}, "device 'quantum' cannot be used here"),
     ]:

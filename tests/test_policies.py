@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm.errors import UsageError
-from tierlm.policies.eviction import POLICIES, Cycle, Lfu, Lru, Policy, make_policy
+from tierlm.policies import DEFAULT, POLICIES, make_policy, write_policy
+from tierlm.policies.belady import Belady
+from tierlm.policies.cycle import Cycle
+from tierlm.policies.eviction import Policy, Setting
+from tierlm.policies.frequency import Lfu
+from tierlm.policies.recency import Lru
 from tierlm.spec import ExpertKey, Key, TrunkKey
 
 LAYERS, EXPERTS = 3, 4
+SETTING = Setting(LAYERS, LAYERS * EXPERTS)
 KEYS = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+DECAY = 0.9  # of cycle
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 
 every_policy = pytest.mark.parametrize("name", POLICIES)
@@ -70,7 +79,7 @@ class Reference:
 
     def cycle_score(self, key: Key) -> float:
         """The documented one: layers until the next chance / L + 1/p - 1."""
-        share = sum((1 - Cycle.DECAY) * Cycle.DECAY ** (self.token - token) for token in self.tokens.get(key, ()))
+        share = sum((1 - DECAY) * DECAY ** (self.token - token) for token in self.tokens.get(key, ()))
         distance = next(n for n in range(1, LAYERS + 1) if (self.layer + n) % LAYERS == key.layer)
         return distance / LAYERS + 1 / max(share, Cycle.FLOOR) - 1
 
@@ -82,7 +91,7 @@ def order(policy: Policy) -> list[Key]:
 
 def replay(name: str, trace: list[tuple[str, Key]]) -> Iterator[tuple[Policy, Reference]]:
     """The policy and the reference after each step of ``trace``."""
-    policy, reference = make_policy(name, LAYERS), Reference()
+    policy, reference = make_policy(name, SETTING), Reference()
     for what, key in trace:
         reference.apply(policy, what, key)
         yield policy, reference
@@ -116,7 +125,7 @@ def test_looking_changes_nothing(name: str, trace: list[tuple[str, Key]], looks:
 @given(trace=traces, skips=st.lists(st.integers(0, 3), min_size=1))
 def test_evicting_while_looking(name: str, trace: list[tuple[str, Key]], skips: list[int]) -> None:
     """As the tier does it: skip some victims, evict the next from inside the loop, and look no further."""
-    policy, reference = make_policy(name, LAYERS), Reference()
+    policy, reference = make_policy(name, SETTING), Reference()
     for step, (what, key) in enumerate(trace):
         reference.apply(policy, what, key)
         if step % 3 == 2:
@@ -129,7 +138,7 @@ def test_evicting_while_looking(name: str, trace: list[tuple[str, Key]], skips: 
 
 @every_policy
 def test_evicted_key_comes_again_only_when_reinserted(name: str) -> None:
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     for key in KEYS:
         policy.on_insert(key)
     gone = set()
@@ -146,7 +155,7 @@ def test_evicted_key_comes_again_only_when_reinserted(name: str) -> None:
 @every_policy
 @pytest.mark.parametrize("demanded", [True, False])
 def test_discarded_key_is_gone(name: str, demanded: bool) -> None:
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     policy.on_insert(KEYS[0], demanded=demanded)
     policy.on_insert(KEYS[1])
     policy.on_discard(KEYS[0])
@@ -158,7 +167,7 @@ def test_discarded_key_is_gone(name: str, demanded: bool) -> None:
 @every_policy
 def test_guess_that_comes_back_again_and_again(name: str) -> None:
     """The same key, guessed and dropped many times: one slot, one key."""
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     policy.on_insert(KEYS[1])
     for _ in range(50):
         policy.on_insert(KEYS[0], demanded=False)
@@ -169,7 +178,7 @@ def test_guess_that_comes_back_again_and_again(name: str) -> None:
 
 @every_policy
 def test_takes_trunk_keys(name: str) -> None:
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     for layer in range(LAYERS + 2):  # the blocks of the lm_head count on past the last layer
         policy.on_insert(TrunkKey(layer), demanded=layer % 2 == 0)
     policy.on_hit(TrunkKey(0))
@@ -179,7 +188,7 @@ def test_takes_trunk_keys(name: str) -> None:
 @every_policy
 def test_memory_stays_bounded(name: str) -> None:
     """However long the run, a policy remembers some records of the model, not its history."""
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     for step in range(5000):
         key = KEYS[step * 7 % len(KEYS)]
         (policy.on_hit if step >= len(KEYS) else policy.on_insert)(key)
@@ -230,7 +239,7 @@ def test_lfu_order(trace: list[tuple[str, Key]]) -> None:
     slots=st.integers(1, len(KEYS) - 1),
 )
 def test_cycle_takes_the_best_score(tokens: list[tuple[list[set[int]], int]], guesses: list[Key], slots: int) -> None:
-    policy, reference = make_policy("cycle", LAYERS), Reference()
+    policy, reference = make_policy("cycle", SETTING), Reference()
     steps = 0
 
     def use(what: str, key: Key) -> None:
@@ -268,7 +277,7 @@ def test_cycle_on_any_trace(trace: list[tuple[str, Key]]) -> None:
 
 
 def test_cycle_prefers_what_runs_soon_and_what_is_popular() -> None:
-    policy = Cycle(LAYERS)
+    policy = Cycle(SETTING)
     for _ in range(5):
         for layer in range(LAYERS):
             key = ExpertKey(layer, 0)
@@ -280,13 +289,13 @@ def test_cycle_prefers_what_runs_soon_and_what_is_popular() -> None:
 
 @pytest.mark.parametrize("kind", [Lfu, Cycle])
 def test_heaps_stay_bounded(kind: type[Policy]) -> None:
-    policy = kind(LAYERS)
+    policy = kind(SETTING)
     for key in KEYS:
         policy.on_insert(key)
     for _ in range(2000):
         for key in KEYS:
             policy.on_hit(key)
-    heaps = [policy._heap] if isinstance(policy, Lfu) else list(policy._heaps.values())
+    heaps = [policy._ranking._heap] if isinstance(policy, Lfu) else list(policy._heaps.values())
     residents = len(KEYS) // len(heaps)
     assert all(len(heap) <= 8 * residents + 65 for heap in heaps)
 
@@ -295,7 +304,7 @@ def _hits(name: str, slots: int, tokens: int) -> int:
     """Hits of a run through 8 layers of 16 experts, where each token uses expert 0 of a layer always and another in
     turn."""
     layers, hits = 8, 0
-    policy = make_policy(name, layers)
+    policy = make_policy(name, Setting(layers, slots))
     resident: set[Key] = set()
     for token in range(tokens):
         for layer in range(layers):
@@ -320,25 +329,199 @@ def test_cycle_hits_where_lru_cannot() -> None:
     assert _hits("cycle", 12, tokens=60) > 60 * 4  # of the eight that are used always, more than half
 
 
+def run(policy: Policy, tokens: list[list[set[int]]], slots: int) -> int:
+    """The hits of a run as the engine counts them: a token's layers in turn; what a layer needs is not evicted."""
+    resident: set[Key] = set()
+    hits = 0
+    for chosen in tokens:
+        for layer, experts in enumerate(chosen):
+            needed = [ExpertKey(layer, expert) for expert in sorted(experts)]
+            missing = [key for key in needed if key not in resident]
+            for key in needed:
+                if key in resident:
+                    policy.on_hit(key)
+            hits += len(needed) - len(missing)
+            for key in missing:
+                if len(resident) == slots:
+                    victim = next(other for other in policy.victims(key) if other not in needed)
+                    policy.on_evict(victim)
+                    resident.remove(victim)
+                policy.on_insert(key)
+                resident.add(key)
+    return hits
+
+
+tokens_of_four = st.lists(
+    st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=4), min_size=LAYERS, max_size=LAYERS), max_size=40
+)
+
+
+@every_policy
+@SETTINGS
+@given(tokens=tokens_of_four, slots=st.integers(4, 20))
+def test_belady_is_never_beaten(name: str, tokens: list[list[set[int]]], slots: int) -> None:
+    future = [[ExpertKey(layer, e) for e in ids] for token in tokens for layer, ids in enumerate(token)]
+    setting = Setting(LAYERS, slots)
+    assert run(make_policy(name, setting), tokens, slots) <= run(Belady(setting, future), tokens, slots)
+
+
+def test_belady_refuses_another_future() -> None:
+    policy = Belady(SETTING, [[KEYS[0]], [KEYS[1]]])
+    policy.on_insert(KEYS[0])
+    with pytest.raises(ValueError, match=r"use 2 of .* is demanded, but the trace has 1"):
+        policy.on_hit(KEYS[0])
+
+
+def test_layers_of_one_slot_share_keep_to_it() -> None:
+    """Per-layer lru takes the victim from the layer that asks, once that has its share; else from the largest."""
+    policy = make_policy("layer-lru", Setting(2, 4))
+    for key in [ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(0, 2), ExpertKey(1, 0)]:
+        policy.on_insert(key)
+    assert next(policy.victims(ExpertKey(1, 1))) == ExpertKey(0, 0)
+    policy.on_evict(ExpertKey(0, 0))
+    policy.on_insert(ExpertKey(1, 1))
+    assert next(policy.victims(ExpertKey(1, 2))) == ExpertKey(1, 0)
+    assert set(policy.victims(ExpertKey(1, 2))) == {ExpertKey(0, 1), ExpertKey(0, 2), ExpertKey(1, 0), ExpertKey(1, 1)}
+
+
+@pytest.mark.parametrize(("power", "leaves"), [(1.0, ExpertKey(0, 0)), (0.0, ExpertKey(0, 0)), (-1.0, ExpertKey(0, 1))])
+def test_gdsf_weighs_sizes(power: float, leaves: Key) -> None:
+    """A slot holds a record of any size: then the small one, that is cheap to read again, leaves."""
+    policy = make_policy("gdsf", Setting(1, 2, lambda key: 1 + 9 * key[-1]), power=power)
+    for expert in (0, 1):
+        policy.on_insert(ExpertKey(0, expert))
+    assert next(policy.victims()) == leaves
+
+
+def _periodic(tokens: int) -> list[list[set[int]]]:
+    """What a token chooses follows from the last one's choices alone: six kinds of token, in turn."""
+    return [
+        [{(5 * (token % 6) + layer + n) % 32 for n in range(2)} for layer in range(LAYERS)] for token in range(tokens)
+    ]
+
+
+def test_echo_knows_what_followed() -> None:
+    """All are used as often, the one just used last of all again: hazard learns that, echo also who comes next."""
+    tokens, slots = _periodic(120), 18
+    rates = {name: run(make_policy(name, Setting(LAYERS, slots)), tokens, slots) for name in ("lru", "hazard", "echo")}
+    assert rates["lru"] == 0
+    assert rates["echo"] > rates["hazard"]
+    future = [[ExpertKey(layer, e) for e in ids] for token in tokens for layer, ids in enumerate(token)]
+    assert rates["echo"] > 0.8 * run(Belady(Setting(LAYERS, slots), future), tokens, slots)
+
+
+def test_echo_outlives_its_memory() -> None:
+    """More tokens than it remembers, turns too wide to remember, and experts that come late."""
+    tokens = _periodic(100)
+    tokens[40] = [set(range(40))] * LAYERS
+    tokens[70] = [{200, 201}] * LAYERS
+    policy = make_policy("echo", Setting(LAYERS, 50), memory=64, neighbours=4)
+    assert 0 < run(policy, tokens, 50) < sum(len(ids) for token in tokens for ids in token)
+
+
+@pytest.mark.parametrize("name", ["hazard", "echo"])
+def test_what_is_never_used_again_stays_a_number(name: str) -> None:
+    policy = make_policy(name, Setting(1, 4))
+    for expert in range(4):
+        policy.on_insert(ExpertKey(0, expert))
+    for turn in range(9000):  # a share that only shrank would be 0 by now
+        policy.on_hit(ExpertKey(0, turn % 2))
+    assert set(list(policy.victims())[:2]) == {ExpertKey(0, 2), ExpertKey(0, 3)}
+
+
+@pytest.mark.parametrize("name", ["hazard", "echo"])
+def test_hazard_takes_earlier_runs_into_account(name: str) -> None:
+    policy = make_policy(name, SETTING)
+    for key in KEYS:
+        policy.expect(key, 0.9 if key.expert == 1 else 0.1)
+    for layer in range(LAYERS):  # each layer runs once, with what says nothing about the others
+        for expert in (1, 2, 3, 0):
+            policy.on_insert(ExpertKey(layer, expert), demanded=expert == 0)
+    policy.on_hit(KEYS[0])
+    assert {key.expert for key in list(policy.victims(KEYS[0]))[-LAYERS:]} <= {0, 1}
+
+
 # By name
+
+
+def test_default_is_a_name() -> None:
+    assert type(make_policy("default", SETTING)) is POLICIES[DEFAULT]
+
+
+@every_policy
+def test_parameters_are_arguments_with_defaults_within_bounds(name: str) -> None:
+    kind = POLICIES[name]
+    arguments = inspect.signature(kind.__init__).parameters
+    for parameter, (low, high) in kind.tunable.items():
+        default = arguments[parameter].default
+        assert arguments[parameter].kind is inspect.Parameter.KEYWORD_ONLY
+        assert low <= default <= high
+        assert isinstance(default, int) == (isinstance(low, int) and isinstance(high, int))
+        for bound in (low, high):
+            policy = make_policy(name, SETTING, **{parameter: bound})
+            run(policy, _periodic(12), len(KEYS))
+
+
+@every_policy
+def test_policy_of_a_file(name: str, tmp_path: Path) -> None:
+    """What a search has found is kept, and loaded by the file's name; arguments go first."""
+    parameters = {parameter: low for parameter, (low, _) in POLICIES[name].tunable.items()}
+    write_policy(tmp_path / "best.json", name, parameters)
+    policy = make_policy(str(tmp_path / "best.json"), SETTING)
+    assert type(policy) is POLICIES[name]
+    assert state(policy) == state(make_policy(name, SETTING, **parameters))
+
+
+def state(policy: Policy) -> dict[str, object]:
+    """What a policy was made with."""
+    return {name: value for name, value in vars(policy).items() if isinstance(value, (int, float))}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "policy file .*expected an object"),
+        ("[]", "policy file .*expected an object"),
+        ('{"policy": "lru"}', "policy file .*'parameters'"),
+        ('{"policy": 3, "parameters": {}}', "expected the name of a policy"),
+        ('{"policy": "x.json", "parameters": {}}', "expected the name of a policy"),
+        ('{"policy": "lru", "parameters": []}', "expected the name of a policy"),
+        ('{"policy": "best", "parameters": {}}', "unknown policy 'best'"),
+        ('{"policy": "cycle", "parameters": {"decoy": 1}}', "unknown parameter 'decoy'; known are decay"),
+        ('{"policy": "cycle", "parameters": {"decay": 2}}', r"decay: expected a number from 0.5 to 0.999, found 2"),
+        ('{"policy": "cycle", "parameters": {"decay": "0.9"}}', "expected a number"),
+        ('{"policy": "lru-k", "parameters": {"k": 2.0}}', "expected an integer from 1 to 8"),
+        ('{"policy": "lru-k", "parameters": {"k": true}}', "expected an integer from 1 to 8"),
+        ('{"policy": "lru", "parameters": {"k": 1}}', "unknown parameter 'k'; known are none"),
+    ],
+)
+def test_policy_file_that_makes_no_sense(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        make_policy(str(tmp_path / "bad.json"), SETTING)
+
+
+def test_policy_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.json"):
+        make_policy(str(tmp_path / "none.json"), SETTING)
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(UsageError) as caught:
-        make_policy("belady", LAYERS)
+        make_policy("belady", SETTING)
     assert "'belady'" in str(caught.value)
     assert all(name in str(caught.value) for name in POLICIES)
 
 
 @every_policy
 def test_known_name(name: str) -> None:
-    policy = make_policy(name, LAYERS)
+    policy = make_policy(name, SETTING)
     assert type(policy) is POLICIES[name]
-    assert policy.layers == LAYERS
+    assert policy.setting == SETTING
 
 
 def test_own_class_by_module_and_name() -> None:
-    assert type(make_policy(f"{__name__}:Mine", LAYERS)) is Mine
+    assert type(make_policy(f"{__name__}:Mine", SETTING)) is Mine
 
 
 @pytest.mark.parametrize(
@@ -346,9 +529,9 @@ def test_own_class_by_module_and_name() -> None:
 )
 def test_name_that_leads_nowhere(name: str) -> None:
     with pytest.raises(UsageError):
-        make_policy(name, LAYERS)
+        make_policy(name, SETTING)
 
 
 def test_class_that_is_no_policy_is_refused() -> None:
     with pytest.raises(UsageError, match=r"expected a complete subclass of tierlm\.policies.*found .*NotOne"):
-        make_policy(f"{__name__}:NotOne", LAYERS)
+        make_policy(f"{__name__}:NotOne", SETTING)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm.errors import UsageError
-from tierlm.policies.prediction import PREDICTORS, GateLookahead, NoPredictor, Predictor, make_predictor
+from tierlm.policies.prediction import GateLookahead, NoPredictor, Predictor
+from tierlm.policies.predictors import PREDICTORS, make_predictor
 from tierlm.spec import ExpertKey
 
 LAYERS, EXPERTS = 4, 8
@@ -103,7 +104,7 @@ def test_own_class_by_module_and_name() -> None:
 
 def test_class_that_is_no_predictor_is_refused() -> None:
     with pytest.raises(UsageError, match="Predictor"):
-        make_predictor("tierlm.policies.eviction:Lru", 2)
+        make_predictor("tierlm.policies.recency:Lru", 2)
 
 
 @every_predictor

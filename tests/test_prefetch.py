@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierlm.memory.pace import CLEAR, REVISIT, TRIAL, Pace
-from tierlm.memory.prefetch import MEMORY, PROBE, Prefetch
+from tierlm.policies.pace import CLEAR, REVISIT, TRIAL, Pace
+from tierlm.policies.prefetch import MEMORY, PROBE, Prefetch
 from tierlm.spec import ExpertKey
 
 READ = 0.010  # seconds for one record

@@ -13,6 +13,7 @@ from tierlm.errors import (
     PromptError,
     StorageError,
     TierlmError,
+    TraceError,
     UnsupportedModelError,
     UsageError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Stats",
     "StorageError",
     "TierlmError",
+    "TraceError",
     "UnsupportedModelError",
     "UsageError",
 ]

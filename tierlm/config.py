@@ -106,7 +106,7 @@ class RuntimeOptions:
     """
 
     device: str = "auto"
-    policy: str = "cycle"
+    policy: str = "default"
     predictor: str = "gate"
     reader: str = "auto"
     context: int | None = None  # tokens of KV reserved, over all running sequences; None: min(model's own, 4096)
@@ -117,6 +117,8 @@ class RuntimeOptions:
     mirrors: Sequence[str | Path] = ()  # folders with copies of the model's files, on other disks
     heat: bool = True  # remember which experts are used most, and load those in the background the next time
     timeline: str | Path | None = None  # a file for a trace of events, written when the model is closed
+    trace: str | Path | None = None  # a file for what the routers choose, written when the model is closed
+    trace_scores: bool = False  # with the routers' scores and the guesses of gates
     io_timeout: float = 60.0  # seconds without a finished read before a demand gives up
     ram_slots: int | None = None
     vram_slots: int | None = None
@@ -130,8 +132,12 @@ class RuntimeOptions:
         _require(named, "mirrors", "a sequence of folders", self)
         object.__setattr__(self, "mirrors", tuple(self.mirrors))
         _require(isinstance(self.heat, bool), "heat", "True or False", self)
-        named = self.timeline is None or (isinstance(self.timeline, (str, Path)) and bool(str(self.timeline)))
-        _require(named, "timeline", "a file name or None", self)
+        for name in ("timeline", "trace"):
+            value = getattr(self, name)
+            named = value is None or (isinstance(value, (str, Path)) and bool(str(value)))
+            _require(named, name, "a file name or None", self)
+        scores = isinstance(self.trace_scores, bool) and (self.trace is not None or not self.trace_scores)
+        _require(scores, "trace_scores", "True or False, and True only with a trace", self)
         _require(self.reader in ("auto", "direct", "mmap"), "reader", "auto, direct or mmap", self)
         _require(self.kv_dtype in ("float32", "bfloat16"), "kv_dtype", "float32 or bfloat16", self)
         _require(_is_int(self.prefill_chunk) and self.prefill_chunk >= 1, "prefill_chunk", "an integer >= 1", self)

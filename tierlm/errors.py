@@ -8,7 +8,8 @@
     ├── BudgetError             the model does not run in this budget: says the floor, the budget, what dominates
     ├── CheckpointError         a file of the model is missing, malformed, or lies
     │   └── UnsupportedModelError   a well-formed model of an architecture or format that is not implemented
-    └── StorageError            a read failed, returned short, or stalled while the model was running
+    ├── StorageError            a read failed, returned short, or stalled while the model was running
+    └── TraceError              a recorded trace is incomplete, malformed, or contradicts itself
 
 A message says what was expected, what was found, where, and what to do.
 """
@@ -58,3 +59,7 @@ class StorageError(TierlmError):
     def __init__(self, message: str, *, file: str = "", tensor: str = "", offset: int = 0):
         super().__init__(message)
         self.file, self.tensor, self.offset = file, tensor, offset
+
+
+class TraceError(TierlmError):
+    """A trace that is incomplete, malformed, or contradicts itself; says the line or the offset."""

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write ``text`` beside ``file``, bring it to the disk, and rename: a reader finds the old or the new. OSError."""
+@contextmanager
+def whole(file: Path) -> Iterator[BinaryIO]:
+    """A stream to a file beside ``file``; at the end of the ``with`` block it is brought to the disk and renamed: a
+    reader finds the old or the new. After an error the old one stays. OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with open(beside, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(beside, "wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(beside, file)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write ``text`` to ``file``, whole or not at all. OSError."""
+    with whole(file) as stream:
+        stream.write(text.encode("utf-8"))
 
 
 def user_cache() -> Path | None:

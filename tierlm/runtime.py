@@ -16,6 +16,8 @@ from torch import Tensor
 from tierlm.analysis.machine import available_ram, process_ram
 from tierlm.analysis.plan import AUTO_RAM, Plan, TierPlan, make_plan
 from tierlm.analysis.pressure import Pressure
+from tierlm.analysis.recorder import Recorder
+from tierlm.analysis.trace import TraceInfo
 from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.generate import Engine
 from tierlm.errors import BudgetError, UsageError
@@ -33,8 +35,11 @@ from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.decoder import Decoder, Step
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.outline import sizes_of
-from tierlm.policies.eviction import make_policy
-from tierlm.policies.prediction import make_predictor
+from tierlm.policies import make_policy
+from tierlm.policies.eviction import Setting
+from tierlm.policies.predictors import make_predictor
+from tierlm.policies.recency import Lru
+from tierlm.spec import ExpertKey
 from tierlm.timeline import Timeline
 from tierlm.weights.formats import DTYPES, Weights, weights_of
 from tierlm.weights.mirrors import open_disks
@@ -75,7 +80,7 @@ class Runtime:
             raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
         self.context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
         self.predictor = make_predictor(options.predictor, spec.experts_per_token)
-        make_policy(options.policy, spec.layers)  # a wrong name is told before anything is loaded
+        make_policy(options.policy, Setting(spec.layers, 1))  # a wrong name is told before anything is loaded
         self.plan = self._plan(budget)
         mirrors = [Path(folder) for folder in options.mirrors]
         self.reader, self.disk_profile, disks = open_disks(
@@ -84,10 +89,12 @@ class Runtime:
         cache = user_cache()
         self._heat_file = cache / "heat" / f"{self.catalog.fingerprint}.json" if options.heat and cache else None
         self.heat = Heat() if self._heat_file is None else Heat.read(self._heat_file, self.catalog.experts())
-        if options.timeline is not None and not Path(options.timeline).absolute().parent.is_dir():
-            raise UsageError(f"timeline: {Path(options.timeline).absolute().parent}: no such folder")
+        for name, file in (("timeline", options.timeline), ("trace", options.trace)):
+            if file is not None and not Path(file).absolute().parent.is_dir():
+                raise UsageError(f"{name}: {Path(file).absolute().parent}: no such folder")
         self.timeline = None if options.timeline is None else Timeline()
         self.transfer = Transfer(options.transfer_threads or self._transfer_threads(), self.timeline)
+        self.recorder: Recorder | None = None
         self._notes = [*disks, *self._platform_notes()]
         try:
             self._build(progress or (lambda done, total: None))
@@ -152,6 +159,8 @@ class Runtime:
         try:
             if self._heat_file is not None and self.heat.uses:
                 self.heat.write(self._heat_file)
+            if self.recorder is not None:
+                self.recorder.close()
             if self.timeline is not None and self.options.timeline is not None:
                 self.timeline.write(Path(self.options.timeline))
         except OSError as error:
@@ -226,7 +235,9 @@ class Runtime:
             self.store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         kv_dtype = torch.float32 if options.kv_dtype == "float32" else torch.bfloat16
         self.cache = KvCache(spec.layers, self.context, spec.latent_dim, kv_dtype, self.device)
-        moe = MixtureOfExperts(spec, gates, self.store, self.predictor, self.timeline)
+        if options.trace is not None:
+            self.recorder = self._open_recorder(Path(options.trace))
+        moe = MixtureOfExperts(spec, gates, self.store, self.predictor, self.timeline, self.recorder)
         self.decoder = Decoder(
             spec, self._embed, gates, self.trunks, catalog.head, self.cache, moe, self.device, self.timeline
         )
@@ -235,13 +246,28 @@ class Runtime:
     def _expert_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:
         size = max((self.catalog.size(key) for key in self.catalog.experts()), default=0)
         slots = _cut(allocate(plan.expert_slots * size, device), [size] * plan.expert_slots)
-        policy = make_policy(self.options.policy, self.catalog.spec.layers)
+        policy = make_policy(
+            self.options.policy, Setting(self.catalog.spec.layers, plan.expert_slots, self.catalog.size)
+        )
         return Tier(name, slots, source, self.transfer, policy, self.catalog.size)
 
     def _trunk_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:
         sizes = [self.catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
-        policy = make_policy("lru", self.catalog.spec.layers)
+        policy = Lru(Setting(self.catalog.spec.layers, len(sizes), self.catalog.size))
         return Tier(name, _cut(allocate(sum(sizes), device), sizes), source, self.transfer, policy, self.catalog.size)
+
+    def _open_recorder(self, file: Path) -> Recorder:
+        """Of a trace, with the order in which a prefill reads. Raises UsageError."""
+        catalog, spec = self.catalog, self.catalog.spec
+        layers = [[ExpertKey(layer, expert) for expert in range(spec.experts)] for layer in spec.moe_layers]
+        order = tuple(tuple(key.expert for key in self.store.in_order(keys)) for keys in layers)
+        size = max(catalog.size(key) for key in catalog.experts())
+        name = catalog.checkpoint.folder.resolve().name
+        info = TraceInfo(name, spec.layers, spec.dense_layers, spec.experts, size, order)
+        try:
+            return Recorder(file, info, len(layers), spec.experts_per_token, self.options.trace_scores)
+        except OSError as error:
+            raise UsageError(f"trace: {file}: cannot be written: {error.strerror}") from error
 
     def _load_gates(self, disk: Disk) -> Weights:
         slot = Slot(allocate(self.catalog.size(GATES), torch.device("cpu")))

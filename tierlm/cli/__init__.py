@@ -15,6 +15,7 @@ from tierlm.cli.generation import chat, run
 from tierlm.cli.health import doctor
 from tierlm.cli.measuring import profile
 from tierlm.cli.planning import plan
+from tierlm.cli.tracing import simulate, trace
 from tierlm.errors import TierlmError
 
 app = typer.Typer(
@@ -22,8 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, chat, plan, profile, doctor):
+for command in (run, chat, plan, profile, doctor, simulate):
     app.command()(command)
+app.add_typer(trace, name="trace")
 
 
 def _version(wanted: bool) -> None:

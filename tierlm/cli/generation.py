@@ -33,8 +33,13 @@ MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this sha
 Penalty = Annotated[float, typer.Option(help="Above 1: tokens that stand already become less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
-Policy = Annotated[str, typer.Option(help="Eviction: cycle, lru, lfu, or module:Class.")]
-Predictor = Annotated[str, typer.Option(help="Prefetch: gate, none, or module:Class.")]
+Policy = Annotated[
+    str,
+    typer.Option(
+        help="Eviction: default, lru or another of docs/policies.md, a FILE.json of parameters, or module:Class."
+    ),
+]
+Predictor = Annotated[str, typer.Option(help="Prefetch: gate, none, one of docs/traces.md, or module:Class.")]
 Reader = Annotated[str, typer.Option(help="auto, direct (O_DIRECT) or mmap.")]
 Mirrors = Annotated[
     list[str] | None,
@@ -69,7 +74,7 @@ def run(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
-    policy: Policy = "cycle",
+    policy: Policy = "default",
     predictor: Predictor = "gate",
     reader: Reader = "auto",
     mirror: Mirrors = None,
@@ -110,7 +115,7 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
-    policy: Policy = "cycle",
+    policy: Policy = "default",
     predictor: Predictor = "gate",
     reader: Reader = "auto",
     mirror: Mirrors = None,

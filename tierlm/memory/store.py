@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from tierlm.memory.heat import Heat
-from tierlm.memory.prefetch import Prefetch
 from tierlm.memory.slots import Entry
 from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import LinkStats, Priority
+from tierlm.policies.prefetch import Prefetch
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import span
 from tierlm.weights.checkpoint import Record
@@ -56,7 +56,7 @@ class Store:
         average = self.prefetch.read_seconds.value / max(1, self.tier.slots[0].size)
         backlog = self.tier.transfer.backlog() * average
         chosen = self.prefetch.choose(layer, absent, ahead, passing, backlog, spent)
-        self._hints[layer] = (self._in_order(chosen) if passing else chosen, passing)
+        self._hints[layer] = (self.in_order(chosen) if passing else chosen, passing)
         self.follow()
 
     def follow(self) -> None:
@@ -91,7 +91,7 @@ class Store:
             self.tier.keep_for_now(key for likely in self._likely.values() for key in likely)
         self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted)
 
-    def _in_order(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
+    def in_order(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """``keys`` as they lie on the disk."""
 
         def place(key: ExpertKey) -> tuple[str, int]:
@@ -151,7 +151,7 @@ class Leases:
                     self._joined.add(key)
         self._read += len(self._missing)
         if self._passing:
-            self._missing = self._store._in_order(self._missing)
+            self._missing = self._store.in_order(self._missing)
         self._start_missing()
         return self
 

@@ -310,7 +310,7 @@ class Tier:
             found = next((guess for guess in guesses if self._evictable(guess.key, nbytes)), None)
             return (None, None, False) if found is None else (found.slot, found.key, True)
         spared: Key | None = None
-        for candidate in self.policy.victims():
+        for candidate in self.policy.victims(key):
             # A guess may not take the place of what its own layer may need as much.
             if not self._evictable(candidate, nbytes) or (speculative and candidate.layer == key.layer):
                 continue

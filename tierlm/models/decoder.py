@@ -60,6 +60,9 @@ class Decoder:
             start = segments[-1].stop if segments else 0
             segments.append(Segment(start, start + len(step.ids), step.span))
         angles = self.attention.angles(segments)
+        recorder = self.moe.recorder
+        if recorder is not None:
+            recorder.begin([(step.span.start, step.span.length, len(step.ids)) for step in steps], prefill)
         for layer in range(self.spec.layers):
             trunk = self.trunks.get(TrunkKey(layer))
             if self.spec.is_moe(layer):
@@ -76,6 +79,8 @@ class Decoder:
             out = torch.empty(len(steps), self.spec.vocab)
             hidden = hidden[[segment.stop - 1 for segment in segments]]
         self._logits(rms_norm(hidden, self.gates["norm"], eps), out)
+        if recorder is not None:
+            recorder.end()
         for step in steps:
             step.span.length += len(step.ids)
         return out

@@ -9,6 +9,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from tierlm.analysis.recorder import AHEAD, Recorder
 from tierlm.kernels import Weight, gated_mlp, linear
 from tierlm.memory.store import Store
 from tierlm.models.layers import rms_norm
@@ -18,11 +19,16 @@ from tierlm.timeline import Timeline, span
 from tierlm.weights.formats import Weights, expert_ffns
 
 
-def route(x: Tensor, gate: Weight, bias: Weight | None, rule: Router, chosen: int) -> tuple[Tensor, Tensor]:
-    """The weights, float32 [T, k], and experts, int64 [T, k], of each row of ``x`` [T, hidden], the best first."""
+def score(x: Tensor, gate: Weight, bias: Weight | None, rule: Router) -> tuple[Tensor, Tensor]:
+    """The scores of all experts, and by what the best are chosen, float32 [T, E] both, for ``x`` [T, hidden]."""
     logits = linear(x, gate)
     scores = logits.softmax(-1) if rule.score == "softmax" else logits.sigmoid()
-    choice = scores if bias is None else scores + bias.data.float()
+    return scores, scores if bias is None else scores + bias.data.float()
+
+
+def route(x: Tensor, gate: Weight, bias: Weight | None, rule: Router, chosen: int) -> tuple[Tensor, Tensor]:
+    """The weights, float32 [T, k], and experts, int64 [T, k], of each row of ``x`` [T, hidden], the best first."""
+    scores, choice = score(x, gate, bias, rule)
     if rule.groups > 1:
         grouped = choice.view(len(x), rule.groups, -1)
         best = grouped.amax(-1) if rule.score == "softmax" else grouped.topk(2, dim=-1).values.sum(-1)
@@ -46,8 +52,10 @@ class MixtureOfExperts:
         store: Store,
         predictor: Predictor,
         timeline: Timeline | None = None,
+        recorder: Recorder | None = None,
     ):
         self.spec, self.gates, self.store, self.predictor, self.timeline = spec, gates, store, predictor, timeline
+        self.recorder = recorder
 
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
         """``hidden`` is the residual stream, ``x`` its norm, float32 [T, hidden] both -> float32 [T, hidden].
@@ -56,6 +64,8 @@ class MixtureOfExperts:
         runs in the router's order, so that the order in which experts arrive does not reach the result.
         """
         weights, experts = self._route(x, layer)
+        if self.recorder is not None:
+            self._record(self.recorder, hidden, x, layer, experts)
         chosen = experts.shape[1]
         pairs = experts.flatten().argsort(stable=True)  # [T * k], grouped by expert
         counts = Counter(experts.flatten().tolist())
@@ -88,8 +98,28 @@ class MixtureOfExperts:
 
     def before_attention(self, hidden: Tensor, layer: int, prefill: bool) -> None:
         """The last chance to guess what ``layer`` will choose: ``hidden`` lacks its attention only."""
+        if self.recorder is not None and self.recorder.scores:
+            self._record_guess(self.recorder, hidden, layer, 0)
         if self.predictor.gates:
             self._look_ahead(hidden, layer, 0, prefill)
+
+    def _record(self, recorder: Recorder, hidden: Tensor, x: Tensor, layer: int, experts: Tensor) -> None:
+        """Write down what ``layer`` has chosen, and on request what it and the next layers' gates make of it."""
+        if not recorder.scores:
+            recorder.choose(layer, experts.cpu().numpy())
+            return
+        gate, bias = self.gates[f"{layer}.gate"], self.gates.get(f"{layer}.bias")
+        choice = score(x, gate, bias, self.spec.router)[1]
+        recorder.choose(layer, experts.cpu().numpy(), choice.cpu().numpy())
+        for ahead in range(1, AHEAD):
+            if layer + ahead < self.spec.layers:
+                self._record_guess(recorder, hidden, layer + ahead, ahead)
+
+    def _record_guess(self, recorder: Recorder, hidden: Tensor, layer: int, ahead: int) -> None:
+        gate, bias = self.gates[f"{layer}.gate"], self.gates.get(f"{layer}.bias")
+        x = rms_norm(hidden, self.gates[f"{layer}.norm"], self.spec.norm_eps)
+        ranked = route(x, gate, bias, self.spec.router, recorder.guessed)[1]
+        recorder.guess(layer, ahead, ranked.cpu().numpy())
 
     def _look_ahead(self, hidden: Tensor, layer: int, ahead: int, prefill: bool) -> None:
         """Ask the predictor what ``layer`` will choose, which runs ``ahead`` layers from now, and hint at it. After the

@@ -1,6 +1,6 @@
 """Predictors: which records will be demanded next. Pure Python; no torch.
 
-To add one: a class, and a line in PREDICTORS, or a name such as ``"my.module:MyPredictor"``.
+To add one: a class, and a line in PREDICTORS (policies/predictors.py), or a name such as ``"my.module:MyPredictor"``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from tierlm.policies.registry import lookup
 from tierlm.spec import ExpertKey
 
 
@@ -69,11 +68,3 @@ class GateLookahead(Predictor):
 
     def predict(self, layer: int) -> list[ExpertKey]:
         return [ExpertKey(layer, expert) for expert in self._ranked.get(layer, ())]
-
-
-PREDICTORS: dict[str, type[Predictor]] = {"none": NoPredictor, "gate": GateLookahead}
-
-
-def make_predictor(name: str, width: int) -> Predictor:
-    """A predictor by name, or by ``"module:Class"``. Raises UsageError for an unknown one."""
-    return lookup("predictor", name, PREDICTORS, Predictor)(width)

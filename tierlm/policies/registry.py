@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from tierlm.errors import UsageError
@@ -12,7 +12,7 @@ from tierlm.errors import UsageError
 T = TypeVar("T")
 
 
-def lookup(kind: str, name: str, known: Mapping[str, Callable[..., T]], base: Any) -> Callable[..., T]:
+def lookup(kind: str, name: str, known: Mapping[str, type[T]], base: Any) -> type[T]:
     """The class called ``name``. Raises UsageError, listing what there is, unless it is a subclass of ``base``."""
     if name in known:
         return known[name]

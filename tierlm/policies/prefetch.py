@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from tierlm.memory.pace import Pace
+from tierlm.policies.pace import Pace
 from tierlm.spec import ExpertKey
 
 MEMORY = 32  # observations over which averages run

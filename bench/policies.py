@@ -1,0 +1,172 @@
+"""Eviction policies and predictors over a trace: hit rate by cache size, regret against Belady, simulated tokens/s.
+
+python bench/policies.py                                          # the demo model's trace
+python bench/policies.py --trace ../shared/traces/trace_olmoe_299.jsonl --figures /tmp/figures
+The cache is empty at first, and what it misses then counts. Every pair of policy and size is a job of its own process.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tierlm.analysis.foresight import Foresight, foresee
+from tierlm.analysis.link import Speed
+from tierlm.analysis.replay import Replayed, open_policy, replay
+from tierlm.analysis.simulate import Machine, Simulated, simulate
+from tierlm.analysis.trace import Trace
+from tierlm.analysis.traceforms import read_trace
+from tierlm.policies import POLICIES
+from tierlm.policies.predictors import PREDICTORS, make_predictor
+
+DEMO = Path(__file__).parent / "traces" / "demo.npz"
+FRACTIONS = [0.05, 0.1, 0.2, 0.3, 0.5]
+RECORD = 8 * 2**20  # bytes of an expert where a trace does not say
+
+
+@cache
+def load(file: Path, tokens: int | None) -> Trace:
+    """The first ``tokens`` of a trace; once a process."""
+    trace = read_trace(file, scores=True)
+    return trace if tokens is None else trace.part(0, tokens)
+
+
+def slots_of(trace: Trace, fraction: float) -> int:
+    return max(trace.experts.shape[2], round(trace.records * fraction))
+
+
+def count(job: tuple[Path, int | None, str, float]) -> tuple[Replayed, float]:
+    """Hits and misses of one policy at one size, and the seconds that took."""
+    file, tokens, name, fraction = job
+    trace = load(file, tokens)
+    began = time.perf_counter()
+    slots = slots_of(trace, fraction)
+    return replay(trace, open_policy(name, trace, slots), slots), time.perf_counter() - began
+
+
+def run(job: tuple[Path, int | None, str, str, float]) -> Simulated:
+    """One policy and predictor at one size on a machine: a disk of 1.4 GB/s, experts computed at 10 GB/s."""
+    file, tokens, policy, predictor, fraction = job
+    trace = load(file, tokens)
+    record = trace.info.record_bytes or RECORD
+    machine = Machine(record, Speed(1.4e9, 1e-4, 8), layer_seconds=5e-4, expert_seconds=record / 10e9)
+    slots = slots_of(trace, fraction)
+    guesses = make_predictor(predictor, trace.experts.shape[2])
+    return simulate(trace, open_policy(policy, trace, slots), guesses, slots, machine)
+
+
+def foretell(job: tuple[Path, int | None, str]) -> list[Foresight]:
+    file, tokens, predictor = job
+    trace = load(file, tokens)
+    chosen = trace.experts.shape[2]
+    return foresee(trace, make_predictor(predictor, chosen), [chosen, 2 * chosen])
+
+
+def usable(trace: Trace) -> list[str]:
+    """Predictors that this trace can feed."""
+    return [name for name, kind in PREDICTORS.items() if trace.guesses is not None or not kind.gates]
+
+
+def show_hits(hits: dict[str, list[float]], fractions: list[float], console: Console) -> None:
+    """A row a policy, the best first; gap: of the way from lru to belady, on average over the sizes."""
+    table = Table(title="hit rate at a share of the experts in the cache; gap from lru to belady closed")
+    for title in ["policy", *(f"{fraction:.0%}" for fraction in fractions), "gap closed"]:
+        table.add_column(title, justify="left" if title == "policy" else "right")
+    for name in sorted(hits, key=lambda name: -sum(hits[name])):
+        table.add_row(name, *(f"{rate:.1%}" for rate in hits[name]), f"{gap_closed(hits, name):.0%}")
+    console.print(table)
+
+
+def gap_closed(hits: dict[str, list[float]], name: str) -> float:
+    shares = [
+        (rate - low) / (high - low)
+        for rate, low, high in zip(hits[name], hits["lru"], hits["belady"], strict=True)
+        if high > low
+    ]
+    return sum(shares) / max(1, len(shares))
+
+
+def show_predictors(found: dict[str, list[Foresight]], runs: dict[str, Simulated], console: Console) -> None:
+    table = Table(title="predictors: recall and precision of the first m, and what they make of a run at a quarter")
+    for title in ("predictor", "ahead", "m", "recall", "precision", "tokens/s", "waited", "bytes a token"):
+        table.add_column(title, justify="left" if title == "predictor" else "right")
+    for name, rows in found.items():
+        result = runs[name]
+        bytes_read = f"{result.bytes_read / result.tokens / 2**20:.2f} MiB"
+        last = [f"{result.tokens_per_second:.2f}", f"{result.stall_seconds / result.seconds:.0%}", bytes_read]
+        for row in rows or [None]:
+            figures = (
+                ["-"] * 4 if row is None else [str(row.ahead), str(row.m), f"{row.recall:.1%}", f"{row.precision:.1%}"]
+            )
+            table.add_row(name, *figures, *last)
+            name, last = "", ["", "", ""]
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path, default=DEMO)
+    parser.add_argument("--tokens", type=int, help="the first so many only")
+    parser.add_argument("--policies", nargs="+", default=["belady", *POLICIES])
+    parser.add_argument("--fractions", nargs="+", type=float, default=FRACTIONS)
+    parser.add_argument("--figures", type=Path, help="a folder for PNGs")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    for needed in ("lru", "belady"):
+        if needed not in args.policies:
+            args.policies.append(needed)
+
+    trace, console = load(args.trace, args.tokens), Console()
+    place = (args.trace, args.tokens)
+    with ProcessPoolExecutor(args.jobs) as pool:
+        pairs = list(product(args.policies, args.fractions))
+        began = time.perf_counter()
+        counted = dict(zip(pairs, pool.map(count, [(*place, *pair) for pair in pairs]), strict=True))
+        counting = time.perf_counter() - began
+        names = usable(trace)
+        runs = dict(zip(names, pool.map(run, [(*place, "default", name, 0.25) for name in names]), strict=True))
+        foresights = dict(zip(names, pool.map(foretell, [(*place, name) for name in names]), strict=True))
+        speeds = {}
+        for name in ("belady", "default", "lru"):
+            results = pool.map(run, [(*place, name, "none", fraction) for fraction in args.fractions])
+            speeds[name] = [result.tokens_per_second for result in results]
+    hits = {name: [counted[name, fraction][0].hit_rate for fraction in args.fractions] for name in args.policies}
+    console.print(
+        f"{args.trace.name}: {trace.info.model}, {len(trace)} tokens, {trace.records} experts, cold start included"
+    )
+    show_hits(hits, args.fractions, console)
+    show_predictors(foresights, runs, console)
+    demands = sum(result.demanded for result, _ in counted.values())
+    spent = sum(seconds for _, seconds in counted.values())
+    console.print(f"{len(pairs)} replays in {counting:.1f} s: {spent / demands * 1e6:.1f} us a demand and process")
+    if args.figures is not None:
+        import figures
+
+        figures.draw(args.figures, trace, args.trace.stem.replace("_", " "), args.fractions, hits, speeds)
+    report: dict[str, Any] = {
+        "trace": args.trace.name,
+        "tokens": len(trace),
+        "fractions": args.fractions,
+        "hit_rate": hits,
+    }
+    report |= {"gap_closed": {name: gap_closed(hits, name) for name in hits}, "tokens_per_second": speeds}
+    report["seconds"] = {name: sum(counted[name, f][1] for f in args.fractions) for name in args.policies}
+    report["predictors"] = {name: [asdict(row) for row in rows] for name, rows in foresights.items()}
+    report["runs"] = {name: result.as_json() for name, result in runs.items()}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

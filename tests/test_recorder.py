@@ -1,0 +1,106 @@
+"""Recording: what is written down is what ran, and nothing is where nobody asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tierlm import LLM, Budget, SamplingParams
+from tierlm.analysis.recorder import AHEAD, Recorder
+from tierlm.analysis.trace import Trace, TraceInfo
+from tierlm.analysis.traceforms import read_trace
+from tierlm.cli import app
+from tierlm.errors import UsageError
+
+CHOSEN = 4
+PARAMS = SamplingParams(max_new_tokens=5, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    """Of the demo model: two prompts side by side, in chunks of 8 tokens, then the logits of a third."""
+    file = tmp_path_factory.mktemp("recorded") / "trace"
+    options = {"heat": False, "prefill_chunk": 8, "trace": file, "trace_scores": True}
+    with LLM.load("demo", budget=Budget("8GiB"), **options) as llm:
+        llm.generate([list(range(5, 15)), [7]], PARAMS)
+        llm.logits([9, 10, 11])
+        assert not file.exists()
+    return read_trace(file, scores=True)
+
+
+def test_steps_sequences_and_phases(recorded: Trace) -> None:
+    expected = [(0, 0, True)] * 8 + [(1, 0, True)] * 2 + [(2, 1, True)]
+    expected += [(3 + step, sequence, False) for step in range(4) for sequence in (0, 1)] + [(7, 2, True)] * 3
+    found = zip(recorded.steps.tolist(), recorded.sequences.tolist(), recorded.prefill.tolist(), strict=True)
+    assert list(found) == expected
+
+
+def test_of_which_model(recorded: Trace) -> None:
+    info = recorded.info
+    assert (info.model, info.layers, info.first_layer, info.experts) == ("demo", 7, 1, 32)
+    assert info.record_bytes == 77824 and len(info.order) == recorded.moe_layers == 6
+    assert all(sorted(row) == list(range(32)) for row in info.order)
+
+
+def test_scores_rank_first_what_was_chosen_and_gates_guess_it(recorded: Trace) -> None:
+    assert recorded.scores is not None and recorded.guesses is not None
+    ranked = np.take_along_axis(recorded.scores, recorded.experts.astype(int), axis=2)
+    assert (np.diff(ranked, axis=2) <= 0).all()  # in the router's order
+    best = np.argmax(recorded.scores, axis=2)[..., None]
+    assert (best == recorded.experts).any(2).mean() > 0.8  # but for those in groups that are closed
+    assert recorded.guesses.shape[2:] == (AHEAD, 4 * CHOSEN)
+    for ahead in range(AHEAD):
+        asked = recorded.guesses[:, ahead:, ahead]
+        assert (recorded.guesses[:, :ahead, ahead] == -1).all() and (asked >= 0).all()
+        assert all(len(set(ranked)) == len(ranked) for ranked in asked.reshape(-1, asked.shape[2]).tolist())
+        hits = (asked[..., :CHOSEN, None] == recorded.experts[:, ahead:, None, :]).any(2).mean()
+        assert hits > 3 * CHOSEN / 32  # by chance, one share
+
+
+def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "t", TraceInfo("toy", 1, 0, 8), 1, 2, scores=False)
+    for step, fails in enumerate((False, True, False)):
+        recorder.begin([(0, step, 1)], prefill=False)
+        recorder.choose(0, np.array([[step, step + 1]]))
+        if not fails:
+            recorder.end()
+    recorder.close()
+    trace = read_trace(tmp_path / "t")
+    assert trace.experts.tolist() == [[[0, 1]], [[2, 3]]] and trace.steps.tolist() == [0, 1]
+
+
+def test_tokens_are_the_same_when_recorded(tmp_path: Path) -> None:
+    ids = []
+    for options in ({}, {"trace": tmp_path / "t", "trace_scores": True}):
+        with LLM.load("demo", budget=Budget("8GiB"), heat=False, **options) as llm:
+            ids.append(llm.generate([[5, 6, 7]], PARAMS)[0].ids)
+    assert ids[0] == ids[1]
+
+
+def test_what_cannot_be_is_told_before_loading(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"trace: .*no such folder"):
+        LLM.load("demo", trace=tmp_path / "none" / "t")
+    with pytest.raises(UsageError, match="trace_scores"):
+        LLM.load("demo", trace_scores=True)
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    prompts, file = tmp_path / "prompts", tmp_path / "t"
+    prompts.write_text("The Congress\n\nof the United States\n")
+    record = ["trace", "record", "demo", "--prompts", str(prompts), "-o", str(file), "-n", "3"]
+    done = CliRunner().invoke(app, record, catch_exceptions=False)
+    assert done.exit_code == 0 and "sequences" in done.stdout
+    done = CliRunner().invoke(app, ["trace", "info", str(file), "--json"], catch_exceptions=False)
+    found = json.loads(done.stdout)
+    assert found["sequences"] == 2 and found["model"] == "demo" and not found["scores"]
+    assert found["tokens"] - found["prefill_tokens"] == 4
+    CliRunner().invoke(
+        app, ["trace", "convert", str(file), str(tmp_path / "u"), "--to", "jsonl"], catch_exceptions=False
+    )
+    assert list(read_trace(tmp_path / "u").passes()) == list(read_trace(file).passes())
+    prompts.write_text("\n")
+    assert isinstance(CliRunner().invoke(app, record).exception, UsageError)

@@ -1,0 +1,128 @@
+"""Policies by how often a record is used: lfu, lfu with ageing, gdsf, lru-k."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+from typing import ClassVar
+
+from tierlm.policies.eviction import Bounds, Policy, Setting
+from tierlm.policies.ranking import Ranking
+from tierlm.spec import Key
+
+
+class Lfu(Policy):
+    """Least frequently used while resident; ties go to the least recently used."""
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self._ranking = Ranking[tuple[int, int]]()  # uses, time of the last
+        self._clock = count()
+
+    def on_insert(self, key: Key, demanded: bool = True) -> None:
+        self._ranking.place(key, (1 if demanded else 0, next(self._clock)))
+
+    def on_hit(self, key: Key) -> None:
+        self._ranking.place(key, (self._ranking.ranks[key][0] + 1, next(self._clock)))
+
+    def on_evict(self, key: Key) -> None:
+        self._ranking.remove(key)
+
+    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
+        return iter(self._ranking)
+
+
+class Gdsf(Policy):
+    """Greedy-Dual-Size-Frequency (Cherkasova, HPL-98-69, 1998): uses x size ** ``power`` + the rank of the last that
+    left, so that what was popular once ages.
+
+    What fills a cache of bytes best has ``power`` -1: the small ones stay. In a tier a record takes one slot whatever
+    its size, and what a miss costs is its bytes: there, and by default, ``power`` is 1. Sizes count relative to the
+    mean of those seen.
+    """
+
+    tunable: ClassVar[Bounds] = {"power": (-1.0, 1.0)}
+
+    def __init__(self, setting: Setting, *, power: float = 1.0):
+        super().__init__(setting)
+        self.power = power
+        self._ranking = Ranking[tuple[float, int]]()  # rank, time of the last use
+        self._uses: dict[Key, int] = {}
+        self._age = 0.0
+        self._sizes = [0, 0]  # their sum, and how many
+        self._clock = count()
+
+    def on_insert(self, key: Key, demanded: bool = True) -> None:
+        self._sizes = [self._sizes[0] + self.setting.size_of(key), self._sizes[1] + 1]
+        self._uses[key] = 0
+        self._use(key, 1 if demanded else 0)
+
+    def on_hit(self, key: Key) -> None:
+        self._use(key, 1)
+
+    def on_evict(self, key: Key) -> None:
+        del self._uses[key]
+        self._age = max(self._age, self._ranking.remove(key)[0])
+
+    def on_discard(self, key: Key) -> None:
+        del self._uses[key]
+        self._ranking.remove(key)
+
+    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
+        return iter(self._ranking)
+
+    def _use(self, key: Key, times: int) -> None:
+        self._uses[key] += times
+        self._ranking.place(key, (self._age + self._uses[key] * self._worth(key), next(self._clock)))
+
+    def _worth(self, key: Key) -> float:
+        total, seen = self._sizes
+        return float((self.setting.size_of(key) * seen / total) ** self.power)
+
+
+class LfuAgeing(Gdsf):
+    """LFU with dynamic ageing (Arlitt et al., "Evaluating content management techniques for Web proxy caches", 2000):
+    uses + the rank of the last that left."""
+
+    tunable: ClassVar[Bounds] = {}
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting, power=0.0)
+
+    def _worth(self, key: Key) -> float:
+        return 1.0
+
+
+class LruK(Policy):
+    """LRU-K (O'Neil, O'Neil and Weikum, SIGMOD 1993): the one whose ``k``-th last use is longest ago leaves; those with
+    fewer uses before all others, least recently used first. What has left is remembered: a model has only so many."""
+
+    tunable: ClassVar[Bounds] = {"k": (1, 8)}
+
+    def __init__(self, setting: Setting, *, k: int = 2):
+        super().__init__(setting)
+        self.k = k
+        self._uses: dict[Key, deque[int]] = {}  # times of the last k
+        self._ranking = Ranking[tuple[float, int]]()  # times of the k-th last and of the last use
+        self._clock = count()
+
+    def on_insert(self, key: Key, demanded: bool = True) -> None:
+        self._uses.setdefault(key, deque(maxlen=self.k))
+        self._note(key, demanded)
+
+    def on_hit(self, key: Key) -> None:
+        self._note(key, demanded=True)
+
+    def on_evict(self, key: Key) -> None:
+        self._ranking.remove(key)
+
+    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
+        return iter(self._ranking)
+
+    def _note(self, key: Key, demanded: bool) -> None:
+        now, uses = next(self._clock), self._uses[key]
+        if demanded:
+            uses.append(now)
+        self._ranking.place(key, (uses[0] if len(uses) == self.k else -math.inf, now))

@@ -1,0 +1,95 @@
+"""The policy that counts how likely a record is to be used again, by how it was used so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierlm.policies.eviction import Bounds, Setting
+from tierlm.policies.forecast import Floats, Forecast
+from tierlm.spec import ExpertKey, Key
+
+AGES, SHARES = 16, 32  # log buckets, two to a doubling
+FLOOR = 1e-6  # of a share: below it, records are equally cold
+EVEN = 16  # the bucket of a share as large as the mean one
+
+
+@dataclass(slots=True)
+class Habits:
+    """How the records of one layer are used: each [experts]."""
+
+    share: Floats  # of the turns that use it: an average that forgets slowly
+    age: NDArray[np.intp]  # turns since the last use
+    bucket: NDArray[np.intp]  # in the table, as of the last turn
+    turns: int = 0
+
+
+class Hazard(Forecast):
+    """The hazard of use: P(used at the layer's next turn | turns since its last use, share of turns that use it), in a
+    table of log buckets for all layers together, learnt online by counting. A record waits 1/P - 1 turns.
+
+    ``slow``: how fast a share forgets, a turn; ``prior``: turns that the share itself counts for in each cell of the
+    table. After LHD (Beckmann, Chen and Cidon, NSDI 2018), which also ranks by what was counted of alike records.
+    """
+
+    tunable: ClassVar[Bounds] = {"slow": (0.001, 0.1), "prior": (1.0, 50.0)}
+
+    def __init__(self, setting: Setting, *, slow: float = 0.02, prior: float = 5.0):
+        super().__init__(setting)
+        self.slow, self.prior = slow, prior
+        self._seen, self._hits = np.zeros(AGES * SHARES), np.zeros(AGES * SHARES)
+        self._age_bucket = (2 * np.log2(np.arange(2, 2 ** (AGES // 2) + 2)) - 2).astype(np.intp) * SHARES
+        self._habits: dict[int, Habits] = {}
+        self._expected: dict[int, dict[int, float]] = {}  # shares of earlier runs, of layers that have not run yet
+
+    def learn(self, layer: int, used: list[int]) -> None:
+        self.forecast(layer, np.reciprocal(self.hazard(layer, used)) - 1)
+
+    def expect(self, key: Key, share: float) -> None:
+        if isinstance(key, ExpertKey) and key.layer not in self._habits:
+            self._expected.setdefault(key.layer, {})[key.expert] = share
+
+    def hazard(self, layer: int, used: list[int]) -> Floats:
+        """[experts] the chance that each record of ``layer``, which has used ``used``, is used at its next turn."""
+        habits = self._habits_of(layer, len(used))
+        if habits.turns:
+            self._seen += np.bincount(habits.bucket, minlength=AGES * SHARES)
+            self._hits += np.bincount(habits.bucket[used], minlength=AGES * SHARES)
+        habits.turns += 1
+        rate = max(self.slow, 1 / (habits.turns + 9))
+        habits.share = np.maximum(habits.share * (1 - rate), FLOOR)
+        habits.share[used] += rate
+        habits.age += 1
+        habits.age[used] = 0
+        habits.bucket = self._bucket(habits.age, habits.share)
+        return self._look_up(habits.bucket, habits.share)
+
+    def _habits_of(self, layer: int, width: int) -> Habits:
+        """Those of ``layer``, as wide as there are experts; a new record's share is that of ``width`` in all."""
+        habits = self._habits.get(layer)
+        if habits is None:
+            none = np.zeros(0, np.float32)
+            habits = self._habits[layer] = Habits(none, none.astype(np.intp), none.astype(np.intp))
+        missing = self.experts - len(habits.share)
+        if missing:
+            habits.share = np.append(habits.share, np.full(missing, width / self.experts, np.float32))
+            habits.age = np.append(habits.age, np.full(missing, habits.turns))
+            habits.bucket = self._bucket(habits.age, habits.share)
+            for expert, share in self._expected.pop(layer, {}).items():
+                if expert < self.experts:
+                    habits.share[expert] = max(share, FLOOR)
+        return habits
+
+    def _bucket(self, age: NDArray[np.intp], share: Floats) -> NDArray[np.intp]:
+        relative = np.log2(share / share.mean())
+        shares = np.minimum(np.maximum(2 * relative + EVEN, 0), SHARES - 1).astype(np.intp)
+        buckets: NDArray[np.intp] = self._age_bucket[np.minimum(age, len(self._age_bucket) - 1)] + shares
+        return buckets
+
+    def _look_up(self, bucket: NDArray[np.intp], share: Floats) -> Floats:
+        seen, hits = self._seen[bucket], self._hits[bucket]
+        found: Floats = ((hits + self.prior * share) / (seen + self.prior)).clip(1e-6, 1).astype(np.float32)
+        return found

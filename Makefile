@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tierlm run demo -p "The Congress of the United States" --max-new-tokens 64 --ram 2GiB --stats
@@ -15,6 +15,22 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The kernels' tests on kernels that watch their memory and their arithmetic: those that this processor chooses, then
+# those for any processor.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g
+KERNEL_TESTS := tests/test_kernels.py tests/test_quantised.py
+
+sanitize: $(VENV)/.installed-test
+	for variant in chosen portable; do \
+		copy=build/sanitize-$$variant; rm -rf $$copy; mkdir -p $$copy; \
+		cp -r tierlm tests setup.py pyproject.toml README.md $$copy; rm -f $$copy/tierlm/kernels/*.so; \
+		flags="$(SANITIZE)"; if [ $$variant = portable ]; then flags="$$flags -DTIERLM_PORTABLE"; fi; \
+		(cd $$copy && export PYTHONPATH=$$PWD PATH=$(abspath $(BIN)):$$PATH && \
+		CFLAGS="$$flags" CXXFLAGS="$$flags" LDFLAGS="$(SANITIZE)" python setup.py --quiet build_ext --inplace && \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 python -m pytest -p no:cacheprovider $(KERNEL_TESTS)) || exit 1; \
+	done
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

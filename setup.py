@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
+KERNELS = Path("tierlm/kernels")
+
 setup(
     name="tierlm",
     version="0.1.0",
@@ -26,9 +28,11 @@ setup(
         "psutil>=5.9",
         "rich>=13",
         "typer>=0.12",
+        "xxhash>=3.4",
     ],
     extras_require={
         "peers": ["accelerate>=1.10", "gguf>=0.17", "safetensors>=0.4.5", "transformers>=5.20", "xllamacpp>=2026.10"],
+        "bench": ["zstandard>=0.22"],
         "plot": ["matplotlib>=3.8"],
         "tune": ["optuna>=4"],
         "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20"],
@@ -38,7 +42,8 @@ setup(
         # A plain shared library, called through ctypes. Without a compiler the package installs and works without it.
         Extension(
             "tierlm.kernels._native",
-            ["tierlm/kernels/native.cpp"],
+            sorted(str(file) for file in KERNELS.glob("*.cpp")),
+            depends=sorted(str(file) for file in KERNELS.glob("*.h")),
             extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             language="c++",

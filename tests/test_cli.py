@@ -403,3 +403,40 @@ def test_version() -> None:
     result = CliRunner().invoke(cli.app, ["--version"])
     assert result.exit_code == 0
     assert result.stdout == f"tierlm {__version__}\n"
+
+
+# --- packed stores
+
+
+def test_pack_verify_and_run(model: str, tierlm: Any) -> None:
+    outcome = tierlm("pack", model, "packed", "--experts", "keep", "--trunk", "keep")
+    assert outcome.code == 0 and "packed: " in outcome.err
+    outcome = tierlm("verify", "packed")
+    assert outcome.code == 0 and "all records are what was packed" in outcome.err
+    assert "no checksums" in tierlm("verify", model).err
+    command = ("-p", "the quick", "-n", "5", "--context", "64")
+    assert tierlm("run", "packed", *command).out == tierlm("run", model, *command).out
+    file = Path("packed/layer-00002.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-5000] ^= 4
+    file.write_bytes(data)
+    check_failure(tierlm("verify", "packed"), 1, str(file), "expert 15 of layer 2", "expected xxh3_64", "found")
+
+
+def test_pack_refuses_what_cannot_be(model: str, tierlm: Any) -> None:
+    with leaves_nothing():
+        check_failure(tierlm("pack", model, model), 2, "exists already")
+        check_failure(tierlm("pack", model, f"{model}/packed"), 2, "lies in the folder of the model")
+        check_failure(tierlm("pack", model, "packed", "--experts", "int3"), 2, "int3", "int4")
+        check_failure(tierlm("pack", "nothing-here", "packed"), 1, "nothing-here")
+
+
+def test_an_interrupted_pack_says_that_it_goes_on(model: str, tierlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tierlm.weights.pack.write_file", interrupt)
+        outcome = tierlm("pack", model, "packed")
+    assert outcome.code == 1 and "the same command goes on" in outcome.err and not Path("packed").exists()
+    assert tierlm("pack", model, "packed").code == 0

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 import tierlm.demo
 from tierlm import LLM, Budget, SamplingParams
+from tierlm.models.packing import pack_model
 
 DEMO = Path(tierlm.demo.__file__).parent
 WINDOW, WINDOWS = 256, 8  # of each held-out text
@@ -60,6 +61,16 @@ def test_perplexity_equals_transformers(budget: str, windows: list[list[int]], r
     assert f"{found:.4g}" == f"{reference:.4g}"
     assert abs(found / reference - 1) < 1e-5
     assert 5 < reference < 60  # it has learned something
+
+
+@pytest.mark.parametrize(("experts", "trunk", "limit"), [("int8", "int8", 0.005), ("int4", "int8", 0.03)])
+def test_perplexity_of_fewer_bits(
+    experts: str, trunk: str, limit: float, windows: list[list[int]], reference: float, tmp_path: Path
+) -> None:
+    pack_model(DEMO, tmp_path / "packed", experts=experts, trunk=trunk)
+    with LLM.load(tmp_path / "packed", budget=Budget("8GiB")) as llm:
+        found = perplexity([llm.logits(window[:-1]) for window in windows], windows)
+    assert abs(found / reference - 1) < limit
 
 
 def test_text_is_tokenised_as_transformers_does(windows: list[list[int]]) -> None:

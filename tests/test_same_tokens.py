@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tierlm import LLM, Budget, SamplingParams
+from tierlm.models.packing import pack_model
 from tierlm.policies import POLICIES
 from tierlm.policies.predictors import PREDICTORS
 
@@ -77,3 +78,35 @@ def test_batches_and_waves(toy_v3: tuple[Path, Any]) -> None:
         together = [result.ids for result in llm.generate(prompts, PARAMS)]
         assert together == [llm.generate([prompt], PARAMS)[0].ids for prompt in prompts]
         assert all(len(ids) == 20 for ids in together)
+
+
+PACKED = {
+    "lossless": ("keep", "keep"),
+    "fp8": ("fp8", "fp8"),
+    "int8": ("int8", "int8"),
+    "int4, trunk int8": ("int4", "int8"),
+}
+
+
+@pytest.mark.parametrize("layouts", PACKED)
+def test_same_logits_of_a_packed_store(layouts: str, toy_v3: tuple[Path, Any], ids: list[int], tmp_path: Path) -> None:
+    """Within one format: at every budget, reader and number of threads."""
+    experts, trunk = PACKED[layouts]
+    pack_model(toy_v3[0], tmp_path / "packed", experts=experts, trunk=trunk)
+    with LLM.load(tmp_path / "packed", budget=RAM) as llm:
+        expected = llm.logits(ids)
+        tokens = llm.generate([ids[:7]], PARAMS)[0].ids
+    with LLM.load(toy_v3[0], budget=RAM) as llm:
+        error = (llm.logits(ids) - expected).norm() / expected.norm()
+    assert error < (1e-6 if experts == "keep" else 0.3)
+    for level, reader, threads in (
+        ("one slot, no trunk", "direct", 1),
+        ("a few slots, one trunk", "mmap", 3),
+        ("one slot in each tier, no trunk", "direct", 4),
+        ("three tiers, tight", "direct", 16),
+    ):
+        budget, limits = LEVELS[level]
+        options = {**limits, "reader": reader, "transfer_threads": threads}
+        with LLM.load(tmp_path / "packed", budget=budget, **options) as llm:
+            assert torch.equal(llm.logits(ids), expected)
+            assert llm.generate([ids[:7]], PARAMS)[0].ids == tokens

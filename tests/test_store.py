@@ -703,6 +703,7 @@ def test_a_guess_that_fails_is_read_again_for_the_demand_that_joined_it() -> Non
             bench.transfer.wait_any([ticket], WAIT)
             bench.shelf.failing.clear()
             assert [expert for expert, _ in itertools.chain.from_iterable(leases)] == [2]
+        assert demanded(bench.top) == 1
         bench.check()
 
 

@@ -465,3 +465,46 @@ def test_close_drops_what_is_queued_and_says_who_is_stuck() -> None:
     assert bench.transfer.close(WAIT)
     assert bench.ran == ["held"]
     assert held.done and held.error is None
+
+
+# --- a last job, which needs the others
+
+
+def test_a_last_job_runs_after_the_others_and_before_what_waits(one: Bench) -> None:
+    ticket, gate = one.hold("first")
+    queued = one.transfer.submit([one.job("a"), one.job("b")], last=one.job("last"))
+    behind = one.submit("behind")
+    gate.set()
+    one.transfer.wait_any([behind], WAIT)
+    assert ticket.done and queued.done and queued.error is None
+    assert one.ran == ["first", "a", "b", "last", "behind"]
+
+
+def test_a_last_job_that_fails_fails_the_ticket(one: Bench) -> None:
+    queued = one.transfer.submit([one.job("a")], last=one.job("last", fail(Broken())))
+    after = one.submit("after", after=queued)
+    one.transfer.wait_any([after], WAIT)
+    assert isinstance(queued.error, Broken) and isinstance(after.error, Broken)
+    assert one.ran == ["a", "last"]
+
+
+def test_a_last_job_does_not_run_after_a_failure(one: Bench) -> None:
+    queued = one.transfer.submit([one.job("a", fail(Broken())), one.job("b")], last=one.job("last"))
+    one.transfer.wait_any([queued], WAIT)
+    assert isinstance(queued.error, Broken) and "last" not in one.ran
+
+
+def test_a_ticket_is_not_cancelled_before_its_last_job(one: Bench) -> None:
+    inside, gate = threading.Event(), threading.Event()
+    one.gates.append(gate)
+
+    def wait() -> None:
+        inside.set()
+        assert gate.wait(WAIT)
+
+    queued = one.transfer.submit([one.job("a")], last=one.job("last", wait))
+    assert inside.wait(WAIT)
+    assert not queued.done and not one.transfer.cancel(queued)
+    gate.set()
+    one.transfer.wait_any([queued], WAIT)
+    assert queued.done and not queued.cancelled and one.ran == ["a", "last"]

@@ -8,7 +8,8 @@
     ├── BudgetError             the model does not run in this budget: says the floor, the budget, what dominates
     ├── CheckpointError         a file of the model is missing, malformed, or lies
     │   └── UnsupportedModelError   a well-formed model of an architecture or format that is not implemented
-    ├── StorageError            a read failed, returned short, or stalled while the model was running
+    ├── StorageError            while the model was running a read failed, returned short, stalled, or brought other
+    │                           bytes than were packed; or a packed store could not be written
     └── TraceError              a recorded trace is incomplete, malformed, or contradicts itself
 
 A message says what was expected, what was found, where, and what to do.
@@ -54,7 +55,7 @@ class UnsupportedModelError(CheckpointError):
 
 
 class StorageError(TierlmError):
-    """A read that failed. Attributes: ``file``, ``tensor``, ``offset`` (bytes from the start of the file)."""
+    """A read or a write that failed. Attributes: ``file``, ``tensor``, ``offset`` (bytes from the file's start)."""
 
     def __init__(self, message: str, *, file: str = "", tensor: str = "", offset: int = 0):
         super().__init__(message)

@@ -14,6 +14,7 @@ from rich.text import Text
 from tierlm.cli.generation import chat, run
 from tierlm.cli.health import doctor
 from tierlm.cli.measuring import profile
+from tierlm.cli.packing import pack, verify
 from tierlm.cli.planning import plan
 from tierlm.cli.tracing import simulate, trace
 from tierlm.errors import TierlmError
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, chat, plan, profile, doctor, simulate):
+for command in (run, chat, plan, profile, doctor, pack, verify, simulate):
     app.command()(command)
 app.add_typer(trace, name="trace")
 

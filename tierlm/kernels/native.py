@@ -5,14 +5,19 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
-MAX_ROWS = 64  # above it, widening a tile and a matrix product are faster
+from tierlm.kernels.weight import GROUP, Weight
+
+FORMATS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}
+EXACT = {"int8": 6, "int4": 7}
+MAX_ROWS = 64  # above it, where activations are float32, widening a tile and a matrix product are faster
+ROUNDED = 40  # bytes of a group of activations rounded to int8: struct Rounded in product.h
 
 
 class Native:
@@ -21,91 +26,79 @@ class Native:
     def __init__(self, file: Path):
         library = ctypes.CDLL(str(file))
         pointer, size = ctypes.c_void_p, ctypes.c_int64
-        self._linear, self._widen = library.tierlm_linear, library.tierlm_widen_float8
+        self._linear, self._widen = library.tierlm_linear, library.tierlm_widen
         self._mlps = library.tierlm_gated_mlps
         self._into, self._from = library.tierlm_into_latent, library.tierlm_from_latent
-        self._linear.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 4, *[size] * 4]
-        self._widen.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 2]
+        self._quantise = library.tierlm_quantise
+        self._quantise.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 3, *[size] * 2]
+        self._linear.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 5, *[size] * 4]
+        self._widen.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 3, *[size] * 2]
         self._mlps.argtypes = [ctypes.c_int, ctypes.c_int, pointer, *[size] * 3]
         self._into.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 4, *[size] * 8]
         self._from.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 4, *[size] * 6]
 
-    def linear(self, x: Tensor, data: Tensor, scale: Tensor | None) -> Tensor:
-        """``x @ w.T``: contiguous float32 [T, in] and w [out, in] as stored -> float32 [T, out]."""
+    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """``x @ weight.T``: contiguous float32 [T, in] -> float32 [T, out]."""
         rows, ins = x.shape
-        out = x.new_empty(rows, data.shape[0])
-        self._linear(
-            torch.get_num_threads(),
-            FORMATS[data.dtype],
-            x.data_ptr(),
-            data.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
-            out.data_ptr(),
-            rows,
-            ins,
-            data.shape[0],
-            out.stride(0),
-        )
+        out = x.new_empty(rows, weight.shape[0])
+        room = _room(weight, rows, ins)
+        self._linear(*_call(x, weight, out), room.data_ptr(), rows, ins, weight.shape[0], out.stride(0))
         return out
 
-    def widen(self, data: Tensor, scale: Tensor) -> Tensor:
-        """Block-scaled float8 [out, in] -> float32 [out, in]. The first row is the first of a block of scales."""
-        outs, ins = data.shape
+    def widen(self, weight: Weight) -> Tensor:
+        """A weight of a format with scales as float32 [out, in]. The first row is the first of a block of scales."""
+        outs, ins = weight.shape
         out = torch.empty(outs, ins)
-        self._widen(torch.get_num_threads(), data.data_ptr(), scale.data_ptr(), out.data_ptr(), ins, outs)
+        threads, format, _, *pointers = _call(out, weight, out)
+        self._widen(threads, format, *pointers, ins, outs)
         return out
 
-    def gated_mlps(self, jobs: Sequence[tuple[Tensor, Tensor, Sequence[tuple[Tensor, Tensor | None]]]]) -> None:
+    def quantise(self, weight: Tensor, made: Weight) -> None:
+        """A finite, contiguous float32 matrix into the empty tiles and scales of ``made``, of its size."""
+        assert made.scale is not None
+        pointers = weight.data_ptr(), made.data.data_ptr(), made.scale.data_ptr()
+        self._quantise(torch.get_num_threads(), made.format == "int4", *pointers, weight.shape[1], weight.shape[0])
+
+    def gated_mlps(self, jobs: Sequence[tuple[Tensor, Tensor, Sequence[Weight]]]) -> None:
         """Several ``y = down(silu(gate(x)) * up(x))`` at once, of one format and shape.
 
-        A job: x and y, contiguous float32 [T, hidden], and the gate, up (both [width, hidden]) and down
-        [hidden, width] with their scales. y is written.
+        A job: x and y, contiguous float32 [T, hidden], and gate, up (both [width, hidden]) and down [hidden, width].
+        y is written.
         """
-        gate = jobs[0][2][0][0]
+        gate = jobs[0][2][0]
         width, hidden = gate.shape
         rows = sum(len(x) for x, _, _ in jobs)
         scratch = torch.empty(2, rows, width)
-        inner, other = scratch.data_ptr(), scratch[1].data_ptr()
+        outer, inner = _room(gate, rows, hidden), _room(gate, rows, width)
+        starts = [scratch.data_ptr(), scratch[1].data_ptr(), outer.data_ptr(), inner.data_ptr()]
+        steps = [4 * width, 4 * width, outer.shape[-1], inner.shape[-1]]  # bytes of a row of each
         fields: list[int] = []
         for x, y, weights in jobs:
             fields.append(x.data_ptr())
-            fields += [data.data_ptr() for data, _ in weights]
-            fields += [0 if scale is None else scale.data_ptr() for _, scale in weights]
-            fields += [inner, other, y.data_ptr(), len(x)]
-            inner, other = inner + len(x) * width * 4, other + len(x) * width * 4
+            fields += [weight.data.data_ptr() for weight in weights]
+            fields += [0 if weight.scale is None else weight.scale.data_ptr() for weight in weights]
+            fields += [*starts, y.data_ptr(), len(x)]
+            starts = [start + len(x) * step for start, step in zip(starts, steps, strict=True)]
         experts = (ctypes.c_int64 * len(fields))(*fields)
-        self._mlps(torch.get_num_threads(), FORMATS[gate.dtype], experts, len(jobs), hidden, width)
+        self._mlps(torch.get_num_threads(), _number(gate), experts, len(jobs), hidden, width)
 
-    def into_latent(self, q: Tensor, data: Tensor, scale: Tensor | None, first: int, heads: int) -> Tensor:
+    def into_latent(self, q: Tensor, kv_b: Weight, first: int, heads: int) -> Tensor:
         """float32 q [T, g, nope], dense over the last dimension, times the key half of the heads from ``first`` on of
         kv_b [heads * (nope + value), rank] as stored -> float32 [g, T, rank]."""
         rows, group, nope = q.shape
-        out = torch.empty(group, rows, data.shape[1])
-        self._into(
-            *self._call(q, data, scale, out),
-            rows,
-            first,
-            group,
-            nope,
-            len(data) // heads,
-            *data.shape[1:],
-            *q.stride()[:2],
-        )
+        outs, rank = kv_b.shape
+        out = torch.empty(group, rows, rank)
+        self._into(*_call(q, kv_b, out), rows, first, group, nope, outs // heads, rank, *q.stride()[:2])
         return out
 
-    def from_latent(
-        self, mixed: Tensor, data: Tensor, scale: Tensor | None, first: int, heads: int, value: int
-    ) -> Tensor:
+    def from_latent(self, mixed: Tensor, kv_b: Weight, first: int, heads: int, value: int) -> Tensor:
         """Contiguous float32 mixed [g, T, rank] times the value half of the heads from ``first`` on -> float32
-        [T, g, value]."""
+        [T, g, value]. ``mixed`` is never rounded."""
         group, rows, rank = mixed.shape
         out = torch.empty(rows, group, value)
-        self._from(*self._call(mixed, data, scale, out), rows, first, group, value, len(data) // heads, rank)
+        per_head = kv_b.shape[0] // heads
+        self._from(*_call(mixed, replace(kv_b, exact=True), out), rows, first, group, value, per_head, rank)
         return out
-
-    def _call(self, x: Tensor, data: Tensor, scale: Tensor | None, out: Tensor) -> tuple[int, ...]:
-        pointers = x.data_ptr(), data.data_ptr(), 0 if scale is None else scale.data_ptr(), out.data_ptr()
-        return torch.get_num_threads(), FORMATS[data.dtype], *pointers
 
 
 @cache
@@ -118,8 +111,23 @@ def load() -> Native | None:
     return None
 
 
-def kernels_for(data: Tensor, scale: Tensor | None) -> Native | None:
+def kernels_for(weight: Weight) -> Native | None:
     """The compiled kernels, if they exist and know this weight."""
-    known = data.device.type == "cpu" and data.dtype in FORMATS and (scale is not None) == (data.dtype.itemsize == 1)
-    plain = data.dim() == 2 and data.is_contiguous() and (scale is None or scale.is_contiguous())
-    return load() if known and plain else None
+    data, scale = weight.data, weight.scale
+    known = data.device.type == "cpu" and weight.format in FORMATS and (scale is not None) == (data.dtype.itemsize == 1)
+    plain = data.dim() == (3 if weight.quantised else 2) and data.is_contiguous()
+    return load() if known and plain and (scale is None or scale.is_contiguous()) else None
+
+
+def _number(weight: Weight) -> int:
+    return EXACT[weight.format] if weight.exact and weight.quantised else FORMATS[weight.format]
+
+
+def _room(weight: Weight, rows: int, ins: int) -> Tensor:
+    """Scratch for ``rows`` of activations, if products with ``weight`` round them: uint8 [rows, bytes of one]."""
+    return torch.empty(rows if weight.rounds else 0, -(-ins // GROUP) * ROUNDED, dtype=torch.uint8)
+
+
+def _call(x: Tensor, weight: Weight, out: Tensor) -> tuple[int, ...]:
+    scale = 0 if weight.scale is None else weight.scale.data_ptr()
+    return torch.get_num_threads(), _number(weight), x.data_ptr(), weight.data.data_ptr(), scale, out.data_ptr()

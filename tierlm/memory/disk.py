@@ -1,14 +1,16 @@
-"""The tier at the bottom."""
+"""The tier at the bottom. Sealed records are compared with their seals when they are first read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tierlm.errors import StorageError
 from tierlm.memory.slots import Entry, Slot
 from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
 from tierlm.spec import Key
 from tierlm.weights.checkpoint import Record
+from tierlm.weights.checksum import Seal, checksum
 from tierlm.weights.reader import Reader, Request, failure, split
 
 
@@ -40,10 +42,24 @@ class Disk:
     def __init__(self, reader: Reader, records: Callable[[Key], Record], transfer: Transfer, request_bytes: int):
         self.reader, self.records, self.transfer = reader, records, transfer
         self.request_bytes = request_bytes
+        self._checked: set[Key] = set()  # added to by the transfer's threads
 
     def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, None]:
-        requests = [part for extent in self.records(key).extents for part in split(extent, self.request_bytes)]
-        return self.transfer.submit([self._job(r, slot, str(tuple(key))) for r in requests], priority=priority), None
+        record = self.records(key)
+        requests = [part for extent in record.extents for part in split(extent, self.request_bytes)]
+        jobs = [self._job(request, slot, str(tuple(key))) for request in requests]
+        check = None if record.seal is None or key in self._checked else self._check(key, record.seal, slot)
+        return self.transfer.submit(jobs, priority=priority, last=check), None
+
+    def _check(self, key: Key, seal: Seal, slot: Slot) -> Job:
+        def run() -> None:
+            seal.check(checksum(slot.buffer[: seal.nbytes].numpy().data))
+            self._checked.add(key)
+
+        def stalled(why: str) -> Exception:
+            return StorageError(f"comparing {seal.name} of {seal.file} with its checksum: {why}")
+
+        return Job("checksum", seal.nbytes, run, stalled, str(tuple(key)))
 
     def _job(self, request: Request, slot: Slot, what: str) -> Job:
         def run() -> None:

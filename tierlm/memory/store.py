@@ -171,6 +171,7 @@ class Leases:
             ready = [key for key, entry in self._held.items() if entry.ticket is None]
             for key in [key for key in ready if self._held[key].error is not None and key in self._joined]:
                 self._joined.remove(key)  # a guess has failed, which is nobody's error yet: now it is demanded
+                self._tier.stats.late_hits -= 1  # and counted as what it turns out to be
                 self._release(key)
                 self._missing.append(key)
                 ready.remove(key)

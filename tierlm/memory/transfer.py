@@ -47,11 +47,15 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A transfer under way. ``done`` once every job of it has ended; then ``error`` says whether one failed."""
+    """A transfer under way. ``done`` once every job of it has ended; then ``error`` says whether one failed.
+
+    ``last``: a job that is to begin, ahead of all others, once the rest are through without error.
+    """
 
     jobs: Sequence[Job]
     priority: Priority
     after: Ticket | None = None
+    last: Job | None = None
     pending: int = 0
     queued: int = 0  # jobs that no thread has taken up yet
     done: bool = False
@@ -95,10 +99,18 @@ class Transfer:
             thread.start()
 
     def submit(
-        self, jobs: Sequence[Job], *, priority: Priority = Priority.DEMAND, after: Ticket | None = None
+        self,
+        jobs: Sequence[Job],
+        *,
+        priority: Priority = Priority.DEMAND,
+        after: Ticket | None = None,
+        last: Job | None = None,
     ) -> Ticket:
-        """Queue jobs; they start once ``after`` is done, and fail with it. Raises RuntimeError when closed."""
-        ticket = Ticket(jobs, priority, after, len(jobs), len(jobs), unfinished=set(range(len(jobs))))
+        """Queue jobs, and a ``last`` one that needs the others; they start once ``after`` is done, and fail with it.
+
+        Raises RuntimeError when closed.
+        """
+        ticket = Ticket(jobs, priority, after, last, len(jobs), len(jobs), unfinished=set(range(len(jobs))))
         with self._lock:
             if self._closed:
                 raise RuntimeError("transfer is closed")
@@ -186,6 +198,18 @@ class Transfer:
             queue.extend(items)
         self._work.notify(len(items))
 
+    def _conclude(self, ticket: Ticket) -> None:
+        """All queued jobs of a ticket have ended: queue its last one, if there is one, or finish it."""
+        if ticket.last is None or ticket.error is not None:
+            self._finish(ticket, None)
+            return
+        index = len(ticket.jobs)
+        ticket.jobs, ticket.last = [*ticket.jobs, ticket.last], None
+        ticket.pending = ticket.queued = 1
+        ticket.unfinished.add(index)
+        self._queues[ticket.priority].appendleft((ticket, index))
+        self._work.notify()
+
     def _finish(self, ticket: Ticket, error: BaseException | None) -> None:
         ticket.error = ticket.error or error
         ticket.done = True
@@ -244,7 +268,7 @@ class Transfer:
                     ticket.unfinished.discard(index)
                     ticket.pending -= 1
                     if not ticket.pending:
-                        self._finish(ticket, None)
+                        self._conclude(ticket)
 
     def _take(self, queue: deque[tuple[Ticket, int]]) -> list[tuple[Ticket, int]]:
         """Off the queue: its first job, and those near it that can be done with it in one go. No more than a thread's

@@ -76,7 +76,7 @@ class Attention:
             1, min(heads, SCORES // max((s.stop - s.start) * len(p) for s, p in zip(segments, past, strict=True)))
         )
         kv_b = trunk["kv_b_proj"]
-        if not unwidened(kv_b, tokens):
+        if not unwidened(kv_b, tokens, nope, spec.value_dim):
             group = max(1, min(group, HEADS_VALUES // ((nope + spec.value_dim) * rank)))
         for first in range(0, heads, group):
             mine = slice(first, first + group)

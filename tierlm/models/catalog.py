@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import family_of
 from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
 from tierlm.weights.checkpoint import Checkpoint, Record, TensorInfo, build_record, read_json
+from tierlm.weights.layouts import LAYOUTS, SCALE, StoredWeight, layout_of
+from tierlm.weights.packed import read_seals, row_block, row_blocks
 
 FLOATS = ("F32", "BF16", "F16")
 HEAD_BLOCK_BYTES = 64 * 2**20  # the lm_head is used in blocks of rows of this size, so that it streams like a trunk
-SCALE_BLOCK = 128
 GATES = TrunkKey(-1)  # the small tensors that are always resident
 
 
 class Catalog:
     """The spec and the records of a model folder, checked against each other when it is made.
 
-    ``trunks``: the keys of all layers' trunks and then the blocks of the lm_head, in the order in which they run.
+    ``trunks``: the keys of all layers' trunks and then the blocks of the lm_head, in the order in which they run;
+    ``head_weights``: those blocks.
     Raises CheckpointError and UnsupportedModelError.
     """
 
@@ -40,21 +43,25 @@ class Catalog:
                 f"{len(self.checkpoint.tensors)} tensors found"
             )
         self.embedding = self._plain(self.family.embedding_name(), (spec.vocab, spec.hidden))
-        head = self._plain(self.family.head_name(spec), (spec.vocab, spec.hidden))
-        rows = max(1, HEAD_BLOCK_BYTES // (head.nbytes // spec.vocab))
-        self._head = [head.rows(at, min(at + rows, spec.vocab)) for at in range(0, spec.vocab, rows)]
+        self._seals = {file: read_seals(file, header) for file, header in self.checkpoint.headers.items()}
+        self.head_weights = self._head_blocks(self.family.head_name(spec))
         self.layers = [TrunkKey(layer) for layer in range(spec.layers)]
-        self.head = [TrunkKey(spec.layers + block) for block in range(len(self._head))]
+        self.head = [TrunkKey(spec.layers + block) for block in range(len(self.head_weights))]
         self.trunks = self.layers + self.head
         keys: list[Key] = [*self.trunks, *self.experts()]
         self._records = {key: self._build(key) for key in keys}
-        self._records[GATES] = build_record(self._tensors(self.family.gate_tensors(spec)))
+        self._records[GATES] = self._sealed(build_record(self._tensors(self.family.gate_tensors(spec))))
         self.ignored = [name for name in self.checkpoint.tensors if self.family.ignored(spec, name)]
 
     @property
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
         return sorted({tensor.file for tensor in self.checkpoint.tensors.values()})
+
+    @property
+    def sealed(self) -> bool:
+        """Whether this is a packed store, whose records have checksums."""
+        return all(self._seals.values())
 
     @property
     def fingerprint(self) -> str:
@@ -76,29 +83,65 @@ class Catalog:
 
     def _build(self, key: Key) -> Record:
         if isinstance(key, ExpertKey):
-            return build_record(self._tensors(self.family.expert_tensors(self.spec, key)))
-        if key.layer >= self.spec.layers:
-            return build_record({"lm_head": self._head[key.layer - self.spec.layers]})
-        return build_record(self._tensors(self.family.trunk_tensors(self.spec, key)))
+            tensors = self._tensors(self.family.expert_tensors(self.spec, key))
+        elif key.layer >= self.spec.layers:
+            tensors = _by_role({"lm_head": self.head_weights[key.layer - self.spec.layers]})
+        else:
+            tensors = self._tensors(self.family.trunk_tensors(self.spec, key))
+        return self._sealed(build_record(tensors))
+
+    def _sealed(self, record: Record) -> Record:
+        """The record with its seal, if its file has any."""
+        for extent in record.extents:
+            if seals := self._seals[extent.file]:
+                seal = seals.get(extent.start)
+                if len(record.extents) > 1 or seal is None or seal.nbytes != extent.stop - extent.start:
+                    raise CheckpointError(
+                        f"{extent.file}: {extent.tensors[0].name} at offset {extent.start}: expected a record as "
+                        "it was packed, found something else; pack the model again"
+                    )
+                return replace(record, seal=seal)
+        return record
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> StoredWeight:
+        """The weight called ``name``, in whichever layout it has. Raises CheckpointError, UnsupportedModelError."""
+        tensor = self.checkpoint.tensor(name)
+        layout = layout_of(tensor.dtype, shape)
+        if layout is None:
+            raise UnsupportedModelError(
+                f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(FLOATS)}, and for matrices "
+                f"{', '.join(each.dtype for each in LAYOUTS.values() if each.matrices_only)} with their scales"
+            )
+        parts = {}
+        for ending, (dtype, expected) in layout.parts(shape).items():
+            part = self.checkpoint.tensor(name + ending, expected)
+            if part.dtype != dtype:
+                raise UnsupportedModelError(f"{part.file}: {part.name} is {part.dtype}; {dtype} is supported")
+            parts[ending] = part if expected == shape else replace(part, size=shape)
+        return StoredWeight(name, shape, layout, parts)
 
     def _tensors(self, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
-        """The tensors of some roles, and the block scales of those that are float8, as ``role.scale``."""
-        found: dict[str, TensorInfo] = {}
-        for role, (name, shape) in shapes.items():
-            tensor = self.checkpoint.tensor(name, shape)
-            found[role] = tensor
-            if tensor.dtype == "F8_E4M3" and len(shape) == 2:
-                blocks = tuple(-(-size // SCALE_BLOCK) for size in shape)
-                scale = self.checkpoint.tensor(name + "_scale_inv", blocks)
-                if scale.dtype != "F32":
-                    raise UnsupportedModelError(f"{scale.file}: {scale.name} is {scale.dtype}; F32 is supported")
-                found[role + ".scale"] = scale
-            elif tensor.dtype not in FLOATS:
-                raise UnsupportedModelError(
-                    f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(FLOATS)}, and F8_E4M3 matrices "
-                    "with their weight_scale_inv"
-                )
-        return found
+        return _by_role({role: self.stored(*named) for role, named in shapes.items()})
+
+    def _head_blocks(self, name: str) -> list[StoredWeight]:
+        """The lm_head, cut into blocks of rows: as it was packed, or as its size demands."""
+        vocab, hidden = self.spec.vocab, self.spec.hidden
+        packed = row_blocks(name, self.checkpoint.tensors)
+        if packed:
+            edges = [0, *(stop for _, stop in packed)]
+            if [start for start, _ in packed] != edges[:-1] or edges[-1] != vocab:
+                where = self.checkpoint.folder
+                raise CheckpointError(f"{where}: the blocks of {name} do not make up its {vocab} rows: {packed}")
+            return [self.stored(row_block(name, *rows), (rows[1] - rows[0], hidden)) for rows in packed]
+        head = self._plain(name, (vocab, hidden))
+        step = max(1, HEAD_BLOCK_BYTES // (head.nbytes // vocab))
+        blocks = [(at, min(at + step, vocab)) for at in range(0, vocab, step)]
+        layout = layout_of(head.dtype, head.shape)
+        assert layout is not None
+        return [
+            StoredWeight(row_block(name, *rows), (rows[1] - rows[0], hidden), layout, {"": head.rows(*rows)})
+            for rows in blocks
+        ]
 
     def _plain(self, name: str, shape: tuple[int, int]) -> TensorInfo:
         tensor = self.checkpoint.tensor(name, shape)
@@ -115,3 +158,12 @@ class Catalog:
         if not all(isinstance(i, int) for i in eos):
             raise CheckpointError(f"{folder}: eos_token_id: expected token ids, found {eos!r}")
         return tuple(dict.fromkeys(eos))
+
+
+def _by_role(weights: Mapping[str, StoredWeight]) -> dict[str, TensorInfo]:
+    """The tensors of some roles' weights, and their scales where they have any, as ``role.scale``."""
+    return {
+        role + SCALE if ending else role: part
+        for role, weight in weights.items()
+        for ending, part in weight.parts.items()
+    }

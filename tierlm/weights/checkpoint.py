@@ -13,9 +13,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.weights.checksum import Seal
 
 ALIGNMENT = 4096  # direct reads start, end and land on multiples of this many bytes
 MERGE_GAP = 64 * 1024  # reading this much between two tensors costs less than a second request
@@ -26,7 +27,10 @@ ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: bytes ``offset`` to ``offset + nbytes`` of ``file``, row-major."""
+    """Where one tensor lies: bytes ``offset`` to ``offset + nbytes`` of ``file``, row-major.
+
+    ``size``: the shape of the matrix that it stands for, where that is another (weights/layouts.py).
+    """
 
     name: str
     file: Path
@@ -34,6 +38,7 @@ class TensorInfo:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    size: tuple[int, ...] | None = None
 
     def rows(self, start: int, stop: int) -> TensorInfo:
         """The part of this tensor that holds the rows from ``start`` to ``stop`` of its first dimension."""
@@ -71,21 +76,26 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies inside a record's bytes."""
+    """Where a tensor lies inside a record's bytes; the rest as in TensorInfo."""
 
     offset: int
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    size: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The bytes of one streamed unit: the reads that fetch it, and where each role's tensor is found afterwards."""
+    """The bytes of one streamed unit: the reads that fetch it, and where each role's tensor is found afterwards.
+
+    ``seal``: what the bytes of its only extent have to be, in a packed store.
+    """
 
     nbytes: int
     extents: tuple[Extent, ...]
     places: Mapping[str, Place]
+    seal: Seal | None = None
 
 
 def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
@@ -105,7 +115,8 @@ def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
         first, last = group[0][1], group[-1][1]
         extent = Extent(first.file, first.offset, last.offset + last.nbytes, at, tuple(t for _, t in group))
         for role, tensor in group:
-            places[role] = Place(at + tensor.offset - extent.lo, tensor.nbytes, tensor.dtype, tensor.shape)
+            offset = at + tensor.offset - extent.lo
+            places[role] = Place(offset, tensor.nbytes, tensor.dtype, tensor.shape, tensor.size)
         at += extent.hi - extent.lo
         extents.append(extent)
     return Record(at, tuple(extents), places)
@@ -124,12 +135,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+class Header(NamedTuple):
+    """What one safetensors file says of itself. ``begin``: where its tensors' bytes begin; ``metadata``: free text."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    begin: int
+
+
 class Checkpoint:
-    """All tensors of a model folder. ``tensors``: name -> TensorInfo."""
+    """All tensors of a model folder. ``tensors``: name -> TensorInfo; ``headers``: of each file."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
+        self.headers: dict[Path, Header] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
             self._read_index(index)
@@ -142,7 +162,7 @@ class Checkpoint:
                 f"{folder}: expected model.safetensors, or model.safetensors.index.json and its shards; found neither"
             )
         for file in files:
-            for name, tensor in read_header(file).items():
+            for name, tensor in self._header(file).tensors.items():
                 if name in self.tensors:
                     raise CheckpointError(f"{file}: tensor {name} is also in {self.tensors[name].file.name}")
                 self.tensors[name] = tensor
@@ -159,11 +179,15 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{index.parent / shard}: missing shard, named by {index.name}; download it again"
                 )
-            headers[shard] = read_header(index.parent / shard)
+            headers[shard] = self._header(index.parent / shard).tensors
         for name, shard in weight_map.items():
             if name not in headers[shard]:
                 raise CheckpointError(f"{index}: says that {name} is in {shard}; it is not there")
             self.tensors[name] = headers[shard][name]
+
+    def _header(self, file: Path) -> Header:
+        self.headers[file] = read_header(file)
+        return self.headers[file]
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
         """The tensor called ``name``. Raises CheckpointError if it is missing or not of ``shape``."""
@@ -175,8 +199,8 @@ class Checkpoint:
         return found
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors that one safetensors file declares, checked against the file. Raises CheckpointError."""
+def read_header(file: Path) -> Header:
+    """What one safetensors file declares, checked against the file. Raises CheckpointError."""
     try:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -195,7 +219,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file}: safetensors header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: safetensors header is {type(header).__name__}, expected an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file}: header: expected texts under __metadata__, found {str(metadata)[:200]}")
     begin = 8 + length
     tensors = {name: _tensor(file, name, entry, begin, size) for name, entry in header.items()}
     previous: TensorInfo | None = None
@@ -206,7 +232,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 f"which ends at {previous.offset + previous.nbytes}"
             )
         previous = tensor
-    return tensors
+    return Header(tensors, metadata, begin)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import numpy as np
 
 from tierlm.errors import StorageError, UsageError
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
+
+PIECE = 16 * 2**20  # bytes of a tensor that is read from end to end
 
 
 def host_memory(nbytes: int) -> mmap.mmap:
@@ -216,6 +218,26 @@ def read_rows(tensor: TensorInfo, rows: Iterable[int]) -> bytes:
     finally:
         files.close()
     return b"".join(found[row] for row in rows)
+
+
+def read_pieces(tensor: TensorInfo) -> Iterator[memoryview]:
+    """The bytes of a tensor from its first to its last, at most PIECE at a time, through the page cache."""
+    extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
+    at = tensor.offset
+    try:
+        with open(tensor.file, "rb") as stream:
+            stream.seek(at)
+            while at < extent.stop:
+                piece = bytearray(min(PIECE, extent.stop - at))
+                got = stream.readinto(piece)
+                if got < len(piece):
+                    raise failure(
+                        Request(extent, at, extent.stop), at + got, f"expected {len(piece)} bytes, found {got}"
+                    )
+                yield memoryview(piece)
+                at += got
+    except OSError as error:
+        raise failure(Request(extent, at, extent.stop), at, error.strerror or str(error)) from error
 
 
 def failure(request: Request, offset: int, what: str) -> StorageError:

@@ -1,0 +1,105 @@
+"""Single operations of ggml, llama.cpp's arithmetic, out of the shared library inside xllamacpp's wheel."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "I32": 26, "BF16": 30}  # enum ggml_type
+BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "BF16": (1, 2)}  # values, bytes
+REPACK = "_Z35ggml_backend_cpu_repack_buffer_typev"  # a C++ function: its buffers lay Q4_0 out for the processor
+
+POINTERS = (
+    "init new_tensor_3d mul_mat_id mul silu new_graph backend_cpu_init backend_alloc_ctx_tensors "
+    "backend_alloc_ctx_tensors_from_buft mul_mat get_data"
+)
+
+
+class Parameters(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+class Ggml:
+    """The library, and a CPU backend with so many threads."""
+
+    def __init__(self, threads: int):
+        found = importlib.util.find_spec("xllamacpp")
+        if found is None or found.origin is None:
+            raise SystemExit("xllamacpp is not installed: pip install 'tierlm[peers]'")
+        self.library = ctypes.CDLL(str(next(Path(found.origin).parent.glob("xllamacpp*.so"))))
+        for name in POINTERS.split():
+            self._function(name).restype = ctypes.c_void_p
+        getattr(self.library, REPACK).restype = ctypes.c_void_p
+        self._function("quantize_chunk").restype = ctypes.c_size_t
+        self._function("init").argtypes = [Parameters]
+        self.buffers: list[int] = []
+        self.backend = self.call("backend_cpu_init")
+        self.call("backend_cpu_set_n_threads", self.backend, ctypes.c_int(threads))
+
+    def _function(self, name: str) -> ctypes._CFuncPtr:
+        function: ctypes._CFuncPtr = getattr(self.library, f"ggml_{name}")
+        return function
+
+    def call(self, name: str, *values: object) -> int:
+        return self._function(name)(*[ctypes.c_void_p(v) if isinstance(v, int) else v for v in values])  # type: ignore[no-any-return]
+
+    def context(self) -> int:
+        return self._function("init")(Parameters(2**20, None, True))  # type: ignore[no-any-return]
+
+    def tensor(self, context: int, type: str, *shape: int) -> int:
+        """``shape``: the innermost first, three numbers at most."""
+        sizes = [ctypes.c_int64(size) for size in (*shape, 1, 1)[:3]]
+        return self.call("new_tensor_3d", context, ctypes.c_int(TYPES[type]), *sizes)
+
+    def quantised(self, type: str, values: torch.Tensor) -> np.ndarray:
+        """float32 [outs, ins] -> the bytes of one of the types."""
+        outs, ins = values.shape
+        per, size = BLOCKS[type]
+        data = np.empty(outs * ins // per * size, np.uint8)
+        sizes = [ctypes.c_int64(n) for n in (0, outs, ins)]
+        number = ctypes.c_int(TYPES[type])
+        self.call("quantize_chunk", number, values.data_ptr(), data.ctypes.data, *sizes, None)
+        return data
+
+    def weights(self, type: str, matrix: torch.Tensor, copies: int, repacked: bool) -> int:
+        """A tensor [copies, outs, ins] of one float32 matrix over and over, laid out for the processor if asked to."""
+        outs, ins = matrix.shape
+        context = self.context()
+        tensor = self.tensor(context, type, ins, outs, copies)
+        if repacked:
+            place = getattr(self.library, REPACK)()
+            self.buffers.append(self.call("backend_alloc_ctx_tensors_from_buft", context, place))
+        else:
+            self.buffers.append(self.call("backend_alloc_ctx_tensors", context, self.backend))
+        data = np.tile(self.quantised(type, matrix), copies)
+        self.set(tensor, data)
+        return tensor
+
+    def set(self, tensor: int, data: np.ndarray) -> None:
+        """All of a tensor's bytes."""
+        self.call("backend_tensor_set", tensor, data.ctypes.data, ctypes.c_size_t(0), ctypes.c_size_t(data.nbytes))
+
+    def get(self, tensor: int, *shape: int) -> torch.Tensor:
+        """A float32 tensor; ``shape``: the outermost first."""
+        data = torch.empty(shape)
+        self.call("backend_tensor_get", tensor, data.data_ptr(), ctypes.c_size_t(0), ctypes.c_size_t(data.nbytes))
+        return data
+
+    def graph(self, context: int, result: int) -> int:
+        """What computes ``result``, a tensor made by operations in ``context``: for ``compute``."""
+        self.buffers.append(self.call("backend_alloc_ctx_tensors", context, self.backend))
+        graph = self.call("new_graph", context)
+        self.call("build_forward_expand", graph, result)
+        return graph
+
+    def compute(self, graph: int) -> None:
+        self.call("backend_graph_compute", self.backend, graph)
+
+    def release(self) -> None:
+        """Give back all memory of tensors."""
+        while self.buffers:
+            self.call("backend_buffer_free", self.buffers.pop())

@@ -1,0 +1,70 @@
+"""What a layout costs in quality: held-out perplexity of a model as it is, and packed in other layouts.
+
+    python bench/perplexity.py [demo] [--layouts int8/int8 int4/int8 int4/int4] [--windows N]
+
+A layout is EXPERTS/TRUNK, as `tierlm pack` takes them. The text (default: the demo model's held-out ones) is cut into
+windows; each is a prompt of its own, whose every next token is scored. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tierlm import LLM, Budget
+from tierlm.models.hub import DEMO, find_model
+from tierlm.models.packing import pack_model
+
+TEXTS = [DEMO / "heldout-python-docs.txt", DEMO / "heldout-sotu.txt"]
+SETTINGS = ["bf16/bf16", "int8/int8", "int4/int8", "int4/int4"]
+
+
+def perplexity(folder: Path, texts: list[Path], window: int, windows: int) -> float:
+    """exp of the mean negative log likelihood of each token after its window's first, over all texts."""
+    losses = []
+    with LLM.load(folder, budget=Budget("4GiB"), heat=False, predictor="none") as llm:
+        for text in texts:
+            ids = llm.codec.encode(text.read_text(encoding="utf-8"))
+            for start in range(0, min(len(ids) - window, windows * window), window):
+                part = ids[start : start + window + 1]
+                losses.append(torch.nn.functional.cross_entropy(llm.logits(part[:-1]), torch.tensor(part[1:])))
+    return math.exp(torch.stack(losses).double().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--layouts", nargs="+", default=SETTINGS, help="EXPERTS/TRUNK")
+    parser.add_argument("--text", type=Path, nargs="+", default=TEXTS)
+    parser.add_argument("--window", type=int, default=256, help="tokens")
+    parser.add_argument("--windows", type=int, default=40, help="of each text, at most")
+    arguments = parser.parse_args()
+    source = Path(find_model(arguments.model))
+    original = perplexity(source, arguments.text, arguments.window, arguments.windows)
+    print(f"as it is    perplexity {original:.4f}", flush=True)
+    found = []
+    for setting in arguments.layouts:
+        experts, trunk = setting.split("/")
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "packed"
+            began = time.perf_counter()
+            pack_model(source, out, experts=experts, trunk=trunk)
+            seconds = time.perf_counter() - began
+            size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+            value = perplexity(out, arguments.text, arguments.window, arguments.windows)
+        print(
+            f"{setting:12}perplexity {value:.4f}, {value / original - 1:+.2%}; {size / 1e6:.1f} MB in {seconds:.1f} s",
+            flush=True,
+        )
+        found.append({"experts": experts, "trunk": trunk, "perplexity": value, "bytes": size})
+    print(json.dumps({"model": arguments.model, "perplexity": original, "packed": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,456 @@
+"""Packed stores: what is in them, that they are made whole or not at all, and that damage is found and named."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tierlm import LLM, Budget, CheckpointError, StorageError, UsageError
+from tierlm.kernels import Weight, linear, widen
+from tierlm.models.catalog import GATES, Catalog
+from tierlm.models.packing import pack_model
+from tierlm.spec import ExpertKey, Key, TrunkKey
+from tierlm.weights import packed
+from tierlm.weights.checkpoint import ALIGNMENT, ITEM_SIZE, read_header
+from tierlm.weights.formats import DTYPES, MAKERS, Weights, weights_of
+from tierlm.weights.layouts import LAYOUTS, layout_of
+from tierlm.weights.packed import PADDING, RecordShape, in_file_order, read_seals, write_file
+from tierlm.weights.verify import damage
+
+RAM = Budget("8GiB")
+TIGHT = {"ram_slots": 4, "resident_trunks": 0}
+DAMAGED = ExpertKey(2, 5)  # an expert that the prompt uses
+
+
+@pytest.fixture(scope="module")
+def kept(toy_v3: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy, packed as it is. Tests do not write to it."""
+    out = tmp_path_factory.mktemp("packed") / "kept"
+    pack_model(toy_v3[0], out, experts="keep", trunk="keep")
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def flip(file: Path, at: int) -> None:
+    """Damage one byte; a second time repairs it."""
+    with open(file, "r+b") as stream:
+        stream.seek(at)
+        byte = stream.read(1)[0]
+        stream.seek(at)
+        stream.write(bytes([byte ^ 1]))
+
+
+# --- what is in a packed store
+
+
+def test_a_lossless_store_has_the_tensors_of_its_source(kept: Path, toy_v3: tuple[Path, Any]) -> None:
+    source = load_file(toy_v3[0] / "model.safetensors")
+    found: dict[str, torch.Tensor] = {}
+    for file in kept.glob("*.safetensors"):
+        found |= {name: tensor for name, tensor in load_file(file).items() if not name.startswith(PADDING)}
+    assert torch.equal(found.pop("lm_head.weight.rows.0.131"), source.pop("lm_head.weight"))
+    assert found.keys() == source.keys()
+    assert all(torch.equal(found[name], source[name]) for name in source)
+
+
+def test_each_record_is_one_aligned_sealed_read(kept: Path) -> None:
+    catalog = Catalog(kept)
+    for key in [GATES, *catalog.trunks, *catalog.experts()]:
+        record = catalog.record(key)
+        (extent,) = record.extents
+        assert extent.start % ALIGNMENT == 0
+        assert record.seal is not None and record.seal.offset == extent.start
+        for place in record.places.values():
+            assert place.offset % ITEM_SIZE[place.dtype] == 0
+    assert catalog.sealed
+    assert [key.layer for key in catalog.head] == [4]
+
+
+def test_a_lossless_store_gives_the_same_logits(kept: Path, toy_v3: tuple[Path, Any], ids: list[int]) -> None:
+    with LLM.load(toy_v3[0], budget=RAM) as original:
+        expected = original.logits(ids)
+    for options in ({}, TIGHT, {**TIGHT, "reader": "mmap", "transfer_threads": 3}):
+        with LLM.load(kept, budget=RAM, **options) as llm:
+            assert torch.equal(llm.logits(ids), expected)
+            assert torch.equal(llm.logits(ids), expected)
+            assert llm.stats().links["checksum"].bytes > 0
+
+
+def test_records_are_compared_with_their_seals_once(kept: Path, ids: list[int]) -> None:
+    with LLM.load(kept, budget=RAM, **TIGHT) as llm:
+        llm.logits(ids)
+        llm.logits(ids)
+        once = llm.stats().links
+        llm.logits(ids)
+        again = llm.stats().links
+    assert again["checksum"].bytes == once["checksum"].bytes
+    assert again["disk->ram"].bytes > once["disk->ram"].bytes
+
+
+def test_what_is_beside_the_weights_comes_along(kept: Path, toy_v3: tuple[Path, Any]) -> None:
+    assert (kept / "config.json").read_bytes() == (toy_v3[0] / "config.json").read_bytes()
+    description = json.loads((kept / "tierlm.json").read_text())
+    assert description["packed"]["experts"] == "keep"
+    assert description["source"]["files"]["model.safetensors"]["bytes"] == (
+        (toy_v3[0] / "model.safetensors").stat().st_size
+    )
+
+
+def test_a_packed_store_can_be_packed_again(kept: Path, tmp_path: Path) -> None:
+    pack_model(kept, tmp_path / "again", experts="keep", trunk="keep")
+    for name, data in contents(kept).items():
+        if name != "tierlm.json" and not name.endswith(".safetensors"):
+            assert (tmp_path / "again" / name).read_bytes() == data
+    first, second = Catalog(kept), Catalog(tmp_path / "again")
+    assert all(
+        first.record(key).seal.checksum == second.record(key).seal.checksum  # type: ignore[union-attr]
+        for key in [*first.trunks, *first.experts()]
+    )
+
+
+def weights(folder: Path, key: Key) -> Weights:
+    """The weights of one record, as a run has them."""
+    record = Catalog(folder).record(key)
+    data = torch.zeros(record.nbytes, dtype=torch.uint8)
+    for extent in record.extents:
+        part = extent.file.read_bytes()[extent.lo : extent.stop]
+        data[extent.at : extent.at + len(part)] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+    return weights_of(data, record)
+
+
+@pytest.mark.parametrize("target", ["bf16", "int8", "int4"])
+def test_fp8_is_kept_and_becomes_others_by_way_of_float32(
+    target: str, toy_v3: tuple[Path, Any], tmp_path: Path
+) -> None:
+    source = tmp_path / "fp8"
+    pack_model(toy_v3[0], source, experts="fp8", trunk="fp8")
+    pack_model(source, tmp_path / "kept", experts="fp8", trunk="keep")
+    pack_model(source, tmp_path / "made", experts=target, trunk=target)
+    for key in (ExpertKey(3, 7), TrunkKey(0), TrunkKey(4)):
+        kept, made = weights(tmp_path / "kept", key), weights(tmp_path / "made", key)
+        for role, weight in weights(source, key).items():
+            if weight.data.dim() == 1:
+                assert torch.equal(kept[role].data, weight.data) and torch.equal(made[role].data, weight.data)
+                continue
+            assert kept[role].format == "fp8" and made[role].format == target
+            assert torch.equal(widen(kept[role]), widen(weight))
+            assert torch.equal(widen(made[role]), widen(MAKERS[target](widen(weight))))
+            assert made[role].shape == weight.shape
+
+
+SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
+RECORDS = st.lists(st.lists(st.tuples(st.sampled_from(sorted(ITEM_SIZE)), SHAPES), max_size=4), max_size=5)
+
+
+@given(RECORDS, st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_any_records_make_a_file_that_is_valid_and_sealed(tmp_path_factory: Any, records: Any, random: Any) -> None:
+    file = tmp_path_factory.mktemp("file") / "x.safetensors"
+    shapes = [
+        RecordShape(f"record {i}", in_file_order({f"{i}.{j}": tensor for j, tensor in enumerate(tensors)}))
+        for i, tensors in enumerate(records)
+    ]
+    data = [random.randbytes(shape.nbytes) for shape in shapes]
+    write_file(file, shapes, {"note": "x"}, ([memoryview(each)] for each in data))
+    assert file.stat().st_size == packed.file_size(shapes, {"note": "x"})
+    header = read_header(file)
+    seals = {seal.name: seal for seal in read_seals(file, header).values() if seal.nbytes}
+    content = file.read_bytes()
+    for shape, each in zip(shapes, data, strict=True):
+        if each:
+            seal = seals[shape.name]
+            assert seal.offset % ALIGNMENT == 0
+            assert content[seal.offset : seal.offset + seal.nbytes] == each
+        for name, (dtype, tensor_shape) in shape.tensors.items():
+            tensor = header.tensors[name]
+            assert (tensor.dtype, tensor.shape) == (dtype, tensor_shape)
+            assert tensor.offset % ITEM_SIZE[dtype] == 0
+    assert load_file(file).keys() == header.tensors.keys()
+    assert list(damage({file: header}, lambda done, total: None)) == []
+
+
+# --- whole, or not at all
+
+KILLS = """
+import os, random, signal, sys
+from pathlib import Path
+import torch
+from tierlm.models.packing import pack_model
+from tierlm.weights import pack
+
+torch.set_num_threads(1)
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+random.seed(5)
+real = pack.PackedRecord.chunks
+for _ in range(10):
+    left = random.randrange(1, 60)
+
+    def chunks(record):
+        global left
+        for chunk in real(record):
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            yield chunk
+
+    child = os.fork()
+    if child == 0:
+        pack.PackedRecord.chunks = chunks
+        pack_model(source, out, experts="bf16", trunk="keep")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert not out.exists()
+print(len(list(Path(f"{out}.unfinished").glob("*.safetensors"))))
+pack_model(source, out, experts="bf16", trunk="keep")
+"""
+
+
+def test_killed_at_ten_points_and_resumed_it_is_the_same(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    pack_model(toy_v3[0], whole, experts="bf16", trunk="keep")
+    command = [sys.executable, "-c", KILLS, str(toy_v3[0]), str(broken)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < 7  # some files were finished by packs that were killed, and not all
+    assert contents(broken) == contents(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "whole"]
+
+
+def test_what_is_finished_is_not_written_again(
+    toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    real = write_file
+
+    def stop_at_the_fourth(file: Path, *rest: Any) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        real(file, *rest)
+
+    monkeypatch.setattr("tierlm.weights.pack.write_file", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
+    first, written = written, []
+    with pytest.raises(KeyboardInterrupt):
+        pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
+    assert len(first) == len(written) == 3 and not set(first) & set(written)
+
+
+class FullDisk:
+    """A fake, in the place of ``open``: a disk that is full after so many bytes have been written."""
+
+    def __init__(self, room: int):
+        self.room = room
+
+    def open(self, file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        stream = builtins.open(file, mode, *rest, **options)  # noqa: SIM115
+        return stream if "w" not in mode else FullStream(stream, self)
+
+
+class FullStream:
+    def __init__(self, stream: Any, disk: FullDisk):
+        self._stream, self._disk = stream, disk
+
+    def write(self, data: Any) -> int:
+        self._disk.room -= len(data)
+        if self._disk.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return int(self._stream.write(data))
+
+    def __enter__(self) -> FullStream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stream.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@pytest.mark.parametrize("room", [0, 5_000, 200_000, 600_000])
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(
+    room: int, kept: Path, toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(packed, "open", FullDisk(room).open, raising=False)
+    with pytest.raises(StorageError, match=r"safetensors: cannot be written: No space left on device.*same command"):
+        pack_model(toy_v3[0], out, experts="keep", trunk="keep")
+    assert not out.exists()
+    for file in (tmp_path / "out.unfinished").glob("*"):
+        assert file.read_bytes() == (kept / file.name).read_bytes()  # finished, or not there
+    monkeypatch.undo()
+    pack_model(toy_v3[0], out, experts="keep", trunk="keep")
+    assert contents(out) == contents(kept)
+
+
+def test_too_little_room_is_told_before_anything_is_written(
+    toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 65 * 2**20}))
+    with pytest.raises(StorageError, match=r"out: needs .* its disk has 65\.00 MiB free"):
+        pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
+    assert not list(tmp_path.rglob("*.safetensors*"))
+
+
+def test_what_exists_is_never_written_to(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exists already"):
+        pack_model(toy_v3[0], tmp_path, experts="keep", trunk="keep")
+    with pytest.raises(UsageError, match="lies in the folder of the model"):
+        pack_model(toy_v3[0], toy_v3[0] / "packed", experts="keep", trunk="keep")
+    with pytest.raises(UsageError, match=r"expected one of keep, .*int4"):
+        pack_model(toy_v3[0], tmp_path / "out", experts="int3", trunk="keep")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_pack_of_something_else_is_left_alone(
+    toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "open", FullDisk(200_000).open, raising=False)
+    with pytest.raises(StorageError):
+        pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
+    monkeypatch.undo()
+    before = contents(tmp_path / "out.unfinished")
+    with pytest.raises(UsageError, match="an unfinished pack of another model, of other settings"):
+        pack_model(toy_v3[0], tmp_path / "out", experts="bf16", trunk="keep")
+    assert contents(tmp_path / "out.unfinished") == before
+
+
+def test_two_packs_do_not_write_to_one_folder(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "out.unfinished"
+    folder.mkdir()
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="another pack is writing"):
+        pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
+    os.close(held)
+    pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
+
+
+# --- damage
+
+
+def test_verify_finds_nothing_wrong(kept: Path, toy_v3: tuple[Path, Any]) -> None:
+    for folder in (kept, toy_v3[0]):
+        seen: list[tuple[int, int]] = []
+        assert list(damage(Catalog(folder).checkpoint.headers, lambda *at, seen=seen: seen.append(at))) == []
+        assert seen[-1][0] == seen[-1][1] > 0
+
+
+@pytest.fixture
+def copy(toy_v3: tuple[Path, Any], tmp_path: Path) -> Path:
+    pack_model(toy_v3[0], tmp_path / "copy", experts="keep", trunk="keep")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_one_flipped_byte_is_named_by_verify_and_by_run(where: float, copy: Path, ids: list[int]) -> None:
+    seal = Catalog(copy).record(DAMAGED).seal
+    assert seal is not None
+    with LLM.load(copy, budget=RAM, heat=False, predictor="none", **TIGHT) as llm:
+        flip(seal.file, seal.offset + int(where * (seal.nbytes - 1)))
+        (found,) = damage(Catalog(copy).checkpoint.headers, lambda done, total: None)
+        with pytest.raises(StorageError) as raised:
+            llm.logits(ids)
+        for error in (found, raised.value):
+            assert (error.file, error.tensor, error.offset) == (str(seal.file), "expert 5 of layer 2", seal.offset)
+            assert f"offset {seal.offset}: expected xxh3_64 {seal.checksum}, found " in str(error)
+        flip(seal.file, seal.offset + int(where * (seal.nbytes - 1)))
+        assert llm.logits(ids).isfinite().all()  # a record that failed is read again
+
+
+def test_damage_to_a_trunk_and_to_the_gates_stops_the_start(copy: Path) -> None:
+    catalog = Catalog(copy)
+    for key, name in ((TrunkKey(1), "trunk of layer 1"), (GATES, "gates"), (TrunkKey(4), "block 0 of the lm_head")):
+        seal = catalog.record(key).seal
+        assert seal is not None
+        flip(seal.file, seal.offset + 7)
+        with pytest.raises(StorageError, match=f"{name}, .* expected xxh3_64"):
+            LLM.load(copy, budget=RAM)
+        flip(seal.file, seal.offset + 7)
+
+
+def test_verify_names_what_is_missing_of_a_truncated_file(copy: Path) -> None:
+    catalog = Catalog(copy)
+    file = copy / "layer-00002.safetensors"
+    with open(file, "r+b") as stream:
+        stream.truncate(file.stat().st_size // 2)
+    errors = list(damage(catalog.checkpoint.headers, lambda done, total: None))
+    assert len(errors) > 4 and all("layer-00002.safetensors" in str(error) for error in errors)
+
+
+HEADERS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda meta: meta.update({"tierlm.version": "9"}), "version '9'"),
+    (lambda meta: meta.update({"tierlm.records": "[1"}), "malformed"),
+    (lambda meta: meta.update({"tierlm.records": '{"a": [0, "x", "0123456789abcdef"]}'}), "malformed"),
+    (lambda meta: meta.update({"tierlm.records": '{"a": [0, 5, "zz"]}'}), "malformed"),
+    (lambda meta: meta.update({"tierlm.records": '{"a": [0, 5, "0123456789abcdef"]}'}), "expected a record as it was"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), HEADERS)
+def test_a_header_that_lies_is_refused(change: Callable[[dict[str, Any]], Any], words: str, copy: Path) -> None:
+    file = copy / "layer-00002.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header["__metadata__"])
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(CheckpointError, match=words):
+        Catalog(copy)
+
+
+# --- layouts: one registry of shapes, one of arithmetic
+
+ERRORS = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-10, "fp8": 2**-4, "int8": 0.01, "int4": 0.15}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (24, 48), (131, 48), (200, 129), (256, 160)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_hold_what_their_makers_make(name: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    matrix = torch.randn(shape)
+    made = MAKERS[name](matrix)
+    parts = [made.data] if made.scale is None else [made.data, made.scale]
+    expected = [(DTYPES[dtype], stored) for dtype, stored in LAYOUTS[name].parts(shape).values()]
+    assert [(part.dtype, tuple(part.shape)) for part in parts] == expected
+    assert layout_of(LAYOUTS[name].dtype, shape) is LAYOUTS[name]
+    wide = widen(made)
+    assert wide.shape == matrix.shape
+    assert (wide - matrix).norm() <= ERRORS[name] * matrix.norm()
+    x = torch.randn(3, shape[1])
+    product = linear(x, made)
+    assert (product - x @ wide.T).norm() <= 0.02 * (x @ wide.T).norm() + 1e-5
+    if shape[0] > 128:  # slices of rows give the same
+        upper = MAKERS[name](matrix[:128])
+        assert torch.equal(widen(upper), wide[:128])
+
+
+def test_registries_agree() -> None:
+    assert MAKERS.keys() == LAYOUTS.keys() == ERRORS.keys()
+    assert layout_of("F8_E4M3", (5,)) is None and layout_of("U8", (5,)) is None and layout_of("I64", (5, 5)) is None
+
+
+def test_weights_of_zeros() -> None:
+    for name, make in MAKERS.items():
+        made = make(torch.zeros(40, 40))
+        assert isinstance(made, Weight) and torch.equal(widen(made), torch.zeros(40, 40)), name

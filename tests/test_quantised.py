@@ -1,0 +1,114 @@
+"""int8 and int4 weights: the layout, the rounding, and what is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tierlm.kernels.quantised import TILE_BYTES, dequantise, layout, quantise, quantise_reference, rounded
+from tierlm.kernels.weight import Weight
+
+FORMATS = list(TILE_BYTES)
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square, relative."""
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_byte_is_where_the_layout_says(format: str) -> None:
+    """Random bytes in random places, against the layout's own words."""
+    outs, ins = 21, 70
+    (blocks, groups, size), scales = layout(format, outs, ins)
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randint(0, 256, (blocks, groups, size), generator=generator, dtype=torch.uint8)
+    data = data.view(torch.int8) if format == "int8" else data
+    scale = torch.rand(scales, generator=generator).half()
+    found = dequantise(Weight(data, scale, (outs, ins)))
+    assert found.shape == (outs, ins)
+    for row in range(outs):
+        for column in range(ins):
+            tile, r, c = data[row // 8, column // 32], row % 8, column % 32
+            if format == "int8":
+                number = int(tile[32 * (c // 4) + 4 * r + c % 4])
+            else:
+                byte = int(tile[32 * (c % 16 // 4) + 4 * r + c % 4])
+                number = (byte & 15 if c < 16 else byte >> 4) - 8
+            assert found[row, column] == number * float(scale[row // 8, column // 32, r])
+
+
+@pytest.mark.parametrize(("format", "most"), [("int8", 0.0056), ("int4", 0.082)])
+def test_what_quantising_a_gaussian_loses(format: str, most: float) -> None:
+    exact = gaussian(64, 1024)
+    assert error(dequantise(quantise(exact, format)), exact) < most
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", [(1, 1), (8, 32), (21, 70), (64, 512)])
+def test_compiled_and_reference_make_the_same_weight(format: str, shape: tuple[int, int]) -> None:
+    """But for sums in another order, by which of two scales that are equally good may win."""
+    exact = gaussian(*shape) * torch.logspace(-6, 4, shape[0])[:, None]
+    found, reference = quantise(exact, format), quantise_reference(exact, format)
+    assert found.scale is not None and reference.scale is not None
+    assert found.data.shape == reference.data.shape and found.data.dtype == reference.data.dtype
+    same = (found.data == reference.data).all(-1) & (found.scale == reference.scale).all(-1)
+    assert same.float().mean() > 0.8
+    for row, exact_row in enumerate(exact):
+        lost = (dequantise(reference)[row] - exact_row).norm()
+        assert (dequantise(found)[row] - exact_row).norm() <= lost * 1.01 + 1e-9
+
+
+def test_searching_the_scale_beats_taking_the_largest_value_in_every_group() -> None:
+    exact = gaussian(64, 1024)
+    groups = exact.view(64, -1, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    plain = (groups / scale).round() * scale
+    searched = dequantise(quantise(exact, "int4")).view_as(groups)
+    lost, least = (plain - groups).square().sum(-1), (searched - groups).square().sum(-1)
+    assert (least <= lost * 1.05).all()  # scales of 16 bits, and steps of a search
+    assert least.sum() < 0.75 * lost.sum()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_on_the_grid_stays(format: str) -> None:
+    once = dequantise(quantise(gaussian(16, 64), format))
+    assert error(dequantise(quantise(once, format)), once) < 1e-3
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_zeros_outliers_and_the_smallest_values(format: str) -> None:
+    weight = torch.zeros(8, 96)
+    weight[1, 5] = -1e6  # beyond what a float16 scale reaches times what a number reaches, in int4
+    weight[2, 40] = 1e-12  # below the smallest scale
+    weight[3, 70] = 3.0
+    found = dequantise(quantise(weight, format))
+    assert found.isfinite().all()
+    assert found[0].eq(0).all() and found[2].eq(0).all()
+    assert found[1, 5] <= -65504 * 7
+    assert found[3, 70] == pytest.approx(3.0, rel=1e-3) and found[3].count_nonzero() == 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_padding_is_zero_and_slices_of_rows_give_the_same_tiles(format: str) -> None:
+    exact = gaussian(21, 70)
+    whole = quantise(exact, format)
+    parts = [quantise(exact[start : start + 8], format) for start in (0, 8, 16)]
+    assert torch.equal(whole.data, torch.cat([part.data for part in parts]))
+    assert whole.scale is not None
+    assert torch.equal(whole.scale, torch.cat([part.scale for part in parts if part.scale is not None]))
+    padded = dequantise(Weight(whole.data, whole.scale))
+    assert padded.shape == (24, 96)
+    assert padded[21:].eq(0).all() and padded[:, 70:].eq(0).all()
+
+
+def test_rounded_activations() -> None:
+    x = gaussian(5, 70, seed=2)
+    assert error(rounded(x), x) < 0.006
+    assert torch.allclose(rounded(rounded(x)), rounded(x), rtol=1e-6)
+    assert torch.equal(rounded(x)[:, 64:], rounded(x[:, 64:].contiguous()))  # a group of its own
+    assert rounded(torch.zeros(1, 32)).eq(0).all() and rounded(torch.full((1, 32), 1e-38)).eq(0).all()

@@ -1,0 +1,62 @@
+"""A matrix as it is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # rows and columns that share one scale, DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2
+LANES = 8  # rows of an int8 or int4 weight that lie interleaved, one in each lane of a vector
+GROUP = 32  # columns of a row that share one scale in int8 and int4
+
+FORMATS = {
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float8_e4m3fn: "fp8",
+    torch.int8: "int8",
+    torch.uint8: "int4",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix [out, in] (or a vector [out]) in its stored format.
+
+    ``data``: [out, in] in f32, bf16, f16 or fp8; in int8 and int4 the tiles of kernels/quantised.py.
+    ``scale``: float32 [ceil(out / 128), ceil(in / 128)] that multiplies blocks of 128 x 128, for fp8; float16
+    [ceil(out / 8), ceil(in / 32), 8] for int8 and int4; else None.
+    ``size``: the logical (out, in) of an int8 or int4 weight, needed only where its tiles are padded.
+    ``exact``: products with an int8 or int4 weight take the activations in float32, not rounded to int8.
+    """
+
+    data: Tensor
+    scale: Tensor | None = None
+    size: tuple[int, int] | None = None
+    exact: bool = False
+
+    @property
+    def format(self) -> str:
+        """One of ``FORMATS``; a dtype that is none of them goes under its own name."""
+        return FORMATS.get(self.data.dtype, str(self.data.dtype))
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it is int8 or int4, in tiles."""
+        return self.data.dtype in (torch.int8, torch.uint8)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether products with it take the activations rounded to int8."""
+        return self.quantised and not self.exact
+
+    @property
+    def shape(self) -> torch.Size:
+        """The logical shape."""
+        if self.size is not None:
+            return torch.Size(self.size)
+        if self.quantised:
+            return torch.Size((self.data.shape[0] * LANES, self.data.shape[1] * GROUP))
+        return self.data.shape

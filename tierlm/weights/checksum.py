@@ -1,0 +1,47 @@
+"""Seals: what a packed file promises about each of its records, and the comparison of bytes with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from tierlm.errors import StorageError
+
+ALGORITHM = "xxh3_64"
+DIGITS = 16  # hexadecimal digits of a checksum
+
+
+def new_checksum() -> Any:
+    """A checksum to be fed with ``update(bytes)`` and read with ``hexdigest()``: XXH3 of 64 bits
+    (https://github.com/Cyan4973/xxHash), which is faster than any disk and finds damage, not forgery."""
+    return xxhash.xxh3_64()
+
+
+def checksum(data: memoryview | bytes) -> str:
+    """The checksum of ``data``, DIGITS hexadecimal digits. Lets other threads run meanwhile."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """One record as it was packed: ``nbytes`` bytes at ``offset`` of ``file``, and their checksum."""
+
+    name: str
+    file: Path
+    offset: int
+    nbytes: int
+    checksum: str
+
+    def check(self, found: str) -> None:
+        """Raises StorageError if ``found``, the checksum of the bytes as they were read, is another."""
+        if found != self.checksum:
+            raise StorageError(
+                f"{self.file}: {self.name}, {self.nbytes} bytes at offset {self.offset}: expected {ALGORITHM} "
+                f"{self.checksum}, found {found}; the file is damaged: copy it again, or pack the model again",
+                file=str(self.file),
+                tensor=self.name,
+                offset=self.offset,
+            )

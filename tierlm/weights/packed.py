@@ -1,0 +1,148 @@
+"""A packed file: a safetensors file of sealed records, each of which begins on a multiple of ALIGNMENT.
+
+The tensors of a record lie together, those of large items first, so that all are aligned; U8 tensors named PADDING fill
+the room up to the next record, since the format allows no holes. The header is padded with spaces, which it does allow.
+Its metadata has the records: name -> [offset from where the tensors begin, bytes, checksum]. All of it: docs/packed.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tierlm.errors import CheckpointError, StorageError
+from tierlm.weights.checkpoint import ALIGNMENT, ITEM_SIZE, MAX_HEADER, Header
+from tierlm.weights.checksum import DIGITS, Seal, new_checksum
+from tierlm.weights.layouts import Shape
+
+VERSION = "1"
+PADDING = "tierlm.padding."
+RECORDS = "tierlm.records"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordShape:
+    """A record to be written: its name, and its tensors, name -> dtype and shape, in the order of the file."""
+
+    name: str
+    tensors: Mapping[str, tuple[str, Shape]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(*tensor) for tensor in self.tensors.values())
+
+
+def in_file_order(tensors: Mapping[str, tuple[str, Shape]]) -> dict[str, tuple[str, Shape]]:
+    """Tensors of large items first: then each begins on a multiple of its own, without holes."""
+    return dict(sorted(tensors.items(), key=lambda item: -ITEM_SIZE[item[1][0]]))
+
+
+def file_size(records: Sequence[RecordShape], metadata: Mapping[str, str]) -> int:
+    """The bytes of the file that ``write_file`` makes."""
+    return len(_header(records, metadata, {})) + sum(_aligned(record.nbytes) for record in records)
+
+
+def write_file(
+    file: Path, records: Sequence[RecordShape], metadata: Mapping[str, str], chunks: Iterable[Iterable[memoryview]]
+) -> None:
+    """Write a packed file beside ``file``, bring it to the disk, and rename it.
+
+    ``chunks``: the bytes of each record in turn, in the order of its tensors. Raises StorageError where the disk is
+    full or fails; then, as after any other error, nothing of the file is left.
+    """
+    beside = file.with_name(file.name + ".unfinished")
+    checksums: dict[str, str] = {}
+    try:
+        with open(beside, "wb") as stream:
+            stream.write(bytes(len(_header(records, metadata, {}))))  # written last: without it the file is none
+            for record, pieces in zip(records, chunks, strict=True):
+                digest, written = new_checksum(), 0
+                for piece in pieces:
+                    stream.write(piece)
+                    digest.update(piece)
+                    written += piece.nbytes
+                assert written == record.nbytes, (record.name, written, record.nbytes)
+                stream.write(bytes(_aligned(written) - written))
+                checksums[record.name] = digest.hexdigest()
+            stream.seek(0)
+            stream.write(_header(records, metadata, checksums))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise StorageError(
+            f"{file}: cannot be written: {error.strerror or error}; make room, and run the same command "
+            "again: it goes on with this file",
+            file=str(file),
+        ) from error
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def read_seals(file: Path, header: Header) -> dict[int, Seal]:
+    """The seals of a packed file by their offset in it; none of any other file. Raises CheckpointError."""
+    text = header.metadata.get(RECORDS)
+    if text is None:
+        return {}
+    version = header.metadata.get("tierlm.version")
+    if version != VERSION:
+        raise CheckpointError(f"{file}: packed in version {version!r}, expected {VERSION!r}; pack the model again")
+    try:
+        entries: Any = json.loads(text)
+        seals = {}
+        for name, (offset, nbytes, checksum) in entries.items():
+            if type(offset) is not int or type(nbytes) is not int or re.fullmatch(r"[0-9a-f]{16}", checksum) is None:
+                raise ValueError(f"{name}: {[offset, nbytes, checksum]}")
+            seals[header.begin + offset] = Seal(name, file, header.begin + offset, nbytes, checksum)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: header: the records are malformed ({error}); pack the model again") from error
+    return seals
+
+
+def row_block(name: str, start: int, stop: int) -> str:
+    """What the rows from ``start`` to ``stop`` of the matrix ``name`` are called where each block is a record."""
+    return f"{name}.rows.{start}.{stop}"
+
+
+def row_blocks(name: str, tensors: Iterable[str]) -> list[tuple[int, int]]:
+    """The blocks of rows of ``name`` among some tensors' names, in order."""
+    pattern = re.compile(re.escape(name) + r"\.rows\.(\d{1,12})\.(\d{1,12})")
+    found = (pattern.fullmatch(each) for each in tensors)
+    return sorted((int(match[1]), int(match[2])) for match in found if match)
+
+
+def _header(records: Sequence[RecordShape], metadata: Mapping[str, str], checksums: Mapping[str, str]) -> bytes:
+    """The length and the header, padded to ALIGNMENT. Of the same length whatever the checksums are."""
+    at = 0
+    tensors: dict[str, Any] = {}
+    seals: dict[str, list[Any]] = {}
+    for record in records:
+        seals[record.name] = [at, record.nbytes, checksums.get(record.name, "0" * DIGITS)]
+        filled = [*record.tensors.items()]
+        if padding := _aligned(record.nbytes) - record.nbytes:
+            filled.append((f"{PADDING}{at}", ("U8", (padding,))))
+        for name, (dtype, shape) in filled:
+            end = at + _nbytes(dtype, shape)
+            tensors[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+    texts = {"format": "pt", "tierlm.version": VERSION, **metadata, RECORDS: json.dumps(seals, separators=(",", ":"))}
+    text = json.dumps({"__metadata__": texts, **tensors}, separators=(",", ":")).encode()
+    length = _aligned(8 + len(text)) - 8
+    assert length <= MAX_HEADER
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def _nbytes(dtype: str, shape: Shape) -> int:
+    return prod(shape) * ITEM_SIZE[dtype]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -13,7 +13,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["tierlm", "tierlm.*"]),
-    package_data={"tierlm": ["py.typed"], "tierlm.demo": ["*.json", "*.safetensors", "*.txt", "*.md"]},
+    package_data={
+        "tierlm": ["py.typed"],
+        "tierlm.analysis": ["*.json"],
+        "tierlm.models": ["*.json"],
+        "tierlm.demo": ["*.json", "*.safetensors", "*.txt", "*.md"],
+    },
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",

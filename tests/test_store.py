@@ -425,6 +425,24 @@ class Machine(RuleBasedStateMachine):
             self.bench.shelf.hang(key)
             self.hung = key
 
+    @rule(which=st.integers(0, 1), slots=st.integers(0, 8))
+    def give_up(self, which: int, slots: int) -> None:
+        """The memory of some slots goes back to the system. One that hangs must not be the last."""
+        assert self.bench is not None
+        tier = self.bench.tiers[which % self.tiers]
+        before, least = len(tier.slots), 1 if self.hung is None else 2
+        tier.give_up(slots * SIZE, least)
+        assert min(before, least) <= len(tier.slots) <= before
+        assert all(not slot.filled for slot in tier._retired)
+
+    @rule(which=st.integers(0, 1), slots=st.integers(0, 8))
+    def take_back(self, which: int, slots: int) -> None:
+        assert self.bench is not None
+        tier = self.bench.tiers[which % self.tiers]
+        before, away = len(tier.slots), tier.retired
+        assert tier.take_back(slots * SIZE) == min(slots, away) * SIZE
+        assert (len(tier.slots), tier.retired) == (before + min(slots, away), away - min(slots, away))
+
     @precondition(lambda self: self.hung is not None)
     @rule()
     def come_back(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tierlm.errors import UsageError
 
+DEFAULT_CONTEXT = 4096  # tokens, of a model that has more
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 

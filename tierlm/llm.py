@@ -189,6 +189,7 @@ class LLM:
             if first:
                 counters.first_token, first = now - asked, False
             yield sequence, self._text(sequence, streams[sequence.index], params)
+            runtime.follow_pressure()
             mark, meter = time.perf_counter(), runtime.meter()
 
     def _text(self, sequence: Running, stream: TextStream | None, params: SamplingParams) -> str:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from tierlm.analysis.machine import available_ram, process_ram
-from tierlm.analysis.plan import Plan, Sizes, TierPlan, make_plan, workspace_bytes
+from tierlm.analysis.plan import AUTO_RAM, Plan, TierPlan, make_plan
+from tierlm.analysis.pressure import Pressure
 from tierlm.analysis.recorder import Recorder
 from tierlm.analysis.trace import TraceInfo
-from tierlm.config import Budget, RuntimeOptions, format_size
+from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.generate import Engine
 from tierlm.errors import BudgetError, UsageError
 from tierlm.files import user_cache
@@ -25,7 +26,7 @@ from tierlm.kernels import native
 from tierlm.memory.disk import Disk
 from tierlm.memory.heat import Heat
 from tierlm.memory.kvcache import KvCache
-from tierlm.memory.slots import Slot, allocate
+from tierlm.memory.slots import Slot, allocate, can_give_back
 from tierlm.memory.store import Store
 from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import Priority, Transfer
@@ -33,6 +34,7 @@ from tierlm.memory.trunks import Trunks
 from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.decoder import Decoder, Step
 from tierlm.models.moe import MixtureOfExperts
+from tierlm.models.outline import sizes_of
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import Setting
 from tierlm.policies.predictors import make_predictor
@@ -44,10 +46,8 @@ from tierlm.weights.mirrors import open_disks
 from tierlm.weights.profile import ProfileCache
 from tierlm.weights.reader import read_rows, split
 
-DEFAULT_CONTEXT = 4096
-MAX_LOGITS = 64 * 2**20  # bytes set aside for what `logits` returns
 COPY_THREADS = 2  # to vram
-AUTO_RAM, AUTO_VRAM = 0.8, 0.9  # shares of what is free
+AUTO_VRAM = 0.9  # the share of what is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +101,19 @@ class Runtime:
         except BaseException:
             self.close()
             raise
+        self.pressure: Pressure | None = None  # --ram auto was chosen for what was free, which others may come to need
+        if budget.ram is None and can_give_back():
+            self.pressure = Pressure(reserve=int(self.ram_budget * (1 - AUTO_RAM) / AUTO_RAM))
+        self._given_up = self._taken_back = 0
         self.load_seconds = time.perf_counter() - began
 
     @property
     def notes(self) -> list[str]:
-        return self._notes + self.reader.troubles()
+        followed = []
+        if self._given_up:
+            what = f"{format_size(self._given_up)} of slots given up, {format_size(self._taken_back)} taken back"
+            followed.append(f"this machine was short of memory: {what}")
+        return self._notes + self.reader.troubles() + followed
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token, float32 [T, vocab]. Raises PromptError, and BudgetError for too large a result."""
@@ -132,6 +140,17 @@ class Runtime:
         disk = self.transfer.busy()["disk->ram"]
         return Meter(self.store.stall + self.trunks.stall, disk.seconds, disk.bytes)
 
+    def follow_pressure(self) -> None:
+        """Between two steps: give memory of expert slots back if others need it, or take it again."""
+        if self.pressure is None:
+            return
+        tier = self.experts[-1]  # of ram
+        change = self.pressure.change(sum(slot.size for slot in tier.slots if slot.filled))
+        if change < 0:
+            self._given_up += tier.give_up(-change, self.catalog.spec.experts_per_token)
+        elif change > 0 and tier.retired:
+            self._taken_back += tier.take_back(change)
+
     def close(self) -> None:
         """Stop the threads and close the files; keep what is to be kept. A thread that is stuck in a read keeps its
         file."""
@@ -148,18 +167,9 @@ class Runtime:
             warnings.warn(f"not written: {error.filename}: {error.strerror}", stacklevel=2)
 
     def _plan(self, budget: Budget) -> Plan:
-        options, catalog = self.options, self.catalog
-        spec = catalog.spec
+        options = self.options
         kv_item = 4 if options.kv_dtype == "float32" else 2
-        sizes = Sizes(
-            trunk={key: catalog.size(key) for key in catalog.trunks},
-            expert=max((catalog.size(key) for key in catalog.experts()), default=0),
-            experts=len(catalog.experts()),
-            resident=catalog.size(GATES),
-            kv=self.context * spec.layers * spec.latent_dim * kv_item,
-            logits=min(options.prefill_chunk * spec.vocab * 4, MAX_LOGITS),
-            workspace=workspace_bytes(spec, min(options.prefill_chunk, self.context), self.context),
-        )
+        sizes = sizes_of(self.catalog, self.context, options.prefill_chunk, kv_item)
         torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own memory is there before it is counted
         held = process_ram()
         self.ram_budget = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
@@ -171,7 +181,7 @@ class Runtime:
             ram=self.ram_budget,
             vram=vram,
             process=held,
-            min_slots=spec.experts_per_token,
+            min_slots=self.catalog.spec.experts_per_token,
             ram_slots=options.ram_slots,
             vram_slots=options.vram_slots,
             resident_trunks=options.resident_trunks,

@@ -18,6 +18,11 @@ def peak_ram() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def total_ram() -> int:
+    """Bytes of host memory of the machine, or of the smallest memory cgroup around this process."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _cgroups())])
+
+
 def available_ram() -> int:
     """Bytes of host memory that this process could still take: the machine's, or less within a memory cgroup."""
     free = int(psutil.virtual_memory().available)

@@ -9,6 +9,8 @@ from tierlm.config import format_size
 from tierlm.errors import BudgetError
 from tierlm.spec import ModelSpec, TrunkKey
 
+AUTO_RAM = 0.8  # of what is free, where the budget says auto
+MAX_LOGITS = 64 * 2**20  # bytes set aside for what a call for logits returns
 SLACK = 48 * 2**20  # bytes of ram for what cannot be counted: thread stacks, allocator rounding, library scratch
 
 

@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from tierlm.cli.generation import chat, run
+from tierlm.cli.health import doctor
+from tierlm.cli.measuring import profile
 from tierlm.cli.packing import pack, verify
+from tierlm.cli.planning import plan
 from tierlm.cli.tracing import simulate, trace
 from tierlm.errors import TierlmError
 
@@ -21,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, chat, pack, verify, simulate):
+for command in (run, chat, plan, profile, doctor, pack, verify, simulate):
     app.command()(command)
 app.add_typer(trace, name="trace")
 
@@ -47,9 +50,13 @@ def main() -> None:
     except TierlmError as error:
         Console(stderr=True).print(f"[red]error:[/red] {type(error).__name__}:", Text(str(error)), soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        sys.exit(1)
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # such as a folder that may not be entered
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
         sys.exit(1)

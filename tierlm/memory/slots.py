@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,12 +26,19 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
     return torch.frombuffer(host_memory(max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
 
 
+def can_give_back() -> bool:
+    """Whether memory of ``allocate`` on the host can be returned to the system: pinned memory cannot."""
+    return hasattr(mmap, "MADV_DONTNEED") and not torch.accelerator.is_available()
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A place for one record. ``guard``: the event after which the last reader of the old content is through."""
+    """A place for one record. ``guard``: the event after which the last reader of the old content is through.
+    ``filled``: something has been written to it, so that it takes up memory."""
 
     buffer: Tensor  # uint8 [size]
     guard: torch.Event | None = None
+    filled: bool = False
 
     @property
     def size(self) -> int:
@@ -40,11 +50,30 @@ class Slot:
             self.guard = torch.Event(self.buffer.device)
             self.guard.record()
 
+    def give_back(self) -> int:
+        """Return the memory of this slot, which holds nothing, to the system; the next write takes it again. Returns
+        the bytes of the pages that are its own."""
+        if not self.filled:
+            return 0
+        self.filled = False
+        first = -(-self.buffer.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (self.buffer.data_ptr() + self.size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last <= first or _libc().madvise(first, last - first, mmap.MADV_DONTNEED):
+            return 0
+        return last - first
+
     def wait(self) -> None:
         """Wait, in a transfer thread, until nobody reads the old content any more."""
         if self.guard is not None:
             self.guard.synchronize()
             self.guard = None
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return library
 
 
 @dataclass(slots=True, eq=False)

@@ -71,16 +71,16 @@ class Tier:
         size_of: Callable[[Key], int],
     ):
         self.name, self.source, self.transfer, self.policy, self.size_of = name, source, transfer, policy, size_of
-        self.slots = slots
+        self.slots = list(slots)
         self.entries: dict[Key, Entry] = {}
         self.stats = TierStats()
         self._free: list[Slot] = []
         for slot in slots:
             self._free_slot(slot)
+        self._retired: list[Slot] = []  # whose memory has been given back to the system
         self._loading: dict[Key, Entry] = {}
         self._leaving: dict[Key, None] = {}  # first to go, oldest first: streamed through, guessed wrong, or also above
-        self.speculative_limit = len(slots) // 8  # slots that guesses may hold at the expense of warm records
-        self._passing_limit = max(2, len(slots) // 8)  # slots that a prefill may, likewise
+        self._share_slots()
         self._warming: list[Entry] = []  # brought by the background, the least wanted last
         self._kept: frozenset[Key] = frozenset()
         self._unclaimed = 0
@@ -129,6 +129,7 @@ class Tier:
             self._free.remove(slot)
         else:
             self._evict(victim)
+        slot.filled = True
         entry = Entry(key, slot, fetched[0], speculative, passing and displacing, source=fetched[1])
         self.entries[key] = self._loading[key] = entry
         self.policy.on_insert(key, demanded=priority is Priority.DEMAND)
@@ -236,6 +237,52 @@ class Tier:
         """What is on its way here, or on the way to here."""
         below = self.source.in_flight() if isinstance(self.source, Tier) else []
         return below + [entry.ticket for entry in self._loading.values() if entry.ticket is not None]
+
+    def give_up(self, nbytes: int, least: int) -> int:
+        """Return ``nbytes`` of slots' memory to the system, or as much as there is in slots that nothing holds, and go
+        on with the rest of them, ``least`` or more. Returns the bytes. Slots that were never filled free nothing, and
+        go first, so that they are not filled now."""
+        self.settle()
+        freed = 0
+        for slot in sorted(self._free, key=lambda free: free.filled):
+            if len(self.slots) > least and (freed < nbytes or not slot.filled):
+                self._free.remove(slot)
+                freed += self._retire(slot)
+        for key in list(self.policy.victims()) if freed < nbytes else ():
+            if freed >= nbytes or len(self.slots) <= least:
+                break
+            if self._evictable(key, 0):
+                slot = self.entries[key].slot
+                self._evict(key)
+                freed += self._retire(slot)
+        self._share_slots()
+        return freed
+
+    def take_back(self, nbytes: int) -> int:
+        """Use slots again that were given up, of ``nbytes`` at most. Returns the bytes."""
+        taken = 0
+        while self._retired and taken + self._retired[-1].size <= nbytes:
+            slot = self._retired.pop()
+            self.slots.append(slot)
+            self._free_slot(slot)
+            taken += slot.size
+        self._share_slots()
+        return taken
+
+    @property
+    def retired(self) -> int:
+        """Slots that have been given up."""
+        return len(self._retired)
+
+    def _retire(self, slot: Slot) -> int:
+        slot.wait()
+        self.slots.remove(slot)
+        self._retired.append(slot)
+        return slot.give_back()
+
+    def _share_slots(self) -> None:
+        self.speculative_limit = len(self.slots) // 8  # slots that guesses may hold at the expense of warm records
+        self._passing_limit = max(2, len(self.slots) // 8)  # slots that a prefill may, likewise
 
     def _find_slot(self, key: Key, priority: Priority, passing: bool) -> tuple[Slot | None, Key | None, bool]:
         """A slot for ``key``, which record has to leave it, and whether a warm one has left or leaves for ``key``."""

@@ -1,0 +1,105 @@
+"""What `tierlm profile` measures against other tools, by turns: disks against fio, RAM against a loop in C++.
+
+    python bench/ceilings.py FOLDER --rounds 5
+
+fio (which must be installed) reads the same files at random with the same size, depth and pattern, O_DIRECT, libaio.
+It reads into pages of 4 KiB, so the profile's reads do too in the first comparison; in the second both use huge pages,
+fio those of hugetlbfs, of which enough must be free (as root: echo 64 > /proc/sys/vm/nr_hugepages). bench/stream.cpp is
+compiled with g++. Medians of the rounds; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tierlm.analysis.bandwidth import measure_memory
+from tierlm.analysis.storage import Cell, files_of, measure_disk
+
+CELLS = ((4 * 2**20, 8), (2**20, 8), (8 * 2**20, 4), (2**20, 1), (256 * 1024, 4))
+SECONDS = 1.0
+
+
+def fio(files: list[Path], size: int, depth: int, huge: bool) -> float:
+    """Bytes a second."""
+    command = ["fio", "--name=x", "--rw=randread", "--direct=1", f"--bs={size}", f"--iodepth={depth}",
+               "--ioengine=libaio", "--time_based", f"--runtime={SECONDS}", "--norandommap", "--output-format=json",
+               f"--filename={':'.join(map(str, files))}", "--file_service_type=random", "--readonly"]  # fmt: skip
+    done = subprocess.run(command + ["--iomem=mmaphuge"] * huge, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["bw_bytes"])
+
+
+def free_huge_pages() -> int:
+    rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(rows.get("HugePages_Free", "0"))
+
+
+def stream(program: Path, threads: int) -> list[float]:
+    done = subprocess.run([program, "256", str(threads), "6"], capture_output=True, text=True, check=True)
+    rows = [[float(value) for value in line.split()] for line in done.stdout.splitlines()[1:]]
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    pairs: dict[str, tuple[list[float], list[float]]] = {}
+
+    def add(what: str, ours: float, theirs: float) -> None:
+        mine, others = pairs.setdefault(what, ([], []))
+        mine.append(ours)
+        others.append(theirs)
+
+    if shutil.which("fio"):
+        with files_of(args.folder) as files:
+            for turn in range(args.rounds):
+                for size, depth in CELLS:
+                    for huge in (False, True):
+                        if huge and free_huge_pages() * 2**21 < size * depth + 2**22:
+                            continue
+                        cell = Cell("direct", "random", size, depth)
+
+                        def ours(cell: Cell = cell, huge: bool = huge) -> float:
+                            (rate,) = measure_disk(args.folder, [cell], SECONDS, huge=huge)
+                            return rate.rate.median
+
+                        if turn % 2:
+                            theirs = fio(files, size, depth, huge)
+                            mine = ours()
+                        else:
+                            mine = ours()
+                            theirs = fio(files, size, depth, huge)
+                        add(f"disk {size // 1024} KiB x {depth}, {'huge' if huge else '4 KiB'} pages", mine, theirs)
+    with tempfile.TemporaryDirectory() as place:
+        program = Path(place) / "stream"
+        source = Path(__file__).with_name("stream.cpp")
+        subprocess.run(["g++", "-O3", "-march=native", "-fopenmp", source, "-o", program], check=True)
+        for _ in range(args.rounds):
+            memory, _touch = measure_memory()
+            for threads in sorted({1, len(os.sched_getaffinity(0))}):
+                theirs = stream(program, threads)
+                rate = next(rate for rate in memory if (rate.name, rate.threads) == ("RAM", threads))
+                for kind, other in zip(("read", "write", "copy"), theirs, strict=True):
+                    add(f"RAM {kind}, {threads} cores", getattr(rate, kind).median, other)
+
+    table = Table("what", "profile GB/s", "fio, C++ GB/s", "profile / other")
+    for what, (mine, others) in pairs.items():
+        shown = [f"{statistics.median(v) / 1e9:.2f} [{min(v) / 1e9:.2f}-{max(v) / 1e9:.2f}]" for v in (mine, others)]
+        table.add_row(what, *shown, f"{statistics.median(mine) / statistics.median(others):.2f}")
+    Console(width=110).print(table)
+    print(json.dumps(pairs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Predicted against measured: decode tokens/s, prefill and time to first token of a model at several budgets.
+
+    python bench/predict.py MODEL --ram 2GiB 4GiB 8GiB --rounds 3 --tokens 32
+
+Each round profiles the machine beside the model's files first (as `tierlm profile` does), then runs every budget in a
+process of its own, in a memory cgroup of that size where one can be made, in the other order in the next round. The
+prediction of a round is made from that round's profile. ``--routing uniform`` is right for synthetic checkpoints,
+whose routing is nearly that; ``typical`` for trained ones. How far the model of the time is off apart from
+what the cache does is told by the column that is given the bytes read a token. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from disk import drop_page_cache
+from limited import available, run_limited
+from rich.console import Console
+from rich.table import Table
+
+from tierlm.analysis.cost import decode_seconds, streamed_bytes
+from tierlm.analysis.forecast import Question, forecast
+from tierlm.analysis.profile import Profile, machine_of, read_profile
+from tierlm.config import parse_size
+from tierlm.models.catalog import Catalog
+from tierlm.models.outline import sizes_of, stored_format, work_of
+
+CONTEXT, CHUNK, WARM = 1024, 512, 8
+
+
+def measure(case: dict[str, Any]) -> dict[str, float]:
+    """Run one case in this process: a prompt from cold, then decode."""
+    from tierlm import LLM, Budget, SamplingParams
+
+    def tokens(count: int) -> SamplingParams:
+        return SamplingParams(max_new_tokens=count, ignore_eos=True)
+
+    with LLM.load(case["model"], budget=Budget(case["ram"]), context=CONTEXT, heat=False) as llm:
+        vocab = llm._runtime.catalog.spec.vocab
+        prompt = [(37 * i) % min(30_000, vocab - 5) + 5 for i in range(case["prompt"])]
+        llm.generate([prompt], tokens(1))
+        first = llm.stats()
+        llm.generate([[7, 8, 9]], tokens(WARM))
+        before = llm.stats()
+        llm.generate([[5]], tokens(case["tokens"] + 1))
+        after = llm.stats()
+    made, seconds = (getattr(after.decode, n) - getattr(before.decode, n) for n in ("tokens", "seconds"))
+    now, then = (stats.experts["ram"] for stats in (after, before))
+    hits = now.hits + now.late_hits - then.hits - then.late_hits
+    return {
+        "decode": made / seconds,
+        "bytes_per_token": (after.decode.disk_bytes - before.decode.disk_bytes) / made,
+        "hit_rate": hits / (hits + now.misses - then.misses),
+        "prefill": first.prefill.tokens / first.prefill.seconds,
+        "first_token": first.first_token or 0.0,
+        "load": first.load_seconds,
+        "process": first.plan.ram.parts["interpreter and libraries"],
+        "slots": first.plan.ram.expert_slots,
+    }
+
+
+def predict(case: dict[str, Any], profile: Profile, found: dict[str, float]) -> dict[str, float]:
+    """What the plan says of a case, and what the cost model says at the measured hit rate."""
+    catalog = Catalog(Path(case["model"]))
+    sizes, work = sizes_of(catalog, CONTEXT, CHUNK, 4), work_of(catalog)
+    kind = stored_format(work)
+    machine = machine_of(profile, kind, vram=False)
+    ram = parse_size(case["ram"])
+    question = Question(ram, None, CONTEXT, case["prompt"], CHUNK, kind, process=int(found["process"]))
+    plan = forecast(sizes, work, machine, question)
+    speed = plan.worst if case["routing"] == "uniform" else plan.typical
+    demanded = work.moe_layers * work.experts_per_token * work.expert_bytes
+    streamed = streamed_bytes(plan.plan, sizes.trunk)
+    missed = max(0.0, found["bytes_per_token"] - streamed[0]) / demanded  # late hits are read all the same
+    hits = (max(0.0, 1 - missed), max(0.0, 1 - missed))
+    known = decode_seconds(work, machine, kind, hits, streamed, 64)
+    return {
+        "predicted_decode": speed.decode,
+        "predicted_decode_at_bytes": 1 / known.total,
+        "predicted_hit_rate": speed.hit_rate,
+        "predicted_bytes_per_token": speed.step.disk_bytes,
+        "predicted_prefill": speed.prefill,
+        "predicted_first_token": speed.prompt.total,
+        "predicted_load": plan.load,
+        "predicted_slots": plan.plan.ram.expert_slots,
+    }
+
+
+def run(case: dict[str, Any], in_cgroup: bool) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", json.dumps(case)]
+    if in_cgroup:
+        process, report = run_limited(command, parse_size(case["ram"]), capture_output=True)
+        if report["killed"]:
+            raise SystemExit(f"killed for memory: {case}")
+    else:
+        process = subprocess.run(command, text=True, check=False, capture_output=True)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    found: dict[str, float] = json.loads(process.stdout)
+    return found
+
+
+def profiled(folder: Path) -> Profile:
+    """What `tierlm profile` measures now, on the disk of ``folder``."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "profile.json"
+        command = [sys.executable, "-m", "tierlm", "profile", "--path", str(folder), "--json", str(file)]
+        subprocess.run(command, check=True, capture_output=True)
+        return read_profile(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--ram", nargs="+", default=["2GiB", "4GiB", "8GiB"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--routing", choices=("uniform", "typical"), default="uniform")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(json.loads(args.one))))
+        return
+    in_cgroup = available()
+    fixed = {"model": str(args.model), "tokens": args.tokens, "prompt": args.prompt, "routing": args.routing}
+    results: dict[str, list[dict[str, float]]] = {ram: [] for ram in args.ram}
+    for turn in range(args.rounds):
+        profile = profiled(args.model)
+        for ram in args.ram if turn % 2 == 0 else reversed(args.ram):
+            drop_page_cache(list(args.model.glob("*.safetensors")))
+            case = fixed | {"ram": ram}
+            found = run(case, in_cgroup)
+            results[ram].append(found | predict(case, profile, found))
+            print(f"round {turn + 1} {ram}: {found['decode']:.2f} tok/s", file=sys.stderr, flush=True)
+
+    medians = {ram: {n: statistics.median(r[n] for r in rows) for n in rows[0]} for ram, rows in results.items()}
+    pairs = ("decode", "predicted_decode"), ("decode", "predicted_decode_at_bytes"), ("prefill", "predicted_prefill")
+    pairs += (("first_token", "predicted_first_token"), ("load", "predicted_load"))
+    table = Table(title=f"{args.model.name}: measured / predicted (error), medians of {args.rounds} rounds")
+    for column in ("ram", "slots", "hit rate", "MB/token", "decode tok/s", "at the bytes read", "prefill tok/s",
+                   "first token s", "load s"):  # fmt: skip
+        table.add_column(column)
+    errors: dict[str, list[float]] = {}
+    for ram, row in medians.items():
+        shown = []
+        for name, guess in pairs:
+            errors.setdefault(guess, []).append(row[guess] / row[name] - 1)
+            shown.append(f"{row[name]:.2f} / {row[guess]:.2f} ({errors[guess][-1]:+.0%})")
+        table.add_row(
+            ram,
+            f"{row['slots']:.0f} / {row['predicted_slots']:.0f}",
+            f"{row['hit_rate']:.0%} / {row['predicted_hit_rate']:.0%}",
+            f"{row['bytes_per_token'] / 1e6:.0f} / {row['predicted_bytes_per_token'] / 1e6:.0f}",
+            *shown,
+        )
+    console = Console(width=170)
+    console.print(table)
+    for name, found_errors in errors.items():
+        sizes = [abs(error) for error in found_errors]
+        console.print(f"{name}: off by {statistics.median(sizes):.0%} (median), {max(sizes):.0%} at most")
+    print(json.dumps({"cgroup": in_cgroup, "cases": results}))
+
+
+if __name__ == "__main__":
+    main()

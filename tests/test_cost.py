@@ -1,0 +1,167 @@
+"""The cost model: what follows from its definition, and that more of anything is never slower."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tierlm import BudgetError, UsageError
+from tierlm.analysis.cost import (
+    Accelerator,
+    Machine,
+    decode_seconds,
+    prefill_seconds,
+    side_by_side,
+    skewed_hits,
+    uniform_hits,
+)
+from tierlm.analysis.forecast import GIB, Question, forecast
+from tierlm.analysis.profile import BITS, Profile, Spread, machine_of, percentiles, read_profile, spread
+from tierlm.models.known import find_config
+from tierlm.models.outline import FORMATS, Outline, sizes_of, work_of
+
+SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
+MACHINE = Machine(
+    disk=4e9, latency=1e-3, weights={"bf16": 10e9}, products={1: 10e9, 64: 40e9}, beside=(0.7, 0.5), layer=1e-3,
+    touch=1e-9, start=2.0,
+)  # fmt: skip
+seconds = st.floats(1e-6, 100)
+shares = st.floats(0.05, 1.0)
+
+
+def lite(layers: int | None = None) -> Outline:
+    config = dict(find_config("DeepSeek-V2-Lite").config)
+    return Outline(config | ({"num_hidden_layers": layers} if layers else {}), "", "bf16")
+
+
+OUTLINE = lite(12)
+WORK, SIZES = work_of(OUTLINE), sizes_of(OUTLINE, 1024, 512, 4)
+
+
+@SETTINGS
+@given(compute=seconds, reading=seconds, arithmetic=shares, disk=shares)
+def test_side_by_side(compute: float, reading: float, arithmetic: float, disk: float) -> None:
+    """Never faster than the slower of the two alone; as fast as that if neither is in the other's way."""
+    both = side_by_side(compute, reading, (arithmetic, disk))
+    assert both >= max(compute, reading) * (1 - 1e-9)
+    assert side_by_side(compute, reading, (1.0, 1.0)) == pytest.approx(max(compute, reading))
+    if arithmetic + disk >= 1:
+        assert both <= (compute + reading) * (1 + 1e-9)
+
+
+def test_side_by_side_by_hand() -> None:
+    # Together until the arithmetic's 1 s has taken 2 s at half speed; the disk has done 1 s of its 3 by then.
+    assert side_by_side(1.0, 3.0, (0.5, 0.5)) == pytest.approx(4.0)
+    assert side_by_side(1.0, 3.0, (0.5, 1.0)) == pytest.approx(3.0)
+
+
+@SETTINGS
+@given(share=st.floats(0, 1), more=st.floats(0, 1))
+def test_hit_rates(share: float, more: float) -> None:
+    for rate in (uniform_hits, lambda part: skewed_hits(part, WORK)):
+        low, high = rate(min(share, more)), rate(max(share, more))
+        assert 0 <= low <= high <= 1
+    assert skewed_hits(1.0, WORK) == pytest.approx(1.0, abs=0.05)
+    assert skewed_hits(0.0, WORK) == 0.0
+
+
+def test_a_decode_step_by_hand() -> None:
+    step = decode_seconds(WORK, MACHINE, "bf16", (0.25, 0.25), (0, 0), 0)
+    missed = 11 * 6 * 0.75
+    assert step.disk_bytes == pytest.approx(missed * WORK.expert_bytes)
+    assert step.disk == pytest.approx(missed * WORK.expert_bytes / 4e9 + 11e-3)
+    assert step.compute == pytest.approx(WORK.active_weights / 10e9)
+    assert step.overhead == pytest.approx(12e-3)
+    assert step.total == pytest.approx(step.compute + step.overhead + step.exposed)
+    assert step.bound == "disk"
+    resident = decode_seconds(WORK, MACHINE, "bf16", (1.0, 1.0), (0, 0), 0)
+    assert (resident.disk, resident.bound) == (0, "compute")
+    assert resident.total == pytest.approx(step.compute + step.overhead)
+
+
+def test_a_prefill_reads_each_record_once_a_chunk() -> None:
+    one = prefill_seconds(WORK, MACHINE, "bf16", 0.0, (0, 0), 512, 512)
+    everything = WORK.moe_layers * WORK.experts * WORK.expert_bytes
+    assert one.disk_bytes == pytest.approx(everything, rel=0.01)
+    two = prefill_seconds(WORK, MACHINE, "bf16", 0.0, (0, 0), 1024, 512)
+    assert two.disk_bytes == pytest.approx(2 * everything, rel=0.01)
+    single = prefill_seconds(WORK, MACHINE, "bf16", 0.0, (0, 0), 1, 512)
+    assert single.disk_bytes == pytest.approx(11 * 6 * WORK.expert_bytes)
+
+
+def test_product_rates_between_those_measured() -> None:
+    assert [MACHINE.product_rate(rows) for rows in (0.5, 1, 8, 64, 500)] == [10e9, 10e9, 25e9, 40e9, 40e9]
+
+
+def ask(ram: int, machine: Machine = MACHINE, vram: int | None = None) -> Question:
+    return Question(ram=ram, vram=vram, context=1024, prompt=128, chunk=512, format="bf16")
+
+
+@SETTINGS
+@given(ram=st.integers(2, 20), more=st.integers(1, 8), disk=st.floats(1, 4))
+def test_more_of_anything_is_never_slower(ram: int, more: int, disk: float) -> None:
+    less = forecast(SIZES, WORK, MACHINE, ask(ram * GIB))
+    roomier = forecast(SIZES, WORK, MACHINE, ask((ram + more) * GIB))
+    faster = forecast(SIZES, WORK, dataclasses.replace(MACHINE, disk=4e9 * disk), ask(ram * GIB))
+    for found in (roomier, faster):
+        assert found.typical.decode >= less.typical.decode * (1 - 1e-9)
+    for found in (less, roomier, faster):
+        assert found.low <= found.worst.decode <= found.typical.decode * (1 + 1e-9)
+        assert found.typical.decode <= found.high * (1 + 1e-9)
+        assert all(speed >= found.typical.decode * (1 - 1e-9) for speed in found.more.values())
+
+
+def test_a_card_computes_and_its_link_may_bind() -> None:
+    card = Accelerator(memory=500e9, link=5e9, products=1e13)
+    machine = dataclasses.replace(MACHINE, accelerator=card)
+    found = forecast(SIZES, WORK, machine, ask(20 * GIB, vram=3 * GIB))
+    assert found.plan.vram is not None
+    assert found.typical.step.disk_bytes < 1e7 and found.typical.step.bound == "link"
+    assert found.more["a link twice as fast"] > 1.5 * found.typical.decode
+    assert "1 GiB more vram" in found.more
+
+
+def test_cliffs_are_told() -> None:
+    tight = forecast(SIZES, WORK, MACHINE, ask(1536 * 2**20))
+    assert any("do not fit and are read again" in warning for warning in tight.warnings)
+    assert any("fewer than the 66 experts of one token" in warning for warning in tight.warnings)
+    assert forecast(SIZES, WORK, MACHINE, ask(8 * GIB), ram_free=16 * GIB).warnings == ()
+    (warning,) = forecast(SIZES, WORK, MACHINE, ask(8 * GIB), ram_free=8 * GIB).warnings
+    assert "less than a tenth" in warning
+    with pytest.raises(BudgetError, match="below the floor"):
+        forecast(SIZES, WORK, MACHINE, ask(GIB // 2))
+
+
+def test_assumed_bits_are_those_of_the_formats() -> None:
+    assert set(BITS) == set(FORMATS)
+    for name, bits in BITS.items():
+        assert bits == pytest.approx(FORMATS[name].experts, rel=0.01)
+
+
+def test_rates_say_where_they_are_from(tmp_path: Path) -> None:
+    assert set(machine_of(None, "int4", False).origins.values()) == {"assumed"}
+    assert machine_of(None, "int4", True).accelerator is not None
+    profile = Profile("today", "a processor", 2, 2**34, 2**33, beside=(0.5, 0.25), layer=2e-3)
+    machine = machine_of(profile, "bf16", False)
+    assert (machine.beside, machine.layer) == ((0.5, 0.25), 2e-3)
+    assert machine.origins["layer"] == "measured today" and machine.origins["disk"] == "assumed"
+    profile.write(tmp_path / "p.json")
+    assert read_profile(tmp_path / "p.json") == dataclasses.replace(
+        profile, memory=[], disks=[], kernels=[], missing=[]
+    )
+    (tmp_path / "other.json").write_text(json.dumps({"version": 99}))
+    for name, why in (("other.json", "version 99"), ("absent.json", "cannot be read")):
+        with pytest.raises(UsageError, match=why):
+            read_profile(tmp_path / name)
+
+
+def test_medians_and_percentiles() -> None:
+    assert spread([3, 1, 2]) == Spread(2, 1, 3)
+    assert spread([4, 1, 2, 3]) == Spread(2.5, 1, 4)
+    assert percentiles([float(i) for i in range(1, 101)]) == (50, 90, 99)
+    assert percentiles([7.0]) == (7, 7, 7)

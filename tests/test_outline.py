@@ -1,0 +1,141 @@
+"""What a config alone says of a model: published sizes and parameter counts, and the same plan as the engine's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import make_toy
+
+from tierlm import LLM, Budget, CheckpointError, UnsupportedModelError, UsageError
+from tierlm.analysis.machine import process_ram
+from tierlm.analysis.plan import SLACK, make_plan
+from tierlm.models.catalog import GATES, Catalog
+from tierlm.models.hub import DEMO
+from tierlm.models.known import find_config, known_models
+from tierlm.models.outline import FORMATS, Outline, expanded_kv, sizes_of, stored_format, work_of
+
+# Billions of parameters, all and active, as the models' cards have them. (Active ones are counted with and without
+# embedding and head by different publishers, hence the loose bound.)
+PUBLISHED = {
+    "DeepSeek-V2-Lite": (15.7, 2.4),
+    "DeepSeek-V2": (236, 21),
+    "DeepSeek-V3": (671, 37),
+    "DeepSeek-R1": (671, 37),
+    "Kimi-K2": (1026, 32),
+    "Qwen3-30B-A3B": (30.5, 3.3),
+    "Qwen3-235B-A22B": (235, 22),
+    "Mixtral-8x7B": (46.7, 12.9),
+    "gpt-oss-20b": (20.9, 3.6),
+    "gpt-oss-120b": (116.8, 5.1),
+}
+
+
+def outline(name: str, format: str | None = None) -> Outline:
+    found = find_config(name)
+    return Outline(found.config, found.where, format)
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_known_models_have_as_many_parameters_as_published(name: str) -> None:
+    of = outline(name, "bf16")
+    work, spec = work_of(of), of.spec
+    experts = work.moe_layers * work.experts * work.expert_weights
+    total = experts + work.shared_weights + work.trunk_weights + 2 * spec.vocab * spec.hidden
+    billions, active = PUBLISHED[name]
+    assert total / 1e9 == pytest.approx(billions, rel=0.005)
+    assert work.active_weights / 1e9 == pytest.approx(active, rel=0.1)
+
+
+def test_bytes_agree_with_published_checkpoints() -> None:
+    """DeepSeek-V3: 688.6 GB in fp8 with the layer for multi-token prediction; 404 GB as GGUF Q4_K_M, without it.
+    gpt-oss: 13.8 and 65.2 GB."""
+    assert outline("DeepSeek-V3").file_bytes == pytest.approx(689e9, rel=0.005)
+    assert outline("DeepSeek-V3", "q4_k_m").used_bytes == pytest.approx(401e9, rel=0.02)
+    assert outline("gpt-oss-20b").file_bytes == pytest.approx(13.76e9, rel=0.01)
+    assert outline("gpt-oss-120b").file_bytes == pytest.approx(65.25e9, rel=0.01)
+    assert outline("DeepSeek-V2-Lite").file_bytes == pytest.approx(31.4e9, rel=0.01)
+
+
+def test_the_parts_sum_to_the_whole() -> None:
+    for format in FORMATS:
+        of = outline("DeepSeek-V2-Lite", format)
+        parts = sum(of.size(key) for key in [*of.trunks, *of.experts(), GATES])
+        embedding = of.spec.vocab * of.spec.hidden * FORMATS[format].wide / 8
+        assert parts + embedding == pytest.approx(of.used_bytes, rel=0.003)
+
+
+def test_the_format_of_files_is_told_by_their_experts() -> None:
+    assert stored_format(work_of(Catalog(DEMO))) == "bf16"
+    for format in FORMATS:
+        assert stored_format(work_of(outline("DeepSeek-V3", format))) == format
+
+
+def test_latents_against_keys_and_values() -> None:
+    spec = outline("DeepSeek-V3").spec
+    assert (spec.latent_dim, expanded_kv(spec)) == (576, 128 * (128 + 64 + 128))
+    spec = outline("Qwen3-30B-A3B").spec
+    assert spec.latent_dim == expanded_kv(spec) == 2 * 4 * 128
+
+
+@pytest.mark.parametrize("folder", ["demo", "v2-q-lora", "v3"])
+def test_the_outline_of_a_config_matches_the_files(folder: str, tmp_path: Path) -> None:
+    """Sizes from the config alone differ from the files' by the pages at the ends of each piece only."""
+    if folder == "demo":
+        path = DEMO
+    else:
+        make_toy(folder, tmp_path)
+        path = tmp_path
+    of, catalog = Outline(json.loads((path / "config.json").read_text()), "", "bf16"), Catalog(path)
+    wide = 2 if folder == "demo" else 4  # the toys are float32
+    assert of.trunks == catalog.trunks and of.experts() == catalog.experts()
+    for key in (*of.trunks, *of.experts(), GATES):
+        places = catalog.record(key).places.values()
+        exact = sum(place.nbytes for place in places) * 2 // wide
+        assert exact <= of.size(key) <= exact + 3 * 4096
+
+
+@pytest.mark.parametrize("model", ["demo", "toy"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_slots_predicted_are_slots_got(model: str, share: float, toy_v3: tuple[Path, Any]) -> None:
+    """The engine and ``tierlm plan`` divide a budget alike, from the same files and the same size of the libraries;
+    from the config alone, but for the pages that it cannot know."""
+    folder = DEMO if model == "demo" else toy_v3[0]
+    sizes = sizes_of(Catalog(folder), 128, 512, 4)
+    room = sum(sizes.trunk.values()) + int(share * sizes.experts * sizes.expert)
+    libraries = process_ram() + 64 * 2**20
+    ram = libraries + SLACK + sizes.logits + sizes.kv + sizes.workspace + sizes.resident + room
+    with LLM.load(folder, budget=Budget(ram), context=128, heat=False) as llm:
+        got = llm.stats().plan
+    same = {"ram": ram, "vram": None, "process": got.ram.parts["interpreter and libraries"], "min_slots": 4}
+    assert make_plan(sizes, **same) == got
+    config = json.loads((folder / "config.json").read_text())
+    guessed = make_plan(sizes_of(Outline(config, "", "bf16"), 128, 512, 4), **same).ram
+    if model == "demo":  # the toy is float32, which no published model is
+        assert guessed.expert_slots == pytest.approx(got.ram.expert_slots, rel=0.06)
+        assert guessed.trunk == got.ram.trunk
+
+
+def test_what_cannot_be_planned_for(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="model_type 'llama' cannot be planned for"):
+        Outline({"model_type": "llama"}, "x")
+    with pytest.raises(UsageError, match="format: expected one of bf16"):
+        outline("DeepSeek-V3", "int3")
+    with pytest.raises(CheckpointError, match="no such folder or file, and no known model"):
+        find_config("DeepSeek-V17")
+    with pytest.raises(CheckpointError, match="num_hidden_layers: expected a whole number, found None"):
+        Outline({"model_type": "mixtral", "num_attention_heads": 4}, "x")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="readable JSON"):
+        find_config(str(tmp_path / "config.json"))
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    assert find_config("deepseek-ai/deepseek-r1").name == "DeepSeek-R1"
+    assert find_config("demo").folder == DEMO
+    (tmp_path / "config.json").write_text(json.dumps(known_models()["Mixtral-8x7B"]["config"]))
+    assert find_config(str(tmp_path)).folder is None
+    for named in (find_config(str(tmp_path)), find_config(str(tmp_path / "config.json"))):
+        assert Outline(named.config, named.where).spec.experts == 8

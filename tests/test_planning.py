@@ -1,0 +1,276 @@
+"""``tierlm plan``, ``profile`` and ``doctor`` as a user meets them, and the measurements behind ``profile``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tierlm import UsageError, cli
+from tierlm.analysis import bandwidth, health, storage
+from tierlm.analysis.picture import draw, hardware, tiers
+from tierlm.analysis.profile import DiskRate, MemoryRate, Profile, Spread, default_file
+from tierlm.analysis.storage import Cell, file_system, files_of, measure_disk
+from tierlm.models.known import find_config
+from tierlm.models.outline import Outline, work_of
+
+MIB = 2**20
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tierlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line as the console script does, in this process: exit code, output, errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tierlm", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_plan_says_bytes_slots_and_speed(tierlm: Command) -> None:
+    code, out, _ = tierlm("plan", "DeepSeek-V3", "--ram", "64GiB", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["format"] == "fp8" and found["bytes"]["file"] == pytest.approx(689e9, rel=0.005)
+    assert found["bytes"]["kv"] * 71 < found["bytes"]["kv_expanded"] < found["bytes"]["kv"] * 72
+    ram = found["tiers"]["ram"]
+    assert sum(ram["parts"].values()) <= 64 * 2**30 and ram["expert_slots"] > 1000 and not ram["streamed"]
+    low, high = found["decode_range"]
+    assert low < found["predicted"]["typical"]["decode_tokens_per_second"] < high
+    assert found["predicted"]["typical"]["step"]["bound"] == "disk"
+    assert found["more"]["a disk twice as fast"] > found["predicted"]["typical"]["decode_tokens_per_second"]
+    code, out, _ = tierlm("plan", "kimi-k2", "--ram", "128GiB", "--vram", "24GiB", "--format", "int4")
+    assert code == 0
+    for word in ("expert slots", "floor", "tokens/s", "bound by", "hit rate", "1 GiB more vram", "assumed"):
+        assert word in out
+
+
+def test_plan_takes_a_given_disk_and_machine(tierlm: Command, tmp_path: Path) -> None:
+    disk = DiskRate("/", "d", "direct", "random", MIB, 8, Spread(5e9, 4e9, 6e9), (1e-3, 2e-3, 3e-3), 1.0)
+    file = tmp_path / "profile.json"
+    Profile("today", "p", 2, 2**34, 2**34, disks=[disk], disk_capacity={"/": 2**40}).write(file)
+    arguments = ("plan", "demo", "--ram", "1GiB", "--json", "--machine", str(file))
+    rates = json.loads(tierlm(*arguments)[1])["rates"]
+    assert (rates["disk"], rates["origins"]["disk"]) == (5e9, "measured today")
+    rates = json.loads(tierlm(*arguments, "--disk-bandwidth", "7GB")[1])["rates"]
+    assert (rates["disk"], rates["origins"]["disk"]) == (7e9, "given")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("plan", "DeepSeek-V3", "--ram", "2GiB"), 1, "below the floor"),
+        (("plan", "DeepSeek-V3", "--ram", "64GiB", "--vram", "1GiB"), 1, "vram budget"),
+        (("plan", "nonsense", "--ram", "64GiB"), 1, "no known model"),
+        (("plan", "demo", "--ram", "much"), 2, "expected a size"),
+        (("plan", "demo", "--ram", "1GiB", "--format", "int3"), 2, "expected one of"),
+        (("plan", "demo", "--ram", "1GiB", "--context", "99999"), 2, "context"),
+        (("plan", "demo", "--ram", "1GiB", "--prompt", "0"), 2, "prompt"),
+        (("plan", "demo", "--ram", "1GiB", "--machine", "absent.json"), 2, "cannot be read"),
+        (("plan", "demo", "--ram", "1GiB", "--disk-bandwidth", "0"), 2, "more than nothing"),
+        (("profile", "--path", "/nowhere"), 2, "expected a folder"),
+        (("profile", "--json", "/nowhere/p.json"), 2, "cannot be written"),
+        (("doctor", "nonsense"), 1, "no known model"),
+    ],
+)
+def test_what_is_refused(tierlm: Command, arguments: tuple[str, ...], code: int, words: str) -> None:
+    got, out, err = tierlm(*arguments)
+    assert got == code
+    assert words in " ".join((out + err).split())
+
+
+def test_a_folder_that_may_not_be_entered(tierlm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Path.is_dir
+
+    def refuse(path: Path) -> bool:
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # root, who runs tests in places, may enter any
+    for command in (("plan", "locked", "--ram", "1GiB"), ("profile", "--path", "locked")):
+        code, _, err = tierlm(*command)
+        assert code == 1 and "locked: Permission denied" in err and "Traceback" not in err
+    code, out, _ = tierlm("doctor", "locked")
+    assert code == 1 and "Permission denied" in out
+
+
+def test_plan_and_doctor_start_without_torch() -> None:
+    """A plan is asked for before anything is installed on a card, and answered at once."""
+    script = "import sys; sys.argv = ['tierlm', 'plan', 'DeepSeek-V3', '--ram', '64GiB', '--json']\n"
+    script += "from tierlm.cli import main\nmain()\nassert 'torch' not in sys.modules, 'torch was imported'"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_doctor_on_a_model_that_is_whole_and_one_that_is_not(
+    tierlm: Command, toy_v3: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, _ = toy_v3
+    code, out, _ = tierlm("doctor", str(folder), "--json")
+    found = json.loads(out)
+    assert code == 0 and found["fit"]
+    assert {"checkpoint", "file system", "budget", "open files", "kernels"} <= {f["area"] for f in found["findings"]}
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+    code, out, _ = tierlm("doctor", str(tmp_path))
+    assert code == 1
+    assert "truncated" in out and "download the model again" in " ".join(out.split())
+
+
+def test_doctor_of_limits_and_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(health.resource, "getrlimit", lambda which: (100, 100))
+    levels = {finding.area: finding.level for finding in health.check_limits(200, pins=True)}
+    assert levels["open files"] == "broken" and levels["memlock"] == "note" and levels["address space"] == "note"
+    monkeypatch.undo()
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(8192))
+    monkeypatch.setattr(health, "file_system", lambda path: "nfs4")
+    assert next(f for f in health.check_files([file]) if f.area == "file system").level == "note"
+    monkeypatch.setattr(health.os, "access", lambda path, mode: False)
+    (finding,) = health.check_files([file])
+    assert finding.level == "broken" and "may not be read" in finding.what
+
+
+def test_doctor_of_a_machine(tmp_path: Path) -> None:
+    governor = tmp_path / "devices/system/cpu/cpu0/cpufreq"
+    governor.mkdir(parents=True)
+    (governor / "scaling_governor").write_text("powersave\n")
+    pages = tmp_path / "kernel/mm/transparent_hugepage"
+    pages.mkdir(parents=True)
+    (pages / "enabled").write_text("always madvise [never]\n")
+    found = {finding.area: finding for finding in health.check_machine(tmp_path)}
+    assert found["governor"].level == found["huge pages"].level == "note"
+    assert "performance" in found["governor"].todo and "madvise" in found["huge pages"].todo
+
+
+# Measurements. What they come to depends on the machine; what is tested is that they are what they say they are.
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of next to no time."""
+    monkeypatch.setattr(storage, "CELL_SECONDS", 0.005)
+    monkeypatch.setattr(storage, "SCRATCH_BYTES", 64 * MIB)
+    monkeypatch.setattr(bandwidth, "SECONDS", 0.001)
+    monkeypatch.setattr(bandwidth, "BLOCK", 8 * MIB)
+
+
+def test_a_disk_is_measured_and_left_as_it_was(quick: None, tmp_path: Path) -> None:
+    cells = [Cell("direct", "random", 256 * 1024, 2), Cell("mmap", "sequential", MIB, 1)]
+    steps: list[None] = []
+    found = measure_disk(tmp_path, cells, 5.0, lambda: steps.append(None))
+    assert list(tmp_path.iterdir()) == [], "what was written is gone again"
+    assert len(steps) == storage.ROUNDS * len(cells)
+    if file_system(tmp_path) not in storage.MEMORY_FILE_SYSTEMS:
+        assert {rate.reader for rate in found} == {"direct", "mmap"}
+    for rate in found:
+        assert 0 < rate.rate.low <= rate.rate.median <= rate.rate.high
+        assert 0 < rate.percentiles[0] <= rate.percentiles[1] <= rate.percentiles[2]
+
+
+def test_what_came_from_ram_is_labelled(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "device_bytes", lambda path: 0)  # made up: the device has seen nothing
+    (rate,) = measure_disk(tmp_path, [Cell("mmap", "random", MIB, 1)], 5.0)
+    assert rate.from_ram == "the device delivered 0% of it"
+    monkeypatch.setattr(storage, "file_system", lambda path: "tmpfs")
+    (rate,) = measure_disk(tmp_path, [Cell("mmap", "random", MIB, 1)], 5.0)
+    assert rate.from_ram == "tmpfs is memory"
+
+
+def test_large_files_are_read_where_they_are(tmp_path: Path) -> None:
+    for number in range(8):
+        with open(tmp_path / f"{number}.safetensors", "wb") as stream:
+            stream.truncate(32 * MIB)
+    tmp_path.chmod(0o500)
+    with files_of(tmp_path) as files:
+        assert len(files) == 8 and len(list(tmp_path.iterdir())) == 8
+    tmp_path.chmod(0o700)
+
+
+def test_a_disk_that_is_nearly_full_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 100 * MIB, "total": 2**40})
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    with (
+        pytest.raises(UsageError, match=r"a twentieth of what is free, is less than the 64\.00 MiB"),
+        files_of(tmp_path),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing_behind(quick: None, tmp_path: Path) -> None:
+    def stop() -> None:
+        with files_of(tmp_path) as files:
+            assert files[0].exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ram_and_caches(quick: None, tmp_path: Path) -> None:
+    found, touch = bandwidth.measure_memory()
+    assert touch > 0 and any(rate.name == "RAM" for rate in found)
+    for rate in found:
+        for speed in (rate.read, rate.write, rate.copy):
+            assert 0 < speed.low <= speed.median <= speed.high
+    for node, cpus in (("node0", "0"), ("node1", "1-2,5")):
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "cpulist").write_text(cpus + "\n")
+    assert bandwidth.nodes(tmp_path)[0] == [0]
+    assert bandwidth._numbers("0-2,7") == [0, 1, 2, 7]
+    assert bandwidth.nodes(tmp_path / "absent") == {0: sorted(os.sched_getaffinity(0))}
+
+
+def profile_of(tmp_path: Path) -> Profile:
+    fast, slow = Spread(2e10, 1e10, 3e10), Spread(3e9, 2e9, 4e9)
+    cells = [DiskRate(str(tmp_path), "vda", "direct", "random", MIB, 8, slow, (1e-3, 1e-3, 1e-3), 1.0)]
+    cells.append(DiskRate(str(tmp_path), "vda", "mmap", "random", MIB, 8, fast, (1e-3, 1e-3, 1e-3), 0.0, "from RAM"))
+    memory = [MemoryRate("L2", 2**19, 0, 0, 1, fast, fast, fast), MemoryRate("RAM", 0, 0, 0, 2, slow, slow, slow)]
+    return Profile("today", "a processor", 2, 2**34, 2**34, memory, cells, {str(tmp_path): 10**12})
+
+
+def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")  # where matplotlib keeps its list of fonts, which takes seconds to make
+    pytest.importorskip("matplotlib")
+    profile = profile_of(tmp_path)
+    assert tiers(profile) == {"L2": (2**19, 2e10), "RAM": (2**34, 3e9), "disk": (10**12, 3e9)}
+    assert all(row["source"] and row["bandwidth"] > 0 for row in hardware())
+    named = find_config("DeepSeek-V3")
+    outline = Outline(named.config, named.where, "int4")
+    draw(tmp_path / "p.png", profile, "DeepSeek-V3 int4", work_of(outline), outline.used_bytes)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match="cannot be written"):
+        draw(tmp_path / "absent" / "p.png", profile, "m", work_of(outline), outline.used_bytes)
+
+
+def test_the_profile_command_is_what_plan_uses(
+    tierlm: Command, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tierlm.cli.measuring._measure", lambda paths, step: profile_of(paths[0]))
+    code, out, _ = tierlm("profile", "--path", str(tmp_path), "--json", str(tmp_path / "mine.json"))
+    assert code == 0 and "random direct reads" in " ".join(out.split()) and "from RAM" in out
+    assert default_file() == tmp_path / "cache/tierlm/profile.json"
+    assert (tmp_path / "mine.json").read_text() == (tmp_path / "cache/tierlm/profile.json").read_text()
+    rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json")[1])["rates"]
+    assert rates["disk"] == 3e9 and rates["origins"]["disk"] == "measured today"

@@ -1,0 +1,226 @@
+"""What a machine's tiers have been measured to give, kept as JSON, and the rates that the cost model takes from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tierlm.analysis.cost import Accelerator, Machine
+from tierlm.errors import UsageError
+from tierlm.files import user_cache, write_whole
+
+VERSION = 1
+ENGINE_SIZES = tuple(size * 2**20 for size in (1, 4, 8))  # bytes of a request, as weights/probe.py chooses them
+ENGINE_DEPTHS = (4, 8, 16)
+
+# Where nothing was measured: a desktop with two channels of memory and an NVMe disk of the third generation.
+ASSUMED_DISK, ASSUMED_LATENCY = 3e9, 1e-3
+ASSUMED_WEIGHT_BYTES = 20e9  # bytes of weights a second that one row is multiplied with: half of the memory's rate
+ASSUMED_PRODUCTS = 15e9  # multiply-adds a second and core of a large float32 product: a third of AVX2's peak
+ASSUMED_BESIDE = (0.8, 0.8)
+ASSUMED_LAYER, ASSUMED_TOUCH, ASSUMED_START = 1e-3, 0.5e-9, 3.0
+BITS = {"bf16": 16.0, "fp8": 8.0, "int8": 8.5, "int4": 4.5, "mxfp4": 4.25, "q4_k_m": 4.84}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of several rounds, in bytes or operations a second."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MemoryRate:
+    """A cache or the RAM of a node: ``capacity`` in bytes, rates of ``threads`` cores of node ``cpus`` on memory of
+    node ``node``. A copy counts the bytes read and those written."""
+
+    name: str
+    capacity: int
+    cpus: int
+    node: int
+    threads: int
+    read: Spread
+    write: Spread
+    copy: Spread
+
+
+@dataclass(frozen=True)
+class DiskRate:
+    """``depth`` reads of ``request_bytes`` at a time. ``percentiles``: seconds of a read, 50, 90 and 99 %.
+
+    ``device_share``: bytes that the block device counted, of those read; None where it has no counter.
+    ``from_ram``: why this is not the disk's figure, or "".
+    """
+
+    path: str
+    device: str
+    reader: str  # direct | mmap
+    pattern: str  # random | sequential
+    request_bytes: int
+    depth: int
+    rate: Spread
+    percentiles: tuple[float, float, float]
+    device_share: float | None
+    from_ram: str = ""
+
+
+@dataclass(frozen=True)
+class KernelRate:
+    """Gated MLPs of weights that no cache holds: multiply-adds a second with ``rows`` rows."""
+
+    format: str
+    rows: int
+    threads: int
+    rate: Spread
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All that was measured. Rates in bytes a second, capacities in bytes. ``disk_capacity``: by path.
+
+    ``beside``: shares of the arithmetic's and the disk's speed that are left when both are at work. ``links``: host to
+    device and back, pinned and pageable, and the device's memory, by name. ``unpack``: decompressed bytes a second.
+    ``missing``: what was not measured, and why.
+    """
+
+    when: str
+    processor: str
+    cores: int
+    ram: int
+    ram_limit: int  # what this process may use
+    memory: Sequence[MemoryRate] = ()
+    disks: Sequence[DiskRate] = ()
+    disk_capacity: Mapping[str, int] = field(default_factory=dict)
+    kernels: Sequence[KernelRate] = ()
+    links: Mapping[str, Spread] = field(default_factory=dict)
+    device_memory: int = 0
+    unpack: Mapping[str, Spread] = field(default_factory=dict)
+    beside: tuple[float, float] | None = None
+    layer: float | None = None
+    touch: float | None = None
+    start: float | None = None
+    missing: Sequence[str] = ()
+    version: int = VERSION
+
+    def write(self, file: Path) -> None:
+        """Keep it as JSON. Raises OSError."""
+        write_whole(file, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    def engine_disk(self) -> tuple[float, float] | None:
+        """Bytes a second and the latency of the fastest disk, read as the engine reads: the median over random direct
+        reads of ENGINE_SIZES at ENGINE_DEPTHS, since the best of many samples is luck; the seconds of one that is
+        alone. None where no disk's own figures are known."""
+        found: list[tuple[float, float]] = []
+        for path in self.disk_capacity:
+            real = [r for r in self.disks if r.path == path and r.pattern == "random" and not r.from_ram]
+            direct = [rate for rate in real if rate.reader == "direct"] or real
+            sized = [rate for rate in direct if rate.request_bytes in ENGINE_SIZES] or direct
+            usual = [rate for rate in sized if rate.depth in ENGINE_DEPTHS] or sized
+            if usual:
+                alone = min(sized, key=lambda rate: (rate.depth, rate.request_bytes))
+                found.append((spread([rate.rate.median for rate in usual]).median, alone.percentiles[0]))
+        return max(found, default=None)
+
+
+def default_file() -> Path | None:
+    """Where ``tierlm profile`` leaves its result for ``tierlm plan``; None where the user has no cache folder."""
+    cache = user_cache()
+    return None if cache is None else cache / "profile.json"
+
+
+def read_profile(file: Path) -> Profile:
+    """What ``Profile.write`` has kept. Raises UsageError for a file that is not one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("version") != VERSION:
+            raise ValueError(f"version {found.get('version')!r}, expected {VERSION}")
+        found["memory"] = [MemoryRate(**_with_spreads(row, "read", "write", "copy")) for row in found["memory"]]
+        found["disks"] = [
+            DiskRate(**(_with_spreads(row, "rate") | {"percentiles": tuple(row["percentiles"])}))
+            for row in found["disks"]
+        ]
+        found["kernels"] = [KernelRate(**_with_spreads(row, "rate")) for row in found["kernels"]]
+        for name in ("links", "unpack"):
+            found[name] = {key: Spread(**value) for key, value in found[name].items()}
+        found["beside"] = tuple(found["beside"]) if found["beside"] else None
+        return Profile(**found)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{file}: expected what `tierlm profile --json` writes, found: {error}") from error
+
+
+def machine_of(profile: Profile | None, format: str, vram: bool) -> Machine:
+    """The rates of a profile, and assumptions in the place of what it lacks; None: assumptions alone.
+
+    ``format``: whose kernel is to be known. ``vram``: whether a card computes.
+    """
+    origins: dict[str, str] = {}
+    measured = "measured" if profile is None else f"measured {profile.when}"
+
+    def known(name: str, value: Any, otherwise: Any) -> Any:
+        origins[name] = "assumed" if value is None else measured
+        return otherwise if value is None else value
+
+    disk = None if profile is None else profile.engine_disk()
+    cores = profile.cores if profile is not None else len(os.sched_getaffinity(0))
+    rates = {} if profile is None else {(k.format, k.rows): k.rate.median for k in profile.kernels}
+    likely = rates.get((format, 1))
+    if likely is None and (other := rates.get(("bf16", 1))) is not None:
+        likely = other * 16 / BITS[format]
+        origins["weights"] = "bf16's, by the bytes of a weight"
+    weights = ASSUMED_WEIGHT_BYTES * 8 / BITS[format] if likely is None else likely
+    origins.setdefault("weights", "assumed" if likely is None else measured)
+    products = {rows: rate for (kind, rows), rate in rates.items() if kind == format}
+    products = products or {rows: rate for (kind, rows), rate in rates.items() if kind == "bf16"}
+    large = ASSUMED_PRODUCTS * cores
+    return Machine(
+        disk=known("disk", disk and disk[0], ASSUMED_DISK),
+        latency=known("latency", disk and disk[1], ASSUMED_LATENCY),
+        weights={format: weights},
+        products=known("products", products or None, {1: min(weights, large), 64: large}),
+        beside=known("beside", profile and profile.beside, ASSUMED_BESIDE),
+        layer=known("layer", profile and profile.layer, ASSUMED_LAYER),
+        touch=known("touch", profile and profile.touch, ASSUMED_TOUCH),
+        start=known("start", profile and profile.start, ASSUMED_START),
+        accelerator=_accelerator(profile, origins) if vram else None,
+        origins=origins,
+    )
+
+
+def _accelerator(profile: Profile | None, origins: dict[str, str]) -> Accelerator | None:
+    """The card of a profile. One that is only asked about is as reference hardware of the middle is."""
+    links = {} if profile is None else profile.links
+    if "pinned to device" in links and "device memory" in links and "device products" in links:
+        origins["accelerator"] = "measured"
+        speeds = [links[name].median for name in ("device memory", "pinned to device", "device products")]
+        return Accelerator(*speeds)
+    origins["accelerator"] = "assumed: 400 GB/s, PCIe 4.0 x16"
+    return Accelerator(memory=400e9, link=25e9, products=20e12)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, least and most."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return Spread(median, ordered[0], ordered[-1])
+
+
+def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """The values that 50, 90 and 99 % do not exceed."""
+    ordered = sorted(seconds)
+    at = [ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.9, 0.99)]
+    return at[0], at[1], at[2]
+
+
+def _with_spreads(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {**row, **{name: Spread(**row[name]) for name in names}}

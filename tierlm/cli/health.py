@@ -1,0 +1,87 @@
+"""``tierlm doctor``: is this machine fit for this model?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tierlm.config import format_size
+from tierlm.errors import BudgetError, CheckpointError, TierlmError
+
+if TYPE_CHECKING:
+    from tierlm.analysis.health import Finding
+    from tierlm.models.catalog import Catalog
+
+COLOURS = {"ok": "green", "note": "yellow", "broken": "red"}
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="A model folder, or 'demo'.")] = "demo",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Look for what is wrong or slow with a model and this machine, and say what to do. Exit code 1: it cannot run."""
+    from tierlm.analysis.health import Finding, check_files, check_limits, check_machine
+    from tierlm.models.catalog import Catalog
+    from tierlm.models.known import find_config
+
+    findings: list[Finding] = []
+    catalog = None
+    try:
+        named = find_config(model)
+        if named.folder is None:
+            raise CheckpointError(f"{named.where}: a config without weights; `tierlm plan` says what they would need")
+        catalog = Catalog(named.folder)
+        used = sum(tensor.nbytes for tensor in catalog.checkpoint.tensors.values())
+        what = f"whole: {len(catalog.checkpoint.tensors)} tensors, {format_size(used)} in {len(catalog.files)} files"
+        findings.append(Finding("ok", "checkpoint", what))
+    except (TierlmError, OSError) as error:
+        findings.append(Finding("broken", "checkpoint", str(error), "download the model again, or name another"))
+    if catalog is not None:
+        findings += check_files(catalog.files)
+        findings.append(_budget(catalog))
+    findings += check_limits(0 if catalog is None else len(catalog.files), pins=_has_accelerator())
+    findings += check_machine()
+    broken = any(finding.level == "broken" for finding in findings)
+    if as_json:
+        print(json.dumps({"fit": not broken, "findings": [dataclasses.asdict(f) for f in findings]}, indent=1))
+    else:
+        table = Table(show_header=False, box=None)
+        for finding in findings:
+            said = Text(finding.what)
+            if finding.todo:
+                said.append(f"\n-> {finding.todo}", style="bold")
+            table.add_row(Text(finding.level, style=COLOURS[finding.level]), finding.area, said)
+        Console().print(table)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _budget(catalog: Catalog) -> Finding:
+    """Whether the model runs in what --ram auto would take."""
+    from tierlm.analysis.forecast import PROCESS
+    from tierlm.analysis.health import Finding
+    from tierlm.analysis.machine import available_ram
+    from tierlm.analysis.plan import AUTO_RAM, make_plan
+    from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
+    from tierlm.models.outline import sizes_of
+
+    spec, ram = catalog.spec, int(available_ram() * AUTO_RAM)
+    sizes = sizes_of(catalog, min(spec.max_position, DEFAULT_CONTEXT), RuntimeOptions().prefill_chunk, 4)
+    try:
+        plan = make_plan(sizes, ram=ram, vram=None, process=PROCESS, min_slots=spec.experts_per_token).ram
+    except BudgetError as error:
+        return Finding("broken", "budget", str(error), "free memory, lower --context, or use another machine")
+    what = f"--ram auto would be {format_size(ram)}: {plan.expert_slots} of {sizes.experts} experts have slots"
+    return Finding("ok", "budget", f"{what}; floor {format_size(plan.floor)}")
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()

@@ -1,0 +1,249 @@
+"""``tierlm profile``: every tier of this machine, its capacity and its bandwidth."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from tierlm.config import format_size
+from tierlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from tierlm.analysis.profile import Profile, Spread
+
+DISK_SECONDS = 24.0  # over all paths
+DEMO_TOKENS, DEMO_LAYERS = 24, 7
+
+
+def profile(
+    path: Annotated[
+        list[Path] | None, typer.Option("--path", help="A folder on a disk to measure; several times; default: here.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the profile here as well.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw bandwidth against capacity to this file.")] = None,
+    model: Annotated[str, typer.Option(help="The model whose lines of tokens/s the plot has.")] = "DeepSeek-V3",
+    format: Annotated[str | None, typer.Option(help="Its format; default: as published.")] = None,
+) -> None:
+    """Measure caches, RAM, disks, kernels and an accelerator, in less than a minute. `tierlm plan` uses what it finds.
+
+    Large files of a folder are read where they are; where there are none, one is written and removed again.
+    """
+    from tierlm.analysis.profile import default_file
+
+    paths = path or [Path()]
+    for file in (json_file, plot):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: cannot be written: {file.absolute().parent} is no folder")
+    for folder in paths:
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: expected a folder on the disk that is to be measured")
+    console = Console(stderr=True)
+    columns = (TextColumn("measuring {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def step(what: str, total: int) -> Callable[[], None]:
+            bar.update(task, description=what, total=total, completed=0)
+            return lambda: bar.advance(task)
+
+        found = _measure([folder.resolve() for folder in paths], step)
+    _show(found)
+    for file in (default_file(), json_file):
+        if file is None:
+            continue
+        try:
+            found.write(file)
+        except OSError as error:
+            if file == json_file:
+                raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
+            console.print(f"not remembered: {file}: {error.strerror}")
+    if plot is not None:
+        from tierlm.analysis.picture import draw
+        from tierlm.models.known import find_config
+        from tierlm.models.outline import Outline, work_of
+
+        named = find_config(model)
+        outline = Outline(named.config, named.where, format)
+        draw(plot, found, f"{named.name} {outline.format}", work_of(outline), outline.used_bytes)
+    if not found.disks:  # what was asked for
+        raise typer.Exit(1)
+
+
+def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) -> Profile:
+    from tierlm.analysis.bandwidth import measure_memory
+    from tierlm.analysis.machine import available_ram, total_ram
+    from tierlm.analysis.profile import DiskRate, Profile
+    from tierlm.analysis.storage import ROUNDS, cells, files_of, measure_disk
+    from tierlm.errors import TierlmError
+
+    missing: list[str] = []
+    memory, touch = measure_memory(step("caches and RAM", 4))
+    disks: list[DiskRate] = []
+    capacity: dict[str, int] = {}
+    wanted = cells()
+    for folder in paths:
+        done = step(str(folder), ROUNDS * len(wanted))
+        try:
+            disks += measure_disk(folder, wanted, DISK_SECONDS / len(paths), done)
+            capacity[str(folder)] = shutil.disk_usage(folder).total
+        except TierlmError as error:
+            missing.append(str(error))
+    from tierlm.analysis.arithmetic import (
+        ROWS,
+        measure_beside,
+        measure_kernels,
+        measure_links,
+        measure_unpacking,
+    )
+
+    kernels = measure_kernels(step("kernels", 2 * len(ROWS)))
+    done = step("side by side", 5)
+    beside = None
+    for rate in [rate for rate in disks if rate.reader == "direct" and not rate.from_ram][:1]:
+        with files_of(Path(rate.path)) as files:
+            beside = measure_beside(files)
+    done()
+    links, device_memory = measure_links()
+    done()
+    unpack = measure_unpacking()
+    done()
+    if not unpack:
+        missing.append("decompression: the package zstandard is not installed")
+    if not links:
+        missing.append("links to a device: there is no accelerator")
+    layer = _layer_seconds()
+    done()
+    start = _start_seconds()
+    return Profile(
+        when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)),
+        ram=total_ram(),
+        ram_limit=available_ram(),
+        memory=memory,
+        disks=disks,
+        disk_capacity=capacity,
+        kernels=kernels,
+        links=links,
+        device_memory=device_memory,
+        unpack=unpack,
+        beside=beside,
+        layer=layer,
+        touch=touch,
+        start=start,
+        missing=missing,
+    )
+
+
+def _layer_seconds() -> float:
+    """Seconds a layer's step takes when its weights are next to nothing: the embedded model, all of it resident."""
+    from tierlm.config import Budget, SamplingParams
+    from tierlm.llm import LLM
+
+    with LLM.load("demo", budget=Budget("2GiB"), context=256, heat=False, probe="off") as llm:
+        llm.generate([list(range(2, 66))], SamplingParams(max_new_tokens=DEMO_TOKENS, ignore_eos=True))
+        before = llm.stats().decode
+        llm.generate([[5]], SamplingParams(max_new_tokens=DEMO_TOKENS, ignore_eos=True))
+        after = llm.stats().decode
+    return (after.compute - before.compute) / (after.tokens - before.tokens) / DEMO_LAYERS
+
+
+def _start_seconds() -> float | None:
+    """Seconds from the command to when a model may be loaded; None if another interpreter cannot be started."""
+    began = time.perf_counter()
+    try:
+        subprocess.run([sys.executable, "-c", "import tierlm.llm, tierlm.cli"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return time.perf_counter() - began
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _show(found: Profile) -> None:
+    console = Console(width=max(112, Console().width))
+    title = (
+        f"{found.processor}, {found.cores} cores, {format_size(found.ram)}, {format_size(found.ram_limit)} of it free"
+    )
+    memory = Table(title=title, title_justify="left", box=None)
+    for column in ("", "read GB/s", "write GB/s", "copy GB/s"):
+        memory.add_column(column)
+    several = len({rate.node for rate in found.memory}) > 1
+    for rate in found.memory:
+        what = f"{rate.name} {format_size(rate.capacity)}" if rate.capacity else rate.name
+        what += f", {rate.threads} core" + "s" * (rate.threads > 1)
+        what += f", node {rate.cpus} on node {rate.node}" if several else ""
+        memory.add_row(what, *map(_gb, (rate.read, rate.write, rate.copy)))
+    for name, speed in found.links.items():
+        memory.add_row(name, _gb(speed))
+    for name, speed in found.unpack.items():
+        memory.add_row(name, _gb(speed))
+    console.print(memory)
+    for path in dict.fromkeys(rate.path for rate in found.disks):
+        console.print(_disk_table(found, path))
+        for disk in found.disks:
+            if disk.path == path and (disk.pattern, disk.reader) != ("random", "direct"):
+                label = f"; from RAM: {disk.from_ram}" if disk.from_ram else ""
+                what = f" {disk.reader} {disk.pattern} {format_size(disk.request_bytes)} x {disk.depth}"
+                console.print(Text(f"{what}: {_gb(disk.rate)} GB/s{label}", style="yellow" if label else ""))
+    kernels = Table(title="kernels, G multiply-adds/s", title_justify="left", box=None)
+    kernels.add_column("")
+    rows = sorted({rate.rows for rate in found.kernels})
+    for count in rows:
+        kernels.add_column(f"{count} row" + "s" * (count > 1))
+    for name in dict.fromkeys(rate.format for rate in found.kernels):
+        kernels.add_row(name, *(_gb(rate.rate) for rate in found.kernels if rate.format == name))
+    console.print(kernels)
+    if found.beside is not None:
+        arithmetic, reads = found.beside
+        console.print(f" side by side the arithmetic keeps {arithmetic:.0%} of its speed, the disk {reads:.0%}")
+    for what in found.missing:
+        console.print(f" [yellow]not measured[/yellow] {what}")
+
+
+def _disk_table(found: Profile, path: str) -> Table:
+    cells = [r for r in found.disks if r.path == path and (r.pattern, r.reader) == ("random", "direct")]
+    device = next(rate.device for rate in found.disks if rate.path == path)
+    counted = [rate.device_share for rate in cells if rate.device_share is not None and not rate.from_ram]
+    proof = f"the device delivered {min(counted):.0%} or more of the bytes" if counted else "not counted at a device"
+    table = Table(title=f"{path}: {device}; random direct reads, GB/s (median ms); {proof}", title_justify="left")
+    table.add_column("size x depth")
+    depths = sorted({rate.depth for rate in cells})
+    for depth in depths:
+        table.add_column(str(depth), justify="right")
+    for size in sorted({rate.request_bytes for rate in cells}):
+        by_depth = {rate.depth: rate for rate in cells if rate.request_bytes == size}
+        shown = []
+        for depth in depths:
+            cell = by_depth.get(depth)
+            mark = "*" if cell is not None and cell.from_ram else ""
+            text = "" if cell is None else f"{cell.rate.median / 1e9:.2f}{mark} ({1e3 * cell.percentiles[0]:.1f})"
+            shown.append(text)
+        table.add_row(format_size(size), *shown)
+    if any(rate.from_ram for rate in cells):
+        table.caption = "* " + next(rate.from_ram for rate in cells if rate.from_ram)
+    return table
+
+
+def _gb(speed: Spread) -> str:
+    return f"{speed.median / 1e9:.2f} [{speed.low / 1e9:.2f}-{speed.high / 1e9:.2f}]"

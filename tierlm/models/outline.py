@@ -1,0 +1,194 @@
+"""A model's records as its config alone gives them: what ``Catalog`` is with the files, before they are downloaded.
+
+Both speak of the same tensors, those that the family names, and both give their sizes to the plan through ``sizes_of``.
+No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+from tierlm.analysis.cost import Work
+from tierlm.analysis.plan import MAX_LOGITS, Sizes, workspace_bytes
+from tierlm.errors import UnsupportedModelError, UsageError
+from tierlm.models import FAMILIES, planned
+from tierlm.models.catalog import GATES, HEAD_BLOCK_BYTES
+from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
+from tierlm.weights.checkpoint import ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Format:
+    """Bits of a weight, its share of the scales included: of experts, of the other matrices, of embedding and head.
+    Vectors, routers and biases take 16 everywhere."""
+
+    experts: float
+    trunk: float
+    wide: float
+
+
+BLOCK_FP8 = 8 + 32 / 128**2  # a float32 for each block of 128 x 128
+GROUP_INT8, GROUP_INT4 = 8 + 16 / 32, 4 + 16 / 32  # a float16 for each group of 32
+# GGUF's mixture: Q4_K (4.5), and Q6_K (6.5625) for half of the down projections and for the head (llama.cpp,
+# llama_tensor_get_type).
+Q4_K, Q6_K = 4.5, 6.5625
+FORMATS = {
+    "bf16": Format(16, 16, 16),
+    "fp8": Format(BLOCK_FP8, BLOCK_FP8, 16),
+    "int8": Format(GROUP_INT8, GROUP_INT8, GROUP_INT8),
+    "int4": Format(GROUP_INT4, GROUP_INT8, GROUP_INT8),
+    "mxfp4": Format(4 + 8 / 32, 16, 16),  # as gpt-oss is published
+    "q4_k_m": Format(Q4_K + (Q6_K - Q4_K) / 6, Q4_K, (Q4_K + Q6_K) / 2),
+}
+
+
+class Records(Protocol):
+    """What ``Catalog`` and ``Outline`` have in common."""
+
+    spec: ModelSpec
+    family: ModuleType
+    trunks: list[TrunkKey]
+
+    def experts(self) -> list[ExpertKey]: ...
+
+    def size(self, key: Key) -> int: ...
+
+
+class Outline:
+    """The records of a ``config.json``. ``format``: one of FORMATS; None: as the config says that it is published.
+
+    Raises UnsupportedModelError, CheckpointError, UsageError.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str, format: str | None = None):
+        families = FAMILIES | dict.fromkeys(planned.MODEL_TYPES, planned)
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in families:
+            raise UnsupportedModelError(
+                f"{where}: model_type {model_type!r} cannot be planned for; known are {', '.join(families)}"
+            )
+        self.family = families[model_type]
+        self.spec: ModelSpec = self.family.read_spec(config, where)
+        self.format = format or published_format(config)
+        if self.format not in FORMATS:
+            raise UsageError(f"format: expected one of {', '.join(FORMATS)}, found {self.format!r}")
+        self._bits = FORMATS[self.format]
+        spec = self.spec
+        row = math.ceil(spec.hidden * self._bits.wide / 8)
+        rows = max(1, HEAD_BLOCK_BYTES // row)
+        self._blocks: list[int] = [min(rows, spec.vocab - at) * row for at in range(0, spec.vocab, rows)]
+        self.trunks = [TrunkKey(number) for number in range(spec.layers + len(self._blocks))]
+        self._prediction_layers = int(config.get("num_nextn_predict_layers") or 0)
+        self._sizes: dict[Key, int] = {}
+
+    def experts(self) -> list[ExpertKey]:
+        return [ExpertKey(layer, e) for layer in self.spec.moe_layers for e in range(self.spec.experts)]
+
+    def size(self, key: Key) -> int:
+        """Bytes of the slot that ``key`` needs, as a file lays it out that knows nothing of pages: half a page lost at
+        either end."""
+        like = ExpertKey(key.layer, 0) if isinstance(key, ExpertKey) else key
+        if like not in self._sizes:
+            self._sizes[like] = (self._bytes(like) // ALIGNMENT + 2) * ALIGNMENT
+        return self._sizes[like]
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the tensors that a run uses."""
+        spec, wide = self.spec, self._wide_bytes
+        layers = sum(self._bytes(TrunkKey(layer)) for layer in range(spec.layers))
+        experts = len(spec.moe_layers) * spec.experts * self._bytes(ExpertKey(spec.layers - 1, 0))
+        return layers + experts + wide * (1 if spec.tied_head else 2) + self._bytes(GATES)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all tensors as published. A layer for multi-token prediction brings an embedding, a head and a
+        projection of its own (DeepSeek-V3 technical report, arXiv 2412.19437, 2.2)."""
+        last = self.spec.layers - 1
+        layer = self._bytes(TrunkKey(last)) + self.spec.experts * self._bytes(ExpertKey(last, 0))
+        extra = layer + 2 * self._wide_bytes + 4 * self.spec.hidden**2
+        return self.used_bytes + self._prediction_layers * extra
+
+    @property
+    def _wide_bytes(self) -> int:
+        return math.ceil(self.spec.vocab * self.spec.hidden * self._bits.wide / 8)
+
+    def _bytes(self, key: Key) -> int:
+        if isinstance(key, ExpertKey):
+            return _bytes(self.family.expert_tensors(self.spec, key), self._bits.experts)
+        if key == GATES:
+            return _bytes(self.family.gate_tensors(self.spec), 16)
+        if key.layer >= self.spec.layers:
+            return self._blocks[key.layer - self.spec.layers]
+        return _bytes(self.family.trunk_tensors(self.spec, key), self._bits.trunk)
+
+
+def sizes_of(records: Records, context: int, chunk: int, kv_item: int) -> Sizes:
+    """What the plan needs to know of a model: ``context`` and ``chunk`` in tokens, ``kv_item`` bytes of a cached
+    value. The engine and the command line both plan with this."""
+    spec = records.spec
+    experts = records.experts()
+    return Sizes(
+        trunk={key: records.size(key) for key in records.trunks},
+        expert=max((records.size(key) for key in experts), default=0),
+        experts=len(experts),
+        resident=records.size(GATES),
+        kv=context * spec.layers * spec.latent_dim * kv_item,
+        workspace=workspace_bytes(spec, min(chunk, context), context),
+        logits=min(chunk * spec.vocab * 4, MAX_LOGITS),
+    )
+
+
+def work_of(records: Records) -> Work:
+    """What one token makes a model do."""
+    spec, family = records.spec, records.family
+    layers = [_values(family.trunk_tensors(spec, TrunkKey(layer))) for layer in range(spec.layers)]
+    routed = [key for key in (ExpertKey(spec.layers - 1, 0),) if spec.moe_layers]
+    shared = 3 * spec.hidden * spec.expert_width * spec.shared_experts
+    return Work(
+        layers=spec.layers,
+        moe_layers=len(spec.moe_layers),
+        experts=spec.experts,
+        experts_per_token=spec.experts_per_token,
+        expert_weights=sum(_values(family.expert_tensors(spec, key)) for key in routed),
+        expert_bytes=sum(records.size(key) for key in routed),
+        shared_weights=shared * len(spec.moe_layers),
+        trunk_weights=sum(layers) + _values(family.gate_tensors(spec)) - shared * len(spec.moe_layers),
+        head_weights=spec.vocab * spec.hidden,
+        attention=spec.layers * spec.heads * (spec.nope_dim + spec.rope_dim + spec.value_dim),
+        trunk_bytes=sum(records.size(key) for key in records.trunks),
+    )
+
+
+def expanded_kv(spec: ModelSpec) -> int:
+    """Values of a token and layer if keys and values were cached as they are used; ``latent_dim`` are cached."""
+    if spec.rope_dim == 0:  # models/planned.py
+        return spec.latent_dim
+    return spec.heads * (spec.nope_dim + spec.rope_dim + spec.value_dim)
+
+
+def stored_format(work: Work) -> str:
+    """The format whose experts take as many bits as those of a model's files, or nearly: its kernels' rate is what
+    counts."""
+    bits = 8 * work.expert_bytes / max(1, work.expert_weights)
+    return min(FORMATS, key=lambda name: abs(FORMATS[name].experts - bits))
+
+
+def published_format(config: Mapping[str, Any]) -> str:
+    """The format that a config says its checkpoint is in."""
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return method if method in FORMATS else "bf16"
+
+
+def _bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], bits: float) -> int:
+    shapes = [shape for _, shape in tensors.values()]
+    return int(sum(math.prod(shape) * (bits if len(shape) > 1 else 16) for shape in shapes) / 8)
+
+
+def _values(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> int:
+    return sum(math.prod(shape) for _, shape in tensors.values())

@@ -36,7 +36,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "tune": ["optuna>=4"],
         "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20"],
-        "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil"],
+        "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil", "zstandard>=0.22"],
     },
     ext_modules=[
         # A plain shared library, called through ctypes. Without a compiler the package installs and works without it.

@@ -246,9 +246,9 @@ class Runtime:
     def _expert_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:
         size = max((self.catalog.size(key) for key in self.catalog.experts()), default=0)
         slots = _cut(allocate(plan.expert_slots * size, device), [size] * plan.expert_slots)
-        policy = make_policy(
-            self.options.policy, Setting(self.catalog.spec.layers, plan.expert_slots, self.catalog.size)
-        )
+        everything = plan.expert_slots >= len(self.catalog.experts())
+        chosen = "lru" if everything else self.options.policy  # where nothing has to leave, nothing need be learnt
+        policy = make_policy(chosen, Setting(self.catalog.spec.layers, plan.expert_slots, self.catalog.size))
         return Tier(name, slots, source, self.transfer, policy, self.catalog.size)
 
     def _trunk_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:

@@ -75,8 +75,8 @@ class Native:
         fields: list[int] = []
         for x, y, weights in jobs:
             fields.append(x.data_ptr())
-            fields += [weight.data.data_ptr() for weight in weights]
-            fields += [0 if weight.scale is None else weight.scale.data_ptr() for weight in weights]
+            fields += [weight.pointers[0] for weight in weights]
+            fields += [weight.pointers[1] for weight in weights]
             fields += [*starts, y.data_ptr(), len(x)]
             starts = [start + len(x) * step for start, step in zip(starts, steps, strict=True)]
         experts = (ctypes.c_int64 * len(fields))(*fields)
@@ -113,10 +113,7 @@ def load() -> Native | None:
 
 def kernels_for(weight: Weight) -> Native | None:
     """The compiled kernels, if they exist and know this weight."""
-    data, scale = weight.data, weight.scale
-    known = data.device.type == "cpu" and weight.format in FORMATS and (scale is not None) == (data.dtype.itemsize == 1)
-    plain = data.dim() == (3 if weight.quantised else 2) and data.is_contiguous()
-    return load() if known and plain and (scale is None or scale.is_contiguous()) else None
+    return load() if weight.plain else None
 
 
 def _number(weight: Weight) -> int:
@@ -129,5 +126,4 @@ def _room(weight: Weight, rows: int, ins: int) -> Tensor:
 
 
 def _call(x: Tensor, weight: Weight, out: Tensor) -> tuple[int, ...]:
-    scale = 0 if weight.scale is None else weight.scale.data_ptr()
-    return torch.get_num_threads(), _number(weight), x.data_ptr(), weight.data.data_ptr(), scale, out.data_ptr()
+    return torch.get_num_threads(), _number(weight), x.data_ptr(), *weight.pointers, out.data_ptr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,22 +30,28 @@ class Weight:
     [ceil(out / 8), ceil(in / 32), 8] for int8 and int4; else None.
     ``size``: the logical (out, in) of an int8 or int4 weight, needed only where its tiles are padded.
     ``exact``: products with an int8 or int4 weight take the activations in float32, not rounded to int8.
+    ``format``: one of ``FORMATS``, or the dtype's own name; ``quantised``: int8 or int4, in tiles; ``plain``: a matrix
+    that the compiled kernels take as it lies; ``pointers``: of data and scale, 0 for none. These four are found once,
+    since every product asks.
     """
 
     data: Tensor
     scale: Tensor | None = None
     size: tuple[int, int] | None = None
     exact: bool = False
+    format: str = field(init=False, repr=False, compare=False)
+    quantised: bool = field(init=False, repr=False, compare=False)
+    plain: bool = field(init=False, repr=False, compare=False)
+    pointers: tuple[int, int] = field(init=False, repr=False, compare=False)
 
-    @property
-    def format(self) -> str:
-        """One of ``FORMATS``; a dtype that is none of them goes under its own name."""
-        return FORMATS.get(self.data.dtype, str(self.data.dtype))
-
-    @property
-    def quantised(self) -> bool:
-        """Whether it is int8 or int4, in tiles."""
-        return self.data.dtype in (torch.int8, torch.uint8)
+    def __post_init__(self) -> None:
+        data, scale, quantised = self.data, self.scale, self.data.dtype in (torch.int8, torch.uint8)
+        known = data.device.type == "cpu" and data.dtype in FORMATS and data.dim() == (3 if quantised else 2)
+        scaled = scale is None if data.dtype.itemsize > 1 else scale is not None and scale.is_contiguous()
+        object.__setattr__(self, "format", FORMATS.get(data.dtype, str(data.dtype)))
+        object.__setattr__(self, "quantised", quantised)
+        object.__setattr__(self, "plain", known and scaled and data.is_contiguous())
+        object.__setattr__(self, "pointers", (data.data_ptr(), 0 if scale is None else scale.data_ptr()))
 
     @property
     def rounds(self) -> bool:

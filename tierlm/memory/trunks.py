@@ -55,7 +55,9 @@ class Trunks:
         follower = self._next[key]
         if follower not in self.tier.entries:
             self.tier.start(follower, priority=Priority.SPECULATIVE)
-        return weights_of(self._leased.slot.buffer, self.records(key), self.exact)
+        if self._leased.weights is None:
+            self._leased.weights = weights_of(self._leased.slot.buffer, self.records(key), self.exact)
+        return self._leased.weights
 
     def _bring(self, key: TrunkKey) -> Entry:
         """The entry of ``key``, resident and pinned."""

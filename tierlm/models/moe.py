@@ -88,9 +88,7 @@ class MixtureOfExperts:
                 with span(self.timeline, "compute", f"{len(jobs)} experts of {layer}"):
                     expert_ffns(jobs)
         places = pairs.argsort().view_as(experts)  # [T, k]
-        for choice in range(chosen):
-            shared = shared + weights[:, choice, None] * outputs[places[:, choice]]
-        return shared
+        return torch.baddbmm(shared[:, None], weights[:, None], outputs[places])[:, 0]
 
     def _route(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         gate, bias = self.gates[f"{layer}.gate"], self.gates.get(f"{layer}.bias")

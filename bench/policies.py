@@ -2,6 +2,7 @@
 
 python bench/policies.py                                          # the demo model's trace
 python bench/policies.py --trace ../shared/traces/trace_olmoe_299.jsonl --figures /tmp/figures
+python bench/policies.py --trace one.jsonl other.npz@20000:20600     # several, and tokens of one; and their average
 The cache is empty at first, and what it misses then counts. Every pair of policy and size is a job of its own process.
 The last line is JSON.
 """
@@ -14,11 +15,11 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from blocks import read_block, title
 from rich.console import Console
 from rich.table import Table
 
@@ -27,39 +28,31 @@ from tierlm.analysis.link import Speed
 from tierlm.analysis.replay import Replayed, open_policy, replay
 from tierlm.analysis.simulate import Machine, Simulated, simulate
 from tierlm.analysis.trace import Trace
-from tierlm.analysis.traceforms import read_trace
 from tierlm.policies import POLICIES
 from tierlm.policies.predictors import PREDICTORS, make_predictor
 
-DEMO = Path(__file__).parent / "traces" / "demo.npz"
+DEMO = str(Path(__file__).parent / "traces" / "demo.npz")
 FRACTIONS = [0.05, 0.1, 0.2, 0.3, 0.5]
 RECORD = 8 * 2**20  # bytes of an expert where a trace does not say
-
-
-@cache
-def load(file: Path, tokens: int | None) -> Trace:
-    """The first ``tokens`` of a trace; once a process."""
-    trace = read_trace(file, scores=True)
-    return trace if tokens is None else trace.part(0, tokens)
 
 
 def slots_of(trace: Trace, fraction: float) -> int:
     return max(trace.experts.shape[2], round(trace.records * fraction))
 
 
-def count(job: tuple[Path, int | None, str, float]) -> tuple[Replayed, float]:
+def count(job: tuple[str, str, float]) -> tuple[Replayed, float]:
     """Hits and misses of one policy at one size, and the seconds that took."""
-    file, tokens, name, fraction = job
-    trace = load(file, tokens)
+    block, name, fraction = job
+    trace = read_block(block, scores=True)
     began = time.perf_counter()
     slots = slots_of(trace, fraction)
     return replay(trace, open_policy(name, trace, slots), slots), time.perf_counter() - began
 
 
-def run(job: tuple[Path, int | None, str, str, float]) -> Simulated:
+def run(job: tuple[str, str, str, float]) -> Simulated:
     """One policy and predictor at one size on a machine: a disk of 1.4 GB/s, experts computed at 10 GB/s."""
-    file, tokens, policy, predictor, fraction = job
-    trace = load(file, tokens)
+    block, policy, predictor, fraction = job
+    trace = read_block(block, scores=True)
     record = trace.info.record_bytes or RECORD
     machine = Machine(record, Speed(1.4e9, 1e-4, 8), layer_seconds=5e-4, expert_seconds=record / 10e9)
     slots = slots_of(trace, fraction)
@@ -67,9 +60,9 @@ def run(job: tuple[Path, int | None, str, str, float]) -> Simulated:
     return simulate(trace, open_policy(policy, trace, slots), guesses, slots, machine)
 
 
-def foretell(job: tuple[Path, int | None, str]) -> list[Foresight]:
-    file, tokens, predictor = job
-    trace = load(file, tokens)
+def foretell(job: tuple[str, str]) -> list[Foresight]:
+    block, predictor = job
+    trace = read_block(block, scores=True)
     chosen = trace.experts.shape[2]
     return foresee(trace, make_predictor(predictor, chosen), [chosen, 2 * chosen])
 
@@ -82,8 +75,8 @@ def usable(trace: Trace) -> list[str]:
 def show_hits(hits: dict[str, list[float]], fractions: list[float], console: Console) -> None:
     """A row a policy, the best first; gap: of the way from lru to belady, on average over the sizes."""
     table = Table(title="hit rate at a share of the experts in the cache; gap from lru to belady closed")
-    for title in ["policy", *(f"{fraction:.0%}" for fraction in fractions), "gap closed"]:
-        table.add_column(title, justify="left" if title == "policy" else "right")
+    for heading in ["policy", *(f"{fraction:.0%}" for fraction in fractions), "gap closed"]:
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
     for name in sorted(hits, key=lambda name: -sum(hits[name])):
         table.add_row(name, *(f"{rate:.1%}" for rate in hits[name]), f"{gap_closed(hits, name):.0%}")
     console.print(table)
@@ -100,8 +93,8 @@ def gap_closed(hits: dict[str, list[float]], name: str) -> float:
 
 def show_predictors(found: dict[str, list[Foresight]], runs: dict[str, Simulated], console: Console) -> None:
     table = Table(title="predictors: recall and precision of the first m, and what they make of a run at a quarter")
-    for title in ("predictor", "ahead", "m", "recall", "precision", "tokens/s", "waited", "bytes a token"):
-        table.add_column(title, justify="left" if title == "predictor" else "right")
+    for heading in ("predictor", "ahead", "m", "recall", "precision", "tokens/s", "waited", "bytes a token"):
+        table.add_column(heading, justify="left" if heading == "predictor" else "right")
     for name, rows in found.items():
         result = runs[name]
         bytes_read = f"{result.bytes_read / result.tokens / 2**20:.2f} MiB"
@@ -115,36 +108,39 @@ def show_predictors(found: dict[str, list[Foresight]], runs: dict[str, Simulated
     console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, default=DEMO)
-    parser.add_argument("--tokens", type=int, help="the first so many only")
-    parser.add_argument("--policies", nargs="+", default=["belady", *POLICIES])
-    parser.add_argument("--fractions", nargs="+", type=float, default=FRACTIONS)
-    parser.add_argument("--figures", type=Path, help="a folder for PNGs")
-    parser.add_argument("--jobs", type=int, default=2)
-    args = parser.parse_args()
-    for needed in ("lru", "belady"):
-        if needed not in args.policies:
-            args.policies.append(needed)
+def show_gaps(gaps: dict[str, dict[str, float]], console: Console) -> None:
+    """A row a policy: the gap closed on each trace, and on average; the best first."""
+    table = Table(title="gap from lru to belady closed")
+    for heading in ["policy", *map(title, gaps), "average"]:
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for name, mean in sorted(average(gaps).items(), key=lambda item: -item[1]):
+        table.add_row(name, *(f"{gap[name]:.1%}" for gap in gaps.values()), f"{mean:.1%}")
+    console.print(table)
 
-    trace, console = load(args.trace, args.tokens), Console()
-    place = (args.trace, args.tokens)
-    with ProcessPoolExecutor(args.jobs) as pool:
-        pairs = list(product(args.policies, args.fractions))
-        began = time.perf_counter()
-        counted = dict(zip(pairs, pool.map(count, [(*place, *pair) for pair in pairs]), strict=True))
-        counting = time.perf_counter() - began
-        names = usable(trace)
-        runs = dict(zip(names, pool.map(run, [(*place, "default", name, 0.25) for name in names]), strict=True))
-        foresights = dict(zip(names, pool.map(foretell, [(*place, name) for name in names]), strict=True))
-        speeds = {}
-        for name in ("belady", "default", "lru"):
-            results = pool.map(run, [(*place, name, "none", fraction) for fraction in args.fractions])
-            speeds[name] = [result.tokens_per_second for result in results]
+
+def average(gaps: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Over the traces, by policy."""
+    rows = list(gaps.values())
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def compare(block: str, args: argparse.Namespace, pool: ProcessPoolExecutor, console: Console) -> dict[str, Any]:
+    """All policies, sizes and predictors on one trace: tables, figures, and what there is to report."""
+    trace = read_block(block, scores=True)
+    pairs = list(product(args.policies, args.fractions))
+    began = time.perf_counter()
+    counted = dict(zip(pairs, pool.map(count, [(block, *pair) for pair in pairs]), strict=True))
+    counting = time.perf_counter() - began
+    names = usable(trace)
+    runs = dict(zip(names, pool.map(run, [(block, "default", name, 0.25) for name in names]), strict=True))
+    foresights = dict(zip(names, pool.map(foretell, [(block, name) for name in names]), strict=True))
+    speeds = {}
+    for name in ("belady", "default", "lru"):
+        results = pool.map(run, [(block, name, "none", fraction) for fraction in args.fractions])
+        speeds[name] = [result.tokens_per_second for result in results]
     hits = {name: [counted[name, fraction][0].hit_rate for fraction in args.fractions] for name in args.policies}
     console.print(
-        f"{args.trace.name}: {trace.info.model}, {len(trace)} tokens, {trace.records} experts, cold start included"
+        f"{title(block)}: {trace.info.model}, {len(trace)} tokens, {trace.records} experts, cold start included"
     )
     show_hits(hits, args.fractions, console)
     show_predictors(foresights, runs, console)
@@ -154,18 +150,34 @@ def main() -> None:
     if args.figures is not None:
         import figures
 
-        figures.draw(args.figures, trace, args.trace.stem.replace("_", " "), args.fractions, hits, speeds)
-    report: dict[str, Any] = {
-        "trace": args.trace.name,
-        "tokens": len(trace),
-        "fractions": args.fractions,
-        "hit_rate": hits,
-    }
+        folder = args.figures if len(args.trace) == 1 else args.figures / title(block).replace(" ", "-")
+        figures.draw(folder, trace, title(block), args.fractions, hits, speeds)
+    report: dict[str, Any] = {"tokens": len(trace), "fractions": args.fractions, "hit_rate": hits}
     report |= {"gap_closed": {name: gap_closed(hits, name) for name in hits}, "tokens_per_second": speeds}
     report["seconds"] = {name: sum(counted[name, f][1] for f in args.fractions) for name in args.policies}
     report["predictors"] = {name: [asdict(row) for row in rows] for name, rows in foresights.items()}
     report["runs"] = {name: result.as_json() for name, result in runs.items()}
-    print(json.dumps(report))
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", nargs="+", default=[DEMO], metavar="FILE[@START:STOP]")
+    parser.add_argument("--policies", nargs="+", default=["belady", *POLICIES])
+    parser.add_argument("--fractions", nargs="+", type=float, default=FRACTIONS)
+    parser.add_argument("--figures", type=Path, help="a folder for PNGs")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    for needed in ("lru", "belady"):
+        if needed not in args.policies:
+            args.policies.append(needed)
+    console = Console()
+    with ProcessPoolExecutor(args.jobs) as pool:
+        reports = {block: compare(block, args, pool, console) for block in args.trace}
+    gaps = {block: report["gap_closed"] for block, report in reports.items()}
+    if len(gaps) > 1:
+        show_gaps(gaps, console)
+    print(json.dumps({"traces": reports, "gap_closed": average(gaps)}))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tierlm.analysis.traceforms import read_trace
+from blocks import read_block, title
+
 from tierlm.policies import make_policy
 from tierlm.policies.belady import Belady
 from tierlm.policies.eviction import Setting
 from tierlm.spec import ExpertKey
 
-DEMO = Path(__file__).parent / "traces" / "demo.npz"
+DEMO = str(Path(__file__).parent / "traces" / "demo.npz")
 THEIRS = {
     "fifo": "FIFO",
     "lru": "LRU",
@@ -52,9 +53,9 @@ def made(kind: str) -> list[int]:
     return found
 
 
-def flat(file: Path) -> list[int]:
+def flat(block: str) -> list[int]:
     """The records of a trace, as numbers, token by token and layer by layer."""
-    trace = read_trace(file)
+    trace = read_block(block)
     steps = (enumerate(step.needed) for step in trace.passes())
     return [layer * trace.info.experts + expert for step in steps for layer, ids in step for expert in ids]
 
@@ -99,10 +100,10 @@ def their_hits(name: str, requests: Sequence[int], slots: int) -> list[bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, nargs="*", help="traces instead of the built-in sequences")
+    parser.add_argument("--trace", nargs="*", metavar="FILE[@START:STOP]", help="instead of the built-in sequences")
     parser.add_argument("--slots", type=int, nargs="+", default=SLOTS)
     args = parser.parse_args()
-    sequences = {file.stem: flat(file) for file in args.trace or [DEMO]}
+    sequences = {title(block): flat(block) for block in args.trace or [DEMO]}
     if not args.trace:
         sequences = {kind: made(kind) for kind in ("uniform", "skewed", "loop")} | sequences
     misses: dict[str, dict[int, dict[str, int]]] = {}

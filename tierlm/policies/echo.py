@@ -27,8 +27,8 @@ class Past:
 class Echo(Hazard):
     """Hazard, and beside it the vote of similar tokens. Of the ``memory`` last tokens, the ``neighbours`` whose choices
     in the layers so far overlap most with the present one's say what the tokens after them used, by ``fade`` a token
-    less. A record waits 1/P - 1 turns, where log P is the mean of the logarithms of its share of the votes, which has
-    the weight ``echo``, and of its hazard.
+    less. log P is the mean of the logarithms of a record's share of the votes, which has the weight ``echo``, and of
+    its hazard.
 
     Votes weigh exp(``sharpness`` x overlap), overlap 1 where all choices are the same; among them the hazard counts as
     much as one neighbour with an overlap of a half. Nearest neighbours as in the memory of past sequences of
@@ -67,8 +67,7 @@ class Echo(Hazard):
 
     def learn(self, layer: int, used: list[int]) -> None:
         hazard = self.hazard(layer, used)
-        chance = hazard ** (1 - self.echo) * self._vote(layer, used, hazard) ** self.echo
-        self.forecast(layer, np.reciprocal(chance) - 1)
+        self.forecast(layer, hazard ** (1 - self.echo) * self._vote(layer, used, hazard) ** self.echo)
 
     def _vote(self, layer: int, used: list[int], hazard: Floats) -> Floats:
         """[experts] the share of the votes."""

@@ -1,5 +1,5 @@
-"""What the policies that learn have in common: layers run in a cycle, so a record's next chance of use is known, and a
-policy need only say how many chances it will let pass."""
+"""What the policies that learn have in common: layers run in a cycle, so when a record may be used next is known, and a
+policy need only say how likely it will be."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tierlm.policies.eviction import Policy, Setting
 from tierlm.spec import Key
 
 Floats = NDArray[np.float32]
+LOSS = 0.7  # of the logarithm of what a use is worth, for each token until it
 
 
 @dataclass(slots=True)
 class Residents:
-    """Those of one layer, by index. ``waits``: [experts], turns of the layer that each record lets pass before it is
-    used, as expected from ``chance`` on, a time in tokens. ``order``: indices, the longest wait last."""
+    """Those of one layer, by index. ``waits``: [experts], by how many tokens each record is put off because its use at
+    ``chance``, a time in tokens, is not sure. ``order``: indices, the longest wait last."""
 
     keys: dict[int, Key] = field(default_factory=dict)
     waits: Floats | None = None
@@ -30,12 +31,14 @@ class Residents:
 
 
 class Forecast(Policy):
-    """The record whose next use is expected farthest leaves: at its layer's next turn, and so many turns after.
+    """The record that is worth least leaves: P exp(-``LOSS`` d), where P is the chance that its layer's next turn, d
+    tokens ahead, uses it.
 
     A turn is what one layer demands for one token; it ends when another layer comes, or a record comes again. A
-    subclass learns from each turn, and says how long the records of a layer will wait. Each layer keeps its residents
-    in order, and the longest waits of all layers are in a heap by the time when they end, which does not change while
-    others run: O(log layers) a decision, and a sort of one layer's residents a turn.
+    subclass learns from each turn, and says how likely the records of a layer are. To be unlikely is to be late by
+    - log(P) / ``LOSS`` tokens, the record's wait: each layer keeps its residents in order, and the longest waits of all
+    layers are in a heap by the time when they end, which does not change while others run: O(log layers) a decision,
+    and a sort of one layer's residents a turn.
     """
 
     def __init__(self, setting: Setting):
@@ -55,10 +58,10 @@ class Forecast(Policy):
         """The turn of ``layer`` has ended, with the indices ``used``: call ``forecast`` for the layers of which more is
         known now, among them ``layer``."""
 
-    def forecast(self, layer: int, waits: Floats) -> None:
-        """The records of ``layer`` will let ``waits``, [experts], turns pass, the next one being the first."""
+    def forecast(self, layer: int, chances: Floats) -> None:
+        """``chances``: [experts], above 0, of use at the next turn of ``layer``."""
         ahead = (layer - self.layer - 1) % self.setting.layers + 1
-        self._sort(layer, waits, self.token + (self.layer + ahead) / self.setting.layers)
+        self._sort(layer, np.log(chances) / -LOSS, self.token + (self.layer + ahead) / self.setting.layers)
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         index = _index(key)

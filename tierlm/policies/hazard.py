@@ -29,7 +29,7 @@ class Habits:
 
 class Hazard(Forecast):
     """The hazard of use: P(used at the layer's next turn | turns since its last use, share of turns that use it), in a
-    table of log buckets for all layers together, learnt online by counting. A record waits 1/P - 1 turns.
+    table of log buckets for all layers together, learnt online by counting.
 
     ``slow``: how fast a share forgets, a turn; ``prior``: turns that the share itself counts for in each cell of the
     table. After LHD (Beckmann, Chen and Cidon, NSDI 2018), which also ranks by what was counted of alike records.
@@ -46,7 +46,7 @@ class Hazard(Forecast):
         self._expected: dict[int, dict[int, float]] = {}  # shares of earlier runs, of layers that have not run yet
 
     def learn(self, layer: int, used: list[int]) -> None:
-        self.forecast(layer, np.reciprocal(self.hazard(layer, used)) - 1)
+        self.forecast(layer, self.hazard(layer, used))
 
     def expect(self, key: Key, share: float) -> None:
         if isinstance(key, ExpertKey) and key.layer not in self._habits:

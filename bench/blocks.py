@@ -1,0 +1,28 @@
+"""A trace, or a block of its tokens, by FILE or FILE@START:STOP."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from tierlm.analysis.trace import Trace
+from tierlm.analysis.traceforms import read_trace
+from tierlm.errors import UsageError
+
+
+@cache
+def read_block(name: str, scores: bool = False) -> Trace:
+    """Once a process. Raises UsageError for a block that is none, and TraceError for what is no trace."""
+    file, _, block = name.partition("@")
+    trace = read_trace(Path(file), scores=scores)
+    if not block:
+        return trace
+    start, _, stop = block.partition(":")
+    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop) <= len(trace)):
+        raise UsageError(f"{name}: expected FILE@START:STOP, tokens from 0 to {len(trace)}, found {block!r}")
+    return trace.part(int(start), int(stop))
+
+
+def title(name: str) -> str:
+    file, _, block = name.partition("@")
+    return f"{Path(file).stem.replace('_', ' ')} {block.replace(':', ' to ')}".strip()

@@ -67,7 +67,8 @@ class Echo(Hazard):
 
     def learn(self, layer: int, used: list[int]) -> None:
         hazard = self.hazard(layer, used)
-        self.forecast(layer, hazard ** (1 - self.echo) * self._vote(layer, used, hazard) ** self.echo)
+        votes = self._vote(layer, used, hazard)
+        self.forecast(layer, np.power(hazard, 1 - self.echo) * np.power(votes, self.echo))
 
     def _vote(self, layer: int, used: list[int], hazard: Floats) -> Floats:
         """[experts] the share of the votes."""

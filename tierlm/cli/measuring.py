@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +26,17 @@ if TYPE_CHECKING:
 
 DISK_SECONDS = 24.0  # over all paths
 DEMO_TOKENS, DEMO_LAYERS = 24, 7
+FIRST_PROMPT = """
+import time
+import tierlm.cli
+from tierlm import LLM, Budget, SamplingParams
+imported, seconds = LLM and time.time(), [0.0]
+with LLM.load("demo", budget=Budget("2GiB"), context=512, heat=False, probe="off") as llm:
+    for _ in range(3):
+        llm.generate([list(range(2, 258))], SamplingParams(max_new_tokens=1))
+        seconds.append(llm.stats().prefill.seconds)
+print(imported, seconds[1], seconds[3] - seconds[2])
+"""
 
 
 def profile(
@@ -42,6 +52,8 @@ def profile(
 
     Large files of a folder are read where they are; where there are none, one is written and removed again.
     """
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     from tierlm.analysis.profile import default_file
 
     paths = path or [Path()]
@@ -103,6 +115,8 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         except TierlmError as error:
             missing.append(str(error))
     from tierlm.analysis.arithmetic import (
+        FORMATS,
+        MANY,
         ROWS,
         measure_beside,
         measure_kernels,
@@ -110,12 +124,12 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         measure_unpacking,
     )
 
-    kernels = measure_kernels(step("kernels", 2 * len(ROWS)))
+    kernels = measure_kernels(step("kernels", len(FORMATS) * len(ROWS)))
     done = step("side by side", 5)
-    beside = None
+    beside = beside_many = None
     for rate in [rate for rate in disks if rate.reader == "direct" and not rate.from_ram][:1]:
         with files_of(Path(rate.path)) as files:
-            beside = measure_beside(files)
+            beside, beside_many = (measure_beside(files, rows) for rows in (1, MANY))
     done()
     links, device_memory = measure_links()
     done()
@@ -127,7 +141,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         missing.append("links to a device: there is no accelerator")
     layer = _layer_seconds()
     done()
-    start = _start_seconds()
+    start, wake = _start_seconds() or (None, None)
     return Profile(
         when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         processor=_processor(),
@@ -142,9 +156,11 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         device_memory=device_memory,
         unpack=unpack,
         beside=beside,
+        beside_many=beside_many,
         layer=layer,
         touch=touch,
         start=start,
+        wake=wake,
         missing=missing,
     )
 
@@ -162,14 +178,16 @@ def _layer_seconds() -> float:
     return (after.compute - before.compute) / (after.tokens - before.tokens) / DEMO_LAYERS
 
 
-def _start_seconds() -> float | None:
-    """Seconds from the command to when a model may be loaded; None if another interpreter cannot be started."""
-    began = time.perf_counter()
+def _start_seconds() -> tuple[float, float] | None:
+    """In a process of its own: the seconds until a model may be loaded, and those that the first prompt takes longer
+    than the third one, for what libraries put off until then. None if no other interpreter can be started."""
+    began = time.time()
     try:
-        subprocess.run([sys.executable, "-c", "import tierlm.llm, tierlm.cli"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run([sys.executable, "-c", FIRST_PROMPT], check=True, capture_output=True, text=True)
+        imported, first, third = map(float, done.stdout.split())
+    except (OSError, subprocess.CalledProcessError, ValueError):
         return None
-    return time.perf_counter() - began
+    return imported - began, max(0.0, first - third)
 
 
 def _processor() -> str:
@@ -214,9 +232,11 @@ def _show(found: Profile) -> None:
     for name in dict.fromkeys(rate.format for rate in found.kernels):
         kernels.add_row(name, *(_gb(rate.rate) for rate in found.kernels if rate.format == name))
     console.print(kernels)
-    if found.beside is not None:
-        arithmetic, reads = found.beside
-        console.print(f" side by side the arithmetic keeps {arithmetic:.0%} of its speed, the disk {reads:.0%}")
+    for what, shares in (("one row's", found.beside), ("many rows'", found.beside_many)):
+        if shares is not None:
+            console.print(
+                f" side by side {what} arithmetic keeps {shares[0]:.0%} of its speed, the disk {shares[1]:.0%}"
+            )
     for what in found.missing:
         console.print(f" [yellow]not measured[/yellow] {what}")
 

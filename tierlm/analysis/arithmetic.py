@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 HIDDEN, WIDTH, TOGETHER = 2048, 1408, 6  # a DeepSeek-V2-Lite expert, and how many of them a token uses
 FORMATS = ("bf16", "fp8", "int8", "int4")
-ROWS = (1, 8, 32, 64, 256)  # 64 is the most that the float kernels take (kernels/native.py)
-MANY = 32  # rows of an expert in a prefill
+# Two over a multiple of four, as the rows of an expert are on average: the kernels take four at a time, and the rest
+# one by one. 62 is next to the most that those for floats take (kernels/native.py).
+ROWS = (1, 10, 34, 62, 256)
+MANY = 34  # rows of an expert in a prefill
 RESIDENT = 256 * 2**20  # bytes of experts to go through: no cache holds them
 ROUNDS, SECONDS = 3, 0.08
 READ, DEPTH = 2 * 2**20, 8  # as the engine reads a disk it has not probed for long

@@ -79,8 +79,7 @@ class Machine:
     second of a product with that many rows. ``beside``: the shares of the arithmetic's and of the disk's speed that are
     left when both are at work on one row, ``beside_many`` on a prefill's. ``layer``: seconds of a layer's step that no
     kernel accounts for. ``touch``: seconds a byte that memory takes when it is first written to. ``start``: seconds
-    from the command to the first byte loaded; ``wake``: seconds that a process's first prompt takes longer than others,
-    apart from its reads.
+    from the command to the first byte loaded.
     """
 
     disk: float
@@ -92,7 +91,6 @@ class Machine:
     layer: float
     touch: float
     start: float
-    wake: float
     accelerator: Accelerator | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -212,12 +210,10 @@ def prefill_seconds(
     tokens: int,
     chunk: int,
     slot_bytes: int = 0,
-    first: bool = False,
 ) -> Seconds:
     """A prompt of ``tokens`` in chunks: each record once a chunk. ``resident``: the share of experts that are there
-    already. ``slot_bytes``: of slots that nothing has been written to yet. ``first``: of the process."""
-    wake = machine.wake if first else 0.0
-    total = Seconds(wake, 0.0, wake, 0.0, 0.0, 0.0)
+    already. ``slot_bytes``: of slots that nothing has been written to yet."""
+    total = Seconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     for start in range(0, tokens, chunk):
         rows = min(chunk, tokens - start)
         used = work.experts * (1 - (1 - work.experts_per_token / work.experts) ** rows) if work.experts else 0.0

@@ -143,7 +143,7 @@ def _speed(
     step = decode_seconds(work, machine, hits, streamed, question.prompt)
     slot_bytes = plan.ram.expert_slots * sizes.expert
     # The first prompt finds every slot empty.
-    prompt = prefill_seconds(work, machine, 0.0, streamed, question.prompt, question.chunk, slot_bytes, True)
+    prompt = prefill_seconds(work, machine, 0.0, streamed, question.prompt, question.chunk, slot_bytes)
     return Speed(hits[1], 1 / step.total, step, question.prompt / prompt.total, prompt)
 
 

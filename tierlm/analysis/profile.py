@@ -24,7 +24,7 @@ ASSUMED_DISK, ASSUMED_LATENCY = 3e9, 1e-3
 ASSUMED_WEIGHT_BYTES = 20e9  # bytes of weights a second that one row is multiplied with: half of the memory's rate
 ASSUMED_PRODUCTS = 15e9  # multiply-adds a second and core of a large float32 product: a third of AVX2's peak
 ASSUMED_BESIDE = (0.8, 0.8)
-ASSUMED_LAYER, ASSUMED_TOUCH, ASSUMED_START, ASSUMED_WAKE = 1e-3, 0.5e-9, 3.0, 0.2
+ASSUMED_LAYER, ASSUMED_TOUCH, ASSUMED_START = 1e-3, 0.5e-9, 3.0
 LIKE_BF16 = "bf16's, by the bytes of a weight"
 
 
@@ -89,8 +89,7 @@ class Profile:
     ``beside``: shares of the arithmetic's and the disk's speed that are left when both are at work, of one row;
     ``beside_many``: of the rows of a prefill. ``links``: host to
     device and back, pinned and pageable, and the device's memory, by name. ``unpack``: decompressed bytes a second.
-    ``wake``: seconds that the first prompt of a process takes longer than others. ``missing``: what was not measured,
-    and why.
+    ``missing``: what was not measured, and why.
     """
 
     when: str
@@ -110,7 +109,6 @@ class Profile:
     layer: float | None = None
     touch: float | None = None
     start: float | None = None
-    wake: float | None = None
     missing: Sequence[str] = ()
     version: int = VERSION
 
@@ -203,7 +201,6 @@ def machine_of(profile: Profile | None, vram: bool) -> Machine:
         layer=known("layer", profile and profile.layer, ASSUMED_LAYER),
         touch=known("touch", profile and profile.touch, ASSUMED_TOUCH),
         start=known("start", profile and profile.start, ASSUMED_START),
-        wake=known("wake", profile and profile.wake, ASSUMED_WAKE),
         accelerator=_accelerator(profile, origins) if vram else None,
         origins=origins,
     )

@@ -26,17 +26,6 @@ if TYPE_CHECKING:
 
 DISK_SECONDS = 24.0  # over all paths
 DEMO_TOKENS, DEMO_LAYERS = 24, 7
-FIRST_PROMPT = """
-import time
-import tierlm.cli
-from tierlm import LLM, Budget, SamplingParams
-imported, seconds = LLM and time.time(), [0.0]
-with LLM.load("demo", budget=Budget("2GiB"), context=512, heat=False, probe="off") as llm:
-    for _ in range(3):
-        llm.generate([list(range(2, 258))], SamplingParams(max_new_tokens=1))
-        seconds.append(llm.stats().prefill.seconds)
-print(imported, seconds[1], seconds[3] - seconds[2])
-"""
 
 
 def profile(
@@ -141,7 +130,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         missing.append("links to a device: there is no accelerator")
     layer = _layer_seconds()
     done()
-    start, wake = _start_seconds() or (None, None)
+    start = _start_seconds()
     return Profile(
         when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         processor=_processor(),
@@ -160,7 +149,6 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         layer=layer,
         touch=touch,
         start=start,
-        wake=wake,
         missing=missing,
     )
 
@@ -178,16 +166,14 @@ def _layer_seconds() -> float:
     return (after.compute - before.compute) / (after.tokens - before.tokens) / DEMO_LAYERS
 
 
-def _start_seconds() -> tuple[float, float] | None:
-    """In a process of its own: the seconds until a model may be loaded, and those that the first prompt takes longer
-    than the third one, for what libraries put off until then. None if no other interpreter can be started."""
-    began = time.time()
+def _start_seconds() -> float | None:
+    """Seconds from the command to when a model may be loaded; None if another interpreter cannot be started."""
+    began = time.perf_counter()
     try:
-        done = subprocess.run([sys.executable, "-c", FIRST_PROMPT], check=True, capture_output=True, text=True)
-        imported, first, third = map(float, done.stdout.split())
-    except (OSError, subprocess.CalledProcessError, ValueError):
+        subprocess.run([sys.executable, "-c", "import tierlm.llm, tierlm.cli"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return imported - began, max(0.0, first - third)
+    return time.perf_counter() - began
 
 
 def _processor() -> str:

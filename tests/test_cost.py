@@ -31,7 +31,7 @@ SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 MACHINE = Machine(
     disk=4e9, latency=1e-3, weights={"bf16": 10e9, "f32": 5e9, "int8": 20e9, "int4": 40e9},
     products={name: {1: 10e9, 64: 40e9} for name in ("bf16", "f32")} | {name: {1: 90e9} for name in ("int8", "int4")},
-    beside=(0.7, 0.5), beside_many=(0.6, 0.4), layer=1e-3, touch=1e-9, start=2.0,
+    beside=(0.7, 0.5), beside_many=(0.6, 0.4), layer=1e-3, touch=(1e-9, 4e-9), start=2.0,
 )  # fmt: skip
 seconds = st.floats(1e-6, 100)
 shares = st.floats(0.05, 1.0)
@@ -93,6 +93,8 @@ def test_a_prefill_reads_each_record_once_a_chunk() -> None:
     assert one.disk_bytes == pytest.approx(everything, rel=0.01)
     two = prefill_seconds(WORK, MACHINE, 0.0, (0, 0), 1024, 512)
     assert two.disk_bytes == pytest.approx(2 * everything, rel=0.01)
+    first = prefill_seconds(WORK, MACHINE, 0.0, (0, 0), 512, 512, slot_bytes=10**9, workspace=10**8)
+    assert first.total == pytest.approx(one.total + 1.0 + 0.4), "memory that is written to for the first time"
     single = prefill_seconds(WORK, MACHINE, 0.0, (0, 0), 1, 512)
     assert single.disk_bytes == pytest.approx(11 * 6 * WORK.expert_bytes)
 

@@ -244,7 +244,7 @@ def test_an_interrupt_leaves_nothing_behind(quick: None, tmp_path: Path) -> None
 
 def test_ram_and_caches(quick: None, tmp_path: Path) -> None:
     found, touch = bandwidth.measure_memory()
-    assert touch > 0 and any(rate.name == "RAM" for rate in found)
+    assert min(touch) > 0 and any(rate.name == "RAM" for rate in found)
     for rate in found:
         for speed in (rate.read, rate.write, rate.copy):
             assert 0 < speed.low <= speed.median <= speed.high

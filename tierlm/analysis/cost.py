@@ -78,8 +78,8 @@ class Machine:
     of them. ``weights``: by format, weights a second times one row. ``products``: by format and rows, multiply-adds a
     second of a product with that many rows. ``beside``: the shares of the arithmetic's and of the disk's speed that are
     left when both are at work on one row, ``beside_many`` on a prefill's. ``layer``: seconds of a layer's step that no
-    kernel accounts for. ``touch``: seconds a byte that memory takes when it is first written to. ``start``: seconds
-    from the command to the first byte loaded.
+    kernel accounts for. ``touch``: seconds a byte that memory takes when it is first written to, in huge pages as
+    slots are and in ordinary ones. ``start``: seconds from the command to the first byte loaded.
     """
 
     disk: float
@@ -89,7 +89,7 @@ class Machine:
     beside: tuple[float, float]
     beside_many: tuple[float, float]
     layer: float
-    touch: float
+    touch: tuple[float, float]
     start: float
     accelerator: Accelerator | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -210,16 +210,18 @@ def prefill_seconds(
     tokens: int,
     chunk: int,
     slot_bytes: int = 0,
+    workspace: float = 0,
 ) -> Seconds:
     """A prompt of ``tokens`` in chunks: each record once a chunk. ``resident``: the share of experts that are there
-    already. ``slot_bytes``: of slots that nothing has been written to yet."""
-    total = Seconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    already. ``slot_bytes``: of slots that nothing has been written to yet; ``workspace``: of activations, likewise."""
+    fresh = 0.0 if machine.accelerator is not None else workspace * machine.touch[1]
+    total = Seconds(fresh, 0.0, fresh, 0.0, 0.0, 0.0)
     for start in range(0, tokens, chunk):
         rows = min(chunk, tokens - start)
         used = work.experts * (1 - (1 - work.experts_per_token / work.experts) ** rows) if work.experts else 0.0
         together = rows * work.experts_per_token / used if used else 1.0
         disk_bytes = used * work.moe_layers * work.expert_bytes * (1 - resident) + streamed[0]
-        touch = min(slot_bytes, disk_bytes) * machine.touch
+        touch = min(slot_bytes, disk_bytes) * machine.touch[0]
         slot_bytes = max(0, slot_bytes - int(disk_bytes))
         disk = disk_bytes / machine.disk
         experts = rows * work.routed_weights
@@ -247,7 +249,7 @@ def prefill_seconds(
 
 def load_seconds(machine: Machine, resident_bytes: int) -> float:
     """Loading the trunks that stay."""
-    return resident_bytes / machine.disk + resident_bytes * machine.touch
+    return resident_bytes / machine.disk + resident_bytes * machine.touch[0]
 
 
 def _values(seconds: Seconds) -> tuple[float, ...]:

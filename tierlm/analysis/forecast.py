@@ -142,8 +142,9 @@ def _speed(
     streamed = streamed_bytes(plan, sizes.trunk)
     step = decode_seconds(work, machine, hits, streamed, question.prompt)
     slot_bytes = plan.ram.expert_slots * sizes.expert
-    # The first prompt finds every slot empty.
-    prompt = prefill_seconds(work, machine, 0.0, streamed, question.prompt, question.chunk, slot_bytes)
+    # The first prompt finds every slot empty, and no memory of activations.
+    workspace = sizes.workspace * min(1.0, question.prompt / min(question.chunk, question.context))
+    prompt = prefill_seconds(work, machine, 0.0, streamed, question.prompt, question.chunk, slot_bytes, workspace)
     return Speed(hits[1], 1 / step.total, step, question.prompt / prompt.total, prompt)
 
 

@@ -15,7 +15,7 @@ from tierlm.analysis.cost import BITS, Accelerator, Machine
 from tierlm.errors import UsageError
 from tierlm.files import user_cache, write_whole
 
-VERSION = 1
+VERSION = 2
 ENGINE_SIZES = tuple(size * 2**20 for size in (1, 4, 8))  # bytes of a request, as weights/probe.py chooses them
 ENGINE_DEPTHS = (4, 8, 16)
 
@@ -24,7 +24,7 @@ ASSUMED_DISK, ASSUMED_LATENCY = 3e9, 1e-3
 ASSUMED_WEIGHT_BYTES = 20e9  # bytes of weights a second that one row is multiplied with: half of the memory's rate
 ASSUMED_PRODUCTS = 15e9  # multiply-adds a second and core of a large float32 product: a third of AVX2's peak
 ASSUMED_BESIDE = (0.8, 0.8)
-ASSUMED_LAYER, ASSUMED_TOUCH, ASSUMED_START = 1e-3, 0.5e-9, 3.0
+ASSUMED_LAYER, ASSUMED_TOUCH, ASSUMED_START = 1e-3, (0.5e-9, 1e-9), 3.0
 LIKE_BF16 = "bf16's, by the bytes of a weight"
 
 
@@ -107,7 +107,7 @@ class Profile:
     beside: tuple[float, float] | None = None
     beside_many: tuple[float, float] | None = None
     layer: float | None = None
-    touch: float | None = None
+    touch: tuple[float, float] | None = None
     start: float | None = None
     missing: Sequence[str] = ()
     version: int = VERSION
@@ -152,7 +152,7 @@ def read_profile(file: Path) -> Profile:
         found["kernels"] = [KernelRate(**_with_spreads(row, "rate")) for row in found["kernels"]]
         for name in ("links", "unpack"):
             found[name] = {key: Spread(**value) for key, value in found[name].items()}
-        for name in ("beside", "beside_many"):
+        for name in ("beside", "beside_many", "touch"):
             found[name] = tuple(found[name]) if found.get(name) else None
         return Profile(**found)
     except OSError as error:

@@ -85,14 +85,14 @@ def profile(
 
 
 def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) -> Profile:
-    from tierlm.analysis.bandwidth import measure_memory
+    from tierlm.analysis.bandwidth import measure_memory, measure_touch
     from tierlm.analysis.machine import available_ram, total_ram
     from tierlm.analysis.profile import DiskRate, Profile
     from tierlm.analysis.storage import ROUNDS, cells, files_of, measure_disk
     from tierlm.errors import TierlmError
 
     missing: list[str] = []
-    memory, touch = measure_memory(step("caches and RAM", 4))
+    memory = measure_memory(step("caches and RAM", 4))
     disks: list[DiskRate] = []
     capacity: dict[str, int] = {}
     wanted = cells()
@@ -103,6 +103,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
             capacity[str(folder)] = shutil.disk_usage(folder).total
         except TierlmError as error:
             missing.append(str(error))
+    touch = measure_touch()  # what the caches and RAM were measured with has been free since then
     from tierlm.analysis.arithmetic import (
         FORMATS,
         MANY,

@@ -86,7 +86,7 @@ def main() -> None:
         source = Path(__file__).with_name("stream.cpp")
         subprocess.run(["g++", "-O3", "-march=native", "-fopenmp", source, "-o", program], check=True)
         for _ in range(args.rounds):
-            memory, _touch = measure_memory()
+            memory = measure_memory()
             for threads in sorted({1, len(os.sched_getaffinity(0))}):
                 theirs = stream(program, threads)
                 rate = next(rate for rate in memory if (rate.name, rate.threads) == ("RAM", threads))

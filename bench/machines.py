@@ -40,12 +40,10 @@ def speeds(name: str, format: str | None) -> list[dict[str, object]]:
         of = parts[card]
         accelerator = Accelerator(of["bandwidth"] * MEMORY_SHARE, link * lanes, of["products"] * PRODUCT_SHARE)
         for ram in RAMS:
-            question = Question(
-                int(ram * 1e9 * AUTO_RAM), int(of["capacity"] * AUTO_VRAM), CONTEXT, 512, CHUNK, outline.format
-            )
+            question = Question(int(ram * 1e9 * AUTO_RAM), int(of["capacity"] * AUTO_VRAM), CONTEXT, 512, CHUNK)
             cell: list[tuple[float, float] | None] = []
             for disk in disks:
-                base = machine_of(None, outline.format, vram=True)
+                base = machine_of(None, vram=True)
                 machine = dataclasses.replace(base, disk=disk["bandwidth"] * DISK_SHARE, accelerator=accelerator)
                 try:
                     answer = forecast(sizes, work, machine, question)

@@ -12,6 +12,7 @@ what the cache does is told by the column that is given the bytes read a token. 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -30,7 +31,7 @@ from tierlm.analysis.forecast import Question, forecast
 from tierlm.analysis.profile import Profile, machine_of, read_profile
 from tierlm.config import parse_size
 from tierlm.models.catalog import Catalog
-from tierlm.models.outline import sizes_of, stored_format, work_of
+from tierlm.models.outline import sizes_of, work_of
 
 CONTEXT, CHUNK, WARM = 1024, 512, 8
 
@@ -70,17 +71,16 @@ def predict(case: dict[str, Any], profile: Profile, found: dict[str, float]) -> 
     """What the plan says of a case, and what the cost model says at the measured hit rate."""
     catalog = Catalog(Path(case["model"]))
     sizes, work = sizes_of(catalog, CONTEXT, CHUNK, 4), work_of(catalog)
-    kind = stored_format(work)
-    machine = machine_of(profile, kind, vram=False)
+    machine = machine_of(profile, vram=False)
     ram = parse_size(case["ram"])
-    question = Question(ram, None, CONTEXT, case["prompt"], CHUNK, kind, process=int(found["process"]))
+    question = Question(ram, None, CONTEXT, case["prompt"], CHUNK, process=int(found["process"]))
     plan = forecast(sizes, work, machine, question)
     speed = plan.worst if case["routing"] == "uniform" else plan.typical
     demanded = work.moe_layers * work.experts_per_token * work.expert_bytes
     streamed = streamed_bytes(plan.plan, sizes.trunk)
     missed = max(0.0, found["bytes_per_token"] - streamed[0]) / demanded  # late hits are read all the same
     hits = (max(0.0, 1 - missed), max(0.0, 1 - missed))
-    known = decode_seconds(work, machine, kind, hits, streamed, 64)
+    known = decode_seconds(work, machine, hits, streamed, 64)
     return {
         "predicted_decode": speed.decode,
         "predicted_decode_at_bytes": 1 / known.total,
@@ -132,8 +132,10 @@ def main() -> None:
     in_cgroup = available()
     fixed = {"model": str(args.model), "tokens": args.tokens, "prompt": args.prompt, "routing": args.routing}
     results: dict[str, list[dict[str, float]]] = {ram: [] for ram in args.ram}
+    rates: list[dict[str, Any]] = []
     for turn in range(args.rounds):
         profile = profiled(args.model)
+        rates.append(dataclasses.asdict(machine_of(profile, vram=False)))
         for ram in args.ram if turn % 2 == 0 else reversed(args.ram):
             drop_page_cache(list(args.model.glob("*.safetensors")))
             case = fixed | {"ram": ram}
@@ -166,7 +168,7 @@ def main() -> None:
     for name, found_errors in errors.items():
         sizes = [abs(error) for error in found_errors]
         console.print(f"{name}: off by {statistics.median(sizes):.0%} (median), {max(sizes):.0%} at most")
-    print(json.dumps({"cgroup": in_cgroup, "cases": results}))
+    print(json.dumps({"cgroup": in_cgroup, "rates": rates, "cases": results}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from tierlm import BudgetError, UsageError
 from tierlm.analysis.cost import (
+    BITS,
     Accelerator,
+    Formats,
     Machine,
     decode_seconds,
     prefill_seconds,
@@ -21,14 +23,15 @@ from tierlm.analysis.cost import (
     uniform_hits,
 )
 from tierlm.analysis.forecast import GIB, Question, forecast
-from tierlm.analysis.profile import BITS, Profile, Spread, machine_of, percentiles, read_profile, spread
+from tierlm.analysis.profile import KernelRate, Profile, Spread, machine_of, percentiles, read_profile, spread
 from tierlm.models.known import find_config
 from tierlm.models.outline import FORMATS, Outline, sizes_of, work_of
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 MACHINE = Machine(
-    disk=4e9, latency=1e-3, weights={"bf16": 10e9}, products={1: 10e9, 64: 40e9}, beside=(0.7, 0.5), layer=1e-3,
-    touch=1e-9, start=2.0,
+    disk=4e9, latency=1e-3, weights={"bf16": 10e9, "f32": 5e9, "int8": 20e9, "int4": 40e9},
+    products={name: {1: 10e9, 64: 40e9} for name in ("bf16", "f32")} | {name: {1: 90e9} for name in ("int8", "int4")},
+    beside=(0.7, 0.5), beside_many=(0.6, 0.4), layer=1e-3, touch=(1e-9, 4e-9), start=2.0,
 )  # fmt: skip
 seconds = st.floats(1e-6, 100)
 shares = st.floats(0.05, 1.0)
@@ -71,7 +74,7 @@ def test_hit_rates(share: float, more: float) -> None:
 
 
 def test_a_decode_step_by_hand() -> None:
-    step = decode_seconds(WORK, MACHINE, "bf16", (0.25, 0.25), (0, 0), 0)
+    step = decode_seconds(WORK, MACHINE, (0.25, 0.25), (0, 0), 0)
     missed = 11 * 6 * 0.75
     assert step.disk_bytes == pytest.approx(missed * WORK.expert_bytes)
     assert step.disk == pytest.approx(missed * WORK.expert_bytes / 4e9 + 11e-3)
@@ -79,27 +82,39 @@ def test_a_decode_step_by_hand() -> None:
     assert step.overhead == pytest.approx(12e-3)
     assert step.total == pytest.approx(step.compute + step.overhead + step.exposed)
     assert step.bound == "disk"
-    resident = decode_seconds(WORK, MACHINE, "bf16", (1.0, 1.0), (0, 0), 0)
+    resident = decode_seconds(WORK, MACHINE, (1.0, 1.0), (0, 0), 0)
     assert (resident.disk, resident.bound) == (0, "compute")
     assert resident.total == pytest.approx(step.compute + step.overhead)
 
 
 def test_a_prefill_reads_each_record_once_a_chunk() -> None:
-    one = prefill_seconds(WORK, MACHINE, "bf16", 0.0, (0, 0), 512, 512)
+    one = prefill_seconds(WORK, MACHINE, 0.0, (0, 0), 512, 512)
     everything = WORK.moe_layers * WORK.experts * WORK.expert_bytes
     assert one.disk_bytes == pytest.approx(everything, rel=0.01)
-    two = prefill_seconds(WORK, MACHINE, "bf16", 0.0, (0, 0), 1024, 512)
+    two = prefill_seconds(WORK, MACHINE, 0.0, (0, 0), 1024, 512)
     assert two.disk_bytes == pytest.approx(2 * everything, rel=0.01)
-    single = prefill_seconds(WORK, MACHINE, "bf16", 0.0, (0, 0), 1, 512)
+    first = prefill_seconds(WORK, MACHINE, 0.0, (0, 0), 512, 512, slot_bytes=10**9, workspace=10**8)
+    assert first.total == pytest.approx(one.total + 1.0 + 0.4), "memory that is written to for the first time"
+    single = prefill_seconds(WORK, MACHINE, 0.0, (0, 0), 1, 512)
     assert single.disk_bytes == pytest.approx(11 * 6 * WORK.expert_bytes)
 
 
+def test_each_part_at_the_rate_of_its_format() -> None:
+    work = dataclasses.replace(WORK, formats=Formats("int4", "int8", "bf16"))
+    step = decode_seconds(work, MACHINE, (1.0, 1.0), (0, 0), 0)
+    parts = work.routed_weights / 40e9, (work.shared_weights + work.trunk_weights) / 20e9, work.head_weights / 10e9
+    assert step.compute == pytest.approx(sum(parts))
+    prompt = prefill_seconds(work, MACHINE, 1.0, (0, 0), 64, 512)
+    whole = 64 * (work.routed_weights + work.shared_weights + work.trunk_weights) / 90e9 + work.head_weights / 10e9
+    assert prompt.compute == pytest.approx(whole + work.attention * 64 * 32 / 40e9)
+
+
 def test_product_rates_between_those_measured() -> None:
-    assert [MACHINE.product_rate(rows) for rows in (0.5, 1, 8, 64, 500)] == [10e9, 10e9, 25e9, 40e9, 40e9]
+    assert [MACHINE.product_rate("bf16", rows) for rows in (0.5, 1, 8, 64, 500)] == [10e9, 10e9, 25e9, 40e9, 40e9]
 
 
 def ask(ram: int, machine: Machine = MACHINE, vram: int | None = None) -> Question:
-    return Question(ram=ram, vram=vram, context=1024, prompt=128, chunk=512, format="bf16")
+    return Question(ram=ram, vram=vram, context=1024, prompt=128, chunk=512)
 
 
 @SETTINGS
@@ -138,16 +153,15 @@ def test_cliffs_are_told() -> None:
 
 
 def test_assumed_bits_are_those_of_the_formats() -> None:
-    assert set(BITS) == set(FORMATS)
-    for name, bits in BITS.items():
-        assert bits == pytest.approx(FORMATS[name].experts, rel=0.01)
+    for name, format in FORMATS.items():
+        assert BITS[name] == pytest.approx(format.experts, rel=0.01)
 
 
 def test_rates_say_where_they_are_from(tmp_path: Path) -> None:
-    assert set(machine_of(None, "int4", False).origins.values()) == {"assumed"}
-    assert machine_of(None, "int4", True).accelerator is not None
+    assert set(machine_of(None, False).origins.values()) == {"assumed"}
+    assert machine_of(None, True).accelerator is not None
     profile = Profile("today", "a processor", 2, 2**34, 2**33, beside=(0.5, 0.25), layer=2e-3)
-    machine = machine_of(profile, "bf16", False)
+    machine = machine_of(profile, False)
     assert (machine.beside, machine.layer) == ((0.5, 0.25), 2e-3)
     assert machine.origins["layer"] == "measured today" and machine.origins["disk"] == "assumed"
     profile.write(tmp_path / "p.json")
@@ -158,6 +172,31 @@ def test_rates_say_where_they_are_from(tmp_path: Path) -> None:
     for name, why in (("other.json", "version 99"), ("absent.json", "cannot be read")):
         with pytest.raises(UsageError, match=why):
             read_profile(tmp_path / name)
+
+
+def test_a_format_that_was_not_measured_is_taken_to_be_bound_by_memory() -> None:
+    def kernel(format: str, rows: int, rate: float) -> KernelRate:
+        return KernelRate(format, rows, 2, Spread(rate, rate, rate))
+
+    kernels = [kernel("bf16", 1, 9e9), kernel("bf16", 64, 45e9), kernel("int4", 1, 40e9), kernel("int4", 64, 100e9)]
+    machine = machine_of(Profile("today", "a processor", 2, 2**34, 2**33, kernels=kernels), False)
+    assert (machine.weights["int4"], machine.product_rate("int4", 64)) == (40e9, 100e9)
+    assert machine.weights["int8"] == pytest.approx(9e9 * 16 / 8.5)
+    assert machine.product_rate("int8", 64) == 45e9 and machine.product_rate("int8", 1) == machine.weights["int8"]
+    assert machine.origins["int4"] == "measured today" and machine.origins["int8"] == "bf16's, by the bytes of a weight"
+
+
+@pytest.mark.parametrize("vram", [None, 3 * GIB])
+def test_a_recorded_hit_rate_takes_the_place_of_the_assumed_one(vram: int | None) -> None:
+    machine = dataclasses.replace(MACHINE, accelerator=None if vram is None else Accelerator(5e11, 5e9, 1e13))
+    assumed = forecast(SIZES, WORK, machine, ask(4 * GIB, vram=vram))
+    none = forecast(SIZES, WORK, machine, ask(4 * GIB, vram=vram), recorded=lambda share: 0.0)
+    every = forecast(SIZES, WORK, machine, ask(4 * GIB, vram=vram), recorded=lambda share: 1.0)
+    assert (none.typical.hit_rate, every.typical.hit_rate) == (0.0, 1.0)
+    assert none.typical.decode < assumed.typical.decode < every.typical.decode
+    assert none.worst == assumed.worst == every.worst
+    for found in (none, every):  # even where recorded routing is unkinder than uniform
+        assert found.low <= min(found.worst.decode, found.typical.decode) <= found.high
 
 
 def test_medians_and_percentiles() -> None:

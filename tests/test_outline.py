@@ -15,7 +15,8 @@ from tierlm.analysis.plan import SLACK, make_plan
 from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.hub import DEMO
 from tierlm.models.known import find_config, known_models
-from tierlm.models.outline import FORMATS, Outline, expanded_kv, sizes_of, stored_format, work_of
+from tierlm.models.outline import FORMATS, Outline, expanded_kv, sizes_of, work_of
+from tierlm.models.packing import pack_model
 
 # Billions of parameters, all and active, as the models' cards have them. (Active ones are counted with and without
 # embedding and head by different publishers, hence the loose bound.)
@@ -67,10 +68,14 @@ def test_the_parts_sum_to_the_whole() -> None:
         assert parts + embedding == pytest.approx(of.used_bytes, rel=0.003)
 
 
-def test_the_format_of_files_is_told_by_their_experts() -> None:
-    assert stored_format(work_of(Catalog(DEMO))) == "bf16"
+def test_formats_of_files_and_of_configs(tmp_path: Path) -> None:
+    assert Catalog(DEMO).formats == ("bf16", "bf16", "bf16")
+    pack_model(DEMO, tmp_path / "packed", experts="int4", trunk="int8")
+    assert work_of(Catalog(tmp_path / "packed")).formats == ("int4", "int8", "int8")
     for format in FORMATS:
-        assert stored_format(work_of(outline("DeepSeek-V3", format))) == format
+        assert outline("DeepSeek-V3", format).formats.experts == format
+    assert outline("DeepSeek-V3", "int4").formats == ("int4", "int8", "int8")
+    assert work_of(outline("DeepSeek-V3")).formats == ("fp8", "fp8", "bf16")
 
 
 def test_latents_against_keys_and_values() -> None:

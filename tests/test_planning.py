@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tierlm import UsageError, cli
-from tierlm.analysis import bandwidth, health, storage
+from tierlm.analysis import arithmetic, bandwidth, health, storage
 from tierlm.analysis.picture import draw, hardware, tiers
 from tierlm.analysis.profile import DiskRate, MemoryRate, Profile, Spread, default_file
 from tierlm.analysis.storage import Cell, file_system, files_of, measure_disk
+from tierlm.kernels import widen
 from tierlm.models.known import find_config
 from tierlm.models.outline import Outline, work_of
 
@@ -58,6 +60,19 @@ def test_plan_says_bytes_slots_and_speed(tierlm: Command) -> None:
     assert code == 0
     for word in ("expert slots", "floor", "tokens/s", "bound by", "hit rate", "1 GiB more vram", "assumed"):
         assert word in out
+
+
+def test_plan_with_recorded_routing(tierlm: Command, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"layers": [[0, 99], [5, 3]]}\n' * 40)
+    arguments = ("plan", "DeepSeek-V3", "--ram", "64GiB", "--trace", str(trace))
+    found = json.loads(tierlm(*arguments, "--json")[1])
+    assert found["predicted"]["typical"]["hit_rate"] == 1.0 > found["predicted"]["worst"]["hit_rate"]
+    assert "as recorded" in found["routing"] and "another model's" in found["routing"]
+    assert "at the same share of slots" in " ".join(tierlm(*arguments)[1].split())
+    trace.write_text("nonsense")
+    code, _, err = tierlm(*arguments)
+    assert code == 1 and "TraceError" in err
 
 
 def test_plan_takes_a_given_disk_and_machine(tierlm: Command, tmp_path: Path) -> None:
@@ -228,8 +243,8 @@ def test_an_interrupt_leaves_nothing_behind(quick: None, tmp_path: Path) -> None
 
 
 def test_ram_and_caches(quick: None, tmp_path: Path) -> None:
-    found, touch = bandwidth.measure_memory()
-    assert touch > 0 and any(rate.name == "RAM" for rate in found)
+    found = bandwidth.measure_memory()
+    assert min(bandwidth.measure_touch()) > 0 and any(rate.name == "RAM" for rate in found)
     for rate in found:
         for speed in (rate.read, rate.write, rate.copy):
             assert 0 < speed.low <= speed.median <= speed.high
@@ -261,6 +276,32 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="cannot be written"):
         draw(tmp_path / "absent" / "p.png", profile, "m", work_of(outline), outline.used_bytes)
+
+
+@pytest.mark.parametrize("format", arithmetic.FORMATS)
+def test_kernels_are_measured_in_memory_like_slots(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "FORMATS", (format,))
+    monkeypatch.setattr(arithmetic, "ROWS", (1, 3))
+    for name, value in (("HIDDEN", 64), ("WIDTH", 32), ("RESIDENT", 2**16), ("SECONDS", 1e-4)):
+        monkeypatch.setattr(arithmetic, name, value)
+    found = arithmetic.measure_kernels()
+    assert [(rate.format, rate.rows) for rate in found] == [(format, 1), (format, 3)]
+    assert all(rate.rate.median > 0 for rate in found)
+    first, *others = arithmetic._experts(format)
+    values = [widen(weight) for weight in first]
+    assert all(torch.equal(widen(weight), value) for e in others for weight, value in zip(e, values, strict=True))
+    assert others and values[2].shape == (64, 32)
+
+
+def test_ctrl_c_while_profiling_exits_as_everywhere(
+    tierlm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tierlm.cli.measuring._measure", interrupt)
+    code, out, err = tierlm("profile", "--path", str(tmp_path))
+    assert (code, out, err.strip()) == (1, "", "interrupted")
 
 
 def test_the_profile_command_is_what_plan_uses(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierlm.analysis.machine import available_ram
 from tierlm.analysis.profile import KernelRate, Spread, spread
+from tierlm.weights.checkpoint import ALIGNMENT
 from tierlm.weights.reader import host_memory
 
 if TYPE_CHECKING:
@@ -25,9 +26,13 @@ if TYPE_CHECKING:
     from tierlm.kernels import Weight
 
 HIDDEN, WIDTH, TOGETHER = 2048, 1408, 6  # a DeepSeek-V2-Lite expert, and how many of them a token uses
-ROWS = (1, 8, 48, 256)
-RESIDENT = 512 * 2**20  # bytes of experts to go through: no cache holds them
-ROUNDS, SECONDS = 3, 0.12
+FORMATS = ("bf16", "fp8", "int8", "int4")
+# Two over a multiple of four, as the rows of an expert are on average: the kernels take four at a time, and the rest
+# one by one. 62 is next to the most that those for floats take (kernels/native.py).
+ROWS = (1, 10, 34, 62, 256)
+MANY = 34  # rows of an expert in a prefill
+RESIDENT = 256 * 2**20  # bytes of experts to go through: no cache holds them
+ROUNDS, SECONDS = 3, 0.08
 READ, DEPTH = 2 * 2**20, 8  # as the engine reads a disk it has not probed for long
 Experts = list[tuple["Weight", "Weight", "Weight"]]
 
@@ -37,7 +42,7 @@ def measure_kernels(done: Callable[[], None] = lambda: None) -> list[KernelRate]
     import torch
 
     found = []
-    for name in ("bf16", "fp8"):
+    for name in FORMATS:
         experts = _experts(name)
         for rows in ROWS:
             speeds = [_products(experts, rows, SECONDS) for _ in range(ROUNDS + 1)]
@@ -46,8 +51,8 @@ def measure_kernels(done: Callable[[], None] = lambda: None) -> list[KernelRate]
     return found
 
 
-def measure_beside(files: Sequence[Path], seconds: float = 1.0) -> tuple[float, float]:
-    """The shares of their speed alone that one row's arithmetic and the disk keep when both are at work.
+def measure_beside(files: Sequence[Path], rows: int, seconds: float = 1.0) -> tuple[float, float]:
+    """The shares of their speed alone that arithmetic with ``rows`` rows and the disk keep when both are at work.
 
     Both are measured alone and together by turns. Raises OSError where ``files`` cannot be read past the page cache.
     """
@@ -56,14 +61,14 @@ def measure_beside(files: Sequence[Path], seconds: float = 1.0) -> tuple[float, 
     each = seconds / ROUNDS / 3
     with _Reads(files) as reads:
         for _ in range(ROUNDS):
-            alone = _products(experts, 1, each)
+            alone = _products(experts, rows, each)
             disk, began = reads.count, time.perf_counter()
             with reads.running():
                 time.sleep(each)
             disk_alone = (reads.count - disk) / (time.perf_counter() - began)
             disk, began = reads.count, time.perf_counter()
             with reads.running():
-                together = _products(experts, 1, each)
+                together = _products(experts, rows, each)
             disk_together = (reads.count - disk) / (time.perf_counter() - began)
             shares[0].append(min(1.0, together / alone))
             shares[1].append(min(1.0, disk_together / disk_alone))
@@ -134,45 +139,50 @@ def measure_links() -> tuple[dict[str, Spread], int]:
 
 
 def _experts(name: str) -> Experts:
-    """Experts of one format in memory of huge pages, as slots are."""
+    """Experts of one format in memory of huge pages, as slots are: the same one again and again."""
     import torch
 
     from tierlm.kernels import Weight
+    from tierlm.weights.formats import MAKERS
 
-    dtype = torch.bfloat16 if name == "bf16" else torch.float8_e4m3fn
-    room = min(RESIDENT, available_ram() // 4)
-    values = HIDDEN * WIDTH
-    count = max(TOGETHER, room // (3 * values * dtype.itemsize))
-    slab = torch.frombuffer(host_memory(count * 3 * values * dtype.itemsize), dtype=dtype)
-    one = torch.randn(values, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    generator = torch.Generator().manual_seed(0)
     shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
-    matrices: list[Tensor] = []
-    for number in range(3 * count):
-        part = slab[number * values : (number + 1) * values]
-        part.copy_(one)
-        matrices.append(part.view(shapes[number % 3]))
-    scales: dict[tuple[int, ...], Tensor] = {}
-    if name == "fp8":
-        scales = {shape: torch.ones(-(-shape[0] // 128), -(-shape[1] // 128)) for shape in shapes}
-    weights = [Weight(matrix, scales.get(tuple(matrix.shape))) for matrix in matrices]
-    return [(weights[at], weights[at + 1], weights[at + 2]) for at in range(0, len(weights), 3)]
+    made = [MAKERS[name](torch.randn(shape, generator=generator).mul_(0.02)) for shape in shapes]
+    parts = [part for weight in made for part in (weight.data, weight.scale) if part is not None]
+    size = sum(-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts)
+    count = max(TOGETHER, min(RESIDENT, available_ram() // 4) // size)
+    slab = torch.frombuffer(host_memory(count * size), dtype=torch.uint8)
+    at = 0
+
+    def copy(part: Tensor) -> Tensor:
+        nonlocal at
+        place = slab[at : at + part.nbytes].view(part.dtype).view(part.shape)
+        at += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
+        return place.copy_(part)
+
+    def placed(weight: Weight) -> Weight:
+        return Weight(copy(weight.data), None if weight.scale is None else copy(weight.scale), weight.size)
+
+    return [(placed(made[0]), placed(made[1]), placed(made[2])) for _ in range(count)]
 
 
 def _products(experts: Experts, rows: int, seconds: float) -> float:
-    """Multiply-adds a second of gated MLPs with ``rows`` rows, several at once as in a layer, on experts by turns."""
+    """Multiply-adds a second of gated MLPs with ``rows`` rows on experts by turns: several at once as in a layer's
+    decode step, one after the other as a prefill brings them."""
     import torch
 
     from tierlm.kernels import gated_mlps
 
+    together = TOGETHER if rows == 1 else 1
     x = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(0))
-    outputs = [torch.empty(rows, HIDDEN) for _ in range(TOGETHER)]
-    turn = itertools.cycle(range(0, len(experts) - TOGETHER + 1, TOGETHER))
+    outputs = [torch.empty(rows, HIDDEN) for _ in range(together)]
+    turn = itertools.cycle(range(0, len(experts) - together + 1, together))
     steps, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         at = next(turn)
-        gated_mlps([(x, y, expert) for y, expert in zip(outputs, experts[at : at + TOGETHER], strict=True)])
+        gated_mlps([(x, y, expert) for y, expert in zip(outputs, experts[at : at + together], strict=True)])
         steps += 1
-    return steps * TOGETHER * 3 * HIDDEN * WIDTH * rows / (time.perf_counter() - began)
+    return steps * together * 3 * HIDDEN * WIDTH * rows / (time.perf_counter() - began)
 
 
 class _Reads:

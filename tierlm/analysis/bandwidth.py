@@ -57,11 +57,19 @@ def nodes(folder: Path = NODES) -> dict[int, list[int]]:
     return found or {0: sorted(allowed)}
 
 
-def measure_memory(done: Callable[[], None] = lambda: None) -> tuple[list[MemoryRate], float]:
-    """The rates of every level, and the seconds a byte that the first write to memory takes.
+def measure_touch() -> tuple[float, float]:
+    """Seconds a byte that the first write to memory takes, in huge pages as slots are and in ordinary ones.
 
-    ``done`` is called after each level.
+    What was freed a moment ago is cheaper, where the host of a virtual machine takes back what is free: call this when
+    nothing has been for some seconds.
     """
+    threads = len(os.sched_getaffinity(0))
+    block = min(BLOCK, available_ram() // 4 // threads)
+    return _touch(block, threads, huge=True), _touch(block // 4, threads, huge=False)
+
+
+def measure_memory(done: Callable[[], None] = lambda: None) -> list[MemoryRate]:
+    """The rates of every level. ``done`` is called after each."""
     places = nodes()
     home, cpus = next(iter(places.items()))
     found = []
@@ -73,7 +81,6 @@ def measure_memory(done: Callable[[], None] = lambda: None) -> tuple[list[Memory
     threads = max(1, max(len(cpus) for cpus in places.values()))
     room = available_ram() // 4 // threads
     block = min(max(BLOCK, 4 * max(caches.values(), default=0) // threads), room)
-    touch = _touch(block, sorted(os.sched_getaffinity(0)))
     for node, own in places.items():
         for where, theirs in places.items():
             if where == node:
@@ -82,16 +89,17 @@ def measure_memory(done: Callable[[], None] = lambda: None) -> tuple[list[Memory
             if len(own) > 1 or where != node:
                 found.append(_rate("RAM", 0, block, node, own, where, theirs))
                 done()
-    return found, touch
+    return found
 
 
-def _touch(nbytes: int, cpus: Sequence[int]) -> float:
-    """Seconds a byte that the first write to memory like the slots' takes, all of ``cpus`` at it."""
-    views = [np.frombuffer(host_memory(nbytes), np.uint8) for _ in cpus]
-    with ThreadPoolExecutor(len(cpus)) as pool:
+def _touch(nbytes: int, threads: int, huge: bool) -> float:
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = [host_memory(nbytes) if huge else mmap.mmap(-1, nbytes, private) for _ in range(threads)]
+    views = [np.frombuffer(part, np.uint8) for part in memory]
+    with ThreadPoolExecutor(threads) as pool:
         began = time.perf_counter()
         list(pool.map(lambda view: view[:: mmap.PAGESIZE].fill(1), views))
-        return (time.perf_counter() - began) / (nbytes * len(cpus))
+        return (time.perf_counter() - began) / (nbytes * threads)
 
 
 def _rate(

@@ -9,9 +9,24 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tierlm.analysis.plan import Plan
 from tierlm.spec import TrunkKey
+
+# Bits of a routed expert's weight, scales included, by how it is stored.
+BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "fp8": 8.0, "int8": 8.5, "int4": 4.5, "mxfp4": 4.25, "q4_k_m": 4.84}
+
+
+class Formats(NamedTuple):
+    """How weights are stored, each one of BITS: of the routed experts, of what every token uses, of the lm_head."""
+
+    experts: str
+    trunk: str
+    head: str
+
+
+BF16 = Formats("bf16", "bf16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Work:
     head_weights: int
     attention: int
     trunk_bytes: int
+    formats: Formats = BF16
 
     @property
     def routed_weights(self) -> int:
@@ -59,26 +75,28 @@ class Machine:
     """The rates that time depends on. ``origins``: of each, whether it was measured, given, or assumed.
 
     ``disk`` in bytes a second, of reads of the size and depth that the engine uses; ``latency``: seconds of the first
-    of them. ``weights``: by format, weights a second times one row. ``products``: by rows, multiply-adds a second of a
-    product with that many rows. ``beside``: the shares of the arithmetic's and of the disk's speed that are left when
-    both are at work. ``layer``: seconds of a layer's step that no kernel accounts for. ``touch``: seconds a byte that
-    memory takes when it is first written to. ``start``: seconds from the command to the first byte loaded.
+    of them. ``weights``: by format, weights a second times one row. ``products``: by format and rows, multiply-adds a
+    second of a product with that many rows. ``beside``: the shares of the arithmetic's and of the disk's speed that are
+    left when both are at work on one row, ``beside_many`` on a prefill's. ``layer``: seconds of a layer's step that no
+    kernel accounts for. ``touch``: seconds a byte that memory takes when it is first written to, in huge pages as
+    slots are and in ordinary ones. ``start``: seconds from the command to the first byte loaded.
     """
 
     disk: float
     latency: float
     weights: Mapping[str, float]
-    products: Mapping[int, float]
+    products: Mapping[str, Mapping[int, float]]
     beside: tuple[float, float]
+    beside_many: tuple[float, float]
     layer: float
-    touch: float
+    touch: tuple[float, float]
     start: float
     accelerator: Accelerator | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
 
-    def product_rate(self, rows: float) -> float:
+    def product_rate(self, format: str, rows: float) -> float:
         """Multiply-adds a second at ``rows``, between those measured in proportion to the logarithm of the rows."""
-        known = sorted(self.products.items())
+        known = sorted(self.products[format].items())
         if rows <= known[0][0]:
             return known[0][1]
         for (low, slow), (high, fast) in itertools.pairwise(known):
@@ -157,22 +175,27 @@ def streamed_bytes(plan: Plan, sizes: Mapping[TrunkKey, int]) -> tuple[int, int]
 
 
 def decode_seconds(
-    work: Work, machine: Machine, format: str, hits: tuple[float, float], streamed: tuple[int, int], context: int
+    work: Work, machine: Machine, hits: tuple[float, float], streamed: tuple[int, int], context: int
 ) -> Seconds:
     """One token's step. ``hits``: of the compute tier, and of all memory; ``streamed``: as ``streamed_bytes``."""
     missed = [work.moe_layers * work.experts_per_token * (1 - rate) for rate in hits]
     disk_bytes = missed[1] * work.expert_bytes + streamed[0]
     disk = disk_bytes / machine.disk + min(missed[1], work.moe_layers) * machine.latency
-    beside_reads = work.routed_weights + work.shared_weights  # a layer's reads begin when its router has chosen
-    rest = work.trunk_weights + work.head_weights + work.attention * context
+    stored = work.formats
     card = machine.accelerator
     if card is None:
-        rate = machine.weights[format]
-        mixture, other, overhead = beside_reads / rate, rest / rate, work.layers * machine.layer
+        rates = machine.weights
+        # A layer's reads begin when its router has chosen: its experts' arithmetic is beside them.
+        mixture = work.routed_weights / rates[stored.experts] + work.shared_weights / rates[stored.trunk]
+        other = work.trunk_weights / rates[stored.trunk] + work.head_weights / rates[stored.head]
+        other += work.attention * context / rates["f32"]
+        overhead = work.layers * machine.layer
         total = other + overhead + side_by_side(mixture, disk, machine.beside)
         return Seconds(total, mixture + other, overhead, disk, 0.0, disk_bytes)
-    weight_bytes = work.expert_bytes / max(1, work.expert_weights)
-    mixture, other = beside_reads * weight_bytes / card.memory, rest * weight_bytes / card.memory
+    bits = [BITS[name] for name in (stored.experts, stored.trunk, stored.head)]
+    mixture = (work.routed_weights * bits[0] + work.shared_weights * bits[1]) / 8 / card.memory
+    other = (work.trunk_weights * bits[1] + work.head_weights * bits[2]) / 8 / card.memory
+    other += work.attention * context * BITS["f32"] / 8 / card.memory
     link = (missed[0] * work.expert_bytes + streamed[1]) / card.link
     overhead = work.layers * card.launch
     total = other + overhead + max(mixture, disk, link)  # nothing of the host's is in a card's way
@@ -182,36 +205,41 @@ def decode_seconds(
 def prefill_seconds(
     work: Work,
     machine: Machine,
-    format: str,
     resident: float,
     streamed: tuple[int, int],
     tokens: int,
     chunk: int,
     slot_bytes: int = 0,
+    workspace: float = 0,
 ) -> Seconds:
     """A prompt of ``tokens`` in chunks: each record once a chunk. ``resident``: the share of experts that are there
-    already. ``slot_bytes``: of slots that nothing has been written to yet."""
-    total = Seconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    already. ``slot_bytes``: of slots that nothing has been written to yet; ``workspace``: of activations, likewise."""
+    fresh = 0.0 if machine.accelerator is not None else workspace * machine.touch[1]
+    total = Seconds(fresh, 0.0, fresh, 0.0, 0.0, 0.0)
     for start in range(0, tokens, chunk):
         rows = min(chunk, tokens - start)
         used = work.experts * (1 - (1 - work.experts_per_token / work.experts) ** rows) if work.experts else 0.0
         together = rows * work.experts_per_token / used if used else 1.0
         disk_bytes = used * work.moe_layers * work.expert_bytes * (1 - resident) + streamed[0]
-        touch = min(slot_bytes, disk_bytes) * machine.touch
+        touch = min(slot_bytes, disk_bytes) * machine.touch[0]
         slot_bytes = max(0, slot_bytes - int(disk_bytes))
         disk = disk_bytes / machine.disk
         experts = rows * work.routed_weights
-        trunk = rows * (work.trunk_weights + work.shared_weights) + work.head_weights
-        trunk += work.attention * rows * (start + rows // 2)
+        trunk = rows * (work.trunk_weights + work.shared_weights)
+        attention = work.attention * rows * (start + rows // 2)
         card = machine.accelerator
         if card is None:
-            least = machine.weights[format]  # as many rows as one, at the least
-            compute = experts / max(least, machine.product_rate(together))
-            compute += trunk / max(least, machine.product_rate(rows))
+            stored = work.formats
+            compute = experts / machine.product_rate(stored.experts, together)
+            compute += trunk / machine.product_rate(stored.trunk, rows) + attention / machine.product_rate("f32", rows)
+            compute += work.head_weights / machine.weights[stored.head]  # of the last token alone
             overhead, link = work.layers * machine.layer, 0.0
-            whole = touch + overhead + side_by_side(compute, disk, machine.beside)
+            whole = touch + overhead + side_by_side(compute, disk, machine.beside_many)
         else:
-            compute, overhead = (experts + trunk) / card.products, work.layers * card.launch
+            compute, overhead = (
+                (experts + trunk + attention + work.head_weights) / card.products,
+                work.layers * card.launch,
+            )
             link = (used * work.moe_layers * work.expert_bytes + streamed[1]) / card.link
             whole = touch + overhead + max(compute, disk, link)
         parts = (whole, compute, overhead + touch, disk, link, disk_bytes)
@@ -221,7 +249,7 @@ def prefill_seconds(
 
 def load_seconds(machine: Machine, resident_bytes: int) -> float:
     """Loading the trunks that stay."""
-    return resident_bytes / machine.disk + resident_bytes * machine.touch
+    return resident_bytes / machine.disk + resident_bytes * machine.touch[0]
 
 
 def _values(seconds: Seconds) -> tuple[float, ...]:

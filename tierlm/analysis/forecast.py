@@ -36,7 +36,6 @@ class Question:
     context: int
     prompt: int
     chunk: int
-    format: str
     process: int = PROCESS
 
 
@@ -53,8 +52,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class Forecast:
-    """``worst``: routing that no cache helps with beyond its size. ``typical``: of trained models. ``low`` and
-    ``high``: the range of decode tokens/s, from the worst without any overlap to the typical one with perfect overlap.
+    """``worst``: routing that no cache helps with beyond its size. ``typical``: of trained models, or as recorded.
+    ``low`` and ``high``: the range of decode tokens/s, from the slower of both without any overlap to the typical one
+    with perfect overlap.
 
     ``first_token``: seconds from the request; ``load`` and ``start``: before it, once. ``more``: decode tokens/s with
     more of something. ``warnings``: cliffs that are near.
@@ -73,8 +73,16 @@ class Forecast:
     warnings: tuple[str, ...]
 
 
-def forecast(sizes: Sizes, work: Work, machine: Machine, question: Question, ram_free: int | None = None) -> Forecast:
-    """Answer a question. ``ram_free``: what this machine has, if the budget is meant for it. Raises BudgetError."""
+def forecast(
+    sizes: Sizes,
+    work: Work,
+    machine: Machine,
+    question: Question,
+    ram_free: int | None = None,
+    recorded: Callable[[float], float] | None = None,
+) -> Forecast:
+    """Answer a question. ``ram_free``: what this machine has, if the budget is meant for it. ``recorded``: the typical
+    hit rate at a share of all experts, in the place of the assumed one. Raises BudgetError."""
 
     def plan_for(ram: int, vram: int | None) -> Plan:
         return make_plan(sizes, ram=ram, vram=vram, process=question.process, min_slots=work.experts_per_token or 1)
@@ -82,9 +90,10 @@ def forecast(sizes: Sizes, work: Work, machine: Machine, question: Question, ram
     def skewed(share: float) -> float:
         return skewed_hits(share, work)
 
+    usual = recorded or skewed
     plan = plan_for(question.ram, question.vram)
     worst = _speed(plan, sizes, work, machine, question, uniform_hits)
-    typical = _speed(plan, sizes, work, machine, question, skewed)
+    typical = _speed(plan, sizes, work, machine, question, usual)
     streamed = streamed_bytes(plan, sizes.trunk)
     load = load_seconds(machine, sum(sizes.trunk[key] for tier in _tiers(plan) for key in tier.trunk))
 
@@ -93,7 +102,7 @@ def forecast(sizes: Sizes, work: Work, machine: Machine, question: Question, ram
             other = plan_for(ram, vram)
         except BudgetError:
             return None
-        return _speed(other, sizes, work, machine, question, skewed).decode
+        return _speed(other, sizes, work, machine, question, usual).decode
 
     ram, vram = question.ram, question.vram
     faster: dict[str, tuple[Machine, int, int | None]] = {
@@ -114,7 +123,7 @@ def forecast(sizes: Sizes, work: Work, machine: Machine, question: Question, ram
         plan=plan,
         worst=worst,
         typical=typical,
-        low=1 / _serial(worst.step),
+        low=1 / max(_serial(worst.step), _serial(alone)),
         high=1 / max(alone.compute + alone.overhead, alone.disk, alone.link),
         load=load,
         start=machine.start,
@@ -131,10 +140,11 @@ def _speed(
     above, everywhere = cached_share(plan, work)
     hits = hit_rate(above), hit_rate(everywhere)
     streamed = streamed_bytes(plan, sizes.trunk)
-    step = decode_seconds(work, machine, question.format, hits, streamed, question.prompt)
+    step = decode_seconds(work, machine, hits, streamed, question.prompt)
     slot_bytes = plan.ram.expert_slots * sizes.expert
-    # The first prompt finds every slot empty.
-    prompt = prefill_seconds(work, machine, question.format, 0.0, streamed, question.prompt, question.chunk, slot_bytes)
+    # The first prompt finds every slot empty, and no memory of activations.
+    workspace = sizes.workspace * min(1.0, question.prompt / min(question.chunk, question.context))
+    prompt = prefill_seconds(work, machine, 0.0, streamed, question.prompt, question.chunk, slot_bytes, workspace)
     return Speed(hits[1], 1 / step.total, step, question.prompt / prompt.total, prompt)
 
 

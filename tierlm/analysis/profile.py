@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tierlm.analysis.cost import Accelerator, Machine
+from tierlm.analysis.cost import BITS, Accelerator, Machine
 from tierlm.errors import UsageError
 from tierlm.files import user_cache, write_whole
 
-VERSION = 1
+VERSION = 2
 ENGINE_SIZES = tuple(size * 2**20 for size in (1, 4, 8))  # bytes of a request, as weights/probe.py chooses them
 ENGINE_DEPTHS = (4, 8, 16)
 
@@ -24,8 +24,8 @@ ASSUMED_DISK, ASSUMED_LATENCY = 3e9, 1e-3
 ASSUMED_WEIGHT_BYTES = 20e9  # bytes of weights a second that one row is multiplied with: half of the memory's rate
 ASSUMED_PRODUCTS = 15e9  # multiply-adds a second and core of a large float32 product: a third of AVX2's peak
 ASSUMED_BESIDE = (0.8, 0.8)
-ASSUMED_LAYER, ASSUMED_TOUCH, ASSUMED_START = 1e-3, 0.5e-9, 3.0
-BITS = {"bf16": 16.0, "fp8": 8.0, "int8": 8.5, "int4": 4.5, "mxfp4": 4.25, "q4_k_m": 4.84}
+ASSUMED_LAYER, ASSUMED_TOUCH, ASSUMED_START = 1e-3, (0.5e-9, 1e-9), 3.0
+LIKE_BF16 = "bf16's, by the bytes of a weight"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class KernelRate:
 class Profile:
     """All that was measured. Rates in bytes a second, capacities in bytes. ``disk_capacity``: by path.
 
-    ``beside``: shares of the arithmetic's and the disk's speed that are left when both are at work. ``links``: host to
+    ``beside``: shares of the arithmetic's and the disk's speed that are left when both are at work, of one row;
+    ``beside_many``: of the rows of a prefill. ``links``: host to
     device and back, pinned and pageable, and the device's memory, by name. ``unpack``: decompressed bytes a second.
     ``missing``: what was not measured, and why.
     """
@@ -104,8 +105,9 @@ class Profile:
     device_memory: int = 0
     unpack: Mapping[str, Spread] = field(default_factory=dict)
     beside: tuple[float, float] | None = None
+    beside_many: tuple[float, float] | None = None
     layer: float | None = None
-    touch: float | None = None
+    touch: tuple[float, float] | None = None
     start: float | None = None
     missing: Sequence[str] = ()
     version: int = VERSION
@@ -150,7 +152,8 @@ def read_profile(file: Path) -> Profile:
         found["kernels"] = [KernelRate(**_with_spreads(row, "rate")) for row in found["kernels"]]
         for name in ("links", "unpack"):
             found[name] = {key: Spread(**value) for key, value in found[name].items()}
-        found["beside"] = tuple(found["beside"]) if found["beside"] else None
+        for name in ("beside", "beside_many", "touch"):
+            found[name] = tuple(found[name]) if found.get(name) else None
         return Profile(**found)
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
@@ -158,10 +161,10 @@ def read_profile(file: Path) -> Profile:
         raise UsageError(f"{file}: expected what `tierlm profile --json` writes, found: {error}") from error
 
 
-def machine_of(profile: Profile | None, format: str, vram: bool) -> Machine:
+def machine_of(profile: Profile | None, vram: bool) -> Machine:
     """The rates of a profile, and assumptions in the place of what it lacks; None: assumptions alone.
 
-    ``format``: whose kernel is to be known. ``vram``: whether a card computes.
+    ``vram``: whether a card computes. ``origins`` has a format's under its name.
     """
     origins: dict[str, str] = {}
     measured = "measured" if profile is None else f"measured {profile.when}"
@@ -172,22 +175,29 @@ def machine_of(profile: Profile | None, format: str, vram: bool) -> Machine:
 
     disk = None if profile is None else profile.engine_disk()
     cores = profile.cores if profile is not None else len(os.sched_getaffinity(0))
-    rates = {} if profile is None else {(k.format, k.rows): k.rate.median for k in profile.kernels}
-    likely = rates.get((format, 1))
-    if likely is None and (other := rates.get(("bf16", 1))) is not None:
-        likely = other * 16 / BITS[format]
-        origins["weights"] = "bf16's, by the bytes of a weight"
-    weights = ASSUMED_WEIGHT_BYTES * 8 / BITS[format] if likely is None else likely
-    origins.setdefault("weights", "assumed" if likely is None else measured)
-    products = {rows: rate for (kind, rows), rate in rates.items() if kind == format}
-    products = products or {rows: rate for (kind, rows), rate in rates.items() if kind == "bf16"}
-    large = ASSUMED_PRODUCTS * cores
+    rates: dict[str, dict[int, float]] = {}
+    for kernel in () if profile is None else profile.kernels:
+        rates.setdefault(kernel.format, {})[kernel.rows] = kernel.rate.median
+    like = rates.get("bf16")
+    weights, products = {}, {}
+    for format, bits in BITS.items():
+        by_rows = rates.get(format)
+        if by_rows is not None:
+            weights[format], origins[format] = by_rows[min(by_rows)], measured
+        elif like is not None:
+            weights[format], origins[format] = like[min(like)] * BITS["bf16"] / bits, LIKE_BF16
+        else:
+            weights[format], origins[format] = ASSUMED_WEIGHT_BYTES * 8 / bits, "assumed"
+        # As many rows as one, at the least.
+        by_rows = by_rows or like or {64: ASSUMED_PRODUCTS * cores}
+        products[format] = {rows: max(rate, weights[format]) for rows, rate in by_rows.items()}
     return Machine(
         disk=known("disk", disk and disk[0], ASSUMED_DISK),
         latency=known("latency", disk and disk[1], ASSUMED_LATENCY),
-        weights={format: weights},
-        products=known("products", products or None, {1: min(weights, large), 64: large}),
+        weights=weights,
+        products=products,
         beside=known("beside", profile and profile.beside, ASSUMED_BESIDE),
+        beside_many=known("beside_many", profile and profile.beside_many, ASSUMED_BESIDE),
         layer=known("layer", profile and profile.layer, ASSUMED_LAYER),
         touch=known("touch", profile and profile.touch, ASSUMED_TOUCH),
         start=known("start", profile and profile.start, ASSUMED_START),

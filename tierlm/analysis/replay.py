@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tierlm.analysis.residency import Residency
-from tierlm.analysis.trace import Trace
+from tierlm.analysis.trace import Step, Trace
 from tierlm.policies import make_policy
 from tierlm.policies.belady import Belady
 from tierlm.policies.eviction import Policy, Setting
@@ -24,8 +25,11 @@ class Replayed:
         return 1 - self.missed / self.demanded
 
 
-def replay(trace: Trace, policy: Policy, slots: int) -> Replayed:
-    """Run ``trace`` over ``slots`` empty slots under ``policy``, which is used up by it.
+def replay(
+    trace: Trace, policy: Policy, slots: int, counts: Callable[[int, Step], bool] = lambda number, step: True
+) -> Replayed:
+    """Run ``trace`` over ``slots`` empty slots under ``policy``, which is used up by it. ``counts``: whether a step,
+    by its number from 0, is part of the result.
 
     Each layer of a step pins what is there, in order of the experts' numbers, and starts the others: by number in a
     decode step, as they lie on the disk in a prefill. Where slots do not suffice, those go on that came first: the
@@ -34,12 +38,13 @@ def replay(trace: Trace, policy: Policy, slots: int) -> Replayed:
     residency = Residency(policy, slots)
     keys, places = expert_keys(trace), disk_places(trace)
     demanded = missed = 0
-    for step in trace.passes():
+    for number, step in enumerate(trace.passes()):
+        counted = counts(number, step)
         for layer, needed in enumerate(step.needed):
             wanted = [keys[layer][expert] for expert in needed]
             missing = [key for key in wanted if not residency.demand(key, step.prefill)]
-            demanded += len(wanted)
-            missed += len(missing)
+            demanded += counted * len(wanted)
+            missed += counted * len(missing)
             if step.prefill and places is not None:
                 missing.sort(key=lambda key, place=places[layer]: place[key.expert])  # type: ignore[misc]
             if step.prefill or len(wanted) > slots:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -19,6 +18,8 @@ from tierlm.cli.planning import plan
 from tierlm.cli.tracing import simulate, trace
 from tierlm.errors import TierlmError
 
+INTERRUPTED = 130  # the exit code that typer has for Ctrl-C
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -31,6 +32,8 @@ app.add_typer(trace, name="trace")
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata  # which reads mail headers to know it
+
         print(f"tierlm {metadata.version('tierlm')}")
         raise typer.Exit
 
@@ -57,6 +60,8 @@ def main() -> None:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED:
+            raise
         Console(stderr=True).print("interrupted")
         sys.exit(1)

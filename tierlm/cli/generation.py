@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from tierlm.config import Budget, SamplingParams
 from tierlm.errors import UsageError
@@ -166,6 +165,8 @@ def _options(
 @contextmanager
 def _load(model: str, ram: str, vram: str | None, quiet: bool, options: dict[str, Any]) -> Iterator[LLM]:
     """The model, with a progress bar while it loads."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
     from tierlm.llm import LLM
 
     console = Console(stderr=True)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -42,6 +41,8 @@ def profile(
 
     Large files of a folder are read where they are; where there are none, one is written and removed again.
     """
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     from tierlm.analysis.profile import default_file
 
     paths = path or [Path()]
@@ -84,14 +85,14 @@ def profile(
 
 
 def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) -> Profile:
-    from tierlm.analysis.bandwidth import measure_memory
+    from tierlm.analysis.bandwidth import measure_memory, measure_touch
     from tierlm.analysis.machine import available_ram, total_ram
     from tierlm.analysis.profile import DiskRate, Profile
     from tierlm.analysis.storage import ROUNDS, cells, files_of, measure_disk
     from tierlm.errors import TierlmError
 
     missing: list[str] = []
-    memory, touch = measure_memory(step("caches and RAM", 4))
+    memory = measure_memory(step("caches and RAM", 4))
     disks: list[DiskRate] = []
     capacity: dict[str, int] = {}
     wanted = cells()
@@ -102,7 +103,10 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
             capacity[str(folder)] = shutil.disk_usage(folder).total
         except TierlmError as error:
             missing.append(str(error))
+    touch = measure_touch()  # what the caches and RAM were measured with has been free since then
     from tierlm.analysis.arithmetic import (
+        FORMATS,
+        MANY,
         ROWS,
         measure_beside,
         measure_kernels,
@@ -110,12 +114,12 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         measure_unpacking,
     )
 
-    kernels = measure_kernels(step("kernels", 2 * len(ROWS)))
+    kernels = measure_kernels(step("kernels", len(FORMATS) * len(ROWS)))
     done = step("side by side", 5)
-    beside = None
+    beside = beside_many = None
     for rate in [rate for rate in disks if rate.reader == "direct" and not rate.from_ram][:1]:
         with files_of(Path(rate.path)) as files:
-            beside = measure_beside(files)
+            beside, beside_many = (measure_beside(files, rows) for rows in (1, MANY))
     done()
     links, device_memory = measure_links()
     done()
@@ -142,6 +146,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         device_memory=device_memory,
         unpack=unpack,
         beside=beside,
+        beside_many=beside_many,
         layer=layer,
         touch=touch,
         start=start,
@@ -214,9 +219,11 @@ def _show(found: Profile) -> None:
     for name in dict.fromkeys(rate.format for rate in found.kernels):
         kernels.add_row(name, *(_gb(rate.rate) for rate in found.kernels if rate.format == name))
     console.print(kernels)
-    if found.beside is not None:
-        arithmetic, reads = found.beside
-        console.print(f" side by side the arithmetic keeps {arithmetic:.0%} of its speed, the disk {reads:.0%}")
+    for what, shares in (("one row's", found.beside), ("many rows'", found.beside_many)):
+        if shares is not None:
+            console.print(
+                f" side by side {what} arithmetic keeps {shares[0]:.0%} of its speed, the disk {shares[1]:.0%}"
+            )
     for what in found.missing:
         console.print(f" [yellow]not measured[/yellow] {what}")
 

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 from tierlm.cli.generation import Model
@@ -68,6 +67,8 @@ def verify(model: Model) -> None:
 @contextmanager
 def _progress(what: str, console: Console) -> Iterator[Callable[[int, int], None]]:
     """A bar with speed and remaining time, on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     columns = (
         TextColumn(what),
         BarColumn(),

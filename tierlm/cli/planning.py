@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +27,7 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 WIDTH = 116
+ASSUMED_ROUTING = "as of trained models"
 
 
 def plan(
@@ -42,6 +43,7 @@ def plan(
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens to reserve; default: the model's, up to 4096.")] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt that the first token waits for.")] = 512,
+    trace: Annotated[Path | None, typer.Option(help="Recorded routing, instead of what is assumed of it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a budget means for a model on a machine: bytes, slots, tokens a second. No weights are needed."""
@@ -51,7 +53,7 @@ def plan(
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
     from tierlm.models.outline import sizes_of, work_of
 
-    name, records, kind = _records(model, format)
+    name, records = _records(model, format)
     tokens = context or min(records.spec.max_position, DEFAULT_CONTEXT)
     if not 1 <= tokens <= records.spec.max_position:
         raise UsageError(f"context: expected 1 to the model's own {records.spec.max_position}, found {context}")
@@ -65,38 +67,56 @@ def plan(
         context=tokens,
         prompt=prompt,
         chunk=options.prefill_chunk,
-        format=kind,
     )
-    rates, source = _machine(machine, disk_bandwidth, kind, question.vram is not None)
+    rates, source = _machine(machine, disk_bandwidth, question.vram is not None)
     sizes, work = sizes_of(records, tokens, options.prefill_chunk, 4), work_of(records)
     here = free if machine is None else None
-    found = forecast(sizes, work, rates, question, here)
+    recorded, routing = _recorded(trace, work)
+    found = forecast(sizes, work, rates, question, here, recorded)
     if as_json:
-        print(json.dumps(_as_json(name, records, sizes, work, question, rates, found), indent=1, default=str))
+        shown = _as_json(name, records, sizes, work, question, rates, found)
+        print(json.dumps(shown | {"routing": routing}, indent=1, default=str))
         return
-    console = Console(width=max(WIDTH, Console().width))
+    console = Console(width=max(WIDTH, Console().width), emoji=False)  # whose table takes its time
     console.print(_size_table(name, records, sizes, work, question))
     console.print(_plan_table(found, sizes))
-    console.print(_speed_table(found, question, rates, source))
+    console.print(_speed_table(found, work, question, rates, source, routing))
     for warning in found.warnings:
         console.print(f"[yellow]note[/yellow] {warning}")
 
 
-def _records(model: str, format: str | None) -> tuple[str, Records, str]:
+def _records(model: str, format: str | None) -> tuple[str, Records]:
     """The records of a model, exactly where its files are there and are to be used as they are."""
     from tierlm.models.catalog import Catalog
     from tierlm.models.known import find_config
-    from tierlm.models.outline import Outline, stored_format, work_of
+    from tierlm.models.outline import Outline
 
     named = find_config(model)
     if named.folder is not None and format is None:
-        catalog = Catalog(named.folder)
-        return named.name, catalog, stored_format(work_of(catalog))
-    outline = Outline(named.config, named.where, format)
-    return named.name, outline, outline.format
+        return named.name, Catalog(named.folder)
+    return named.name, Outline(named.config, named.where, format)
 
 
-def _machine(file: Path | None, bandwidth: str | None, format: str, card: bool) -> tuple[Machine, str]:
+def _format(records: Records) -> str:
+    """In a word, or the experts' and the trunk's."""
+    from tierlm.models.outline import Outline
+
+    experts, trunk, _ = records.formats
+    return records.format if isinstance(records, Outline) else experts if experts == trunk else f"{experts}/{trunk}"
+
+
+def _recorded(file: Path | None, work: Work) -> tuple[Callable[[float], float] | None, str]:
+    """The hit rates of a trace, if there is one, and what routing is expected, in words."""
+    if file is None:
+        return None, ASSUMED_ROUTING
+    from tierlm.analysis.recorded import RecordedHits
+    from tierlm.analysis.traceforms import read_trace
+
+    hits = RecordedHits(read_trace(file))
+    return hits.rate, f"as recorded: {hits.describe(work)}"
+
+
+def _machine(file: Path | None, bandwidth: str | None, card: bool) -> tuple[Machine, str]:
     """The rates to predict with, and where they are from in words."""
     from tierlm.analysis.profile import default_file, machine_of, read_profile
 
@@ -106,7 +126,7 @@ def _machine(file: Path | None, bandwidth: str | None, format: str, card: bool) 
         profile, source = read_profile(file), str(file)
     elif remembered is not None and remembered.exists():
         profile, source = read_profile(remembered), "this machine's last `tierlm profile`"
-    machine = machine_of(profile, format, card)
+    machine = machine_of(profile, card)
     if bandwidth is not None:
         given = parse_size(bandwidth, "disk bandwidth")
         if not given:
@@ -119,7 +139,7 @@ def _size_table(name: str, records: Records, sizes: Sizes, work: Work, question:
     from tierlm.models.outline import Outline, expanded_kv
 
     spec = records.spec
-    table = _table(f"{name}, {question.format}")
+    table = _table(f"{name}, {_format(records)}")
     experts = sizes.experts * sizes.expert
     table.add_row("trunk", f"{format_size(work.trunk_bytes)}, which every token uses")
     used = work.moe_layers * work.experts_per_token
@@ -154,11 +174,11 @@ def _plan_table(found: Forecast, sizes: Sizes) -> Table:
     return table
 
 
-def _speed_table(found: Forecast, question: Question, machine: Machine, source: str) -> Table:
+def _speed_table(found: Forecast, work: Work, question: Question, machine: Machine, source: str, routing: str) -> Table:
     table = _table(f"predicted; rates: {source}")
     worst, typical = found.worst, found.typical
     table.add_row(
-        "hit rate", f"{typical.hit_rate:.0%} with routing as of trained models, {worst.hit_rate:.0%} at worst"
+        "hit rate", f"{typical.hit_rate:.0%} with routing {routing}; {worst.hit_rate:.0%} where it is uniform"
     )
     table.add_row(
         "decode",
@@ -174,12 +194,14 @@ def _speed_table(found: Forecast, question: Question, machine: Machine, source: 
     )
     for what, speed in found.more.items():
         table.add_row(what, f"{speed:.2f} tokens/s ({speed / typical.decode - 1:+.0%})")
-    rates = [
-        f"disk {machine.disk / 1e9:.2f} GB/s ({machine.origins.get('disk', '')})",
-        f"{question.format} {machine.weights[question.format] / 1e9:.1f} G weights/s ({machine.origins['weights']})",
-    ]
+    rates = [f"disk {machine.disk / 1e9:.2f} GB/s ({machine.origins['disk']})"]
     if machine.accelerator is not None:
-        rates[1] = f"card {machine.origins['accelerator']}"
+        rates.append(f"card {machine.origins['accelerator']}")
+    else:
+        rates += [
+            f"{kind} {machine.weights[kind] / 1e9:.1f} G weights/s ({machine.origins[kind]})"
+            for kind in dict.fromkeys(work.formats)
+        ]
     table.add_row("with", ", ".join(rates))
     return table
 
@@ -203,7 +225,7 @@ def _as_json(
     tiers = {"ram": found.plan.ram, "vram": found.plan.vram}
     return {
         "model": name,
-        "format": question.format,
+        "format": _format(records),
         "bytes": {
             "trunk": work.trunk_bytes,
             "expert": sizes.expert,

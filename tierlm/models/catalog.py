@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tierlm.analysis.cost import Formats
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import family_of
 from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
@@ -57,6 +59,14 @@ class Catalog:
     def files(self) -> list[Path]:
         """The files that hold the tensors."""
         return sorted({tensor.file for tensor in self.checkpoint.tensors.values()})
+
+    @property
+    def formats(self) -> Formats:
+        """The layouts of the routed experts' matrices, of the trunks' and of the lm_head's."""
+        spec, family = self.spec, self.family
+        trunk = self._layout(family.trunk_tensors(spec, TrunkKey(0)))
+        experts = [self._layout(family.expert_tensors(spec, key)) for key in self.experts()[:1]]
+        return Formats((experts or [trunk])[0], trunk, self.head_weights[0].layout.name)
 
     @property
     def sealed(self) -> bool:
@@ -122,6 +132,10 @@ class Catalog:
 
     def _tensors(self, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
         return _by_role({role: self.stored(*named) for role, named in shapes.items()})
+
+    def _layout(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+        """Of the largest of them."""
+        return self.stored(*max(tensors.values(), key=lambda named: math.prod(named[1]))).layout.name
 
     def _head_blocks(self, name: str) -> list[StoredWeight]:
         """The lm_head, cut into blocks of rows: as it was packed, or as its size demands."""

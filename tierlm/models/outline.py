@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
-from tierlm.analysis.cost import Work
+from tierlm.analysis.cost import BITS, Formats, Work
 from tierlm.analysis.plan import MAX_LOGITS, Sizes, workspace_bytes
 from tierlm.errors import UnsupportedModelError, UsageError
 from tierlm.models import FAMILIES, planned
@@ -52,6 +52,9 @@ class Records(Protocol):
     spec: ModelSpec
     family: ModuleType
     trunks: list[TrunkKey]
+
+    @property
+    def formats(self) -> Formats: ...
 
     def experts(self) -> list[ExpertKey]: ...
 
@@ -95,6 +98,12 @@ class Outline:
         if like not in self._sizes:
             self._sizes[like] = (self._bytes(like) // ALIGNMENT + 2) * ALIGNMENT
         return self._sizes[like]
+
+    @property
+    def formats(self) -> Formats:
+        """Each as the one of nearly the same bits: its kernels' rate is what counts."""
+        bits = self._bits.experts, self._bits.trunk, self._bits.wide
+        return Formats(*(min(FORMATS, key=lambda name: abs(BITS[name] - each)) for each in bits))
 
     @property
     def used_bytes(self) -> int:
@@ -161,6 +170,7 @@ def work_of(records: Records) -> Work:
         head_weights=spec.vocab * spec.hidden,
         attention=spec.layers * spec.heads * (spec.nope_dim + spec.rope_dim + spec.value_dim),
         trunk_bytes=sum(records.size(key) for key in records.trunks),
+        formats=records.formats,
     )
 
 
@@ -169,13 +179,6 @@ def expanded_kv(spec: ModelSpec) -> int:
     if spec.rope_dim == 0:  # models/planned.py
         return spec.latent_dim
     return spec.heads * (spec.nope_dim + spec.rope_dim + spec.value_dim)
-
-
-def stored_format(work: Work) -> str:
-    """The format whose experts take as many bits as those of a model's files, or nearly: its kernels' rate is what
-    counts."""
-    bits = 8 * work.expert_bytes / max(1, work.expert_weights)
-    return min(FORMATS, key=lambda name: abs(FORMATS[name].experts - bits))
 
 
 def published_format(config: Mapping[str, Any]) -> str:

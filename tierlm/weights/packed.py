@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,21 +49,23 @@ def file_size(records: Sequence[RecordShape], metadata: Mapping[str, str]) -> in
 
 
 def write_file(
-    file: Path, records: Sequence[RecordShape], metadata: Mapping[str, str], chunks: Iterable[Iterable[memoryview]]
+    file: Path, records: Sequence[RecordShape], metadata: Mapping[str, str], chunks: Iterator[memoryview]
 ) -> None:
     """Write a packed file beside ``file``, bring it to the disk, and rename it.
 
-    ``chunks``: the bytes of each record in turn, in the order of its tensors. Raises StorageError where the disk is
-    full or fails; then, as after any other error, nothing of the file is left.
+    ``chunks``: the bytes of one record after another, in the order of their tensors; no chunk is part of two, and what
+    comes after the last record is not asked for. Raises StorageError where the disk is full or fails; then, as after
+    any other error, nothing of the file is left.
     """
     beside = file.with_name(file.name + ".unfinished")
     checksums: dict[str, str] = {}
     try:
         with open(beside, "wb") as stream:
             stream.write(bytes(len(_header(records, metadata, {}))))  # written last: without it the file is none
-            for record, pieces in zip(records, chunks, strict=True):
+            for record in records:
                 digest, written = new_checksum(), 0
-                for piece in pieces:
+                while written < record.nbytes:
+                    piece = next(chunks)
                     stream.write(piece)
                     digest.update(piece)
                     written += piece.nbytes
@@ -74,6 +76,7 @@ def write_file(
             stream.write(_header(records, metadata, checksums))
             stream.flush()
             os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the cache is for what is read next
         os.replace(beside, file)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,11 @@ class Reader(ABC):
         them, nothing is known of the buffers."""
         for request, buffer in zip(requests, buffers, strict=True):
             self.read(request, buffer)
+
+    def repair(self, request: Request, buffer: memoryview, check: Callable[[Path], None]) -> None:
+        """Read what turned out to be wrong from another copy of its file, until ``check``, called with the name of the
+        copy, raises no StorageError. Raises what it raised where there is no other copy."""
+        check(request.extent.file)
 
     def troubles(self) -> list[str]:
         """What went wrong so far and was got round, in words."""
@@ -221,7 +226,8 @@ def read_rows(tensor: TensorInfo, rows: Iterable[int]) -> bytes:
 
 
 def read_pieces(tensor: TensorInfo) -> Iterator[memoryview]:
-    """The bytes of a tensor from its first to its last, at most PIECE at a time, through the page cache."""
+    """The bytes of a tensor from its first to its last, at most PIECE at a time, through the page cache, which does not
+    keep them."""
     extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
     at = tensor.offset
     try:
@@ -234,6 +240,7 @@ def read_pieces(tensor: TensorInfo) -> Iterator[memoryview]:
                     raise failure(
                         Request(extent, at, extent.stop), at + got, f"expected {len(piece)} bytes, found {got}"
                     )
+                os.posix_fadvise(stream.fileno(), at, got, os.POSIX_FADV_DONTNEED)
                 yield memoryview(piece)
                 at += got
     except OSError as error:

@@ -34,7 +34,7 @@ DESCRIPTION = "tierlm.json"  # what was packed, and how
 INDEX = "model.safetensors.index.json"
 SLICE_VALUES = 2**18  # of a matrix that are converted at a time: what that takes stays in the processor's cache
 SLICE_ROWS = 128  # a slice is of a multiple of these: the scales of no layout span more
-AHEAD = 2  # matrices, or pieces of them, that are read before they are converted, and made before they are written
+AHEAD = 4  # matrices, or pieces of them, that are read before they are converted, and made before they are written
 SPARE = 64 * 2**20  # bytes that are left free on the disk
 
 Progress = Callable[[int, int], None]
@@ -224,10 +224,8 @@ def _check_room(folder: Path, out: Path, needed: int) -> None:
 def _read(tensor: TensorInfo) -> Tensor:
     """A tensor, in memory of its own."""
     data = torch.empty(tensor.nbytes, dtype=torch.uint8)
-    at = 0
-    for piece in read_pieces(tensor):
-        data[at : at + len(piece)] = torch.frombuffer(piece, dtype=torch.uint8)
-        at += len(piece)
+    for _ in read_pieces(tensor, data.numpy().data):
+        pass
     return view(data, Place(0, tensor.nbytes, tensor.dtype, tensor.shape))
 
 

@@ -225,23 +225,25 @@ def read_rows(tensor: TensorInfo, rows: Iterable[int]) -> bytes:
     return b"".join(found[row] for row in rows)
 
 
-def read_pieces(tensor: TensorInfo) -> Iterator[memoryview]:
+def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[memoryview]:
     """The bytes of a tensor from its first to its last, at most PIECE at a time, through the page cache, which does not
-    keep them."""
+    keep them. ``into``: memory for all of them; else each piece has its own."""
     extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
     at = tensor.offset
     try:
         with open(tensor.file, "rb") as stream:
             stream.seek(at)
             while at < extent.stop:
-                piece = bytearray(min(PIECE, extent.stop - at))
+                size = min(PIECE, extent.stop - at)
+                done = at - extent.start
+                piece = memoryview(bytearray(size)) if into is None else into[done : done + size]
                 got = stream.readinto(piece)
                 if got < len(piece):
                     raise failure(
                         Request(extent, at, extent.stop), at + got, f"expected {len(piece)} bytes, found {got}"
                     )
                 os.posix_fadvise(stream.fileno(), at, got, os.POSIX_FADV_DONTNEED)
-                yield memoryview(piece)
+                yield piece
                 at += got
     except OSError as error:
         raise failure(Request(extent, at, extent.stop), at, error.strerror or str(error)) from error

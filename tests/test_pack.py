@@ -7,9 +7,12 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,10 +29,12 @@ from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.packing import pack_model
 from tierlm.spec import ExpertKey, Key, TrunkKey
 from tierlm.weights import packed
-from tierlm.weights.checkpoint import ALIGNMENT, ITEM_SIZE, read_header
+from tierlm.weights.ahead import ahead
+from tierlm.weights.checkpoint import ALIGNMENT, ITEM_SIZE, TensorInfo, read_header
 from tierlm.weights.formats import DTYPES, MAKERS, Weights, weights_of
 from tierlm.weights.layouts import LAYOUTS, layout_of
 from tierlm.weights.packed import PADDING, RecordShape, in_file_order, read_seals, write_file
+from tierlm.weights.reader import read_pieces
 from tierlm.weights.verify import damage
 
 RAM = Budget("8GiB")
@@ -169,6 +174,21 @@ def test_fp8_is_kept_and_becomes_others_by_way_of_float32(
             assert made[role].shape == weight.shape
 
 
+def test_the_config_speaks_of_float8_where_all_of_it_was_kept(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
+    source = tmp_path / "fp8"
+    pack_model(toy_v3[0], source, experts="fp8", trunk="fp8")
+    config = json.loads((source / "config.json").read_text())
+    stated = json.dumps({**config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}})
+    (source / "config.json").write_text(stated)
+    for experts, trunk, expected in (("keep", "fp8", stated), ("keep", "bf16", None), ("int4", "keep", None)):
+        out = tmp_path / f"{experts}-{trunk}"
+        pack_model(source, out, experts=experts, trunk=trunk)
+        found = (out / "config.json").read_text()
+        assert found == expected if expected else json.loads(found) == config
+        assert Catalog(out).spec == Catalog(source).spec
+    assert (source / "config.json").read_text() == stated
+
+
 SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 RECORDS = st.lists(st.lists(st.tuples(st.sampled_from(sorted(ITEM_SIZE)), SHAPES), max_size=4), max_size=5)
 
@@ -183,7 +203,7 @@ def test_any_records_make_a_file_that_is_valid_and_sealed(tmp_path_factory: Any,
         for i, tensors in enumerate(records)
     ]
     data = [random.randbytes(shape.nbytes) for shape in shapes]
-    write_file(file, shapes, {"note": "x"}, ([memoryview(each)] for each in data))
+    write_file(file, shapes, {"note": "x"}, (memoryview(each) for each in data))
     assert file.stat().st_size == packed.file_size(shapes, {"note": "x"})
     header = read_header(file)
     seals = {seal.name: seal for seal in read_seals(file, header).values() if seal.nbytes}
@@ -213,21 +233,24 @@ from tierlm.weights import pack
 torch.set_num_threads(1)
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 random.seed(5)
-real = pack.PackedRecord.chunks
+real = pack.write_file
 for _ in range(10):
     left = random.randrange(1, 60)
 
-    def chunks(record):
+    def counted(chunks):
         global left
-        for chunk in real(record):
+        for chunk in chunks:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
             yield chunk
 
+    def write_file(file, records, metadata, chunks):
+        real(file, records, metadata, counted(chunks))
+
     child = os.fork()
     if child == 0:
-        pack.PackedRecord.chunks = chunks
+        pack.write_file = write_file
         pack_model(source, out, experts="bf16", trunk="keep")
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -323,7 +346,64 @@ def test_too_little_room_is_told_before_anything_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 65 * 2**20}))
     with pytest.raises(StorageError, match=r"out: needs .* its disk has 65\.00 MiB free"):
         pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
-    assert not list(tmp_path.rglob("*.safetensors*"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_read_is_named_and_what_is_finished_is_kept(
+    kept: Path, toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is of a stage that works ahead of the writing."""
+    real = read_pieces
+
+    def failing(tensor: TensorInfo) -> Iterator[memoryview]:
+        if tensor.name == "model.layers.2.mlp.experts.3.up_proj.weight":
+            raise StorageError("made to fail")
+        return real(tensor)
+
+    monkeypatch.setattr("tierlm.weights.pack.read_pieces", failing)
+    with pytest.raises(StorageError, match="made to fail"):
+        pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
+    finished = sorted(file.name for file in (tmp_path / "out.unfinished").glob("*.safetensors*"))
+    assert finished == [
+        "embedding.safetensors",
+        "gates.safetensors",
+        "layer-00000.safetensors",
+        "layer-00001.safetensors",
+    ]
+    monkeypatch.undo()
+    pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
+    assert contents(tmp_path / "out") == contents(kept)
+
+
+@given(st.integers(0, 8), st.integers(1, 4), st.integers(0, 9), st.booleans())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_what_is_made_ahead_is_the_same_and_never_more_than_that(
+    count: int, limit: int, asked: int, fails: bool
+) -> None:
+    made: list[int] = []
+    closed: list[bool] = []
+
+    def items() -> Generator[int, None, None]:
+        try:
+            for i in range(count):
+                made.append(i)
+                yield i
+            if fails:
+                raise ValueError("made to fail")
+        finally:
+            closed.append(True)
+
+    found: list[int] = []
+    with closing(ahead(items(), limit)) as stream, suppress(ValueError):
+        for _ in range(asked):
+            found += islice(stream, 1)
+            assert len(made) <= len(found) + limit
+        if asked <= count:
+            assert found == list(range(asked))
+        else:
+            assert not fails and found == list(range(count))
+    assert found == list(range(min(asked, count)))
+    assert closed == [True] * bool(asked)
 
 
 def test_what_exists_is_never_written_to(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
@@ -390,6 +470,32 @@ def test_one_flipped_byte_is_named_by_verify_and_by_run(where: float, copy: Path
             assert f"offset {seal.offset}: expected xxh3_64 {seal.checksum}, found " in str(error)
         flip(seal.file, seal.offset + int(where * (seal.nbytes - 1)))
         assert llm.logits(ids).isfinite().all()  # a record that failed is read again
+
+
+def test_a_damaged_copy_is_named_and_another_one_is_read(copy: Path, tmp_path: Path, ids: list[int]) -> None:
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    for file in copy.glob("*.safetensors"):
+        shutil.copy(file, mirror)
+    seal = Catalog(copy).record(DAMAGED).seal
+    assert seal is not None
+    options = {"heat": False, "predictor": "none", "mirrors": (str(mirror),), **TIGHT}
+    with LLM.load(copy, budget=RAM, **options) as llm:
+        expected = llm.logits(ids)
+    for damaged in (seal.file, mirror / seal.file.name):
+        flip(damaged, seal.offset)
+        with LLM.load(copy, budget=RAM, **options) as llm:
+            for _ in range(3):  # whichever of the two is read
+                assert torch.equal(llm.logits(ids), expected)
+            failed = [note for note in llm.stats().notes if "a copy failed" in note]
+            assert all(f"{damaged}: expert 5 of layer 2" in note for note in failed)
+            assert failed or damaged != seal.file  # of two on one disk, the first is read
+        flip(damaged, seal.offset)
+    flip(seal.file, seal.offset)
+    flip(mirror / seal.file.name, seal.offset)
+    with LLM.load(copy, budget=RAM, **options) as llm, pytest.raises(StorageError) as raised:
+        llm.logits(ids)
+    assert all(f"{folder / seal.file.name}: expert 5 of layer 2" in str(raised.value) for folder in (copy, mirror))
 
 
 def test_damage_to_a_trunk_and_to_the_gates_stops_the_start(copy: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tierlm.errors import StorageError
 from tierlm.memory.slots import Entry, Slot
@@ -48,12 +49,20 @@ class Disk:
         record = self.records(key)
         requests = [part for extent in record.extents for part in split(extent, self.request_bytes)]
         jobs = [self._job(request, slot, str(tuple(key))) for request in requests]
-        check = None if record.seal is None or key in self._checked else self._check(key, record.seal, slot)
+        check = None if record.seal is None or key in self._checked else self._check(key, record, record.seal, slot)
         return self.transfer.submit(jobs, priority=priority, last=check), None
 
-    def _check(self, key: Key, seal: Seal, slot: Slot) -> Job:
+    def _check(self, key: Key, record: Record, seal: Seal, slot: Slot) -> Job:
+        def check(file: Path) -> None:
+            replace(seal, file=file).check(checksum(slot.buffer[: seal.nbytes].numpy().data))
+
         def run() -> None:
-            seal.check(checksum(slot.buffer[: seal.nbytes].numpy().data))
+            try:
+                check(seal.file)
+            except StorageError:
+                extent = record.extents[0]
+                request = Request(extent, extent.lo, extent.hi)
+                self.reader.repair(request, _buffer(request, slot), check)
             self._checked.add(key)
 
         def stalled(why: str) -> Exception:

@@ -1,4 +1,4 @@
-"""Threads that move bytes. The only file with threads; demands go first, then guesses, then the background."""
+"""Threads that move bytes. The only file of a run with threads; demands go first, then guesses, then the background."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,16 @@ def pack_model(folder: Path, out: Path, *, experts: str, trunk: str, progress: P
     if folder.resolve() in out.resolve().parents:
         raise UsageError(f"{out}: lies in the folder of the model, in which nothing is written; choose another")
     catalog = Catalog(folder)
-    beside = sorted({file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()})
-    pack(records_of(catalog, experts, trunk), beside, out, describe(catalog, experts, trunk), progress)
+    files = records_of(catalog, experts, trunk)
+    beside = {
+        file.name: file.read_bytes() for pattern in BESIDE for file in sorted(folder.glob(pattern)) if file.is_file()
+    }
+    config = json.loads(beside["config.json"])
+    packings = (packing for records in files.values() for record in records for packing in record.packings)
+    if "quantization_config" in config and any(packing.target != packing.weight.layout for packing in packings):
+        del config["quantization_config"]  # it speaks of a layout that not all weights have any more
+        beside["config.json"] = json.dumps(config, indent=2).encode()
+    pack(files, beside, out, describe(catalog, experts, trunk), progress)
 
 
 def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[PackedRecord]]:

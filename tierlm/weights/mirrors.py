@@ -61,6 +61,13 @@ class MirrorReader(Reader):
 
         self._from_a_copy(requests[0].extent.file, sum(map(len, buffers)), read)
 
+    def repair(self, request: Request, buffer: memoryview, check: Callable[[Path], None]) -> None:
+        def read(copy: Copy) -> None:
+            copy.volume.reader.read(_of(copy.file, request), buffer)
+            check(copy.file)
+
+        self._from_a_copy(request.extent.file, len(buffer), read)
+
     def _from_a_copy(self, file: Path, nbytes: int, read: Callable[[Copy], None]) -> None:
         """Read ``nbytes`` from the best copy of ``file``, or the next best. Raises StorageError when none is left."""
         left, errors = list(self._copies[file]), list[StorageError]()

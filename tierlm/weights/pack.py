@@ -1,7 +1,7 @@
 """Packing: weights as they are stored, in; a folder of packed files, out, whole or not at all.
 
 Everything is written into a folder beside the one that was asked for, which gets its name at the end. A file that has
-its own name there is finished; one in which a pack was killed is written again. One record at a time is in memory.
+its own name there is finished; one in which a pack was killed is written again. A few matrices at a time are in memory.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tierlm.config import format_size
 from tierlm.errors import StorageError, UsageError
-from tierlm.files import write_whole
+from tierlm.files import whole, write_whole
 from tierlm.kernels import Weight, widen
+from tierlm.weights.ahead import ahead
 from tierlm.weights.checkpoint import Place, TensorInfo
 from tierlm.weights.formats import MAKERS, view
 from tierlm.weights.layouts import Layout, StoredWeight
@@ -33,6 +34,7 @@ DESCRIPTION = "tierlm.json"  # what was packed, and how
 INDEX = "model.safetensors.index.json"
 SLICE_VALUES = 2**18  # of a matrix that are converted at a time: what that takes stays in the processor's cache
 SLICE_ROWS = 128  # a slice is of a multiple of these: the scales of no layout span more
+AHEAD = 4  # matrices, or pieces of them, that are read before they are converted, and made before they are written
 SPARE = 64 * 2**20  # bytes that are left free on the disk
 
 Progress = Callable[[int, int], None]
@@ -48,18 +50,27 @@ class Packing:
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {self.weight.name + ending: part for ending, part in self.target.parts(self.weight.shape).items()}
 
-    def convert(self) -> dict[str, memoryview]:
-        """The bytes of its tensors by name, by way of float32."""
-        source, shape = self.weight, self.weight.shape
-        data, *scales = [_read(part) for part in source.parts.values()]
+    def convert(self, parts: Sequence[Tensor]) -> dict[str, memoryview]:
+        """The bytes of its tensors by name, made from the weight's own ``parts`` by way of float32."""
+        shape = self.weight.shape
+        data, *scales = parts
         stored = Weight(data, scales[0] if scales else None, (shape[0], shape[1]))
         step = max(SLICE_ROWS, SLICE_VALUES // shape[1] // SLICE_ROWS * SLICE_ROWS)
         edges = [(at, min(at + step, shape[0])) for at in range(0, shape[0], step)]
         made = [MAKERS[self.target.name](widen(stored, *rows)) for rows in edges]
-        parts = [torch.cat([weight.data for weight in made])]
+        found = [torch.cat([weight.data for weight in made])]
         if made[0].scale is not None:
-            parts.append(torch.cat([weight.scale for weight in made if weight.scale is not None]))
-        return {name: _bytes(part) for name, part in zip(self.tensors(), parts, strict=True)}
+            found.append(torch.cat([weight.scale for weight in made if weight.scale is not None]))
+        return {name: _bytes(part) for name, part in zip(self.tensors(), found, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The tensor ``name`` of a weight that is converted; ``parts``: what that is made from, at the weight's first."""
+
+    name: str
+    packing: Packing
+    parts: Sequence[Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +86,51 @@ class PackedRecord:
             tensors |= packing.tensors()
         return RecordShape(self.name, in_file_order(tensors))
 
-    def chunks(self) -> Iterator[memoryview]:
-        """The record's bytes. What keeps its layout passes through as it is; the rest is converted when it comes."""
-        kept: dict[str, TensorInfo] = {}
-        owner: dict[str, Packing] = {}
-        for packing in self.packings:
-            owner |= dict.fromkeys(packing.tensors(), packing)
-            if packing.target == packing.weight.layout:
-                kept |= {packing.weight.name + ending: part for ending, part in packing.weight.parts.items()}
-        converted: dict[str, memoryview] = {}
+    def read(self) -> Iterator[memoryview | Wanted]:
+        """The record's tensors in the order of the file: the bytes of what keeps its layout, and what the rest is to
+        be made from."""
+        owner = {name: packing for packing in self.packings for name in packing.tensors()}
+        begun: set[str] = set()
         for name in self.shape().tensors:
-            if name in kept:
-                yield from read_pieces(kept[name])
+            packing = owner[name]
+            weight = packing.weight
+            if packing.target == weight.layout:
+                yield from read_pieces(weight.parts[name.removeprefix(weight.name)])
                 continue
-            if name not in converted:
-                converted |= owner[name].convert()
-            yield converted.pop(name)
+            parts = None if weight.name in begun else [_read(part) for part in weight.parts.values()]
+            begun.add(weight.name)
+            yield Wanted(name, packing, parts)
+
+
+def read_records(records: Iterable[PackedRecord]) -> Generator[memoryview | Wanted, None, None]:
+    """All there is to read, in the order in which it is written."""
+    for record in records:
+        yield from record.read()
+
+
+def converted(items: Generator[memoryview | Wanted, None, None]) -> Generator[memoryview, None, None]:
+    """The bytes to be written: ``items``, with what is wanted made."""
+    made: dict[str, memoryview] = {}
+    with closing(items):
+        for item in items:
+            if isinstance(item, memoryview):
+                yield item
+                continue
+            if item.parts is not None:
+                made |= item.packing.convert(item.parts)
+            yield made.pop(item.name)
 
 
 def pack(
     files: Mapping[str, Sequence[PackedRecord]],
-    beside: Sequence[Path],
+    beside: Mapping[str, bytes],
     out: Path,
     description: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> None:
-    """Write ``files`` (name -> records) into the new folder ``out``, with copies of the files ``beside``.
+    """Write ``files`` (name -> records) into the new folder ``out``, and ``beside`` them other files' contents.
+
+    Reading, converting and writing go on side by side.
 
     ``description``: of what is "packed" and of its "source"; a pack that was interrupted goes on where it has the same.
     ``progress`` is called with the bytes written so far, and in total. Raises UsageError, StorageError.
@@ -116,25 +146,28 @@ def pack(
         sizes = {name: file_size(each, metadata) for name, each in shapes.items()}
         done = sum(size for name, size in sizes.items() if (folder / name).exists())
         total = sum(sizes.values())
-        _check_room(folder, out, total - done + sum(file.stat().st_size for file in beside))
-        for name, records in files.items():
-            if (folder / name).exists():
-                continue
+        _check_room(folder, out, total - done + sum(map(len, beside.values())))
+        missing = [name for name in files if not (folder / name).exists()]
 
-            def chunks(records: Sequence[PackedRecord] = records, shapes: Any = shapes[name]) -> Iterator[Any]:
-                nonlocal done
-                for record, shape in zip(records, shapes, strict=True):
-                    yield record.chunks()
-                    done += shape.nbytes
-                    if progress is not None:
-                        progress(done, total)
+        def counted(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+            nonlocal done
+            for chunk in chunks:
+                yield chunk
+                done += chunk.nbytes
+                if progress is not None:
+                    progress(done, total)
 
-            write_file(folder / name, shapes[name], metadata, chunks())
+        reads = ahead(read_records(record for name in missing for record in files[name]), AHEAD)
+        with closing(ahead(converted(reads), AHEAD)) as chunks:
+            stream = counted(chunks)
+            for name in missing:
+                write_file(folder / name, shapes[name], metadata, stream)
         weight_map = {tensor: name for name, each in shapes.items() for shape in each for tensor in shape.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         try:
-            for file in beside:
-                shutil.copyfile(file, folder / file.name)
+            for name, content in beside.items():
+                with whole(folder / name) as file:
+                    file.write(content)
             write_whole(folder / INDEX, json.dumps(index, indent=1))
             os.rename(folder, out)
         except OSError as error:
@@ -162,7 +195,14 @@ def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
                 )
         else:
             write_whole(note, text)
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if not any(folder.glob("*.safetensors")):  # there is nothing to go on with
+                note.unlink()
+                with suppress(OSError):  # something else is in it
+                    folder.rmdir()
+            raise
     except BlockingIOError:
         raise UsageError(f"{folder}: another pack is writing to it") from None
     finally:
@@ -184,10 +224,8 @@ def _check_room(folder: Path, out: Path, needed: int) -> None:
 def _read(tensor: TensorInfo) -> Tensor:
     """A tensor, in memory of its own."""
     data = torch.empty(tensor.nbytes, dtype=torch.uint8)
-    at = 0
-    for piece in read_pieces(tensor):
-        data[at : at + len(piece)] = torch.frombuffer(piece, dtype=torch.uint8)
-        at += len(piece)
+    for _ in read_pieces(tensor, data.numpy().data):
+        pass
     return view(data, Place(0, tensor.nbytes, tensor.dtype, tensor.shape))
 
 

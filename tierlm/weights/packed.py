@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tierlm.errors import CheckpointError, StorageError
 from tierlm.weights.checkpoint import ALIGNMENT, ITEM_SIZE, MAX_HEADER, Header
@@ -24,6 +24,7 @@ from tierlm.weights.layouts import Shape
 VERSION = "1"
 PADDING = "tierlm.padding."
 RECORDS = "tierlm.records"
+FLUSH = 32 * 2**20  # bytes after which the disk is given what was written: it works while more is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +50,37 @@ def file_size(records: Sequence[RecordShape], metadata: Mapping[str, str]) -> in
 
 
 def write_file(
-    file: Path, records: Sequence[RecordShape], metadata: Mapping[str, str], chunks: Iterable[Iterable[memoryview]]
+    file: Path, records: Sequence[RecordShape], metadata: Mapping[str, str], chunks: Iterator[memoryview]
 ) -> None:
     """Write a packed file beside ``file``, bring it to the disk, and rename it.
 
-    ``chunks``: the bytes of each record in turn, in the order of its tensors. Raises StorageError where the disk is
-    full or fails; then, as after any other error, nothing of the file is left.
+    ``chunks``: the bytes of one record after another, in the order of their tensors; no chunk is part of two, and what
+    comes after the last record is not asked for. Raises StorageError where the disk is full or fails; then, as after
+    any other error, nothing of the file is left.
     """
     beside = file.with_name(file.name + ".unfinished")
     checksums: dict[str, str] = {}
     try:
         with open(beside, "wb") as stream:
             stream.write(bytes(len(_header(records, metadata, {}))))  # written last: without it the file is none
-            for record, pieces in zip(records, chunks, strict=True):
+            waiting = 0
+            for record in records:
                 digest, written = new_checksum(), 0
-                for piece in pieces:
+                while written < record.nbytes:
+                    piece = next(chunks)
                     stream.write(piece)
                     digest.update(piece)
                     written += piece.nbytes
+                    waiting += piece.nbytes
+                    if waiting >= FLUSH:
+                        _flush(stream)
+                        waiting = 0
                 assert written == record.nbytes, (record.name, written, record.nbytes)
                 stream.write(bytes(_aligned(written) - written))
                 checksums[record.name] = digest.hexdigest()
             stream.seek(0)
             stream.write(_header(records, metadata, checksums))
-            stream.flush()
-            os.fsync(stream.fileno())
+            _flush(stream)
         os.replace(beside, file)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -85,6 +92,13 @@ def write_file(
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def _flush(stream: BinaryIO) -> None:
+    """Bring what was written to the disk, and out of the page cache, which is for what is read next."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_seals(file: Path, header: Header) -> dict[int, Seal]:

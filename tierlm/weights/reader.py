@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,11 @@ class Reader(ABC):
         them, nothing is known of the buffers."""
         for request, buffer in zip(requests, buffers, strict=True):
             self.read(request, buffer)
+
+    def repair(self, request: Request, buffer: memoryview, check: Callable[[Path], None]) -> None:
+        """Read what turned out to be wrong from another copy of its file, until ``check``, called with the name of the
+        copy, raises no StorageError. Raises what it raised where there is no other copy."""
+        check(request.extent.file)
 
     def troubles(self) -> list[str]:
         """What went wrong so far and was got round, in words."""
@@ -220,21 +225,25 @@ def read_rows(tensor: TensorInfo, rows: Iterable[int]) -> bytes:
     return b"".join(found[row] for row in rows)
 
 
-def read_pieces(tensor: TensorInfo) -> Iterator[memoryview]:
-    """The bytes of a tensor from its first to its last, at most PIECE at a time, through the page cache."""
+def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[memoryview]:
+    """The bytes of a tensor from its first to its last, at most PIECE at a time, through the page cache, which does not
+    keep them. ``into``: memory for all of them; else each piece has its own."""
     extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
     at = tensor.offset
     try:
         with open(tensor.file, "rb") as stream:
             stream.seek(at)
             while at < extent.stop:
-                piece = bytearray(min(PIECE, extent.stop - at))
+                size = min(PIECE, extent.stop - at)
+                done = at - extent.start
+                piece = memoryview(bytearray(size)) if into is None else into[done : done + size]
                 got = stream.readinto(piece)
                 if got < len(piece):
                     raise failure(
                         Request(extent, at, extent.stop), at + got, f"expected {len(piece)} bytes, found {got}"
                     )
-                yield memoryview(piece)
+                os.posix_fadvise(stream.fileno(), at, got, os.POSIX_FADV_DONTNEED)
+                yield piece
                 at += got
     except OSError as error:
         raise failure(Request(extent, at, extent.stop), at, error.strerror or str(error)) from error

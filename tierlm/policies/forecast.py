@@ -61,7 +61,8 @@ class Forecast(Policy):
     def forecast(self, layer: int, chances: Floats) -> None:
         """``chances``: [experts], above 0, of use at the next turn of ``layer``."""
         ahead = (layer - self.layer - 1) % self.setting.layers + 1
-        self._sort(layer, np.log(chances) / -LOSS, self.token + (self.layer + ahead) / self.setting.layers)
+        waits = (np.log(chances) / -LOSS).astype(np.float32, copy=False)
+        self._sort(layer, waits, self.token + (self.layer + ahead) / self.setting.layers)
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         index = _index(key)

@@ -185,6 +185,12 @@ def test_prompts_that_mean_nothing(toy_v3: tuple[Path, Any]) -> None:
         assert llm.generate([5, 6], TEN)[0].prompt_ids == [5, 6]  # one prompt of ids needs no list around it
 
 
+def test_a_policy_that_was_asked_for_is_used_even_where_everything_fits(toy_v3: tuple[Path, Any]) -> None:
+    for name, slots, expected in (("default", None, "Lru"), ("default", 4, "Echo"), ("sieve", None, "Sieve")):
+        with LLM.load(toy_v3[0], budget=RAM, policy=name, ram_slots=slots) as llm:
+            assert type(llm._runtime.experts[0].policy).__name__ == expected
+
+
 def test_options_act_or_raise(toy_v3: tuple[Path, Any]) -> None:
     folder = toy_v3[0]
     for options, message in [

@@ -247,8 +247,10 @@ class Runtime:
         size = max((self.catalog.size(key) for key in self.catalog.experts()), default=0)
         slots = _cut(allocate(plan.expert_slots * size, device), [size] * plan.expert_slots)
         everything = plan.expert_slots >= len(self.catalog.experts())
-        chosen = "lru" if everything else self.options.policy  # where nothing has to leave, nothing need be learnt
-        policy = make_policy(chosen, Setting(self.catalog.spec.layers, plan.expert_slots, self.catalog.size))
+        policy_name = self.options.policy
+        if everything and policy_name == "default":  # nothing has to leave, so nothing need be learnt
+            policy_name = "lru"
+        policy = make_policy(policy_name, Setting(self.catalog.spec.layers, plan.expert_slots, self.catalog.size))
         return Tier(name, slots, source, self.transfer, policy, self.catalog.size)
 
     def _trunk_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:

@@ -2,7 +2,19 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-KERNELS = Path("tierlm/kernels")
+
+def library(folder: str, *flags: str) -> Extension:
+    """Of a folder's C++, to be called through ctypes. Without a compiler the package installs and works without it."""
+    return Extension(
+        f"{folder.replace('/', '.')}._native",
+        sorted(str(file) for file in Path(folder).glob("*.cpp")),
+        depends=sorted(str(file) for file in Path(folder).glob("*.h")),
+        extra_compile_args=["-O3", "-std=c++17", *flags],
+        extra_link_args=[flag for flag in flags if flag == "-fopenmp"],
+        language="c++",
+        optional=True,
+    )
+
 
 setup(
     name="tierlm",
@@ -39,16 +51,8 @@ setup(
         "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil", "zstandard>=0.22"],
     },
     ext_modules=[
-        # A plain shared library, called through ctypes. Without a compiler the package installs and works without it.
-        Extension(
-            "tierlm.kernels._native",
-            sorted(str(file) for file in KERNELS.glob("*.cpp")),
-            depends=sorted(str(file) for file in KERNELS.glob("*.h")),
-            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"],
-            extra_link_args=["-fopenmp"],
-            language="c++",
-            optional=True,
-        )
+        library("tierlm/kernels", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"),
+        library("tierlm/analysis/compiled", "-ffp-contract=off"),
     ],
     entry_points={"console_scripts": ["tierlm = tierlm.cli:main"]},
     classifiers=[

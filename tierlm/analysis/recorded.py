@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tierlm.analysis.cost import Work
 from tierlm.analysis.replay import open_policy, replay
-from tierlm.analysis.trace import Step, Trace
+from tierlm.analysis.trace import Trace
 from tierlm.errors import TraceError
 from tierlm.policies import DEFAULT
 
@@ -21,9 +21,9 @@ class RecordedHits:
     def __init__(self, trace: Trace):
         self._trace = trace.part(0, TOKENS)
         self._found: dict[int, float] = {}
-        kinds = [step.prefill for step in self._trace.passes()]
-        self._first = len(kinds) // 2
-        if all(kinds[self._first :]):
+        self._counted = ~self._trace.demands.prefill
+        self._counted[: len(self._counted) // 2] = False
+        if not self._counted.any():
             raise TraceError("expected decode steps in the second half of the trace, found a prefill alone")
 
     def rate(self, share: float) -> float:
@@ -32,7 +32,7 @@ class RecordedHits:
         slots = min(trace.records, max(trace.experts.shape[2], round(share * trace.records)))
         if slots not in self._found:
             policy = open_policy(DEFAULT, trace, slots)
-            self._found[slots] = replay(trace, policy, slots, counts=self._counts).hit_rate
+            self._found[slots] = replay(trace, policy, slots, self._counted).hit_rate
         return self._found[slots]
 
     def describe(self, work: Work) -> str:
@@ -46,6 +46,3 @@ class RecordedHits:
         return (
             f"{said}; another model's, {layers} layers with {chosen} of {experts} experts, at the same share of slots"
         )
-
-    def _counts(self, number: int, step: Step) -> bool:
-        return number >= self._first and not step.prefill

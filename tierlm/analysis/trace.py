@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,8 @@ import numpy.typing as npt
 from tierlm.errors import TraceError
 
 MAX_EXPERTS = 4096  # of a layer, about ten times what any model has: a larger id is taken for a broken one
-BLOCK = 4096  # tokens that are turned into lists at a time
+BLOCK = 4096  # tokens that are looked at at a time
+MARKS = 2**22  # steps x records, likewise
 
 Ids = npt.NDArray[np.int16]
 
@@ -23,6 +26,27 @@ class Step(NamedTuple):
     prefill: bool
     tokens: int
     needed: list[list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Demands:
+    """What S steps of L MoE layers need. ``ids``: int32 [n], records as MoE layer x experts + expert, layer by layer of
+    each step, each once there, ascending; ``ends``: int64 [S, L], where those of a layer end; of a step, ``prefill``:
+    bool [S], and ``tokens``: int64 [S]."""
+
+    ids: npt.NDArray[np.int32]
+    ends: npt.NDArray[np.int64]
+    prefill: npt.NDArray[np.bool_]
+    tokens: npt.NDArray[np.int64]
+
+    @property
+    def layers(self) -> int:
+        return int(self.ends.shape[1])
+
+    @cached_property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """[S, L] records that a layer of a step needs."""
+        return np.diff(self.ends.ravel(), prepend=0).reshape(self.ends.shape)
 
 
 @dataclass(frozen=True)
@@ -105,32 +129,50 @@ class Trace:
         return replace(self, **{name: part[start:stop] for name, part in parts.items() if part is not None})
 
     def passes(self) -> Iterator[Step]:
-        """Its steps in order. A block of tokens at a time becomes lists, so that memory stays bounded."""
-        first = end = 0
-        lists: list[list[list[int]]] = []
-        padded = False
-        for start, stop in self.bounds():
-            if stop - start > 1:
-                rows = self.experts[start:stop]
-                found = [np.unique(rows[:, layer]) for layer in range(self.moe_layers)]
-                yield Step(bool(self.prefill[start]), stop - start, [ids[ids >= 0].tolist() for ids in found])
-                continue
-            if start >= end:
-                first, end = start, min(len(self), start + BLOCK)
-                block = np.sort(self.experts[first:end], axis=2)
-                lists, padded = block.tolist(), bool((block < 0).any())
-            needed = lists[start - first]
-            if padded:
-                needed = [[expert for expert in ids if expert >= 0] for ids in needed]
-            yield Step(bool(self.prefill[start]), 1, needed)
+        """Its steps in order. Some at a time become lists, so that memory stays bounded."""
+        layers, bounds = self.moe_layers, self.bounds()
+        for ids, counts in self._blocks():
+            experts, ends = (ids % self.info.experts).tolist(), [0, *np.cumsum(counts).tolist()]
+            for first in range(0, len(counts), layers):
+                start, stop = next(bounds)
+                needed = [experts[a:b] for a, b in pairwise(ends[first : first + layers + 1])]
+                yield Step(bool(self.prefill[start]), stop - start, needed)
 
     def bounds(self) -> Iterator[tuple[int, int]]:
         """The first token of each step, and the one behind its last."""
-        edges = np.flatnonzero(np.diff(self.steps)) + 1
-        start = 0
-        for stop in [*edges.tolist(), len(self)]:
-            yield start, stop
-            start = stop
+        return pairwise(self._edges.tolist())
+
+    @cached_property
+    def demands(self) -> Demands:
+        """All that its steps need, at once: some 4 bytes a demand."""
+        ids, counts = zip(*self._blocks(), strict=True)
+        ends = np.cumsum(np.concatenate(counts), dtype=np.int64)
+        prefill, tokens = self.prefill[self._edges[:-1]], np.diff(self._edges)
+        return Demands(np.concatenate(ids), ends.reshape(-1, self.moe_layers), prefill, tokens)
+
+    @cached_property
+    def _edges(self) -> npt.NDArray[np.intp]:
+        """[S + 1] the first token of each step, and the end."""
+        return np.concatenate([[0], np.flatnonzero(np.diff(self.steps)) + 1, [len(self)]])
+
+    def _blocks(self) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.intp]]]:
+        """Of some steps at a time: the records that each layer of each step needs, as in Demands; and how many."""
+        edges, layers, experts = self._edges, self.moe_layers, self.info.experts
+        first = 0
+        while first < len(edges) - 1:
+            most = int(np.searchsorted(edges, edges[first] + BLOCK, "right")) - 1
+            last = max(first + 1, min(most, first + MARKS // self.records))
+            rows = self.experts[edges[first] : edges[last]]
+            step = np.repeat(np.arange(last - first), np.diff(edges[first : last + 1]))
+            marks = np.zeros((last - first) * self.records, bool)
+            places = (step[:, None, None] * layers + np.arange(layers)[:, None]) * experts + rows
+            marks[places[rows >= 0]] = True
+            found = np.flatnonzero(marks)
+            yield (
+                (found % self.records).astype(np.int32),
+                np.bincount(found // experts, minlength=(last - first) * layers),
+            )
+            first = last
 
 
 def check_ids(ids: Ids, experts: int, first: int, where: str = "token") -> None:

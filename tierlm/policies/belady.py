@@ -20,11 +20,9 @@ class Belady(Policy):
 
     def __init__(self, setting: Setting, future: Iterable[Iterable[Key]]):
         super().__init__(setting)
+        self._future: Iterable[Iterable[Key]] | None = future  # until it is needed
         self._times: dict[Key, array[int]] = {}  # of the uses
-        for time, keys in enumerate(future):
-            for key in keys:
-                self._times.setdefault(key, array("q")).append(time)
-        self._done: dict[Key, int] = dict.fromkeys(self._times, 0)  # how many of them are past
+        self._done: dict[Key, int] = {}  # how many of them are past
         self._ranking = Ranking[float]()  # - time of the next use
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
@@ -40,6 +38,11 @@ class Belady(Policy):
         return iter(self._ranking)
 
     def _note(self, key: Key, demanded: bool) -> None:
+        if self._future is not None:
+            for time, keys in enumerate(self._future):
+                for other in keys:
+                    self._times.setdefault(other, array("q")).append(time)
+            self._future = None
         times, done = self._times.get(key, ()), self._done.get(key, 0) + demanded
         if done > len(times):
             raise ValueError(f"belady: use {done} of {key} is demanded, but the trace has {len(times)}")

@@ -22,14 +22,14 @@ class TwoQ(Policy):
 
     def __init__(self, setting: Setting, *, share: float = 0.25, ghosts: float = 0.5):
         super().__init__(setting)
-        self._limit, self._ghost_limit = int(setting.capacity * share), int(setting.capacity * ghosts)
+        self.limit, self.ghost_limit = int(setting.capacity * share), int(setting.capacity * ghosts)
         self._new, self._main, self._ghosts = Queue(), Queue(), Queue()
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         again = key in self._ghosts
         self._ghosts.pop(key, None)
         (self._main if again and demanded else self._new)[key] = None
-        _trim(self._ghosts, self._ghost_limit)
+        _trim(self._ghosts, self.ghost_limit)
 
     def on_hit(self, key: Key) -> None:
         if key in self._main:
@@ -44,7 +44,7 @@ class TwoQ(Policy):
         del (self._new if key in self._new else self._main)[key]
 
     def victims(self, incoming: Key | None = None) -> Iterator[Key]:
-        first, second = (self._new, self._main) if len(self._new) > self._limit else (self._main, self._new)
+        first, second = (self._new, self._main) if len(self._new) > self.limit else (self._main, self._new)
         yield from first
         yield from second
 
@@ -62,8 +62,8 @@ class S3Fifo(Policy):
 
     def __init__(self, setting: Setting, *, share: float = 0.1, ghosts: float = 0.9, uses: int = 2):
         super().__init__(setting)
-        self._limit, self._ghost_limit = int(setting.capacity * share), int(setting.capacity * ghosts)
-        self._uses = uses
+        self.limit, self.ghost_limit = int(setting.capacity * share), int(setting.capacity * ghosts)
+        self.uses = uses
         self._small: OrderedDict[Key, int] = OrderedDict()  # uses since the insertion
         self._main = Ring(self.LIVES)
         self._ghosts = Queue()
@@ -73,9 +73,9 @@ class S3Fifo(Policy):
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         again = key in self._ghosts
         self._ghosts.pop(key, None)
-        early = not self._full and len(self._small) >= self._limit
+        early = not self._full and len(self._small) >= self.limit
         (self._main.lives if (again and demanded) or early else self._small)[key] = 0
-        _trim(self._ghosts, self._ghost_limit)
+        _trim(self._ghosts, self.ghost_limit)
 
     def on_hit(self, key: Key) -> None:
         if key in self._small:
@@ -101,13 +101,13 @@ class S3Fifo(Policy):
     def _order(self) -> Iterator[Key]:
         crowded = self._crowded()
         if not crowded:
-            yield from (key for key, uses in self._small.items() if uses < self._uses)
+            yield from (key for key, uses in self._small.items() if uses < self.uses)
         yield from self._main
-        yield from (key for key, uses in self._small.items() if crowded or uses >= self._uses)
+        yield from (key for key, uses in self._small.items() if crowded or uses >= self.uses)
 
     def _crowded(self) -> bool:
         """Whether the main queue is beyond its share."""
-        return len(self._main.lives) > self.setting.capacity - self._limit
+        return len(self._main.lives) > self.setting.capacity - self.limit
 
     def _turn(self, key: Key) -> None:
         """Move on to the main queue what was passed in the small one, and take ``key`` out."""
@@ -115,7 +115,7 @@ class S3Fifo(Policy):
             for passed in list(self._small):
                 if passed == key:
                     break
-                if self._small[passed] >= self._uses:
+                if self._small[passed] >= self.uses:
                     del self._small[passed]
                     self._main.lives[passed] = 0
         if key in self._small:

@@ -144,6 +144,7 @@ class Clock(Policy):
 
     def __init__(self, setting: Setting, *, lives: int = 1):
         super().__init__(setting)
+        self.lives = lives
         self._ring = Ring(lives)
         self._offered: Key | None = None
 

@@ -3,6 +3,7 @@
 python bench/policies.py                                          # the demo model's trace
 python bench/policies.py --trace ../shared/traces/trace_olmoe_299.jsonl --figures /tmp/figures
 python bench/policies.py --trace one.jsonl other.npz@20000:20600     # several, and tokens of one; and their average
+python bench/policies.py --trace long.npz --predictors --policies belady lru fifo clock   # compiled: millions a second
 The cache is empty at first, and what it misses then counts. Every pair of policy and size is a job of its own process.
 The last line is JSON.
 """
@@ -25,10 +26,11 @@ from rich.table import Table
 
 from tierlm.analysis.foresight import Foresight, foresee
 from tierlm.analysis.link import Speed
-from tierlm.analysis.replay import Replayed, open_policy, replay
-from tierlm.analysis.simulate import Machine, Simulated, simulate
+from tierlm.analysis.replay import open_policy
+from tierlm.analysis.simulate import Simulated, simulate
+from tierlm.analysis.timing import Machine
 from tierlm.analysis.trace import Trace
-from tierlm.policies import POLICIES
+from tierlm.policies import DEFAULT, POLICIES
 from tierlm.policies.predictors import PREDICTORS, make_predictor
 
 DEMO = str(Path(__file__).parent / "traces" / "demo.npz")
@@ -40,24 +42,18 @@ def slots_of(trace: Trace, fraction: float) -> int:
     return max(trace.experts.shape[2], round(trace.records * fraction))
 
 
-def count(job: tuple[str, str, float]) -> tuple[Replayed, float]:
-    """Hits and misses of one policy at one size, and the seconds that took."""
-    block, name, fraction = job
-    trace = read_block(block, scores=True)
-    began = time.perf_counter()
-    slots = slots_of(trace, fraction)
-    return replay(trace, open_policy(name, trace, slots), slots), time.perf_counter() - began
-
-
-def run(job: tuple[str, str, str, float]) -> Simulated:
-    """One policy and predictor at one size on a machine: a disk of 1.4 GB/s, experts computed at 10 GB/s."""
+def run(job: tuple[str, str, str, float]) -> tuple[Simulated, float]:
+    """One policy and predictor at one size on a machine: a disk of 1.4 GB/s, experts computed at 10 GB/s. And the
+    seconds that the simulation took."""
     block, policy, predictor, fraction = job
     trace = read_block(block, scores=True)
     record = trace.info.record_bytes or RECORD
     machine = Machine(record, Speed(1.4e9, 1e-4, 8), layer_seconds=5e-4, expert_seconds=record / 10e9)
     slots = slots_of(trace, fraction)
     guesses = make_predictor(predictor, trace.experts.shape[2])
-    return simulate(trace, open_policy(policy, trace, slots), guesses, slots, machine)
+    began = time.perf_counter()
+    found = simulate(trace, open_policy(policy, trace, slots), guesses, slots, machine)
+    return found, time.perf_counter() - began
 
 
 def foretell(job: tuple[str, str]) -> list[Foresight]:
@@ -129,34 +125,34 @@ def compare(block: str, args: argparse.Namespace, pool: ProcessPoolExecutor, con
     trace = read_block(block, scores=True)
     pairs = list(product(args.policies, args.fractions))
     began = time.perf_counter()
-    counted = dict(zip(pairs, pool.map(count, [(block, *pair) for pair in pairs]), strict=True))
+    jobs = [(block, name, "none", fraction) for name, fraction in pairs]
+    counted = dict(zip(pairs, pool.map(run, jobs), strict=True))
     counting = time.perf_counter() - began
-    names = usable(trace)
+    names = usable(trace) if args.predictors is None else args.predictors
     runs = dict(zip(names, pool.map(run, [(block, "default", name, 0.25) for name in names]), strict=True))
     foresights = dict(zip(names, pool.map(foretell, [(block, name) for name in names]), strict=True))
-    speeds = {}
-    for name in ("belady", "default", "lru"):
-        results = pool.map(run, [(block, name, "none", fraction) for fraction in args.fractions])
-        speeds[name] = [result.tokens_per_second for result in results]
     hits = {name: [counted[name, fraction][0].hit_rate for fraction in args.fractions] for name in args.policies}
+    speeds = {name: [counted[name, f][0].tokens_per_second for f in args.fractions] for name in args.policies}
     console.print(
         f"{title(block)}: {trace.info.model}, {len(trace)} tokens, {trace.records} experts, cold start included"
     )
     show_hits(hits, args.fractions, console)
-    show_predictors(foresights, runs, console)
+    if names:
+        show_predictors(foresights, {name: result for name, (result, _) in runs.items()}, console)
     demands = sum(result.demanded for result, _ in counted.values())
     spent = sum(seconds for _, seconds in counted.values())
-    console.print(f"{len(pairs)} replays in {counting:.1f} s: {spent / demands * 1e6:.1f} us a demand and process")
+    console.print(f"{len(pairs)} replays in {counting:.1f} s: {spent / demands * 1e6:.2f} us a demand and process")
     if args.figures is not None:
         import figures
 
         folder = args.figures if len(args.trace) == 1 else args.figures / title(block).replace(" ", "-")
-        figures.draw(folder, trace, title(block), args.fractions, hits, speeds)
+        shown = {name: speeds[name] for name in ("belady", DEFAULT, "lru") if name in speeds}
+        figures.draw(folder, trace, title(block), args.fractions, hits, shown)
     report: dict[str, Any] = {"tokens": len(trace), "fractions": args.fractions, "hit_rate": hits}
     report |= {"gap_closed": {name: gap_closed(hits, name) for name in hits}, "tokens_per_second": speeds}
     report["seconds"] = {name: sum(counted[name, f][1] for f in args.fractions) for name in args.policies}
     report["predictors"] = {name: [asdict(row) for row in rows] for name, rows in foresights.items()}
-    report["runs"] = {name: result.as_json() for name, result in runs.items()}
+    report["runs"] = {name: result.as_json() for name, (result, _) in runs.items()}
     return report
 
 
@@ -165,6 +161,7 @@ def main() -> None:
     parser.add_argument("--trace", nargs="+", default=[DEMO], metavar="FILE[@START:STOP]")
     parser.add_argument("--policies", nargs="+", default=["belady", *POLICIES])
     parser.add_argument("--fractions", nargs="+", type=float, default=FRACTIONS)
+    parser.add_argument("--predictors", nargs="*", help="default: all that the trace can feed; nothing: none")
     parser.add_argument("--figures", type=Path, help="a folder for PNGs")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()

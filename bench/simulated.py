@@ -17,7 +17,8 @@ from typing import Any
 from tierlm import LLM, Budget, SamplingParams, Stats
 from tierlm.analysis.link import Speed
 from tierlm.analysis.replay import open_policy
-from tierlm.analysis.simulate import Machine, simulate
+from tierlm.analysis.simulate import simulate
+from tierlm.analysis.timing import Machine
 from tierlm.analysis.traceforms import read_trace
 from tierlm.policies.predictors import make_predictor
 

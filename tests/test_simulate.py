@@ -11,15 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_traces import traces
 
 from tierlm.analysis.foresight import foresee
 from tierlm.analysis.link import Link, Speed
 from tierlm.analysis.replay import open_policy, replay
-from tierlm.analysis.simulate import Machine, Simulated, simulate
+from tierlm.analysis.simulate import Simulated, simulate
+from tierlm.analysis.timing import Machine
 from tierlm.analysis.trace import Trace, TraceInfo
 from tierlm.analysis.tracefile import write_trace
 from tierlm.errors import UsageError
 from tierlm.policies import POLICIES
+from tierlm.policies.prediction import NoPredictor
 from tierlm.policies.predictors import PREDICTORS, make_predictor
 from tierlm.spec import ExpertKey
 
@@ -47,12 +52,43 @@ def run(
     return simulate(trace, open_policy(policy, trace, slots), make_predictor(predictor, CHOSEN), slots, machine)
 
 
+class Silent(NoPredictor):
+    """Is asked, so that each event is simulated, and says nothing."""
+
+    lookahead = 1
+
+
+def same(trace: Trace, policy: str, slots: int, machine: Machine) -> None:
+    """Working out the time from the misses gives what simulating each event does."""
+    found = simulate(trace, open_policy(policy, trace, slots), NoPredictor(CHOSEN), slots, machine).as_json()
+    expected = simulate(trace, open_policy(policy, trace, slots), Silent(CHOSEN), slots, machine).as_json()
+    for name, value in expected.items():
+        assert found[name] == (pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value), name
+
+
 @pytest.mark.parametrize("policy", [*POLICIES, "belady"])
 @pytest.mark.parametrize("slots", [3, 20])
 def test_without_guesses_it_misses_what_the_replay_misses(policy: str, slots: int, trace: Trace) -> None:
     result, counts = run(trace, policy, slots=slots), replay(trace, open_policy(policy, trace, slots), slots)
     assert (result.demanded, result.missed) == (counts.demanded, counts.missed)
     assert result.reads == result.missed and result.hit_rate == counts.hit_rate
+    same(trace, policy, slots, MACHINE)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    trace=traces(),
+    slots=st.integers(1, 50),
+    speed=st.sampled_from([2e5, 1e6, 2e7]),
+    latency=st.sampled_from([0.0, 3e-4, 1e-2]),
+    depth=st.sampled_from([1, 2, 8]),
+    computing=st.sampled_from([0.0, 1e-4, 7e-3]),
+)
+def test_the_time_without_guesses_is_that_of_its_events(
+    trace: Trace, slots: int, speed: float, latency: float, depth: int, computing: float
+) -> None:
+    """Prefills that have to wait for slots, several tokens a step, fewer slots than records, fast and slow disks."""
+    same(trace, "lru", slots, Machine(1000, Speed(speed, latency, depth), 3e-4, computing))
 
 
 def test_everything_resident_takes_the_computation_alone(trace: Trace) -> None:

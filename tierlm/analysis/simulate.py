@@ -9,27 +9,16 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from tierlm.analysis.link import Link, Speed
-from tierlm.analysis.replay import disk_places, expert_keys
+from tierlm.analysis.link import Link
+from tierlm.analysis.replay import disk_places, expert_keys, find_misses
 from tierlm.analysis.residency import Residency
+from tierlm.analysis.timing import Machine, elapsed
 from tierlm.analysis.trace import Step, Trace
 from tierlm.errors import UsageError
 from tierlm.policies.eviction import Policy
 from tierlm.policies.prediction import Predictor
 from tierlm.policies.prefetch import Prefetch
 from tierlm.spec import ExpertKey
-
-
-@dataclass(frozen=True)
-class Machine:
-    """``record_bytes``: of an expert. ``layer_seconds``: what one token computes in a layer apart from routed experts;
-    ``expert_seconds``: in one expert. ``further``: what each further token of a step costs, as a share of the first."""
-
-    record_bytes: int
-    disk: Speed
-    layer_seconds: float
-    expert_seconds: float
-    further: float = 0.5
 
 
 @dataclass
@@ -78,7 +67,24 @@ def simulate(trace: Trace, policy: Policy, predictor: Predictor, slots: int, mac
     predictor needs gates and the trace has no guesses of theirs."""
     if predictor.gates and trace.guesses is None:
         raise UsageError("this predictor asks the next layers' gates: it needs a trace recorded with --scores")
-    return _Run(trace, policy, predictor, slots, machine).run()
+    demands = trace.demands
+    at_once = demands.counts[~demands.prefill].max(initial=0) <= slots
+    if predictor.lookahead or predictor.gates or not at_once:
+        return _Run(trace, policy, predictor, slots, machine).run()
+    misses = find_misses(trace, policy, slots)
+    time, missed = elapsed(trace, misses, machine), int(misses.counts.sum())
+    return Simulated(
+        slots,
+        machine.record_bytes,
+        tokens=len(trace),
+        decoded=int(demands.tokens[~demands.prefill].sum()),
+        demanded=len(demands.ids),
+        missed=missed,
+        reads=missed,
+        seconds=time.seconds,
+        decode_seconds=time.decode,
+        stall_seconds=time.stalled,
+    )
 
 
 class _Run:
@@ -115,8 +121,7 @@ class _Run:
         tier, result, machine = self.tier, self.result, self.machine
         if self.predictor.gates:
             self._look_ahead(layer, 0, step.prefill)
-        more = 1 + (step.tokens - 1) * machine.further
-        self.now += machine.layer_seconds * more
+        self.now += machine.layer(step.tokens)
         self._settle()
         needed = step.needed[layer]
         wanted = [self._keys[layer][expert] for expert in needed]
@@ -140,8 +145,8 @@ class _Run:
         self.predictor.observe(self.trace.info.first_layer + layer, needed)
         for ahead in range(1, self.predictor.lookahead + 1):
             self._look_ahead(layer + ahead, ahead, step.prefill)
-        rows = 1.0 if step.tokens == 1 else self._pairs(layer) / max(1, len(needed))  # of an expert
-        expert = machine.expert_seconds * (1 + (rows - 1) * machine.further)
+        pairs = self._pairs(layer) if step.tokens > 1 else len(needed)
+        expert = machine.expert(step.tokens, pairs, len(needed))
         while held or missing:
             self._settle()
             ready = [key for key in held if key not in tier.loading]

@@ -15,7 +15,7 @@ from tierlm.config import Budget, SamplingParams, format_size, parse_size
 from tierlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from tierlm.analysis.simulate import Machine
+    from tierlm.analysis.timing import Machine
     from tierlm.analysis.trace import Trace
 
 RECORD_BYTES = 8 * 2**20  # where a trace does not say: an expert of DeepSeek-V2-Lite in fp8
@@ -173,7 +173,7 @@ def _machine(
     nbytes: int, bandwidth: str, latency: float, depth: int, layer_ms: float, expert_ms: float | None
 ) -> Machine:
     from tierlm.analysis.link import Speed
-    from tierlm.analysis.simulate import Machine
+    from tierlm.analysis.timing import Machine
 
     speed = parse_size(bandwidth, "disk-bandwidth")
     expert = nbytes / 10e9 if expert_ms is None else expert_ms / 1e3

@@ -16,20 +16,20 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The kernels' tests on kernels that watch their memory and their arithmetic: those that this processor chooses, then
-# those for any processor.
+# The tests of what is compiled on libraries that watch their memory and their arithmetic: with the kernels that this
+# processor chooses, then with those for any processor.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g
-KERNEL_TESTS := tests/test_kernels.py tests/test_quantised.py
+NATIVE_TESTS := tests/test_kernels.py tests/test_quantised.py tests/test_compiled.py
 
 sanitize: $(VENV)/.installed-test
 	for variant in chosen portable; do \
 		copy=build/sanitize-$$variant; rm -rf $$copy; mkdir -p $$copy; \
-		cp -r tierlm tests setup.py pyproject.toml README.md $$copy; rm -f $$copy/tierlm/kernels/*.so; \
+		cp -r tierlm tests bench setup.py pyproject.toml README.md $$copy; find $$copy -name '_native*.so' -delete; \
 		flags="$(SANITIZE)"; if [ $$variant = portable ]; then flags="$$flags -DTIERLM_PORTABLE"; fi; \
 		(cd $$copy && export PYTHONPATH=$$PWD PATH=$(abspath $(BIN)):$$PATH && \
 		CFLAGS="$$flags" CXXFLAGS="$$flags" LDFLAGS="$(SANITIZE)" python setup.py --quiet build_ext --inplace && \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 python -m pytest -p no:cacheprovider $(KERNEL_TESTS)) || exit 1; \
+		ASAN_OPTIONS=detect_leaks=0 python -m pytest -p no:cacheprovider $(NATIVE_TESTS)) || exit 1; \
 	done
 
 $(BIN)/python:

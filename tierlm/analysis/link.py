@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from tierlm.spec import ExpertKey
@@ -52,10 +53,23 @@ class Link:
 
     def run(self, until: float) -> None:
         """Begin all reads whose turn comes by ``until``."""
-        while self._begin(until):
+        demands, guesses = self._queues
+        while (demands or guesses) and self._begin(until):
             pass
 
-    def wait(self, keys: set[ExpertKey]) -> float:
+    def arrived(self, now: float) -> list[ExpertKey]:
+        """Those that have come by ``now``, each told once."""
+        self.run(now)
+        there = []
+        for key, at in self.done.items():  # one behind the other, as their bytes go
+            if at > now:
+                break
+            there.append(key)
+        for key in there:
+            del self.done[key]
+        return there
+
+    def wait(self, keys: Collection[ExpertKey]) -> float:
         """The time at which the first of ``keys``, which are on their way, is there."""
         while not (begun := [self.done[key] for key in keys if key in self.done]):
             if not self._begin(math.inf):
@@ -64,17 +78,20 @@ class Link:
 
     def _begin(self, until: float) -> bool:
         """Begin the next read, if its turn comes by ``until``."""
-        demand, guess = (next(iter(queue.items()), None) for queue in self._queues)
-        turns = []
-        if demand is not None:
-            turns.append((max(self._lanes[0], demand[1]), False, demand[0]))
-        if guess is not None:
-            turns.append((max(self._lanes[0], self._guess_lanes[0], guess[1]), True, guess[0]))
-        if not turns or min(turns)[0] > until:
+        demands, guesses = self._queues
+        lane, turn, guessed = self._lanes[0], math.inf, False
+        if demands:
+            key = next(iter(demands))
+            turn = max(lane, demands[key])
+        if guesses:
+            guess = next(iter(guesses))
+            at = max(lane, self._guess_lanes[0], guesses[guess])
+            if at < turn:
+                key, turn, guessed = guess, at, True
+        if turn > until or turn == math.inf:
             return False
-        at, guessed, key = min(turns)
         del self._queues[guessed][key]
-        self._free = self.done[key] = max(at + self.latency, self._free) + self.seconds
+        self._free = self.done[key] = max(turn + self.latency, self._free) + self.seconds
         self.begun += 1
         heapq.heapreplace(self._lanes, self._free)
         if guessed:

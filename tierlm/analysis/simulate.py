@@ -151,7 +151,7 @@ class _Run:
             self._settle()
             ready = [key for key in held if key not in tier.loading]
             if not ready:
-                there = max(self.now, self.link.wait(set(held)))
+                there = max(self.now, self.link.wait(held))
                 result.stall_seconds += there - self.now
                 self.now = there
                 continue
@@ -184,10 +184,7 @@ class _Run:
     def _settle(self) -> None:
         """Take note of what has arrived by now."""
         if self.tier.loading:
-            self.link.run(self.now)
-            for key in [key for key in self.tier.loading if self.link.done.get(key, np.inf) <= self.now]:
-                self.tier.loading.remove(key)
-                del self.link.done[key]
+            self.tier.loading.difference_update(self.link.arrived(self.now))
 
     def _turn(self, layer: int, wanted: Sequence[ExpertKey]) -> None:
         """``layer`` runs now: what was guessed about it and is not ``wanted`` has been wrong. As Store.turn."""

@@ -3,7 +3,6 @@ follows from its own hits and misses, and the same case takes the same time agai
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,20 +81,18 @@ def wait(held: int, behind: Sequence[int], machine: Machine, expert: float, sing
     were through before it got a slot. A record takes ``expert`` seconds; those that are there are computed together,
     or ``singly``, which frees slots earlier.
     """
-    link, now, stalled = Link(machine.disk, machine.record_bytes), 0.0, 0.0
+    link, now, stalled, there = Link(machine.disk, machine.record_bytes), 0.0, 0.0, held
     keys = [ExpertKey(0, number) for number in range(len(behind))]
-    through = begun = come = 0
+    through = begun = 0
     while through < held + len(keys):
         while begun < len(keys) and behind[begun] <= through:
             link.submit(keys[begun], now, guess=False)
             begun += 1
-        link.run(now)
-        while come < begun and link.done.get(keys[come], math.inf) <= now:
-            come += 1
-        if through == held + come:
-            arrival = link.wait({keys[come]})
+        there += len(link.arrived(now))
+        if through == there:
+            arrival = link.wait(keys)
             now, stalled = arrival, stalled + arrival - now
             continue
-        batch = 1 if singly else held + come - through
+        batch = 1 if singly else there - through
         now, through = now + expert * batch, through + batch
     return now, stalled

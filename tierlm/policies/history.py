@@ -71,7 +71,7 @@ class Transition(Predictor):
             pairs = self._pairs.get((earlier, layer), np.zeros((0, 0), np.float32))
             if max(*before, *chosen) >= len(pairs):
                 pairs = np.pad(pairs, (0, max(*before, *chosen) + 1 - len(pairs)))
-            pairs[np.ix_(before, chosen)] += 1
+            pairs[np.array(before)[:, None], chosen] += 1
             self._pairs[earlier, layer] = pairs
         self._recent.append((layer, chosen))
 

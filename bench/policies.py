@@ -152,7 +152,7 @@ def compare(block: str, args: argparse.Namespace, pool: ProcessPoolExecutor, con
     report |= {"gap_closed": {name: gap_closed(hits, name) for name in hits}, "tokens_per_second": speeds}
     report["seconds"] = {name: sum(counted[name, f][1] for f in args.fractions) for name in args.policies}
     report["predictors"] = {name: [asdict(row) for row in rows] for name, rows in foresights.items()}
-    report["runs"] = {name: result.as_json() for name, (result, _) in runs.items()}
+    report["runs"] = {name: result.as_json() | {"took": took} for name, (result, took) in runs.items()}
     return report
 
 

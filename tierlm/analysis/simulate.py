@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from tierlm.analysis.link import Link
 from tierlm.analysis.replay import disk_places, expert_keys, find_misses
 from tierlm.analysis.residency import Residency

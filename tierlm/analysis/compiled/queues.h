@@ -142,8 +142,8 @@ struct Arc {
 
 private:
     double adapted(int incoming) const {
-        double ones = once_count, agains = again_count;
-        if (once_ghosts.contains(incoming)) return std::min(target + std::max(agains / std::max(ones, 1.0), 1.0), double(slots));
+        double ones = once_count, agains = again_count, most = slots;
+        if (once_ghosts.contains(incoming)) return std::min(target + std::max(agains / std::max(ones, 1.0), 1.0), most);
         if (again_ghosts.contains(incoming)) return std::max(target - std::max(ones / std::max(agains, 1.0), 1.0), 0.0);
         return target;
     }

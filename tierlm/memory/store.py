@@ -172,8 +172,10 @@ class Leases:
         self._store.prefetch.layer_done(self._read, spent, self._passing)
 
     def __iter__(self) -> Iterator[list[tuple[int, Weights]]]:
-        """Batches of (expert, weights): all that are there. One at a time where they are streamed through, so that
-        each slot is free for the next read as soon as it can be."""
+        """Batches of (expert, weights): all that are there, the first time even none, since there may be other work to
+        do meanwhile. One at a time where they are streamed through, so that each slot is free for the next read as soon
+        as it can be."""
+        first = True
         while self._held or self._missing:
             self._tier.settle()
             ready = [key for key, entry in self._held.items() if entry.ticket is None]
@@ -184,14 +186,15 @@ class Leases:
                 self._missing.append(key)
                 ready.remove(key)
             self._start_missing()
-            if not ready:
+            if not ready and not first:
                 self._store.wait(list(self._held.values()))
                 self._start_missing()
-            for batch in [[key] for key in ready] if self._passing else [ready] * bool(ready):
+            for batch in [[key] for key in ready] if self._passing and ready else [ready] * (first or bool(ready)):
                 yield [(key.expert, self._weights(key)) for key in batch]
                 for key in batch:
                     self._release(key)
                 self._start_missing()
+            first = False
 
     def _weights(self, key: ExpertKey) -> Weights:
         entry = self._held[key]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tierlm.analysis.recorder import AHEAD, Recorder
-from tierlm.kernels import Weight, gated_mlp, linear
+from tierlm.kernels import Weight, linear
 from tierlm.memory.store import Store
 from tierlm.models.layers import rms_norm
 from tierlm.policies.prediction import Predictor
@@ -60,6 +60,7 @@ class MixtureOfExperts:
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
         """``hidden`` is the residual stream, ``x`` its norm, float32 [T, hidden] both -> float32 [T, hidden].
 
+        The shared expert is computed with what is there at once, while the rest is read.
         The (token, choice) pairs are grouped by expert, each expert's rows computed together; the sum over the choices
         runs in the router's order, so that the order in which experts arrive does not reach the result.
         """
@@ -77,16 +78,15 @@ class MixtureOfExperts:
             for ahead in range(1, self.predictor.lookahead + 1):
                 self._look_ahead(hidden, layer + ahead, ahead, prefill)
             shared = torch.zeros_like(x)
-            if self.spec.shared_experts:  # while the reads are under way
-                with span(self.timeline, "compute", f"shared expert {layer}"):
-                    shared = gated_mlp(x, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
+            jobs: list[tuple[Tensor, Tensor, Weights]] = [(x, shared, trunk)] * bool(self.spec.shared_experts)
             for batch in leases:
-                jobs = []
                 for expert, record in batch:
                     mine = slice(ends[expert] - counts[expert], ends[expert])
-                    jobs.append((x[pairs[mine] // chosen], outputs[mine], record))
+                    rows = x if len(x) == 1 else x[pairs[mine] // chosen]
+                    jobs.append((rows, outputs[mine], record))
                 with span(self.timeline, "compute", f"{len(jobs)} experts of {layer}"):
                     expert_ffns(jobs)
+                jobs = []
         places = pairs.argsort().view_as(experts)  # [T, k]
         return torch.baddbmm(shared[:, None], weights[:, None], outputs[places])[:, 0]
 

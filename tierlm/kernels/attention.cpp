@@ -22,13 +22,6 @@ struct Attention {
     int64_t rows;
 };
 
-std::unique_ptr<float[]> floats_of(const Matrix& vector) {
-    auto wide = room<float>(vector.ins);
-    const float one = 1;  // as weights of a single row
-    if (vector.data) vector.as().weighted_rows(vector.times(&one, nullptr, wide.get(), 1), 0, 1);
-    return wide;
-}
-
 // Activations as products take them.
 class Input {
    public:

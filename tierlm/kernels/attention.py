@@ -10,9 +10,7 @@ from torch import Tensor
 
 from tierlm.kernels import native
 from tierlm.kernels.linear import unwidened
-from tierlm.kernels.weight import FORMATS, NUMBERS, Weight
-
-VECTORS = ("f32", "bf16", "f16")  # formats of norms
+from tierlm.kernels.weight import FORMATS, NUMBERS, VECTORS, Weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,9 @@ class Native:
         self._into.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 7]
         self._from.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 5]
         self._attention.argtypes = [ctypes.c_int, pointer, *[ctypes.c_double] * 3]
+        self._route, self._combine = library.tierlm_route, library.tierlm_combine
+        self._route.argtypes = [pointer, *[ctypes.c_double] * 2]
+        self._combine.argtypes = [*[pointer] * 6, *[size] * 3]
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """``x @ weight.T``: contiguous float32 [T, in] -> float32 [T, out]."""
@@ -98,6 +101,14 @@ class Native:
     def attention(self, words: Sequence[int], eps: float, inner_eps: float, scale: float) -> None:
         """``words``: struct Attention of kernels/attention.cpp, as kernels/attention.py makes it."""
         self._attention(torch.get_num_threads(), _words(words), eps, inner_eps, scale)
+
+    def route(self, words: Sequence[int], eps: float, scale: float) -> None:
+        """``words``: struct Router of kernels/routing.cpp, as kernels/routing.py makes it."""
+        self._route(_words(words), eps, scale)
+
+    def combine(self, pointers: Sequence[int], places: Sequence[int], shape: Sequence[int]) -> None:
+        """``kernels.combined``; ``pointers``: hidden, shared, weights, outputs and the result."""
+        self._combine(*pointers, _words(places), *shape, len(places) // shape[0])
 
 
 @cache

@@ -48,6 +48,15 @@ inline void compute(std::initializer_list<Job> jobs) {
     }
 }
 
+// A vector that is one row of stored floats, as float32; null for none.
+inline std::unique_ptr<float[]> floats_of(const Matrix& vector) {
+    if (!vector.data) return nullptr;
+    std::unique_ptr<float[]> wide(new float[vector.ins]);
+    const float one = 1;
+    vector.as().weighted_rows(vector.times(&one, nullptr, wide.get(), 1), 0, 1);
+    return wide;
+}
+
 // Memory for `count` values, as it comes.
 template <class T>
 std::unique_ptr<T[]> room(int64_t count) {

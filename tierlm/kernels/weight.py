@@ -21,6 +21,7 @@ FORMATS = {
 }
 NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}  # of the formats, in kernels/product.h
 EXACT = {"int8": 6, "int4": 7}
+VECTORS = ("f32", "bf16", "f16")  # formats that norms and biases may have for the compiled kernels
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from tierlm.policies.prefetch import Prefetch
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import span
 from tierlm.weights.checkpoint import Record
-from tierlm.weights.formats import Weights, weights_of
+from tierlm.weights.formats import Weights
 
 
 class Store:
@@ -200,9 +200,7 @@ class Leases:
         entry = self._held[key]
         if entry.error is not None:
             raise entry.error
-        if entry.weights is None:
-            entry.weights = weights_of(entry.slot.buffer, self._store.records(key), self._store.exact)
-        return entry.weights
+        return entry.slot.weights(self._store.records(key), self._store.exact)
 
     def _start_missing(self) -> None:
         """Start as many reads as there are slots for, in order, and what was hinted at behind them."""

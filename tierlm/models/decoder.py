@@ -70,7 +70,7 @@ class Decoder:
             with span(self.timeline, "compute", f"attention {layer}"):
                 hidden, normed = self.attention.forward(hidden, layer, trunk, norm, positions)
             if self.spec.is_moe(layer):
-                hidden = hidden + self.moe.forward(hidden, normed, layer, trunk, prefill)
+                hidden = self.moe.forward(hidden, normed, layer, trunk, prefill)
             else:
                 hidden = hidden + gated_mlp(normed, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
         if out is None:

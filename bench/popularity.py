@@ -1,6 +1,6 @@
 """What a router needs so that some experts are hot, and consecutive tokens choose alike.
 
-A router sees logits that are normal with variance one. Both fits draw such logits, let the runtime's own ``route``
+A router sees logits that are normal with variance one. Both fits draw such logits, let the runtime's own ``Routers``
 choose, and correct what they fit until the choice comes out as asked.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tierlm.kernels import Weight
-from tierlm.models.moe import route
+from tierlm.models.routing import Routers
 from tierlm.spec import ModelSpec
 
 SAMPLES = 4096
@@ -24,8 +24,8 @@ def choose(spec: ModelSpec, logits: Tensor, bias: Tensor) -> Tensor:
     V3's correction bias acts on the scores, V2 has none, and the logits themselves are shifted."""
     eye = Weight(torch.eye(spec.experts))
     if spec.router.score == "softmax":
-        return route(logits + bias, eye, None, spec.router, spec.experts_per_token)[1]
-    return route(logits, eye, Weight(bias), spec.router, spec.experts_per_token)[1]
+        return Routers(spec, {"0.gate": eye}).route(logits + bias, 0)[1]
+    return Routers(spec, {"0.gate": eye, "0.bias": Weight(bias)}).route(logits, 0)[1]
 
 
 def zipf(spec: ModelSpec, skew: float) -> Tensor:

@@ -35,6 +35,7 @@ from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.decoder import Decoder, Step
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.outline import sizes_of
+from tierlm.models.routing import Routers
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import Setting
 from tierlm.policies.predictors import make_predictor
@@ -237,7 +238,7 @@ class Runtime:
         self.cache = KvCache(spec.layers, self.context, spec.latent_dim, kv_dtype, self.device)
         if options.trace is not None:
             self.recorder = self._open_recorder(Path(options.trace))
-        moe = MixtureOfExperts(spec, gates, self.store, self.predictor, self.timeline, self.recorder)
+        moe = MixtureOfExperts(spec, Routers(spec, gates), self.store, self.predictor, self.timeline, self.recorder)
         self.decoder = Decoder(
             spec, self._embed, gates, self.trunks, catalog.head, self.cache, moe, self.device, self.timeline
         )

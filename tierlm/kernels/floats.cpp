@@ -94,28 +94,45 @@ INLINE void outputs(const Product& p, int64_t first, int64_t last) {
     }
 }
 
-// The weight rows are added up in order.
-template <class Stored>
-INLINE void weighted_rows(const Product& p, int64_t first, int64_t last) {
+// COUNT weight rows from `n` on, in order, added to y.
+template <class Stored, int COUNT>
+INLINE void add_rows(const Product& p, const float* x, int64_t n, float* y) {
     const auto* scales = static_cast<const float*>(p.scale);
     const int64_t blocks = (p.ins + BLOCK - 1) / BLOCK;
-    for (int64_t r = 0; r < p.rows; ++r) {
-        float* y = p.y + r * p.ins;
-        const float* x = p.x + r * p.stride;
-        std::fill(y, y + p.ins, 0.0f);
-        for (int64_t n = first; n < last; ++n) {
-            const uint8_t* w = p.w + n * p.ins * Stored::size;
-            for (int64_t i = 0; i < p.ins;) {
-                const float factor = x[n - first] * (scales ? scales[n / BLOCK * blocks + i / BLOCK] : 1.0f);
-                const int64_t end = scales ? std::min(p.ins, (i / BLOCK + 1) * BLOCK) : p.ins;
-                for (; i + LANES <= end; i += LANES)
-                    *reinterpret_cast<Floats*>(y + i) += Stored::load(w + i * Stored::size) * factor;
-                for (; i < end; ++i) {
-                    uint8_t one[LANES * 4] = {};
-                    std::memcpy(one, w + i * Stored::size, Stored::size);
-                    y[i] += Stored::load(one)[0] * factor;
-                }
+    const uint8_t* w = p.w + n * p.ins * Stored::size;
+    for (int64_t i = 0; i < p.ins;) {
+        float factors[COUNT];
+        for (int k = 0; k < COUNT; ++k)
+            factors[k] = x[k] * (scales ? scales[(n + k) / BLOCK * blocks + i / BLOCK] : 1.0f);
+        const int64_t end = scales ? std::min(p.ins, (i / BLOCK + 1) * BLOCK) : p.ins;
+        for (; i + LANES <= end; i += LANES) {
+            Floats sum = *reinterpret_cast<Floats*>(y + i);
+            for (int k = 0; k < COUNT; ++k) sum += Stored::load(w + (k * p.ins + i) * Stored::size) * factors[k];
+            *reinterpret_cast<Floats*>(y + i) = sum;
+        }
+        for (; i < end; ++i) {
+            for (int k = 0; k < COUNT; ++k) {
+                uint8_t one[LANES * 4] = {};
+                std::memcpy(one, w + (k * p.ins + i) * Stored::size, Stored::size);
+                y[i] += Stored::load(one)[0] * factors[k];
             }
+        }
+    }
+}
+
+// The weight rows are added up in order; a run of them stays in cache for all rows of x.
+template <class Stored>
+INLINE void weighted_rows(const Product& p, int64_t first, int64_t last) {
+    constexpr int64_t RUN = 64;
+    for (int64_t r = 0; r < p.rows; ++r) std::fill(p.y + r * p.ins, p.y + (r + 1) * p.ins, 0.0f);
+    for (int64_t start = first; start < last; start += RUN) {
+        const int64_t end = std::min(last, start + RUN);
+        for (int64_t r = 0; r < p.rows; ++r) {
+            const float* x = p.x + r * p.stride - first;
+            float* y = p.y + r * p.ins;
+            int64_t n = start;
+            for (; n + 4 <= end; n += 4) add_rows<Stored, 4>(p, x + n, n, y);
+            for (; n < end; ++n) add_rows<Stored, 1>(p, x + n, n, y);
         }
     }
 }

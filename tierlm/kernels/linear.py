@@ -63,7 +63,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def _few(x: Tensor, weight: Weight) -> bool:
     """Whether the kernels are the faster way for these rows."""
-    return (weight.rounds or len(x) <= native.MAX_ROWS) and x.is_contiguous()
+    return (weight.rounds or x.shape[0] <= native.MAX_ROWS) and x.is_contiguous()
 
 
 def linear_reference(x: Tensor, weight: Weight) -> Tensor:
@@ -91,33 +91,31 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
 
 
 def gated_mlps(jobs: Sequence[Job]) -> None:
-    """Several ``gated_mlp`` of one shape at once: (x, y, (gate, up, down)), where y, contiguous, is written.
+    """Several ``gated_mlp`` at once: (x, y, (gate, up, down)), where y, contiguous, is written.
 
     What each gives does not depend on the others.
     """
-    together: dict[tuple[str, bool], list[Job]] = {}
+    library = native.load()
+    together: list[Job] = []
     for x, y, weights in jobs:
-        alike = len({(weight.format, weight.exact) for weight in weights}) == 1
-        if alike and _few(x, weights[0]) and all(native.kernels_for(weight) for weight in weights):
-            together.setdefault((weights[0].format, weights[0].exact), []).append((x, y, weights))
+        if library is not None and all(weight.plain and _few(x, weight) for weight in weights):
+            together.append((x, y, weights))
         else:
             gate, up, down = weights
             y.copy_(linear(functional.silu(linear(x, gate)) * linear(x, up), down))
-    library = native.load()
-    if library is not None:
-        for few in together.values():
-            for run in _runs(few):
-                library.gated_mlps(run)
+    if library is not None and together:
+        for run in _runs(together):
+            library.gated_mlps(run)
 
 
 def _runs(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
     """The jobs in order, so many at a time that their scratch stays small."""
     first = rows = 0
     for at, (x, _, _) in enumerate(jobs):
-        if at > first and rows + len(x) > ROWS_AT_ONCE:
+        if at > first and rows + x.shape[0] > ROWS_AT_ONCE:
             yield jobs[first:at]
             first, rows = at, 0
-        rows += len(x)
+        rows += x.shape[0]
     yield jobs[first:]
 
 

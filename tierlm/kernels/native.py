@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from torch import Tensor
 
 from tierlm.kernels.weight import GROUP, Weight
 
-FORMATS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}
-EXACT = {"int8": 6, "int4": 7}
 MAX_ROWS = 64  # above it, where activations are float32, widening a tile and a matrix product are faster
 ROUNDED = 40  # bytes of a group of activations rounded to int8: struct Rounded in product.h
 
@@ -30,27 +27,31 @@ class Native:
         self._mlps = library.tierlm_gated_mlps
         self._into, self._from = library.tierlm_into_latent, library.tierlm_from_latent
         self._quantise = library.tierlm_quantise
+        self._attention = library.tierlm_attention
         self._quantise.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 3, *[size] * 2]
-        self._linear.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 5, *[size] * 4]
-        self._widen.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 3, *[size] * 2]
-        self._mlps.argtypes = [ctypes.c_int, ctypes.c_int, pointer, *[size] * 3]
-        self._into.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 4, *[size] * 8]
-        self._from.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 4, *[size] * 6]
+        self._linear.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 2]
+        self._widen.argtypes = [ctypes.c_int, *[pointer] * 2]
+        self._mlps.argtypes = [ctypes.c_int, pointer, size]
+        self._into.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 7]
+        self._from.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 5]
+        self._attention.argtypes = [ctypes.c_int, pointer, *[ctypes.c_double] * 3]
+        self._route, self._combine = library.tierlm_route, library.tierlm_combine
+        self._route.argtypes = [pointer, *[ctypes.c_double] * 2]
+        self._combine.argtypes = [*[pointer] * 6, *[size] * 3]
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """``x @ weight.T``: contiguous float32 [T, in] -> float32 [T, out]."""
-        rows, ins = x.shape
-        out = x.new_empty(rows, weight.shape[0])
-        room = _room(weight, rows, ins)
-        self._linear(*_call(x, weight, out), room.data_ptr(), rows, ins, weight.shape[0], out.stride(0))
+        rows = x.shape[0]
+        out = x.new_empty(rows, weight.operand[3])
+        room = _room(weight, rows)
+        pointers = x.data_ptr(), out.data_ptr(), room.data_ptr()
+        self._linear(torch.get_num_threads(), _words(weight.operand), *pointers, rows, out.stride(0))
         return out
 
     def widen(self, weight: Weight) -> Tensor:
         """A weight of a format with scales as float32 [out, in]. The first row is the first of a block of scales."""
-        outs, ins = weight.shape
-        out = torch.empty(outs, ins)
-        threads, format, _, *pointers = _call(out, weight, out)
-        self._widen(threads, format, *pointers, ins, outs)
+        out = torch.empty(weight.shape)
+        self._widen(torch.get_num_threads(), _words(weight.operand), out.data_ptr())
         return out
 
     def quantise(self, weight: Tensor, made: Weight) -> None:
@@ -60,27 +61,23 @@ class Native:
         self._quantise(torch.get_num_threads(), made.format == "int4", *pointers, weight.shape[1], weight.shape[0])
 
     def gated_mlps(self, jobs: Sequence[tuple[Tensor, Tensor, Sequence[Weight]]]) -> None:
-        """Several ``y = down(silu(gate(x)) * up(x))`` at once, of one format and shape.
+        """Several ``y = down(silu(gate(x)) * up(x))`` at once.
 
         A job: x and y, contiguous float32 [T, hidden], and gate, up (both [width, hidden]) and down [hidden, width].
         y is written.
         """
-        gate = jobs[0][2][0]
-        width, hidden = gate.shape
-        rows = sum(len(x) for x, _, _ in jobs)
-        scratch = torch.empty(2, rows, width)
-        outer, inner = _room(gate, rows, hidden), _room(gate, rows, width)
-        starts = [scratch.data_ptr(), scratch[1].data_ptr(), outer.data_ptr(), inner.data_ptr()]
-        steps = [4 * width, 4 * width, outer.shape[-1], inner.shape[-1]]  # bytes of a row of each
-        fields: list[int] = []
-        for x, y, weights in jobs:
-            fields.append(x.data_ptr())
-            fields += [weight.pointers[0] for weight in weights]
-            fields += [weight.pointers[1] for weight in weights]
-            fields += [*starts, y.data_ptr(), len(x)]
-            starts = [start + len(x) * step for start, step in zip(starts, steps, strict=True)]
-        experts = (ctypes.c_int64 * len(fields))(*fields)
-        self._mlps(torch.get_num_threads(), _number(gate), experts, len(jobs), hidden, width)
+        floats = sum(2 * x.shape[0] * gate.operand[3] for x, _, (gate, _, _) in jobs)
+        rounded = sum(x.shape[0] * (_groups(gate) + _groups(down)) for x, _, (gate, _, down) in jobs)
+        scratch, room = torch.empty(floats), torch.empty(rounded * ROUNDED, dtype=torch.uint8)
+        at, room_at = scratch.data_ptr(), room.data_ptr()
+        words: list[int] = []
+        for x, y, (gate, up, down) in jobs:
+            rows = x.shape[0]
+            inner, outer_room = 4 * rows * gate.operand[3], rows * _groups(gate) * ROUNDED
+            words += (x.data_ptr(), *gate.operand, *up.operand, *down.operand, at, at + inner)
+            words += (room_at if gate.rounds else 0, room_at + outer_room if down.rounds else 0, y.data_ptr(), rows)
+            at, room_at = at + 2 * inner, room_at + outer_room + rows * _groups(down) * ROUNDED
+        self._mlps(torch.get_num_threads(), _words(words), len(jobs))
 
     def into_latent(self, q: Tensor, kv_b: Weight, first: int, heads: int) -> Tensor:
         """float32 q [T, g, nope], dense over the last dimension, times the key half of the heads from ``first`` on of
@@ -88,17 +85,30 @@ class Native:
         rows, group, nope = q.shape
         outs, rank = kv_b.shape
         out = torch.empty(group, rows, rank)
-        self._into(*_call(q, kv_b, out), rows, first, group, nope, outs // heads, rank, *q.stride()[:2])
+        sizes = rows, first, group, nope, outs // heads, *q.stride()[:2]
+        self._into(torch.get_num_threads(), _words(kv_b.operand), q.data_ptr(), out.data_ptr(), *sizes)
         return out
 
     def from_latent(self, mixed: Tensor, kv_b: Weight, first: int, heads: int, value: int) -> Tensor:
         """Contiguous float32 mixed [g, T, rank] times the value half of the heads from ``first`` on -> float32
         [T, g, value]. ``mixed`` is never rounded."""
-        group, rows, rank = mixed.shape
+        group, rows, _ = mixed.shape
         out = torch.empty(rows, group, value)
-        per_head = kv_b.shape[0] // heads
-        self._from(*_call(mixed, replace(kv_b, exact=True), out), rows, first, group, value, per_head, rank)
+        sizes = rows, first, group, value, kv_b.shape[0] // heads
+        self._from(torch.get_num_threads(), _words(kv_b.operand), mixed.data_ptr(), out.data_ptr(), *sizes)
         return out
+
+    def attention(self, words: Sequence[int], eps: float, inner_eps: float, scale: float) -> None:
+        """``words``: struct Attention of kernels/attention.cpp, as kernels/attention.py makes it."""
+        self._attention(torch.get_num_threads(), _words(words), eps, inner_eps, scale)
+
+    def route(self, words: Sequence[int], eps: float, scale: float) -> None:
+        """``words``: struct Router of kernels/routing.cpp, as kernels/routing.py makes it."""
+        self._route(_words(words), eps, scale)
+
+    def combine(self, pointers: Sequence[int], places: Sequence[int], shape: Sequence[int]) -> None:
+        """``kernels.combined``; ``pointers``: hidden, shared, weights, outputs and the result."""
+        self._combine(*pointers, _words(places), *shape, len(places) // shape[0])
 
 
 @cache
@@ -116,14 +126,16 @@ def kernels_for(weight: Weight) -> Native | None:
     return load() if weight.plain else None
 
 
-def _number(weight: Weight) -> int:
-    return EXACT[weight.format] if weight.exact and weight.quantised else FORMATS[weight.format]
+def _room(weight: Weight, rows: int) -> Tensor:
+    """Scratch for ``rows`` of activations, if products with ``weight`` round them."""
+    return torch.empty(rows * _groups(weight) * ROUNDED, dtype=torch.uint8)
 
 
-def _room(weight: Weight, rows: int, ins: int) -> Tensor:
-    """Scratch for ``rows`` of activations, if products with ``weight`` round them: uint8 [rows, bytes of one]."""
-    return torch.empty(rows if weight.rounds else 0, -(-ins // GROUP) * ROUNDED, dtype=torch.uint8)
+def _groups(weight: Weight) -> int:
+    """Of a row of activations that a product with ``weight`` rounds."""
+    return -(-weight.operand[-1] // GROUP) if weight.rounds else 0
 
 
-def _call(x: Tensor, weight: Weight, out: Tensor) -> tuple[int, ...]:
-    return torch.get_num_threads(), _number(weight), x.data_ptr(), *weight.pointers, out.data_ptr()
+def _words(words: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """A struct of C whose fields are all numbers or pointers of 64 bits."""
+    return (ctypes.c_int64 * len(words))(*words)

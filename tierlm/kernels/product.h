@@ -52,6 +52,3 @@ void round_activations(const float* x, Rounded* rounded, int64_t rows, int64_t i
 // Rows `first` to `last` of w [outs, ins] to tiles of int4 or int8; `first` is a multiple of 8.
 void quantised(const float* w, uint8_t* data, uint16_t* scales, int64_t outs, int64_t ins, int64_t first, int64_t last,
                bool four);
-
-// gate = silu(gate) * up, of `count` values.
-void gated(float* gate, const float* up, int64_t count);

@@ -19,6 +19,9 @@ FORMATS = {
     torch.int8: "int8",
     torch.uint8: "int4",
 }
+NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}  # of the formats, in kernels/product.h
+EXACT = {"int8": 6, "int4": 7}
+VECTORS = ("f32", "bf16", "f16")  # formats that norms and biases may have for the compiled kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,8 @@ class Weight:
     ``size``: the logical (out, in) of an int8 or int4 weight, needed only where its tiles are padded.
     ``exact``: products with an int8 or int4 weight take the activations in float32, not rounded to int8.
     ``format``: one of ``FORMATS``, or the dtype's own name; ``quantised``: int8 or int4, in tiles; ``plain``: a matrix
-    that the compiled kernels take as it lies; ``pointers``: of data and scale, 0 for none. These four are found once,
-    since every product asks.
+    that the compiled kernels take as it lies; ``operand``: struct Matrix of kernels/team.h, a vector being one row.
+    These four are found once, since every product asks.
     """
 
     data: Tensor
@@ -42,16 +45,20 @@ class Weight:
     format: str = field(init=False, repr=False, compare=False)
     quantised: bool = field(init=False, repr=False, compare=False)
     plain: bool = field(init=False, repr=False, compare=False)
-    pointers: tuple[int, int] = field(init=False, repr=False, compare=False)
+    operand: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         data, scale, quantised = self.data, self.scale, self.data.dtype in (torch.int8, torch.uint8)
         known = data.device.type == "cpu" and data.dtype in FORMATS and data.dim() == (3 if quantised else 2)
         scaled = scale is None if data.dtype.itemsize > 1 else scale is not None and scale.is_contiguous()
-        object.__setattr__(self, "format", FORMATS.get(data.dtype, str(data.dtype)))
+        format = FORMATS.get(data.dtype, str(data.dtype))
+        object.__setattr__(self, "format", format)
         object.__setattr__(self, "quantised", quantised)
         object.__setattr__(self, "plain", known and scaled and data.is_contiguous())
-        object.__setattr__(self, "pointers", (data.data_ptr(), 0 if scale is None else scale.data_ptr()))
+        number = (EXACT if self.exact and quantised else NUMBERS).get(format, -1)
+        outs, ins = self.shape if len(self.shape) == 2 else (1, data.numel())
+        pointers = data.data_ptr(), 0 if scale is None else scale.data_ptr()
+        object.__setattr__(self, "operand", (number, *pointers, outs, ins))
 
     @property
     def rounds(self) -> bool:

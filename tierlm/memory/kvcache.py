@@ -44,6 +44,10 @@ class KvCache:
         """Forget all sequences."""
         self._used = 0
 
+    def layer(self, layer: int) -> Tensor:
+        """All of one layer's, [capacity, kv_rank + rope_dim], for who appends to spans on his own."""
+        return self._values[layer]
+
     def append(self, layer: int, span: Span, latent: Tensor) -> Tensor:
         """Write ``latent`` [T, kv_rank + rope_dim] behind the span's tokens; the whole of it, float32 [S, ...].
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tierlm.memory.transfer import Ticket
 from tierlm.spec import Key
-from tierlm.weights.formats import Weights
+from tierlm.weights.checkpoint import Record
+from tierlm.weights.formats import Weights, misaligned, weights_of
 from tierlm.weights.reader import host_memory
 
 
@@ -39,14 +40,25 @@ class Slot:
     buffer: Tensor  # uint8 [size]
     guard: torch.Event | None = None
     filled: bool = False
+    size: int = field(init=False)
+    _queued: bool = field(init=False)  # computation on it may go on after the call
+    _views: tuple[Record, Weights] | None = None
 
-    @property
-    def size(self) -> int:
-        return self.buffer.numel()
+    def __post_init__(self) -> None:
+        self.size, self._queued = self.buffer.numel(), self.buffer.device.type != "cpu"
+
+    def weights(self, record: Record, exact: bool) -> Weights:
+        """The weights of ``record``, which is here: views, which serve all records that are laid out alike."""
+        if self._views is not None:
+            last, found = self._views
+            if last is record or (last.places == record.places and not misaligned(self.buffer, record)):
+                return found
+        self._views = record, weights_of(self.buffer, record, exact)
+        return self._views[1]
 
     def release(self) -> None:
         """Note that computation on this slot has been queued: the slot may be overwritten only after it."""
-        if self.buffer.device.type != "cpu":
+        if self._queued:
             self.guard = torch.Event(self.buffer.device)
             self.guard.record()
 
@@ -92,4 +104,3 @@ class Entry:
     pins: int = 0
     source: Entry | None = None
     error: BaseException | None = None
-    weights: Weights | None = None  # views of the record, made when they are first asked for

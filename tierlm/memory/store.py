@@ -15,7 +15,7 @@ from tierlm.policies.prefetch import Prefetch
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import span
 from tierlm.weights.checkpoint import Record
-from tierlm.weights.formats import Weights, weights_of
+from tierlm.weights.formats import Weights
 
 
 class Store:
@@ -172,8 +172,10 @@ class Leases:
         self._store.prefetch.layer_done(self._read, spent, self._passing)
 
     def __iter__(self) -> Iterator[list[tuple[int, Weights]]]:
-        """Batches of (expert, weights): all that are there. One at a time where they are streamed through, so that
-        each slot is free for the next read as soon as it can be."""
+        """Batches of (expert, weights): all that are there, the first time even none, since there may be other work to
+        do meanwhile. One at a time where they are streamed through, so that each slot is free for the next read as soon
+        as it can be."""
+        first = True
         while self._held or self._missing:
             self._tier.settle()
             ready = [key for key, entry in self._held.items() if entry.ticket is None]
@@ -184,22 +186,21 @@ class Leases:
                 self._missing.append(key)
                 ready.remove(key)
             self._start_missing()
-            if not ready:
+            if not ready and not first:
                 self._store.wait(list(self._held.values()))
                 self._start_missing()
-            for batch in [[key] for key in ready] if self._passing else [ready] * bool(ready):
+            for batch in [[key] for key in ready] if self._passing and ready else [ready] * (first or bool(ready)):
                 yield [(key.expert, self._weights(key)) for key in batch]
                 for key in batch:
                     self._release(key)
                 self._start_missing()
+            first = False
 
     def _weights(self, key: ExpertKey) -> Weights:
         entry = self._held[key]
         if entry.error is not None:
             raise entry.error
-        if entry.weights is None:
-            entry.weights = weights_of(entry.slot.buffer, self._store.records(key), self._store.exact)
-        return entry.weights
+        return entry.slot.weights(self._store.records(key), self._store.exact)
 
     def _start_missing(self) -> None:
         """Start as many reads as there are slots for, in order, and what was hinted at behind them."""

@@ -10,7 +10,7 @@ from tierlm.memory.tiers import Tier
 from tierlm.memory.transfer import Priority
 from tierlm.spec import Key, TrunkKey
 from tierlm.weights.checkpoint import Record
-from tierlm.weights.formats import Weights, weights_of
+from tierlm.weights.formats import Weights
 
 
 class Trunks:
@@ -55,9 +55,7 @@ class Trunks:
         follower = self._next[key]
         if follower not in self.tier.entries:
             self.tier.start(follower, priority=Priority.SPECULATIVE)
-        if self._leased.weights is None:
-            self._leased.weights = weights_of(self._leased.slot.buffer, self.records(key), self.exact)
-        return self._leased.weights
+        return self._leased.slot.weights(self.records(key), self.exact)
 
     def _bring(self, key: TrunkKey) -> Entry:
         """The entry of ``key``, resident and pinned."""

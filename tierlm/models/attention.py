@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tierlm.kernels import Weight, from_latent, into_latent, linear, unwidened, widen
+from tierlm.kernels import (
+    LatentAttention,
+    Weight,
+    attention_of_few,
+    from_latent,
+    into_latent,
+    linear,
+    unwidened,
+    widen,
+)
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.models.layers import rms_norm, rope_frequencies, rotate, softmax_scale
 from tierlm.spec import ModelSpec
@@ -29,6 +38,16 @@ class Segment:
     span: Span
 
 
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """``places``: int64 [T, 2], where each token's sequence begins in the cache, and the token's position in it.
+    ``angles``: cosine and sine of the rotary embedding there, float32 [T, rope_dim / 2]."""
+
+    segments: Sequence[Segment]
+    places: Tensor
+    angles: tuple[Tensor, Tensor]
+
+
 class Attention:
     """The attention of all layers of one model; the weights come with each call."""
 
@@ -37,22 +56,43 @@ class Attention:
         frequencies, self._rope_factor = rope_frequencies(spec.rope, spec.rope_dim)
         self._frequencies = frequencies.to(device)
         self._scale = softmax_scale(spec.rope, spec.nope_dim + spec.rope_dim)
+        dims = spec.heads, spec.nope_dim, spec.rope_dim, spec.value_dim
+        self._shape = LatentAttention(*dims, spec.rope.interleaved, spec.norm_eps, LATENT_NORM_EPS, self._scale)
 
-    def angles(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for the positions of a step, float32 [T, rope_dim / 2] each: once for all layers."""
-        positions = [torch.arange(s.span.length, s.span.length + s.stop - s.start) for s in segments]
-        turns = torch.cat(positions).to(self._frequencies.device, torch.float32)[:, None] * self._frequencies
-        return turns.cos() * self._rope_factor, turns.sin() * self._rope_factor
+    def positions(self, segments: Sequence[Segment]) -> Positions:
+        """Where the tokens of a step are: once for all layers."""
+        for segment in segments:
+            end = segment.span.length + segment.stop - segment.start
+            assert end <= segment.span.capacity, "a sequence outgrew its span"
+        places = [(s.span.start, s.span.length + i) for s in segments for i in range(s.stop - s.start)]
+        table = torch.tensor(places)
+        turns = table[:, 1:].to(self._frequencies.device, torch.float32) * self._frequencies
+        return Positions(segments, table, (turns.cos() * self._rope_factor, turns.sin() * self._rope_factor))
 
     def forward(
-        self, x: Tensor, layer: int, trunk: Weights, angles: tuple[Tensor, Tensor], segments: Sequence[Segment]
-    ) -> Tensor:
-        """float32 [T, hidden] -> float32 [T, hidden]; appends the step's latents to the cache.
+        self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, float32 [T, hidden], with this layer's attention, and the norm of that for what comes
+        next; appends the step's latents to the cache.
 
-        Few tokens: queries are carried into the latent space and meet the cache as it is (absorbed projections).
-        Many: keys and values are expanded, a few heads at a time.
+        Few tokens: queries are carried into the latent space and meet the cache as it is (absorbed projections), by
+        the compiled kernels in one call where they can. Many: keys and values are expanded, a few heads at a time.
         """
         spec = self.spec
+        queries = (None, trunk["q_proj"]) if spec.q_rank is None else (trunk["q_a_proj"], trunk["q_b_proj"])
+        matrices = *queries, trunk["kv_a_proj"], trunk["kv_b_proj"], trunk["o_proj"]
+        norms = trunk["input_layernorm"], trunk.get("q_a_layernorm"), trunk["kv_a_layernorm"], next_norm
+        where = self.cache.layer(layer), positions.places, positions.angles
+        done = attention_of_few(self._shape, hidden, matrices, norms, *where)
+        if done is None:
+            x = rms_norm(hidden, trunk["input_layernorm"], spec.norm_eps)
+            total = hidden + self._attend(x, layer, trunk, positions)
+            done = total, rms_norm(total, next_norm, spec.norm_eps)
+        return done
+
+    def _attend(self, x: Tensor, layer: int, trunk: Weights, positions: Positions) -> Tensor:
+        """The normed ``x`` [T, hidden] -> float32 [T, hidden]."""
+        spec, segments, angles = self.spec, positions.segments, positions.angles
         heads, nope, rank = spec.heads, spec.nope_dim, spec.kv_rank
         if spec.q_rank is None:
             queries = linear(x, trunk["q_proj"])

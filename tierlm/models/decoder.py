@@ -53,13 +53,12 @@ class Decoder:
         Returns logits, float32 on the CPU: of each sequence's last token [len(steps), vocab]; or of every new token,
         written into ``out`` [T, vocab] where that is given. If it raises, the sequences stand where they stood.
         """
-        eps = self.spec.norm_eps
         hidden = self.embed([i for step in steps for i in step.ids])  # [T, hidden]
         segments: list[Segment] = []
         for step in steps:
             start = segments[-1].stop if segments else 0
             segments.append(Segment(start, start + len(step.ids), step.span))
-        angles = self.attention.angles(segments)
+        positions = self.attention.positions(segments)
         recorder = self.moe.recorder
         if recorder is not None:
             recorder.begin([(step.span.start, step.span.length, len(step.ids)) for step in steps], prefill)
@@ -67,18 +66,17 @@ class Decoder:
             trunk = self.trunks.get(TrunkKey(layer))
             if self.spec.is_moe(layer):
                 self.moe.before_attention(hidden, layer, prefill)
-            normed = rms_norm(hidden, trunk["input_layernorm"], eps)
+            norm = self.gates[f"{layer}.norm"]
             with span(self.timeline, "compute", f"attention {layer}"):
-                hidden = hidden + self.attention.forward(normed, layer, trunk, angles, segments)
-            normed = rms_norm(hidden, self.gates[f"{layer}.norm"], eps)
+                hidden, normed = self.attention.forward(hidden, layer, trunk, norm, positions)
             if self.spec.is_moe(layer):
-                hidden = hidden + self.moe.forward(hidden, normed, layer, trunk, prefill)
+                hidden = self.moe.forward(hidden, normed, layer, trunk, prefill)
             else:
                 hidden = hidden + gated_mlp(normed, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
         if out is None:
             out = torch.empty(len(steps), self.spec.vocab)
             hidden = hidden[[segment.stop - 1 for segment in segments]]
-        self._logits(rms_norm(hidden, self.gates["norm"], eps), out)
+        self._logits(rms_norm(hidden, self.gates["norm"], self.spec.norm_eps), out)
         if recorder is not None:
             recorder.end()
         for step in steps:

@@ -34,6 +34,12 @@ def view(buffer: Tensor, place: Place) -> Tensor:
     return data.view(dtype).view(place.shape)
 
 
+def misaligned(buffer: Tensor, record: Record) -> bool:
+    """Whether some weight of ``record`` in ``buffer`` would be a copy, since its file misaligns it."""
+    start = buffer.storage_offset()
+    return any((start + place.offset) % DTYPES[place.dtype].itemsize for place in record.places.values())
+
+
 def weights_of(buffer: Tensor, record: Record, exact: bool = False) -> Weights:
     """All weights of a record by role, as views into its bytes. ``exact``: see Weight."""
     found: dict[str, Weight] = {}

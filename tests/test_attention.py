@@ -1,0 +1,116 @@
+"""Latent attention of a few tokens by the kernels, against the same in torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.toys import COMMON
+from tierlm.kernels import Weight
+from tierlm.memory.kvcache import KvCache, Span
+from tierlm.models import attention, deepseek
+from tierlm.models.attention import Attention, Segment
+from tierlm.models.deepseek import read_spec
+from tierlm.spec import ModelSpec, TrunkKey
+from tierlm.weights.formats import MAKERS, Weights
+
+CPU = torch.device("cpu")
+# Products with int8 and int4 round activations, and a difference in the last bit may round one to the next number.
+CLOSE = {"f32": 2e-5, "bf16": 2e-5, "f16": 2e-5, "fp8": 2e-5, "int8": 5e-3, "int4": 5e-3}
+
+
+def spec_of(**changes: Any) -> ModelSpec:
+    settings = {**COMMON, "model_type": "deepseek_v3", "v_head_dim": 16, "num_attention_heads": 6, **changes}
+    return read_spec(settings, "here")
+
+
+def weights_for(spec: ModelSpec, format: str) -> tuple[Weights, Weight]:
+    """A layer's weights, and the norm after its attention."""
+    torch.manual_seed(3)
+    found: dict[str, Weight] = {}
+    for role, (_, shape) in deepseek.trunk_tensors(spec, TrunkKey(0)).items():
+        if len(shape) == 1:
+            found[role] = Weight((1 + 0.2 * torch.randn(shape)).bfloat16())
+        else:
+            found[role] = MAKERS[format](0.15 * torch.randn(shape))
+    return found, Weight(1 + 0.2 * torch.randn(spec.hidden))
+
+
+def run(spec: ModelSpec, format: str, lengths: list[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Sequences of (tokens before, new tokens) through one layer: the stream, its norm, and the cache."""
+    trunk, norm = weights_for(spec, format)
+    torch.manual_seed(4)
+    cache = KvCache(2, sum(map(sum, lengths)) + 5, spec.latent_dim, dtype, CPU)
+    cache.layer(1).copy_(torch.randn(cache.layer(1).shape))
+    segments: list[Segment] = []
+    cache.reserve(3)
+    for before, new in lengths:
+        span: Span = cache.reserve(before + new)
+        span.length = before
+        start = segments[-1].stop if segments else 0
+        segments.append(Segment(start, start + new, span))
+    hidden = torch.randn(segments[-1].stop, spec.hidden)
+    made = Attention(spec, cache, CPU)
+    with torch.inference_mode():
+        total, normed = made.forward(hidden, 1, trunk, norm, made.positions(segments))
+    return total - hidden, normed, cache.layer(1).float()
+
+
+@pytest.mark.parametrize("format", CLOSE)
+@pytest.mark.parametrize(
+    ("changes", "lengths", "dtype"),
+    [
+        ({}, [(0, 1)], torch.float32),
+        ({}, [(301, 1)], torch.bfloat16),
+        ({"q_lora_rank": 20}, [(70, 1), (3, 1), (0, 1)], torch.float32),
+        ({"q_lora_rank": 40, "rope_interleave": False}, [(5, 5), (64, 3)], torch.bfloat16),
+        ({"qk_rope_head_dim": 6, "kv_lora_rank": 50, "hidden_size": 75}, [(9, 2)], torch.float32),
+    ],
+)
+def test_the_kernels_attend_as_torch_does(
+    format: str, changes: dict[str, Any], lengths: list[tuple[int, int]], dtype: torch.dtype, monkeypatch: Any
+) -> None:
+    spec = spec_of(**changes)
+    found = run(spec, format, lengths, dtype)
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "attention_of_few", lambda *arguments: asked.append(arguments))
+        expected = run(spec, format, lengths, dtype)
+    assert asked
+    for mine, reference in zip(found, expected, strict=True):
+        rounding = 8e-3 if dtype is torch.bfloat16 else 0  # of one latent to the next bfloat16
+        close = CLOSE[format] * reference.abs().max().item()
+        assert (mine - reference).abs().max().item() <= close + rounding * reference.abs().max().item()
+
+
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+def test_neither_threads_nor_neighbours_reach_the_result(format: str) -> None:
+    spec, lengths = spec_of(q_lora_rank=20), [(70, 2), (9, 1)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(spec, format, lengths, torch.float32)
+        torch.set_num_threads(5)
+        five = run(spec, format, lengths, torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, five, strict=True))
+
+
+def test_the_kernels_are_asked_for_a_few_rows_of_weights_they_know(monkeypatch: Any) -> None:
+    calls: list[int] = []
+    real = attention.attention_of_few
+
+    def count(*arguments: Any) -> Any:
+        done = real(*arguments)
+        calls.append(done is not None)
+        return done
+
+    monkeypatch.setattr(attention, "attention_of_few", count)
+    run(spec_of(), "bf16", [(4, 8)], torch.float32)
+    run(spec_of(), "bf16", [(4, 9)], torch.float32)  # too many
+    run(spec_of(v_head_dim=12), "int4", [(4, 1)], torch.float32)  # a head begins within a tile
+    assert calls == [1, 0, 0]

@@ -1,0 +1,35 @@
+"""A slot's weights are those of what is in it now."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+
+from tierlm.memory.slots import Slot
+from tierlm.weights.checkpoint import Extent, Place, Record
+
+
+def record(*offsets: int) -> Record:
+    places = {f"matrix{i}": Place(offset, 24, "F32", (2, 3)) for i, offset in enumerate(offsets)}
+    return Record(64, (Extent(Path("file"), 0, 64, 0, ()),), places)
+
+
+def test_weights_are_of_what_is_there_however_the_file_aligns_it() -> None:
+    layouts = [record(0, 24), record(0, 24), record(8, 32), record(1, 26), record(1, 26)]
+    slot = Slot(torch.zeros(64, dtype=torch.uint8))
+    for fill, (before, layout) in enumerate(itertools.product(layouts, layouts)):
+        slot.weights(before, False)
+        slot.buffer.random_(0, 100)
+        content = bytes(slot.buffer.tolist())
+        found = slot.weights(layout, False)
+        for role, place in layout.places.items():
+            expected = content[place.offset : place.offset + place.nbytes]
+            if layout is not before or place.offset % 4 == 0:  # the same record is never read with other bytes
+                assert found[role].data.numpy().tobytes() == expected, fill
+
+
+def test_records_laid_out_alike_share_their_views() -> None:
+    slot = Slot(torch.zeros(64, dtype=torch.uint8))
+    assert slot.weights(record(0, 24), False) is slot.weights(record(0, 24), False)

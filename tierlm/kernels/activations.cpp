@@ -1,0 +1,91 @@
+// What is done to activations between the products, in float32.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "activations.h"
+#include "vectors.h"
+
+namespace {
+
+// e^x by 2^n e^r, |r| <= ln(2) / 2, with a polynomial for e^r (Cephes, expf.c): within 2 units in the last place.
+INLINE Floats exponential(Floats x) {
+    const Floats low = Floats{} - 87.0f, high = Floats{} + 88.0f;
+    x = x < low ? low : x > high ? high : x;
+    const Ints n = __builtin_convertvector(x * 1.44269504f + (x < 0.0f ? Floats{} - 0.5f : Floats{} + 0.5f), Ints);
+    const Floats whole = __builtin_convertvector(n, Floats);
+    const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1.0f) * reinterpret_cast<Floats>((n + 127) << 23);
+}
+
+// The `i`-th vector of `count` values; what is beyond them is `rest`.
+INLINE Floats vector_of(const float* x, int64_t i, int64_t count, float rest) {
+    if (count - i >= LANES) return *reinterpret_cast<const Floats*>(x + i);
+    Floats found = Floats{} + rest;
+    std::memcpy(&found, x + i, (count - i) * sizeof(float));
+    return found;
+}
+
+INLINE void store(float* y, int64_t i, int64_t count, Floats value) {
+    if (count - i >= LANES) {
+        *reinterpret_cast<Floats*>(y + i) = value;
+    } else {
+        std::memcpy(y + i, &value, (count - i) * sizeof(float));
+    }
+}
+
+}  // namespace
+
+CLONES void gated(float* gate, const float* up, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats g = vector_of(gate, i, count, 0), u = vector_of(up, i, count, 0);
+        store(gate, i, count, g / (1.0f + exponential(-g)) * u);
+    }
+}
+
+CLONES void normalised(const float* x, const float* weight, float* y, int64_t count, float eps) {
+    Floats squares = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats v = vector_of(x, i, count, 0);
+        squares += v * v;
+    }
+    float sum = 0;
+    for (int lane = 0; lane < LANES; ++lane) sum += squares[lane];
+    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(count) + eps);
+    for (int64_t i = 0; i < count; i += LANES)
+        store(y, i, count, vector_of(x, i, count, 0) * factor * vector_of(weight, i, count, 0));
+}
+
+CLONES void softmax(float* x, int64_t count, float scale) {
+    Floats most = Floats{} - INFINITY;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats v = vector_of(x, i, count, -INFINITY);
+        most = v > most ? v : most;
+    }
+    float largest = most[0];
+    for (int lane = 1; lane < LANES; ++lane) largest = std::max(largest, most[lane]);
+    Floats sums = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats e = exponential((vector_of(x, i, count, largest) - largest) * scale);
+        sums += vector_of(reinterpret_cast<const float*>(&e), 0, count - i, 0);
+        store(x, i, count, e);
+    }
+    float sum = 0;
+    for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
+    for (int64_t i = 0; i < count; i += LANES) store(x, i, count, vector_of(x, i, count, 0) / sum);
+}
+
+CLONES void rotated(const float* x, const float* cosine, const float* sine, float* y, int64_t half, bool interleaved) {
+    const int64_t next = interleaved ? 2 : 1, second = interleaved ? 1 : half;
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i * next], b = x[i * next + second];
+        y[i] = a * cosine[i] - b * sine[i];
+        y[half + i] = b * cosine[i] + a * sine[i];
+    }
+}

@@ -1,0 +1,146 @@
+// Multi-head latent attention of a few tokens in one call, with absorbed projections: queries are carried into the
+// latent space and meet the cache as it is (DeepSeek-V2, arXiv 2405.04434, section 2.1). What models/attention.py does
+// in torch, with the norms before and after it; the threads are woken once.
+
+#include <cstring>
+
+#include "activations.h"
+#include "team.h"
+
+namespace {
+
+struct Attention {
+    Matrix query_a, query_b, key_value_a, key_value_b, output;  // query_a all zeros where queries take one step
+    Matrix norm, query_norm, latent_norm, next_norm;            // vectors
+    int64_t heads, nope, rope, value, interleaved;
+    int64_t cache_format;   // of FLOAT_FORMATS: float32 or bfloat16
+    uint8_t* cache;         // this layer's [capacity, rank + rope]
+    const int64_t* places;  // [rows, 2] where in the cache the token's sequence begins, and its own position there
+    const float *cosine, *sine;  // [rows, rope / 2]
+    const float* hidden;         // [rows, hidden]
+    float *sum, *normed;         // [rows, hidden] hidden + attention, and its norm
+    int64_t rows;
+};
+
+// Activations as products take them.
+class Input {
+   public:
+    Input(int64_t rows, int64_t ins)
+        : ins_(ins), values_(room<float>(rows * ins)), rounded_(room<Rounded>(rows * groups_of(ins))) {}
+    float* row(int64_t row) { return values_.get() + row * ins_; }
+    void round(int64_t row) {
+        round_activations(this->row(row), rounded_.get() + row * groups_of(ins_), 1, ins_, 0, ins_);
+    }
+    Job times(const Matrix& matrix, float* y, int64_t rows) {
+        return {&matrix, matrix.times(values_.get(), rounded_.get(), y, rows)};
+    }
+
+   private:
+    int64_t ins_;
+    std::unique_ptr<float[]> values_;
+    std::unique_ptr<Rounded[]> rounded_;
+};
+
+// The nearest bfloat16, halves to the even one; what is no number stays none.
+uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+}  // namespace
+
+// Each output is computed by one thread in one fixed order, so that results depend on the operands alone.
+extern "C" void tierlm_attention(int threads, const Attention* call, double eps, double inner_eps, double scale) {
+    const Attention& a = *call;
+    const int64_t rows = a.rows, hidden = a.norm.ins, rank = a.latent_norm.ins, latent = rank + a.rope;
+    const int64_t query_width = a.nope + a.rope, per_head = a.nope + a.value;
+    const int64_t low_rank = a.query_a.outs;  // 0 where queries take one step
+    const Format& cached = FLOAT_FORMATS[a.cache_format];
+    const int64_t item = a.cache_format == 0 ? 4 : 2;
+    const Matrix from_latent = a.key_value_b.exact();
+    const auto norm = floats_of(a.norm), query_norm = floats_of(a.query_norm), latent_norm = floats_of(a.latent_norm);
+    const auto next_norm = floats_of(a.next_norm);
+    const auto lows = room<float>(rows * low_rank), queries = room<float>(rows * a.heads * query_width);
+    const auto steps = room<float>(rows * latent), appended = room<float>(rows * latent);
+    const auto projected = room<float>(rows * hidden);
+    Input x(rows, hidden), low_x(rows, low_rank), attended(rows, a.heads * a.value);
+    int64_t longest = 0;
+    for (int64_t row = 0; row < rows; ++row) longest = std::max(longest, a.places[2 * row + 1] + 1);
+    // Heads that one thread takes at a time: they share what is read of the cache.
+    const int64_t group = std::max<int64_t>(1, std::min<int64_t>(4, a.heads * rows / threads));
+    const int64_t groups = (a.heads + group - 1) / group;
+
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            normalised(a.hidden + row * hidden, norm.get(), x.row(row), hidden, eps);
+            x.round(row);
+        }
+        if (low_rank) {
+            compute({x.times(a.query_a, lows.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
+        } else {
+            compute({x.times(a.query_b, queries.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            if (low_rank) {
+                const float* found = lows.get() + row * low_rank;
+                normalised(found, query_norm.get(), low_x.row(row), low_rank, inner_eps);
+                low_x.round(row);
+            }
+            const float* raw = steps.get() + row * latent;
+            float* step = appended.get() + row * latent;
+            normalised(raw, latent_norm.get(), step, rank, inner_eps);
+            const int64_t angle = row * a.rope / 2;
+            rotated(raw + rank, a.cosine + angle, a.sine + angle, step + rank, a.rope / 2, a.interleaved);
+            uint8_t* to = a.cache + (a.places[2 * row] + a.places[2 * row + 1]) * latent * item;
+            if (item == 4) {
+                std::memcpy(to, step, latent * item);
+            } else {
+                for (int64_t i = 0; i < latent; ++i) {
+                    const uint16_t half = to_bfloat16(step[i]);
+                    std::memcpy(to + 2 * i, &half, 2);
+                }
+            }
+        }
+        if (low_rank) compute({low_x.times(a.query_b, queries.get(), rows)});
+        const auto query = room<float>(group * latent), mixed = room<float>(group * latent);
+        const auto scores = room<float>(group * longest);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < rows * groups; ++i) {
+            const int64_t row = i / groups, first = i % groups * group, count = std::min(group, a.heads - first);
+            const int64_t keys = a.places[2 * row + 1] + 1, angle = row * a.rope / 2;
+            const uint8_t* past = a.cache + a.places[2 * row] * latent * item;
+            const Matrix& b = a.key_value_b;
+            for (int64_t h = 0; h < count; ++h) {
+                const float* q = queries.get() + (row * a.heads + first + h) * query_width;
+                float* to = query.get() + h * latent;
+                const int64_t at = (first + h) * per_head;
+                b.as().weighted_rows(b.times(q, nullptr, to, 1), at, at + a.nope);
+                rotated(q + a.nope, a.cosine + angle, a.sine + angle, to + rank, a.rope / 2, a.interleaved);
+            }
+            cached.outputs({query.get(), nullptr, past, nullptr, scores.get(), count, latent, keys, keys}, 0, keys);
+            for (int64_t h = 0; h < count; ++h) softmax(scores.get() + h * keys, keys, scale);
+            float* sums = mixed.get();
+            cached.weighted_rows({scores.get(), nullptr, past, nullptr, sums, count, latent, keys, keys}, 0, keys);
+            for (int64_t h = 0; h < count; ++h) {
+                const int64_t last = (first + h + 1) * per_head, begin = last - a.value;
+                float* y = attended.row(row) + (first + h) * a.value;
+                Product values = from_latent.times(sums + h * latent, nullptr, y, 1);
+                values.origin = begin;
+                from_latent.as().outputs(values, begin, last);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) attended.round(row);
+        compute({attended.times(a.output, projected.get(), rows)});
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t i = row * hidden; i < (row + 1) * hidden; ++i) a.sum[i] = a.hidden[i] + projected[i];
+            normalised(a.sum + row * hidden, next_norm.get(), a.normed + row * hidden, hidden, eps);
+        }
+    }
+}

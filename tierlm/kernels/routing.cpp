@@ -1,0 +1,97 @@
+// A router: which experts a token goes to, and with what weights. What kernels/routing.py does in torch.
+
+#include <cmath>
+#include <limits>
+
+#include "activations.h"
+#include "team.h"
+
+namespace {
+
+struct Router {
+    Matrix gate, bias, norm;  // bias and norm: vectors, or all zeros: none, and activations that are normed already
+    int64_t softmax, groups, groups_chosen, normalize, chosen;
+    const float* x;  // [rows, hidden]
+    int64_t rows;
+    float* weights;    // [rows, chosen], the best first
+    int64_t* experts;  // [rows, chosen]
+};
+
+constexpr float NEVER = -std::numeric_limits<float>::infinity(), TAKEN = std::numeric_limits<float>::quiet_NaN();
+
+// The place of the largest value, of several the first; what is no number comes after all others.
+int64_t largest(const float* x, int64_t count) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < count; ++i)
+        if (x[i] > x[best] || (x[best] != x[best] && x[i] == x[i])) best = i;
+    return best;
+}
+
+// Of DeepSeek-V2 a group's best score; of DeepSeek-V3 the sum of its two best.
+float worth(const float* choice, int64_t size, bool softmax) {
+    const int64_t best = largest(choice, size);
+    if (softmax) return choice[best];
+    float second = NEVER;
+    for (int64_t i = 0; i < size; ++i)
+        if (i != best) second = std::max(second, choice[i]);
+    return choice[best] + second;
+}
+
+// `choice` of the groups that are not among the best becomes NEVER.
+void close_groups(const Router& r, float* choice, float* worths) {
+    const int64_t size = r.gate.outs / r.groups;
+    for (int64_t g = 0; g < r.groups; ++g) worths[g] = worth(choice + g * size, size, r.softmax);
+    for (int64_t kept = 0; kept < r.groups_chosen; ++kept) worths[largest(worths, r.groups)] = TAKEN;
+    for (int64_t g = 0; g < r.groups; ++g)
+        if (worths[g] == worths[g]) std::fill(choice + g * size, choice + (g + 1) * size, NEVER);
+}
+
+}  // namespace
+
+// By one thread: a router is small, and waking the others takes longer.
+extern "C" void tierlm_route(const Router* call, double eps, double scale) {
+    const Router& r = *call;
+    const int64_t hidden = r.gate.ins, experts = r.gate.outs;
+    const auto norm = floats_of(r.norm), bias = floats_of(r.bias), x = room<float>(hidden);
+    const auto scores = room<float>(experts), choice = room<float>(experts), worths = room<float>(r.groups);
+    const auto rounded = room<Rounded>(groups_of(hidden));
+    for (int64_t row = 0; row < r.rows; ++row) {
+        const float* input = r.x + row * hidden;
+        if (norm) {
+            normalised(input, norm.get(), x.get(), hidden, static_cast<float>(eps));
+            input = x.get();
+        }
+        if (r.gate.as().rounds) round_activations(input, rounded.get(), 1, hidden, 0, hidden);
+        r.gate.as().outputs(r.gate.times(input, rounded.get(), scores.get(), 1), 0, experts);
+        if (r.softmax) {
+            softmax(scores.get(), experts, 1);
+        } else {
+            for (int64_t i = 0; i < experts; ++i) scores[i] = 1 / (1 + std::exp(-scores[i]));
+        }
+        for (int64_t i = 0; i < experts; ++i) choice[i] = scores[i] + (bias ? bias[i] : 0);
+        if (r.groups > 1) close_groups(r, choice.get(), worths.get());
+        float sum = 0;
+        for (int64_t k = 0; k < r.chosen; ++k) {
+            const int64_t best = largest(choice.get(), experts);
+            r.experts[row * r.chosen + k] = best;
+            sum += r.weights[row * r.chosen + k] = scores[best];
+            choice[best] = TAKEN;
+        }
+        for (int64_t k = 0; k < r.chosen; ++k) {
+            float& weight = r.weights[row * r.chosen + k];
+            weight = (r.normalize ? weight / (sum + 1e-20f) : weight) * static_cast<float>(scale);
+        }
+    }
+}
+
+// total = hidden + shared + sum over k of weights[row, k] * outputs[places[row, k]], added up in that order.
+extern "C" void tierlm_combine(const float* hidden, const float* shared, const float* weights, const float* outputs,
+                               float* total, const int64_t* places, int64_t rows, int64_t width, int64_t chosen) {
+    for (int64_t row = 0; row < rows; ++row) {
+        float* sum = total + row * width;
+        std::copy(shared + row * width, shared + (row + 1) * width, sum);
+        for (int64_t k = row * chosen; k < (row + 1) * chosen; ++k)
+            for (int64_t i = 0; i < width; ++i) sum[i] += weights[k] * outputs[places[k] * width + i];
+        for (int64_t i = 0; i < width; ++i) sum[i] += hidden[row * width + i];
+    }
+}

@@ -42,14 +42,6 @@ TIGHT = {"ram_slots": 4, "resident_trunks": 0}
 DAMAGED = ExpertKey(2, 5)  # an expert that the prompt uses
 
 
-@pytest.fixture(scope="module")
-def kept(toy_v3: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy, packed as it is. Tests do not write to it."""
-    out = tmp_path_factory.mktemp("packed") / "kept"
-    pack_model(toy_v3[0], out, experts="keep", trunk="keep")
-    return out
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -456,8 +448,13 @@ def copy(toy_v3: tuple[Path, Any], tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
-def test_one_flipped_byte_is_named_by_verify_and_by_run(where: float, copy: Path, ids: list[int]) -> None:
+def test_one_flipped_byte_is_named_by_verify_and_by_run(
+    where: float, codec: str, toy_v3: tuple[Path, Any], tmp_path: Path, ids: list[int]
+) -> None:
+    copy = tmp_path / "copy"
+    pack_model(toy_v3[0], copy, experts="keep", trunk="keep", codec=codec)
     seal = Catalog(copy).record(DAMAGED).seal
     assert seal is not None
     with LLM.load(copy, budget=RAM, heat=False, predictor="none", **TIGHT) as llm:

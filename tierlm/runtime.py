@@ -41,6 +41,7 @@ from tierlm.policies.predictors import make_predictor
 from tierlm.policies.recency import Lru
 from tierlm.spec import ExpertKey
 from tierlm.timeline import Timeline
+from tierlm.weights.codec import load_zstandard
 from tierlm.weights.formats import DTYPES, Weights, weights_of
 from tierlm.weights.mirrors import open_disks
 from tierlm.weights.profile import ProfileCache
@@ -75,6 +76,8 @@ class Runtime:
         began = time.perf_counter()
         self.options, self.device = options, find_device(options.device)
         self.catalog = Catalog(folder)
+        if self.catalog.compressed:
+            load_zstandard()  # or say that it is missing before anything is loaded
         spec = self.catalog.spec
         if options.context is not None and options.context > spec.max_position:
             raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")

@@ -15,6 +15,7 @@ import numpy as np
 
 from tierlm.errors import StorageError, UsageError
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
+from tierlm.weights.codec import Compressed
 
 PIECE = 16 * 2**20  # bytes of a tensor that is read from end to end
 
@@ -227,7 +228,16 @@ def read_rows(tensor: TensorInfo, rows: Iterable[int]) -> bytes:
 
 def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[memoryview]:
     """The bytes of a tensor from its first to its last, at most PIECE at a time, through the page cache, which does not
-    keep them. ``into``: memory for all of them; else each piece has its own."""
+    keep them. ``into``: memory for all of them; else each piece has its own. Of a tensor inside a compressed record the
+    whole record is read."""
+    if tensor.inside is not None:
+        stored = TensorInfo(tensor.name, tensor.file, tensor.inside.start, tensor.inside.nbytes, "U8", ())
+        begin = tensor.offset - tensor.inside.start
+        part = restored(stored, tensor.inside, b"".join(read_pieces(stored)))[begin : begin + tensor.nbytes]
+        if into is not None:
+            into[:] = part
+        yield part
+        return
     extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
     at = tensor.offset
     try:
@@ -247,6 +257,17 @@ def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[
                 at += got
     except OSError as error:
         raise failure(Request(extent, at, extent.stop), at, error.strerror or str(error)) from error
+
+
+def restored(tensor: TensorInfo, inside: Compressed, stored: bytes | bytearray) -> memoryview:
+    """The record that was ``stored`` as ``tensor``. Raises StorageError."""
+    record = np.empty(inside.raw, np.uint8)
+    try:
+        inside.restore(np.frombuffer(stored, np.uint8), record)
+    except ValueError as error:
+        extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
+        raise failure(Request(extent, extent.lo, extent.hi), tensor.offset, f"zstd: {error}") from error
+    return record.data
 
 
 def failure(request: Request, offset: int, what: str) -> StorageError:

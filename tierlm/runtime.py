@@ -45,7 +45,8 @@ from tierlm.weights.codec import load_zstandard
 from tierlm.weights.formats import DTYPES, Weights, weights_of
 from tierlm.weights.mirrors import open_disks
 from tierlm.weights.profile import ProfileCache
-from tierlm.weights.reader import read_rows, split
+from tierlm.weights.reader import split
+from tierlm.weights.rows import Rows
 
 COPY_THREADS = 2  # to vram
 AUTO_VRAM = 0.9  # the share of what is free
@@ -215,6 +216,7 @@ class Runtime:
         catalog, plan, options, spec = self.catalog, self.plan, self.options, self.catalog.spec
         disk = Disk(self.reader, catalog.record, self.transfer, self.disk_profile.request_bytes)
         gates = self._load_gates(disk)
+        self._rows = Rows(catalog.embedding, catalog.seals_of(catalog.embedding))
         host = torch.device("cpu")
         self.experts = [self._expert_tier("ram", plan.ram, disk, host)]
         trunk_tiers = [self._trunk_tier("ram", plan.ram, disk, host)]
@@ -285,7 +287,7 @@ class Runtime:
     def _embed(self, ids: Sequence[int]) -> Tensor:
         """The embeddings of some tokens, float32 [T, hidden], read row by row: the table itself is never loaded."""
         table = self.catalog.embedding
-        rows = torch.frombuffer(bytearray(read_rows(table, ids)), dtype=DTYPES[table.dtype])
+        rows = torch.frombuffer(bytearray(self._rows.read(ids)), dtype=DTYPES[table.dtype])
         return rows.view(len(ids), -1).to(self.device, torch.float32)
 
 

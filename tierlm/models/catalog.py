@@ -14,6 +14,7 @@ from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import family_of
 from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
 from tierlm.weights.checkpoint import Checkpoint, Record, TensorInfo, build_record, compressed, read_json
+from tierlm.weights.checksum import Seal
 from tierlm.weights.layouts import LAYOUTS, SCALE, StoredWeight, layout_of
 from tierlm.weights.packed import read_seals, row_block, row_blocks
 
@@ -91,6 +92,11 @@ class Catalog:
     def size(self, key: Key) -> int:
         """Bytes of the slot that ``key`` needs."""
         return self._records[key].nbytes
+
+    def seals_of(self, tensor: TensorInfo) -> list[Seal]:
+        """The seals of what is inside a tensor, if its file has any."""
+        end = tensor.offset + tensor.nbytes
+        return [seal for at, seal in self._seals[tensor.file].items() if tensor.offset <= at < end]
 
     def stored_share(self, keys: Sequence[Key]) -> float:
         """The bytes that are read for some keys, as a share of their slots."""

@@ -23,6 +23,7 @@ from tierlm.weights.packed import VERSION
 from tierlm.weights.probe import find_profile
 from tierlm.weights.profile import ProfileCache, disk_name
 from tierlm.weights.reader import open_reader
+from tierlm.weights.rows import block_of_rows
 
 KEEP = "keep"
 CODECS = ("none", "zstd", "auto")
@@ -101,11 +102,10 @@ def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[Pac
     def record(name: str, weights: Mapping[str, tuple[str, tuple[int, ...]]], target: str) -> PackedRecord:
         return PackedRecord(name, [_packing(catalog.stored(*weight), target) for weight in weights.values()])
 
+    embedding = catalog.stored(family.embedding_name(), (spec.vocab, spec.hidden))
     files = {
         "embedding.safetensors": [
-            PackedRecord(
-                "embedding", [_packing(catalog.stored(family.embedding_name(), (spec.vocab, spec.hidden)), KEEP)]
-            )
+            PackedRecord("embedding", [_packing(embedding, KEEP)], block=block_of_rows(catalog.embedding))
         ],
         "gates.safetensors": [record("gates", family.gate_tensors(spec), KEEP)],
     }

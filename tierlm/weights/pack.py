@@ -76,17 +76,18 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class PackedRecord:
-    """The weights that are to be read as one."""
+    """The weights that are to be read as one. ``compress``, ``block``: see RecordShape."""
 
     name: str
     packings: Sequence[Packing]
     compress: bool = False
+    block: int = 0
 
     def shape(self) -> RecordShape:
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for packing in self.packings:
             tensors |= packing.tensors()
-        return RecordShape(self.name, in_file_order(tensors), self.compress)
+        return RecordShape(self.name, in_file_order(tensors), self.compress, self.block)
 
     @property
     def floats(self) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tierlm.errors import CheckpointError, StorageError
 from tierlm.weights.checkpoint import ALIGNMENT, INSIDE, ITEM_SIZE, MAX_HEADER, Header
-from tierlm.weights.checksum import DIGITS, Seal, checksum, new_checksum
+from tierlm.weights.checksum import DIGITS, Checksums, Seal, checksum
 from tierlm.weights.codec import Run, compress, least_and_most
 from tierlm.weights.layouts import Shape
 
@@ -34,12 +34,14 @@ FLUSH = 32 * 2**20  # bytes after which the disk is given what was written: it w
 class RecordShape:
     """A record to be written: its name, and its tensors, name -> dtype and shape, in the order of the file.
 
-    ``compress``: it is stored as weights/codec.py says, as the one tensor COMPRESSED + its offset.
+    ``compress``: it is stored as weights/codec.py says, as the one tensor COMPRESSED + its offset. ``block``: every so
+    many bytes have a checksum of their own; 0: all have one. Not both.
     """
 
     name: str
     tensors: Mapping[str, tuple[str, Shape]]
     compress: bool = False
+    block: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -56,11 +58,11 @@ class RecordShape:
 
 
 class Written(NamedTuple):
-    """What has become of a record: its bytes in the file, their checksum, and that of what was compressed."""
+    """What has become of a record: its bytes in the file, their checksums, and that of what was compressed."""
 
     nbytes: int
-    checksum: str = "0" * DIGITS
-    raw: str = "0" * DIGITS
+    checksums: Sequence[str]
+    raw: str
 
 
 def in_file_order(tensors: Mapping[str, tuple[str, Shape]]) -> dict[str, tuple[str, Shape]]:
@@ -94,17 +96,17 @@ def write_file(
                 if record.compress:
                     whole = b"".join(pieces)
                     pieces, raw = iter([memoryview(compress(whole, record.runs))]), checksum(whole)
-                digest, written = new_checksum(), 0
+                written, checksums = 0, Checksums(record.block)
                 for piece in pieces:
                     stream.write(piece)
-                    digest.update(piece)
+                    checksums.update(piece)
                     written += piece.nbytes
                     waiting += piece.nbytes
                     if waiting >= FLUSH:
                         _flush(stream)
                         waiting = 0
                 stream.write(bytes(_aligned(written) - written))
-                done.append(Written(written, digest.hexdigest(), raw))
+                done.append(Written(written, checksums.end(), raw))
             stream.seek(0)
             stream.write(_header(records, metadata, done, begin))
             _flush(stream)
@@ -178,8 +180,12 @@ def _header(
     tensors: dict[str, Any] = {}
     seals: dict[str, list[Any]] = {}
     inside: dict[str, Any] = {}
-    for record, found in zip(records, written or [Written(record.most) for record in records], strict=True):
-        seals[record.name] = [at, found.nbytes, found.checksum]
+    for record, found in zip(records, written or map(_unknown, records), strict=True):
+        size = max(1, found.nbytes)  # one that is empty has a checksum too
+        block = record.block or size
+        for start, digest in zip(range(0, size, block), found.checksums, strict=True):
+            name = f"{record.name} from byte {start}" if record.block else record.name
+            seals[name] = [at + start, min(block, found.nbytes - start), digest]
         filled = [*record.tensors.items()]
         if record.compress:
             inside[f"{COMPRESSED}{at}"] = [found.raw, record.tensors]
@@ -197,6 +203,11 @@ def _header(
     length = max(begin, _aligned(8 + len(text))) - 8
     assert length <= MAX_HEADER
     return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def _unknown(record: RecordShape) -> Written:
+    count = -(-record.most // record.block) if record.block else 1
+    return Written(record.most, ["0" * DIGITS] * count, "0" * DIGITS)
 
 
 def _nbytes(dtype: str, shape: Shape) -> int:

@@ -19,7 +19,7 @@ lint: $(VENV)/.installed-test
 # The kernels' tests on kernels that watch their memory and their arithmetic: those that this processor chooses, then
 # those for any processor.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g
-KERNEL_TESTS := tests/test_kernels.py tests/test_quantised.py
+KERNEL_TESTS := tests/test_kernels.py tests/test_kernel_edges.py tests/test_quantised.py
 
 sanitize: $(VENV)/.installed-test
 	for variant in chosen portable; do \

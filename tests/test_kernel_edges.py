@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_kernels import PRODUCTS, TILES, some_mlp, some_weight, taken
 
-from tierlm.kernels import Weight, gated_mlps, linear, widen
+from tierlm.kernels import Weight, from_latent, gated_mlps, into_latent, linear, native, widen
+from tierlm.kernels.linear import unwidened
 from tierlm.kernels.quantised import quantise, quantise_reference, rounded
 
 HALVES = torch.tensor([[127.0, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, -3.5, 126.5, -126.5]])  # of a scale of one
@@ -73,6 +74,23 @@ def test_each_group_has_its_own_scale(format: str) -> None:
         exact = taken(x, weight).double() @ widen(weight).double().t()
         bound = 1e-6 * (x.abs().double() @ widen(weight).abs().double().t())
         assert ((linear(x, weight) - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("format", PRODUCTS)
+def test_latents_of_several_blocks_and_groups(format: str) -> None:
+    """Heads and ranks that go beyond one block of scales of float8, and beyond many groups."""
+    heads, nope, value, rank, rows = 5, 40, 24, 300, 3
+    kv_b = some_weight(heads * (nope + value), rank, format)
+    assert unwidened(kv_b, rows, nope, value) and native.load() is not None
+    exact = widen(kv_b).double().view(heads, nope + value, rank)
+    generator = torch.Generator().manual_seed(10)
+    q, mixed = torch.randn(rows, heads, nope, generator=generator), torch.randn(heads, rows, rank, generator=generator)
+    for found, left, right in (
+        (into_latent(q, kv_b, 0, heads), q.transpose(0, 1), exact[:, :nope]),
+        (from_latent(mixed, kv_b, 0, heads, value).transpose(0, 1), mixed, exact[:, nope:].transpose(1, 2)),
+    ):
+        bound = 2e-6 * left.double().abs() @ right.abs()
+        assert ((found - left.double() @ right).abs() <= bound).all()
 
 
 def test_a_sum_at_its_largest() -> None:

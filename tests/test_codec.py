@@ -28,7 +28,7 @@ from tierlm.spec import ExpertKey, TrunkKey
 from tierlm.weights import codec
 from tierlm.weights.checkpoint import ALIGNMENT, ITEM_SIZE, read_header
 from tierlm.weights.checksum import checksum
-from tierlm.weights.codec import BLOCK, compress, decompress, least_and_most
+from tierlm.weights.codec import BLOCK, compress, decompress, least_and_most, load_zstandard
 from tierlm.weights.packed import RecordShape, file_size, in_file_order, write_file
 from tierlm.weights.profile import DiskProfile, ProfileCache
 from tierlm.weights.reader import read_pieces
@@ -83,6 +83,18 @@ def test_what_is_damaged_raises_or_differs_and_nothing_else(seed: int) -> None:
     except ValueError:
         return
     assert out.tobytes() != record
+
+
+def test_frames_that_announce_more_and_bytes_that_nobody_announces_are_refused() -> None:
+    runs, record = [(4096, 2)], some_bytes([(4096, 2)], 3)
+    stored = compress(record, runs)
+    out = np.empty(len(record), np.uint8)
+    with pytest.raises(ValueError, match=f"expected {len(stored)} bytes, found {len(stored) + 1}"):
+        decompress(np.frombuffer(stored + b"x", np.uint8), out, runs)
+    bomb = load_zstandard().compress(bytes(2**24))
+    lengths = np.array([2048, len(bomb)], "<u4").tobytes()
+    with pytest.raises(ValueError, match="not a plane of 2048 bytes"):
+        decompress(np.frombuffer(lengths + record[:2048] + bomb, np.uint8), out, runs)
 
 
 def test_a_store_is_smaller_and_its_file_is_valid(squeezed: Path, kept: Path) -> None:

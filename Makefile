@@ -19,7 +19,8 @@ lint: $(VENV)/.installed-test
 # The tests of what is compiled on libraries that watch their memory and their arithmetic: with the kernels that this
 # processor chooses, then with those for any processor.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g
-NATIVE_TESTS := tests/test_kernels.py tests/test_quantised.py tests/test_compiled.py
+NATIVE_TESTS := tests/test_kernels.py tests/test_kernel_edges.py tests/test_quantised.py tests/test_attention.py \
+	tests/test_compiled.py
 
 sanitize: $(VENV)/.installed-test
 	for variant in chosen portable; do \

@@ -44,11 +44,11 @@ setup(
     ],
     extras_require={
         "peers": ["accelerate>=1.10", "gguf>=0.17", "safetensors>=0.4.5", "transformers>=5.20", "xllamacpp>=2026.10"],
-        "bench": ["zstandard>=0.22"],
+        "zstd": ["zstandard>=0.22"],
         "plot": ["matplotlib>=3.8"],
         "tune": ["optuna>=4"],
-        "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20"],
-        "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil", "zstandard>=0.22"],
+        "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20", "zstandard>=0.22"],
+        "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil"],
     },
     ext_modules=[
         library("tierlm/kernels", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"),

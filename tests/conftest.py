@@ -12,6 +12,8 @@ import torch
 from toys import make_toy
 from transformers.utils import logging
 
+from tierlm.models.packing import pack_model
+
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # the toys are too small to be shared out, and another job may hold the other cores
 
@@ -27,6 +29,22 @@ def toy_v3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A toy of the V3 architecture, one dense and three MoE layers of 16 experts, and its `transformers` model."""
     folder = tmp_path_factory.mktemp("toy-v3")
     return folder, make_toy("v3", folder)
+
+
+@pytest.fixture(scope="session")
+def kept(toy_v3: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy, packed as it is. Tests do not write to it."""
+    out = tmp_path_factory.mktemp("packed") / "kept"
+    pack_model(toy_v3[0], out, experts="keep", trunk="keep")
+    return out
+
+
+@pytest.fixture(scope="session")
+def squeezed(toy_v3: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy, packed as it is and compressed. Tests do not write to it."""
+    out = tmp_path_factory.mktemp("packed") / "squeezed"
+    pack_model(toy_v3[0], out, experts="keep", trunk="keep", codec="zstd")
+    return out
 
 
 @pytest.fixture

@@ -42,14 +42,6 @@ TIGHT = {"ram_slots": 4, "resident_trunks": 0}
 DAMAGED = ExpertKey(2, 5)  # an expert that the prompt uses
 
 
-@pytest.fixture(scope="module")
-def kept(toy_v3: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy, packed as it is. Tests do not write to it."""
-    out = tmp_path_factory.mktemp("packed") / "kept"
-    pack_model(toy_v3[0], out, experts="keep", trunk="keep")
-    return out
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -456,8 +448,13 @@ def copy(toy_v3: tuple[Path, Any], tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
-def test_one_flipped_byte_is_named_by_verify_and_by_run(where: float, copy: Path, ids: list[int]) -> None:
+def test_one_flipped_byte_is_named_by_verify_and_by_run(
+    where: float, codec: str, toy_v3: tuple[Path, Any], tmp_path: Path, ids: list[int]
+) -> None:
+    copy = tmp_path / "copy"
+    pack_model(toy_v3[0], copy, experts="keep", trunk="keep", codec=codec)
     seal = Catalog(copy).record(DAMAGED).seal
     assert seal is not None
     with LLM.load(copy, budget=RAM, heat=False, predictor="none", **TIGHT) as llm:
@@ -507,6 +504,47 @@ def test_damage_to_a_trunk_and_to_the_gates_stops_the_start(copy: Path) -> None:
         with pytest.raises(StorageError, match=f"{name}, .* expected xxh3_64"):
             LLM.load(copy, budget=RAM)
         flip(seal.file, seal.offset + 7)
+
+
+def test_rows_of_the_embedding_are_compared_when_they_are_first_read(
+    copy: Path, toy_v3: tuple[Path, Any], ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks: of what is not read nothing is told, but by verify."""
+    monkeypatch.setattr("tierlm.weights.rows.BLOCK", 1000)  # five rows of 192 bytes
+    shutil.rmtree(copy)
+    pack_model(toy_v3[0], copy, experts="keep", trunk="keep")
+    catalog = Catalog(copy)
+    table = catalog.embedding
+    assert [seal.nbytes for seal in catalog.seals_of(table)] == [960] * 26 + [192]
+    unused = max(set(range(130)) - {row for row in range(130) for i in ids if row // 5 == i // 5})
+    flip(table.file, table.offset + unused * 192)
+    with LLM.load(copy, budget=RAM, heat=False, **TIGHT) as llm:
+        expected = llm.logits(ids)
+        flip(table.file, table.offset + ids[3] * 192 + 100)  # was compared before
+        assert not torch.equal(llm.logits(ids), expected)
+    place = f"{table.file}: embedding from byte "
+    with LLM.load(copy, budget=RAM, heat=False, **TIGHT) as llm:
+        for _ in range(2):
+            with pytest.raises(StorageError, match=f"{place}{ids[3] // 5 * 960}, 960 bytes at offset") as raised:
+                llm.logits(ids)
+            assert raised.value.offset == table.offset + ids[3] // 5 * 960
+        flip(table.file, table.offset + ids[3] * 192 + 100)
+        assert torch.equal(llm.logits(ids), expected)
+    (found,) = damage(catalog.checkpoint.headers, lambda done, total: None)
+    assert str(found).startswith(f"{place}{unused // 5 * 960},")
+
+
+def test_an_embedding_under_one_checksum_is_left_to_verify(
+    copy: Path, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was packed before its rows had their own."""
+    monkeypatch.setattr("tierlm.weights.rows.BLOCK", 200)  # one row
+    catalog = Catalog(copy)
+    (seal,) = catalog.seals_of(catalog.embedding)
+    flip(seal.file, seal.offset + ids[0] * 192)
+    with LLM.load(copy, budget=RAM, heat=False, **TIGHT) as llm:
+        llm.logits(ids)
+    assert len(list(damage(catalog.checkpoint.headers, lambda done, total: None))) == 1
 
 
 def test_verify_names_what_is_missing_of_a_truncated_file(copy: Path) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tierlm.errors import StorageError, UsageError
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
-from tierlm.weights.reader import DirectReader, MmapReader, Reader, Request, open_reader, read_rows, split
+from tierlm.weights.reader import DirectReader, MmapReader, Reader, Request, open_reader, split
+from tierlm.weights.rows import read_rows
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=60)
 REFUSER = Path("/proc/version")  # procfs has no O_DIRECT

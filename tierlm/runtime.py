@@ -42,10 +42,12 @@ from tierlm.policies.predictors import make_predictor
 from tierlm.policies.recency import Lru
 from tierlm.spec import ExpertKey
 from tierlm.timeline import Timeline
+from tierlm.weights.codec import load_zstandard
 from tierlm.weights.formats import DTYPES, Weights, weights_of
 from tierlm.weights.mirrors import open_disks
 from tierlm.weights.profile import ProfileCache
-from tierlm.weights.reader import read_rows, split
+from tierlm.weights.reader import split
+from tierlm.weights.rows import Rows
 
 COPY_THREADS = 2  # to vram
 AUTO_VRAM = 0.9  # the share of what is free
@@ -76,6 +78,8 @@ class Runtime:
         began = time.perf_counter()
         self.options, self.device = options, find_device(options.device)
         self.catalog = Catalog(folder)
+        if self.catalog.compressed:
+            load_zstandard()  # or say that it is missing before anything is loaded
         spec = self.catalog.spec
         if options.context is not None and options.context > spec.max_position:
             raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
@@ -213,6 +217,7 @@ class Runtime:
         catalog, plan, options, spec = self.catalog, self.plan, self.options, self.catalog.spec
         disk = Disk(self.reader, catalog.record, self.transfer, self.disk_profile.request_bytes)
         gates = self._load_gates(disk)
+        self._rows = Rows(catalog.embedding, catalog.seals_of(catalog.embedding))
         host = torch.device("cpu")
         self.experts = [self._expert_tier("ram", plan.ram, disk, host)]
         trunk_tiers = [self._trunk_tier("ram", plan.ram, disk, host)]
@@ -283,7 +288,7 @@ class Runtime:
     def _embed(self, ids: Sequence[int]) -> Tensor:
         """The embeddings of some tokens, float32 [T, hidden], read row by row: the table itself is never loaded."""
         table = self.catalog.embedding
-        rows = torch.frombuffer(bytearray(read_rows(table, ids)), dtype=DTYPES[table.dtype])
+        rows = torch.frombuffer(bytearray(self._rows.read(ids)), dtype=DTYPES[table.dtype])
         return rows.view(len(ids), -1).to(self.device, torch.float32)
 
 

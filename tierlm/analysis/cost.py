@@ -34,6 +34,7 @@ class Work:
     """What one token makes a model do. Weights and values are counts, sizes bytes of records.
 
     ``trunk_weights``: without embedding, head and shared experts. ``attention``: products for each token of context.
+    ``stored``: the shares of the bytes of experts and of trunks that are read from the disk, where they are compressed.
     """
 
     layers: int
@@ -48,6 +49,7 @@ class Work:
     attention: int
     trunk_bytes: int
     formats: Formats = BF16
+    stored: tuple[float, float] = (1.0, 1.0)
 
     @property
     def routed_weights(self) -> int:
@@ -179,7 +181,7 @@ def decode_seconds(
 ) -> Seconds:
     """One token's step. ``hits``: of the compute tier, and of all memory; ``streamed``: as ``streamed_bytes``."""
     missed = [work.moe_layers * work.experts_per_token * (1 - rate) for rate in hits]
-    disk_bytes = missed[1] * work.expert_bytes + streamed[0]
+    disk_bytes = missed[1] * work.expert_bytes * work.stored[0] + streamed[0] * work.stored[1]
     disk = disk_bytes / machine.disk + min(missed[1], work.moe_layers) * machine.latency
     stored = work.formats
     card = machine.accelerator
@@ -220,9 +222,10 @@ def prefill_seconds(
         rows = min(chunk, tokens - start)
         used = work.experts * (1 - (1 - work.experts_per_token / work.experts) ** rows) if work.experts else 0.0
         together = rows * work.experts_per_token / used if used else 1.0
-        disk_bytes = used * work.moe_layers * work.expert_bytes * (1 - resident) + streamed[0]
-        touch = min(slot_bytes, disk_bytes) * machine.touch[0]
-        slot_bytes = max(0, slot_bytes - int(disk_bytes))
+        experts_read = used * work.moe_layers * work.expert_bytes * (1 - resident)
+        disk_bytes = experts_read * work.stored[0] + streamed[0] * work.stored[1]
+        touch = min(slot_bytes, experts_read + streamed[0]) * machine.touch[0]
+        slot_bytes = max(0, slot_bytes - int(experts_read + streamed[0]))
         disk = disk_bytes / machine.disk
         experts = rows * work.routed_weights
         trunk = rows * (work.trunk_weights + work.shared_weights)
@@ -247,9 +250,9 @@ def prefill_seconds(
     return total
 
 
-def load_seconds(machine: Machine, resident_bytes: int) -> float:
-    """Loading the trunks that stay."""
-    return resident_bytes / machine.disk + resident_bytes * machine.touch[0]
+def load_seconds(machine: Machine, resident_bytes: int, stored: float = 1.0) -> float:
+    """Loading the trunks that stay, of which the share ``stored`` is read."""
+    return resident_bytes * stored / machine.disk + resident_bytes * machine.touch[0]
 
 
 def _values(seconds: Seconds) -> tuple[float, ...]:

@@ -95,7 +95,7 @@ def forecast(
     worst = _speed(plan, sizes, work, machine, question, uniform_hits)
     typical = _speed(plan, sizes, work, machine, question, usual)
     streamed = streamed_bytes(plan, sizes.trunk)
-    load = load_seconds(machine, sum(sizes.trunk[key] for tier in _tiers(plan) for key in tier.trunk))
+    load = load_seconds(machine, sum(sizes.trunk[key] for tier in _tiers(plan) for key in tier.trunk), work.stored[1])
 
     def decode(machine: Machine, ram: int, vram: int | None) -> float | None:
         try:

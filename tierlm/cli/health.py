@@ -37,7 +37,7 @@ def doctor(
         if named.folder is None:
             raise CheckpointError(f"{named.where}: a config without weights; `tierlm plan` says what they would need")
         catalog = Catalog(named.folder)
-        used = sum(tensor.nbytes for tensor in catalog.checkpoint.tensors.values())
+        used = sum(file.stat().st_size for file in catalog.files)
         what = f"whole: {len(catalog.checkpoint.tensors)} tensors, {format_size(used)} in {len(catalog.files)} files"
         findings.append(Finding("ok", "checkpoint", what))
     except (TierlmError, OSError) as error:

@@ -16,6 +16,7 @@ from tierlm.config import format_size
 
 Experts = Annotated[str, typer.Option(help="Layout of the routed experts: int4, int8, fp8, bf16, f16, f32, or keep.")]
 Trunk = Annotated[str, typer.Option(help="Layout of attention, shared and dense MLPs, and lm_head; as for experts.")]
+Codec = Annotated[str, typer.Option(help="none; zstd: floats, without loss; auto: zstd if it keeps up with the disk.")]
 
 
 def pack(
@@ -23,6 +24,7 @@ def pack(
     out: Annotated[Path, typer.Argument(help="A new folder for the packed store.")],
     experts: Experts = "int4",
     trunk: Trunk = "int8",
+    codec: Codec = "none",
 ) -> None:
     """Write a model as a packed store: one aligned, checksummed read an expert, in fewer bits if you like.
 
@@ -32,9 +34,13 @@ def pack(
     from tierlm.models.packing import pack_model
 
     console = Console(stderr=True)
+
+    def say(what: str) -> None:
+        console.print(Text(what))
+
     try:
         with _progress("packing", console) as progress:
-            pack_model(find_model(model), out, experts=experts, trunk=trunk, progress=progress)
+            pack_model(find_model(model), out, experts=experts, trunk=trunk, codec=codec, progress=progress, say=say)
     except KeyboardInterrupt:
         console.print("[dim]interrupted; what is finished is kept: the same command goes on from there[/dim]")
         raise typer.Exit(1) from None

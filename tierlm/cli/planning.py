@@ -150,6 +150,9 @@ def _size_table(name: str, records: Records, sizes: Sizes, work: Work, question:
     )
     if isinstance(records, Outline):
         table.add_row("on disk", f"{format_size(records.file_bytes)} ({records.file_bytes / 1e9:.1f} GB)")
+    elif min(work.stored) < 1:
+        left = [f"{share:.0%}" for share in work.stored]
+        table.add_row("compressed", f"{left[0]} of the experts' bytes are read, and {left[1]} of the trunk's")
     cached, expanded = spec.latent_dim, expanded_kv(spec)
     whole = f"KV cache of {question.context} tokens"
     kv = f"{format_size(sizes.kv)}"
@@ -231,6 +234,7 @@ def _as_json(
             "expert": sizes.expert,
             "experts": sizes.experts * sizes.expert,
             "file": records.file_bytes if isinstance(records, Outline) else None,
+            "stored": work.stored,
             "kv": sizes.kv,
             "kv_expanded": sizes.kv * expanded_kv(spec) // spec.latent_dim,
         },

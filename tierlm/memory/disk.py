@@ -12,6 +12,7 @@ from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
 from tierlm.spec import Key
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.checksum import Seal, checksum
+from tierlm.weights.codec import Compressed
 from tierlm.weights.reader import Reader, Request, failure, split
 
 
@@ -49,12 +50,40 @@ class Disk:
         record = self.records(key)
         requests = [part for extent in record.extents for part in split(extent, self.request_bytes)]
         jobs = [self._job(request, slot, str(tuple(key))) for request in requests]
-        check = None if record.seal is None or key in self._checked else self._check(key, record, record.seal, slot)
-        return self.transfer.submit(jobs, priority=priority, last=check), None
+        last = None
+        if record.inside is not None:
+            last = self._decompression(key, record, record.inside, slot)
+        elif record.seal is not None and key not in self._checked:
+            last = self._check(key, record, record.seal, slot)
+        return self.transfer.submit(jobs, priority=priority, last=last), None
+
+    def _decompression(self, key: Key, record: Record, inside: Compressed, slot: Slot) -> Job:
+        seal, at = record.seal, record.extents[0].at
+        assert seal is not None  # the catalog has seen to it
+        check = self._check(key, record, seal, slot)
+
+        def failed(why: object) -> StorageError:
+            what = f"{seal.file}: decompressing {seal.name}, {seal.nbytes} bytes at offset {seal.offset}: {why}"
+            return StorageError(what, file=str(seal.file), tensor=seal.name, offset=seal.offset)
+
+        def run() -> None:
+            first = key not in self._checked
+            if first:
+                check.run()
+            buffer = slot.buffer.numpy()
+            try:
+                inside.restore(buffer[at : at + inside.nbytes], buffer, check=first)
+            except ValueError as error:
+                self._checked.discard(key)
+                raise failed(f"{error}; it was damaged on the way, or packed wrongly: pack the model again") from error
+
+        return Job("zstd", inside.raw, run, failed, str(tuple(key)))
 
     def _check(self, key: Key, record: Record, seal: Seal, slot: Slot) -> Job:
+        at = record.extents[0].at
+
         def check(file: Path) -> None:
-            replace(seal, file=file).check(checksum(slot.buffer[: seal.nbytes].numpy().data))
+            replace(seal, file=file).check(checksum(slot.buffer[at : at + seal.nbytes].numpy().data))
 
         def run() -> None:
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from tierlm.analysis.cost import Formats
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import family_of
 from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
-from tierlm.weights.checkpoint import Checkpoint, Record, TensorInfo, build_record, read_json
+from tierlm.weights.checkpoint import Checkpoint, Record, TensorInfo, build_record, compressed, read_json
+from tierlm.weights.checksum import Seal
 from tierlm.weights.layouts import LAYOUTS, SCALE, StoredWeight, layout_of
 from tierlm.weights.packed import read_seals, row_block, row_blocks
 
@@ -26,7 +27,7 @@ class Catalog:
     """The spec and the records of a model folder, checked against each other when it is made.
 
     ``trunks``: the keys of all layers' trunks and then the blocks of the lm_head, in the order in which they run;
-    ``head_weights``: those blocks.
+    ``head_weights``: those blocks. ``compressed``: some records are.
     Raises CheckpointError and UnsupportedModelError.
     """
 
@@ -53,6 +54,7 @@ class Catalog:
         keys: list[Key] = [*self.trunks, *self.experts()]
         self._records = {key: self._build(key) for key in keys}
         self._records[GATES] = self._sealed(build_record(self._tensors(self.family.gate_tensors(spec))))
+        self.compressed = any(record.inside is not None for record in self._records.values())
         self.ignored = [name for name in self.checkpoint.tensors if self.family.ignored(spec, name)]
 
     @property
@@ -91,6 +93,16 @@ class Catalog:
         """Bytes of the slot that ``key`` needs."""
         return self._records[key].nbytes
 
+    def seals_of(self, tensor: TensorInfo) -> list[Seal]:
+        """The seals of what is inside a tensor, if its file has any."""
+        end = tensor.offset + tensor.nbytes
+        return [seal for at, seal in self._seals[tensor.file].items() if tensor.offset <= at < end]
+
+    def stored_share(self, keys: Sequence[Key]) -> float:
+        """The bytes that are read for some keys, as a share of their slots."""
+        read = sum(extent.hi - extent.lo for key in keys for extent in self._records[key].extents)
+        return read / sum(map(self.size, keys)) if keys else 1.0
+
     def _build(self, key: Key) -> Record:
         if isinstance(key, ExpertKey):
             tensors = self._tensors(self.family.expert_tensors(self.spec, key))
@@ -103,14 +115,20 @@ class Catalog:
     def _sealed(self, record: Record) -> Record:
         """The record with its seal, if its file has any."""
         for extent in record.extents:
-            if seals := self._seals[extent.file]:
+            inside = extent.tensors[0].inside
+            seals = self._seals[extent.file]
+            if seals or inside is not None:
                 seal = seals.get(extent.start)
-                if len(record.extents) > 1 or seal is None or seal.nbytes != extent.stop - extent.start:
+                claimed = extent.stop - extent.start
+                if inside is not None:
+                    claimed = inside.nbytes if claimed == inside.raw else -1
+                if len(record.extents) > 1 or seal is None or seal.nbytes != claimed:
                     raise CheckpointError(
                         f"{extent.file}: {extent.tensors[0].name} at offset {extent.start}: expected a record as "
                         "it was packed, found something else; pack the model again"
                     )
-                return replace(record, seal=seal)
+                record = replace(record, seal=seal)
+                return record if inside is None else compressed(record, inside)
         return record
 
     def stored(self, name: str, shape: tuple[int, ...]) -> StoredWeight:
@@ -161,6 +179,8 @@ class Catalog:
         tensor = self.checkpoint.tensor(name, shape)
         if tensor.dtype not in FLOATS:
             raise UnsupportedModelError(f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(FLOATS)}")
+        if tensor.inside is not None:
+            raise UnsupportedModelError(f"{tensor.file}: {name} is compressed; where rows are read, it may not be")
         return tensor
 
     def _eos(self, folder: Path) -> tuple[int, ...]:

@@ -60,6 +60,8 @@ class Records(Protocol):
 
     def size(self, key: Key) -> int: ...
 
+    def stored_share(self, keys: Sequence[Key]) -> float: ...
+
 
 class Outline:
     """The records of a ``config.json``. ``format``: one of FORMATS; None: as the config says that it is published.
@@ -98,6 +100,10 @@ class Outline:
         if like not in self._sizes:
             self._sizes[like] = (self._bytes(like) // ALIGNMENT + 2) * ALIGNMENT
         return self._sizes[like]
+
+    def stored_share(self, keys: Sequence[Key]) -> float:
+        """Nothing is compressed."""
+        return 1.0
 
     @property
     def formats(self) -> Formats:
@@ -170,6 +176,7 @@ def work_of(records: Records) -> Work:
         head_weights=spec.vocab * spec.hidden,
         attention=spec.layers * spec.heads * (spec.nope_dim + spec.rope_dim + spec.value_dim),
         trunk_bytes=sum(records.size(key) for key in records.trunks),
+        stored=(records.stored_share(records.experts()), records.stored_share(records.trunks)),
         formats=records.formats,
     )
 

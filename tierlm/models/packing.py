@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from tierlm.errors import UsageError
+from tierlm.files import user_cache
 from tierlm.models.catalog import Catalog
 from tierlm.spec import ExpertKey, TrunkKey
 from tierlm.weights.checksum import ALGORITHM
+from tierlm.weights.codec import load_zstandard, measure
 from tierlm.weights.layouts import LAYOUTS, TILE_COLUMNS, TILE_ROWS, StoredWeight
-from tierlm.weights.pack import PackedRecord, Packing, Progress, pack
+from tierlm.weights.pack import PackedRecord, Packing, Progress, pack, raw_bytes, unfinished
 from tierlm.weights.packed import VERSION
+from tierlm.weights.probe import find_profile
+from tierlm.weights.profile import ProfileCache, disk_name
+from tierlm.weights.reader import open_reader
+from tierlm.weights.rows import block_of_rows
 
 KEEP = "keep"
+CODECS = ("none", "zstd", "auto")
+PLAIN = ("embedding.safetensors", "gates.safetensors")  # never compressed: read row by row, and small
+SAMPLES = 4  # records that are compressed to learn how fast they come back
 BESIDE = (
     "config.json",
     "generation_config.json",
@@ -32,13 +43,25 @@ BESIDE = (
 )
 
 
-def pack_model(folder: Path, out: Path, *, experts: str, trunk: str, progress: Progress | None = None) -> None:
+def pack_model(
+    folder: Path,
+    out: Path,
+    *,
+    experts: str,
+    trunk: str,
+    codec: str = "none",
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> None:
     """Write the model of ``folder`` as a packed store to ``out``, a new folder.
 
     ``experts``, ``trunk``: the layouts of the routed experts' matrices, and of those that every token uses, by name, or
-    "keep". Norms, routers and the embedding stay as they are; layers for multi-token prediction are left out. Raises
-    UsageError, CheckpointError, StorageError.
+    "keep". Norms, routers and the embedding stay as they are; layers for multi-token prediction are left out.
+    ``codec``: "zstd" compresses the records of floats, "none" none; "auto" is the one that ``choose_codec`` finds.
+    ``say`` is called with what became of the codec, in words. Raises UsageError, CheckpointError, StorageError.
     """
+    if codec not in CODECS:
+        raise UsageError(f"codec: expected one of {', '.join(CODECS)}, found {codec!r}")
     for what, name in (("experts", experts), ("trunk", trunk)):
         if name not in (KEEP, *LAYOUTS):
             raise UsageError(f"{what}: expected one of {KEEP}, {', '.join(LAYOUTS)}, found {name!r}")
@@ -46,6 +69,21 @@ def pack_model(folder: Path, out: Path, *, experts: str, trunk: str, progress: P
         raise UsageError(f"{out}: lies in the folder of the model, in which nothing is written; choose another")
     catalog = Catalog(folder)
     files = records_of(catalog, experts, trunk)
+    if codec == "auto":
+        codec, why = choose_codec(catalog, files, out)
+        if say is not None:
+            say(f"codec {codec}: {why}")
+    if codec == "zstd":
+        load_zstandard()  # or say now that it is missing
+        files = compressed(files)
+        count, total = len(_compressed_records(files)), sum(map(len, files.values()))
+        if not count:
+            raise UsageError(
+                "codec zstd: no record is of floats alone; int8 and int4 would gain little, and never are: "
+                "choose other layouts (--experts keep --trunk keep), or codec none"
+            )
+        if say is not None:
+            say(f"codec zstd: {count} of {total} records are compressed")
     beside = {
         file.name: file.read_bytes() for pattern in BESIDE for file in sorted(folder.glob(pattern)) if file.is_file()
     }
@@ -54,7 +92,7 @@ def pack_model(folder: Path, out: Path, *, experts: str, trunk: str, progress: P
     if "quantization_config" in config and any(packing.target != packing.weight.layout for packing in packings):
         del config["quantization_config"]  # it speaks of a layout that not all weights have any more
         beside["config.json"] = json.dumps(config, indent=2).encode()
-    pack(files, beside, out, describe(catalog, experts, trunk), progress)
+    pack(files, beside, out, describe(catalog, experts, trunk, codec), progress)
 
 
 def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[PackedRecord]]:
@@ -64,11 +102,10 @@ def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[Pac
     def record(name: str, weights: Mapping[str, tuple[str, tuple[int, ...]]], target: str) -> PackedRecord:
         return PackedRecord(name, [_packing(catalog.stored(*weight), target) for weight in weights.values()])
 
+    embedding = catalog.stored(family.embedding_name(), (spec.vocab, spec.hidden))
     files = {
         "embedding.safetensors": [
-            PackedRecord(
-                "embedding", [_packing(catalog.stored(family.embedding_name(), (spec.vocab, spec.hidden)), KEEP)]
-            )
+            PackedRecord("embedding", [_packing(embedding, KEEP)], block=block_of_rows(catalog.embedding))
         ],
         "gates.safetensors": [record("gates", family.gate_tensors(spec), KEEP)],
     }
@@ -85,7 +122,44 @@ def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[Pac
     return files
 
 
-def describe(catalog: Catalog, experts: str, trunk: str) -> dict[str, Any]:
+def compressed(files: Mapping[str, Sequence[PackedRecord]]) -> dict[str, list[PackedRecord]]:
+    """The same files, in which the records that are of floats alone are compressed: experts, trunks, the lm_head."""
+    return {
+        name: [replace(record, compress=name not in PLAIN and record.floats) for record in records]
+        for name, records in files.items()
+    }
+
+
+def choose_codec(catalog: Catalog, files: Mapping[str, Sequence[PackedRecord]], out: Path) -> tuple[str, str]:
+    """The codec for ``files`` on the disk of ``out``, and why, in words: zstd where as many threads as the disk is read
+    with make records again as fast as it would deliver them compressed. What was begun with a codec goes on with it.
+    """
+    if (description := unfinished(out)) is not None:
+        return description["packed"].get("codec", "none"), "as the unfinished pack was begun"
+    records = sorted(_compressed_records(compressed(files)), key=lambda record: record.shape().nbytes)
+    if not records:
+        return "none", "no record is of floats alone"
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    cache = ProfileCache(user_cache())
+    profile, name = cache.get(folder), disk_name(folder)
+    if profile is None and folder.stat().st_dev == catalog.files[0].stat().st_dev:
+        reader, _ = open_reader("auto", catalog.files)
+        with closing(reader):
+            profile, _ = find_profile(reader, catalog.files, "auto", cache)
+    if profile is None or profile.bytes_per_second is None:
+        return "none", f"the speed of {name} is not known; running a model of a GiB or more from it measures it"
+    middle = len(records) // 2  # an expert, where there are any
+    share, speed = measure([raw_bytes(record) for record in records[middle : middle + SAMPLES]], profile.depth)
+    wanted = profile.bytes_per_second / share
+    found = f"{share:.0%} of the bytes are left; {profile.depth} threads decompress {speed / 1e9:.2f} GB/s, {name}"
+    return "zstd" if speed >= wanted else "none", f"{found} would deliver {wanted / 1e9:.2f} GB/s so compressed"
+
+
+def _compressed_records(files: Mapping[str, Sequence[PackedRecord]]) -> list[PackedRecord]:
+    return [record for records in files.values() for record in records if record.compress]
+
+
+def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str, Any]:
     """The settings of a pack, and which files it was made from."""
     files = {}
     for file, header in catalog.checkpoint.headers.items():
@@ -95,6 +169,8 @@ def describe(catalog: Catalog, experts: str, trunk: str) -> dict[str, Any]:
         files[file.name] = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns, "header_xxh3_64": digest}
     source = {"name": catalog.checkpoint.folder.resolve().name, "fingerprint": catalog.fingerprint, "files": files}
     packed = {"experts": experts, "trunk": trunk, "tile": [TILE_ROWS, TILE_COLUMNS], "checksum": ALGORITHM}
+    if codec != "none":
+        packed["codec"] = codec
     return {"version": VERSION, "packed": packed, "source": source}
 
 

@@ -11,16 +11,18 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.weights.checksum import Seal
+from tierlm.weights.codec import Compressed, least_and_most
 
 ALIGNMENT = 4096  # direct reads start, end and land on multiples of this many bytes
 MERGE_GAP = 64 * 1024  # reading this much between two tensors costs less than a second request
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+INSIDE = "tierlm.zstd"  # of a header's metadata: which tensors are inside those that are compressed records
 ITEM_SIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
@@ -29,7 +31,8 @@ ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 class TensorInfo:
     """Where one tensor lies: bytes ``offset`` to ``offset + nbytes`` of ``file``, row-major.
 
-    ``size``: the shape of the matrix that it stands for, where that is another (weights/layouts.py).
+    ``size``: the shape of the matrix that it stands for, where that is another (weights/layouts.py). ``inside``: the
+    compressed record that it is in; then ``offset`` is as if that, where it begins, were not compressed.
     """
 
     name: str
@@ -39,6 +42,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     size: tuple[int, ...] | None = None
+    inside: Compressed | None = None
 
     def rows(self, start: int, stop: int) -> TensorInfo:
         """The part of this tensor that holds the rows from ``start`` to ``stop`` of its first dimension."""
@@ -89,13 +93,15 @@ class Place:
 class Record:
     """The bytes of one streamed unit: the reads that fetch it, and where each role's tensor is found afterwards.
 
-    ``seal``: what the bytes of its only extent have to be, in a packed store.
+    ``seal``: what the bytes of its only extent have to be, in a packed store. ``inside``: they are compressed, and
+    become the record where the extent ends.
     """
 
     nbytes: int
     extents: tuple[Extent, ...]
     places: Mapping[str, Place]
     seal: Seal | None = None
+    inside: Compressed | None = None
 
 
 def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
@@ -120,6 +126,16 @@ def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
         at += extent.hi - extent.lo
         extents.append(extent)
     return Record(at, tuple(extents), places)
+
+
+def compressed(record: Record, inside: Compressed) -> Record:
+    """The record of one extent as it is stored: ``inside`` is read to the end of a slot, and decompressed from there
+    to its beginning. The slot ends a page behind the record, so that this does not overtake itself (codec.py)."""
+    (extent,) = record.extents
+    nbytes = -(-max(inside.raw, inside.nbytes) // ALIGNMENT) * ALIGNMENT + ALIGNMENT
+    stored = replace(extent, stop=extent.start + inside.nbytes)
+    stored = replace(stored, at=nbytes - (stored.hi - stored.lo))
+    return Record(nbytes, (stored,), record.places, record.seal, inside)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -224,6 +240,7 @@ def read_header(file: Path) -> Header:
         raise CheckpointError(f"{file}: header: expected texts under __metadata__, found {str(metadata)[:200]}")
     begin = 8 + length
     tensors = {name: _tensor(file, name, entry, begin, size) for name, entry in header.items()}
+    tensors_inside = _inside(file, tensors, metadata.get(INSIDE, "{}"))
     previous: TensorInfo | None = None
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if previous is not None and tensor.offset < previous.offset + previous.nbytes:
@@ -232,7 +249,33 @@ def read_header(file: Path) -> Header:
                 f"which ends at {previous.offset + previous.nbytes}"
             )
         previous = tensor
-    return Header(tensors, metadata, begin)
+    return Header(tensors | tensors_inside, metadata, begin)
+
+
+def _inside(file: Path, tensors: Mapping[str, TensorInfo], text: str) -> dict[str, TensorInfo]:
+    """The tensors inside compressed records. ``text``: JSON, tensor of the file -> [checksum of the record, name ->
+    [dtype, shape]]."""
+    found: dict[str, TensorInfo] = {}
+    try:
+        for outer, (checksum, entries) in json.loads(text).items():
+            stored, raw, parts = tensors[outer], 0, []
+            for name, (dtype, shape) in entries.items():
+                numbers = all(type(number) is int and number >= 0 for number in shape)
+                if not numbers or name in tensors or name in found:
+                    raise ValueError(f"{name}: {dtype} {shape}")
+                nbytes = math.prod(shape) * ITEM_SIZE[dtype]
+                parts.append(TensorInfo(name, file, stored.offset + raw, nbytes, dtype, tuple(shape)))
+                raw += nbytes
+            inside = Compressed(
+                stored.offset, stored.nbytes, tuple((part.nbytes, ITEM_SIZE[part.dtype]) for part in parts), checksum
+            )
+            least, most = least_and_most(inside.runs)
+            if not 0 < least <= stored.nbytes <= most or stored.offset % ALIGNMENT or not isinstance(checksum, str):
+                raise ValueError(f"{outer}: {stored.nbytes} bytes at {stored.offset} for {raw}, {checksum}")
+            found |= {part.name: replace(part, inside=inside) for part in parts}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{file}: header: {INSIDE} is malformed ({error}); pack the model again") from error
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

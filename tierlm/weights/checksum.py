@@ -25,6 +25,28 @@ def checksum(data: memoryview | bytes) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+class Checksums:
+    """The checksums of what ``update`` is given: one for every ``block`` bytes, or, if that is 0, of all of them."""
+
+    def __init__(self, block: int = 0):
+        self._block, self._left = block, block
+        self._digest, self._found = new_checksum(), list[str]()
+
+    def update(self, data: memoryview) -> None:
+        while self._block and data.nbytes >= self._left:
+            self._digest.update(data[: self._left])
+            data, self._left = data[self._left :], self._block
+            self._found.append(self._digest.hexdigest())
+            self._digest = new_checksum()
+        self._digest.update(data)
+        self._left -= data.nbytes
+
+    def end(self) -> list[str]:
+        """All of them; the last block may be shorter."""
+        unfinished = not self._block or self._left < self._block
+        return self._found + [self._digest.hexdigest()] * unfinished
+
+
 @dataclass(frozen=True, slots=True)
 class Seal:
     """One record as it was packed: ``nbytes`` bytes at ``offset`` of ``file``, and their checksum."""

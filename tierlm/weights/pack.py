@@ -25,8 +25,9 @@ from tierlm.files import whole, write_whole
 from tierlm.kernels import Weight, widen
 from tierlm.weights.ahead import ahead
 from tierlm.weights.checkpoint import Place, TensorInfo
+from tierlm.weights.codec import Run
 from tierlm.weights.formats import MAKERS, view
-from tierlm.weights.layouts import Layout, StoredWeight
+from tierlm.weights.layouts import Layout, StoredWeight, TileLayout
 from tierlm.weights.packed import RecordShape, file_size, in_file_order, write_file
 from tierlm.weights.reader import read_pieces
 
@@ -75,16 +76,23 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class PackedRecord:
-    """The weights that are to be read as one."""
+    """The weights that are to be read as one. ``compress``, ``block``: see RecordShape."""
 
     name: str
     packings: Sequence[Packing]
+    compress: bool = False
+    block: int = 0
 
     def shape(self) -> RecordShape:
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for packing in self.packings:
             tensors |= packing.tensors()
-        return RecordShape(self.name, in_file_order(tensors))
+        return RecordShape(self.name, in_file_order(tensors), self.compress, self.block)
+
+    @property
+    def floats(self) -> bool:
+        """Whether it is of floats and nothing else, whose exponents take less room than they have."""
+        return not any(isinstance(packing.target, TileLayout) for packing in self.packings)
 
     def read(self) -> Iterator[memoryview | Wanted]:
         """The record's tensors in the order of the file: the bytes of what keeps its layout, and what the rest is to
@@ -119,6 +127,11 @@ def converted(items: Generator[memoryview | Wanted, None, None]) -> Generator[me
             if item.parts is not None:
                 made |= item.packing.convert(item.parts)
             yield made.pop(item.name)
+
+
+def raw_bytes(record: PackedRecord) -> tuple[bytes, list[Run]]:
+    """A record as it is before it is compressed, and the sizes of its items."""
+    return b"".join(converted(read_records([record]))), record.shape().runs
 
 
 def pack(
@@ -162,6 +175,7 @@ def pack(
             stream = counted(chunks)
             for name in missing:
                 write_file(folder / name, shapes[name], metadata, stream)
+        total = sum((folder / name).stat().st_size for name in files)
         weight_map = {tensor: name for name, each in shapes.items() for shape in each for tensor in shape.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         try:
@@ -174,10 +188,21 @@ def pack(
             raise StorageError(f"{out}: cannot be written: {error.strerror or error}", file=str(out)) from error
 
 
+def unfinished(out: Path) -> Any:
+    """The description of a pack to ``out`` that was interrupted; None if there is none, or it cannot be read."""
+    with suppress(OSError, ValueError):
+        return json.loads((_beside(out) / DESCRIPTION).read_text(encoding="utf-8"))
+    return None
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".unfinished")
+
+
 @contextmanager
 def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
     """The folder that is to become ``out``, and nobody else's meanwhile."""
-    folder = out.with_name(out.name + ".unfinished")
+    folder = _beside(out)
     note = folder / DESCRIPTION
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 The tensors of a record lie together, those of large items first, so that all are aligned; U8 tensors named PADDING fill
 the room up to the next record, since the format allows no holes. The header is padded with spaces, which it does allow.
-Its metadata has the records: name -> [offset from where the tensors begin, bytes, checksum]. All of it: docs/packed.md.
+Its metadata has the records: name -> [offset from where the tensors begin, bytes, checksum]. A compressed record is one
+U8 tensor, and the metadata has what is inside it. All of it: docs/packed.md.
 """
 
 from __future__ import annotations
@@ -14,29 +15,54 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from tierlm.errors import CheckpointError, StorageError
-from tierlm.weights.checkpoint import ALIGNMENT, ITEM_SIZE, MAX_HEADER, Header
-from tierlm.weights.checksum import DIGITS, Seal, new_checksum
+from tierlm.weights.checkpoint import ALIGNMENT, INSIDE, ITEM_SIZE, MAX_HEADER, Header
+from tierlm.weights.checksum import DIGITS, Checksums, Seal, checksum
+from tierlm.weights.codec import Run, compress, least_and_most
 from tierlm.weights.layouts import Shape
 
 VERSION = "1"
 PADDING = "tierlm.padding."
+COMPRESSED = "tierlm.zstd."
 RECORDS = "tierlm.records"
 FLUSH = 32 * 2**20  # bytes after which the disk is given what was written: it works while more is made
 
 
 @dataclass(frozen=True, slots=True)
 class RecordShape:
-    """A record to be written: its name, and its tensors, name -> dtype and shape, in the order of the file."""
+    """A record to be written: its name, and its tensors, name -> dtype and shape, in the order of the file.
+
+    ``compress``: it is stored as weights/codec.py says, as the one tensor COMPRESSED + its offset. ``block``: every so
+    many bytes have a checksum of their own; 0: all have one. Not both.
+    """
 
     name: str
     tensors: Mapping[str, tuple[str, Shape]]
+    compress: bool = False
+    block: int = 0
 
     @property
     def nbytes(self) -> int:
         return sum(_nbytes(*tensor) for tensor in self.tensors.values())
+
+    @property
+    def runs(self) -> list[Run]:
+        return [(_nbytes(*tensor), ITEM_SIZE[tensor[0]]) for tensor in self.tensors.values()]
+
+    @property
+    def most(self) -> int:
+        """What it may take in the file. More than a compressed one takes, so that every number in the header is."""
+        return _aligned(least_and_most(self.runs)[1]) + 1 if self.compress else self.nbytes
+
+
+class Written(NamedTuple):
+    """What has become of a record: its bytes in the file, their checksums, and that of what was compressed."""
+
+    nbytes: int
+    checksums: Sequence[str]
+    raw: str
 
 
 def in_file_order(tensors: Mapping[str, tuple[str, Shape]]) -> dict[str, tuple[str, Shape]]:
@@ -45,8 +71,8 @@ def in_file_order(tensors: Mapping[str, tuple[str, Shape]]) -> dict[str, tuple[s
 
 
 def file_size(records: Sequence[RecordShape], metadata: Mapping[str, str]) -> int:
-    """The bytes of the file that ``write_file`` makes."""
-    return len(_header(records, metadata, {})) + sum(_aligned(record.nbytes) for record in records)
+    """The bytes of the file that ``write_file`` makes; the most, if records are compressed."""
+    return len(_header(records, metadata)) + sum(_aligned(record.most) for record in records)
 
 
 def write_file(
@@ -59,27 +85,30 @@ def write_file(
     any other error, nothing of the file is left.
     """
     beside = file.with_name(file.name + ".unfinished")
-    checksums: dict[str, str] = {}
+    done: list[Written] = []
+    begin = len(_header(records, metadata))
     try:
         with open(beside, "wb") as stream:
-            stream.write(bytes(len(_header(records, metadata, {}))))  # written last: without it the file is none
+            stream.write(bytes(begin))  # written last: without it the file is none
             waiting = 0
             for record in records:
-                digest, written = new_checksum(), 0
-                while written < record.nbytes:
-                    piece = next(chunks)
+                pieces, raw = _pieces(chunks, record), ""
+                if record.compress:
+                    whole = b"".join(pieces)
+                    pieces, raw = iter([memoryview(compress(whole, record.runs))]), checksum(whole)
+                written, checksums = 0, Checksums(record.block)
+                for piece in pieces:
                     stream.write(piece)
-                    digest.update(piece)
+                    checksums.update(piece)
                     written += piece.nbytes
                     waiting += piece.nbytes
                     if waiting >= FLUSH:
                         _flush(stream)
                         waiting = 0
-                assert written == record.nbytes, (record.name, written, record.nbytes)
                 stream.write(bytes(_aligned(written) - written))
-                checksums[record.name] = digest.hexdigest()
+                done.append(Written(written, checksums.end(), raw))
             stream.seek(0)
-            stream.write(_header(records, metadata, checksums))
+            stream.write(_header(records, metadata, done, begin))
             _flush(stream)
         os.replace(beside, file)
     except OSError as error:
@@ -92,6 +121,15 @@ def write_file(
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def _pieces(chunks: Iterator[memoryview], record: RecordShape) -> Iterator[memoryview]:
+    left = record.nbytes
+    while left > 0:
+        piece = next(chunks)
+        left -= piece.nbytes
+        yield piece
+    assert left == 0, (record.name, left)
 
 
 def _flush(stream: BinaryIO) -> None:
@@ -133,25 +171,43 @@ def row_blocks(name: str, tensors: Iterable[str]) -> list[tuple[int, int]]:
     return sorted((int(match[1]), int(match[2])) for match in found if match)
 
 
-def _header(records: Sequence[RecordShape], metadata: Mapping[str, str], checksums: Mapping[str, str]) -> bytes:
-    """The length and the header, padded to ALIGNMENT. Of the same length whatever the checksums are."""
+def _header(
+    records: Sequence[RecordShape], metadata: Mapping[str, str], written: Sequence[Written] = (), begin: int = 0
+) -> bytes:
+    """The length and the header, padded to ALIGNMENT, and to ``begin`` bytes. While nothing is ``written``: one that is
+    at least as long as it will be then."""
     at = 0
     tensors: dict[str, Any] = {}
     seals: dict[str, list[Any]] = {}
-    for record in records:
-        seals[record.name] = [at, record.nbytes, checksums.get(record.name, "0" * DIGITS)]
+    inside: dict[str, Any] = {}
+    for record, found in zip(records, written or map(_unknown, records), strict=True):
+        size = max(1, found.nbytes)  # one that is empty has a checksum too
+        block = record.block or size
+        for start, digest in zip(range(0, size, block), found.checksums, strict=True):
+            name = f"{record.name} from byte {start}" if record.block else record.name
+            seals[name] = [at + start, min(block, found.nbytes - start), digest]
         filled = [*record.tensors.items()]
-        if padding := _aligned(record.nbytes) - record.nbytes:
+        if record.compress:
+            inside[f"{COMPRESSED}{at}"] = [found.raw, record.tensors]
+            filled = [(f"{COMPRESSED}{at}", ("U8", (found.nbytes,)))]
+        if padding := _aligned(found.nbytes) - found.nbytes:
             filled.append((f"{PADDING}{at}", ("U8", (padding,))))
         for name, (dtype, shape) in filled:
             end = at + _nbytes(dtype, shape)
             tensors[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
             at = end
     texts = {"format": "pt", "tierlm.version": VERSION, **metadata, RECORDS: json.dumps(seals, separators=(",", ":"))}
+    if inside:
+        texts[INSIDE] = json.dumps(inside, separators=(",", ":"))
     text = json.dumps({"__metadata__": texts, **tensors}, separators=(",", ":")).encode()
-    length = _aligned(8 + len(text)) - 8
+    length = max(begin, _aligned(8 + len(text))) - 8
     assert length <= MAX_HEADER
     return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def _unknown(record: RecordShape) -> Written:
+    count = -(-record.most // record.block) if record.block else 1
+    return Written(record.most, ["0" * DIGITS] * count, "0" * DIGITS)
 
 
 def _nbytes(dtype: str, shape: Shape) -> int:

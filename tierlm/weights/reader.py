@@ -15,6 +15,7 @@ import numpy as np
 
 from tierlm.errors import StorageError, UsageError
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
+from tierlm.weights.codec import Compressed
 
 PIECE = 16 * 2**20  # bytes of a tensor that is read from end to end
 
@@ -199,35 +200,18 @@ def open_reader(name: str, files: Iterable[Path]) -> tuple[Reader, str]:
     return MmapReader(), f"mmap: {refusal}"
 
 
-def read_rows(tensor: TensorInfo, rows: Iterable[int]) -> bytes:
-    """Some rows of a tensor of two dimensions, one after another: how a token's embedding is looked up on disk.
-
-    A few KiB a row, through the page cache, with read-ahead off.
-    """
-    stride = tensor.nbytes // tensor.shape[0]
-    found: dict[int, bytes] = {}
-    rows = list(rows)
-    extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
-    files = _Files(os.O_RDONLY)
-    try:
-        fd = files.get(tensor.file)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        for row in sorted(set(rows)):
-            offset = tensor.offset + row * stride
-            found[row] = os.pread(fd, stride, offset)
-            if len(found[row]) != stride:
-                request = Request(extent, offset, offset + stride)
-                raise failure(request, offset, f"expected {stride} bytes, found {len(found[row])}")
-    except OSError as error:
-        raise failure(Request(extent, tensor.offset, tensor.offset), tensor.offset, error.strerror or "") from error
-    finally:
-        files.close()
-    return b"".join(found[row] for row in rows)
-
-
 def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[memoryview]:
     """The bytes of a tensor from its first to its last, at most PIECE at a time, through the page cache, which does not
-    keep them. ``into``: memory for all of them; else each piece has its own."""
+    keep them. ``into``: memory for all of them; else each piece has its own. Of a tensor inside a compressed record the
+    whole record is read."""
+    if tensor.inside is not None:
+        stored = TensorInfo(tensor.name, tensor.file, tensor.inside.start, tensor.inside.nbytes, "U8", ())
+        begin = tensor.offset - tensor.inside.start
+        part = restored(stored, tensor.inside, b"".join(read_pieces(stored)))[begin : begin + tensor.nbytes]
+        if into is not None:
+            into[:] = part
+        yield part
+        return
     extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
     at = tensor.offset
     try:
@@ -247,6 +231,17 @@ def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[
                 at += got
     except OSError as error:
         raise failure(Request(extent, at, extent.stop), at, error.strerror or str(error)) from error
+
+
+def restored(tensor: TensorInfo, inside: Compressed, stored: bytes | bytearray) -> memoryview:
+    """The record that was ``stored`` as ``tensor``. Raises StorageError."""
+    record = np.empty(inside.raw, np.uint8)
+    try:
+        inside.restore(np.frombuffer(stored, np.uint8), record)
+    except ValueError as error:
+        extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
+        raise failure(Request(extent, extent.lo, extent.hi), tensor.offset, f"zstd: {error}") from error
+    return record.data
 
 
 def failure(request: Request, offset: int, what: str) -> StorageError:

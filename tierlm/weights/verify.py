@@ -8,32 +8,41 @@ from pathlib import Path
 from tierlm.errors import StorageError
 from tierlm.weights.checkpoint import Header, TensorInfo
 from tierlm.weights.checksum import Seal, new_checksum
+from tierlm.weights.codec import Compressed
 from tierlm.weights.packed import read_seals
-from tierlm.weights.reader import read_pieces
+from tierlm.weights.reader import read_pieces, restored
 
 
 def damage(headers: dict[Path, Header], progress: Callable[[int, int], None]) -> Iterator[StorageError]:
     """Everything that is wrong with some files. ``progress`` is called with the bytes read so far, and in total."""
-    checks = [(part, seal) for file, header in headers.items() for part, seal in _checks(file, header)]
-    done, total = 0, sum(part.nbytes for part, _ in checks)
-    for part, seal in checks:
+    checks = [check for file, header in headers.items() for check in _checks(file, header)]
+    done, total = 0, sum(part.nbytes for part, _, _ in checks)
+    for part, seal, inside in checks:
         digest = new_checksum()
+        stored = bytearray()  # of what has to be decompressed
         try:
             for piece in read_pieces(part):
                 digest.update(piece)
+                if inside is not None:
+                    stored += piece
                 done += piece.nbytes
                 progress(done, total)
             if seal is not None:
                 seal.check(digest.hexdigest())
+            if inside is not None:
+                restored(part, inside, stored)
         except StorageError as error:
             yield error
 
 
-def _checks(file: Path, header: Header) -> Iterator[tuple[TensorInfo, Seal | None]]:
-    """What is to be read of a file, as if it were one tensor each, and the seal of each if the file has any."""
+def _checks(file: Path, header: Header) -> Iterator[tuple[TensorInfo, Seal | None, Compressed | None]]:
+    """What is to be read of a file, as if it were one tensor each, the seal of each if the file has any, and how it is
+    compressed if it is."""
     if seals := read_seals(file, header):
+        inside = {tensor.inside.start: tensor.inside for tensor in header.tensors.values() if tensor.inside is not None}
         for seal in seals.values():
-            yield TensorInfo(seal.name, file, seal.offset, seal.nbytes, "U8", (seal.nbytes,)), seal
+            part = TensorInfo(seal.name, file, seal.offset, seal.nbytes, "U8", (seal.nbytes,))
+            yield part, seal, inside.get(seal.offset)
     else:
         for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.offset):
-            yield tensor, None
+            yield tensor, None, None

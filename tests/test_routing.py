@@ -1,0 +1,77 @@
+"""A router by the kernels, for a few tokens, against the same in torch; and the sum over what it chose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.toys import COMMON, TOYS
+from tierlm.kernels import Weight, combined, native
+from tierlm.kernels.routing import FEW_ROWS
+from tierlm.models import routing
+from tierlm.models.deepseek import read_spec
+from tierlm.models.routing import Routers
+from tierlm.weights.formats import MAKERS
+
+
+def routers(toy: str, format: str) -> Routers:
+    kind, own = TOYS[toy]
+    spec = read_spec({**COMMON, **own, "model_type": f"deepseek_{kind}"}, "here")
+    torch.manual_seed(5)
+    gates = {"1.norm": Weight((1 + 0.2 * torch.randn(spec.hidden)).bfloat16())}
+    gates["1.gate"] = MAKERS[format](0.5 * torch.randn(spec.experts, spec.hidden))
+    if kind == "v3":
+        gates["1.bias"] = Weight(0.3 * torch.randn(spec.experts))
+    return Routers(spec, gates)
+
+
+@pytest.mark.parametrize("format", ["f32", "bf16"])
+@pytest.mark.parametrize("toy", TOYS)
+def test_the_kernels_choose_as_torch_does(toy: str, format: str, monkeypatch: Any) -> None:
+    found = routers(toy, format)
+    x = torch.randn(FEW_ROWS, found.spec.hidden)
+    few = found.route(x, 1), found.guess(x, 1, found.spec.experts)
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(routing, "route_few", lambda *arguments: asked.append(arguments))
+        any_rows = found.route(x, 1), found.guess(x, 1, found.spec.experts)
+    assert len(asked) == 2
+    assert torch.equal(few[0][1], any_rows[0][1])
+    torch.testing.assert_close(few[0][0], any_rows[0][0], rtol=1e-5, atol=1e-7)
+    ranked = found.spec.experts // found.spec.router.groups * found.spec.router.groups_chosen
+    assert torch.equal(few[1][:, :ranked], any_rows[1][:, :ranked])  # the order of what is closed is anybody's
+    assert all(sorted(row) == list(range(found.spec.experts)) for row in few[1].tolist())
+
+
+def test_more_rows_go_to_torch(monkeypatch: Any) -> None:
+    found = routers("v3", "bf16")
+    x = torch.randn(FEW_ROWS + 1, found.spec.hidden)
+    with monkeypatch.context() as patch:
+        patch.setattr(native.load(), "route", None)
+        together = found.route(x, 1)
+    assert torch.equal(together[1][:FEW_ROWS], found.route(x[:FEW_ROWS], 1)[1])
+
+
+def test_of_equals_the_lower_number_and_what_is_no_number_last() -> None:
+    found = routers("v2", "f32")
+    found.gates["1.gate"].data.zero_()  # type: ignore[union-attr]
+    x = torch.ones(2, found.spec.hidden)
+    assert found.route(x, 1)[1].tolist() == [[0, 1, 2, 3]] * 2
+    x[1, 3] = float("nan")
+    weights, experts = found.route(x, 1)
+    assert experts[0].tolist() == [0, 1, 2, 3]
+    assert weights[1].isnan().all()
+    assert experts[1].min() >= 0 and experts[1].max() < found.spec.experts
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_combined_is_the_weighted_sum_beside_the_stream(compiled: bool, monkeypatch: Any) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "load", lambda: None)
+    hidden, shared = torch.randn(3, 10), torch.randn(3, 10)
+    weights, outputs = torch.randn(3, 2), torch.randn(6, 10)
+    places = [3, 0, 5, 1, 2, 4]
+    expected = hidden + shared + (weights[..., None] * outputs[torch.tensor(places).view(3, 2)]).sum(1)
+    torch.testing.assert_close(combined(hidden, shared, weights, outputs, places), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,7 +47,7 @@ class Hazard(Forecast):
         self._expected: dict[int, dict[int, float]] = {}  # shares of earlier runs, of layers that have not run yet
 
     def learn(self, layer: int, used: list[int]) -> None:
-        self.forecast(layer, self.hazard(layer, used))
+        self.forecast(layer, np.log(self.hazard(layer, used)))
 
     def expect(self, key: Key, share: float) -> None:
         if isinstance(key, ExpertKey) and key.layer not in self._habits:
@@ -60,12 +61,17 @@ class Hazard(Forecast):
             self._hits += np.bincount(habits.bucket[used], minlength=AGES * SHARES)
         habits.turns += 1
         rate = max(self.slow, 1 / (habits.turns + 9))
-        habits.share = np.maximum(habits.share * (1 - rate), FLOOR)
-        habits.share[used] += rate
-        habits.age += 1
-        habits.age[used] = 0
-        habits.bucket = self._bucket(habits.age, habits.share)
-        return self._look_up(habits.bucket, habits.share)
+        share, age = habits.share, habits.age
+        share *= 1 - rate
+        np.maximum(share, FLOOR, out=share)
+        share[used] += rate
+        age += 1
+        age[used] = 0
+        bucket = habits.bucket = self._bucket(age, share)
+        found = self._hits.take(bucket)
+        found += self.prior * share
+        found /= self._seen.take(bucket) + self.prior
+        return np.minimum(np.maximum(found, 1e-6), 1).astype(np.float32)
 
     def _habits_of(self, layer: int, width: int) -> Habits:
         """Those of ``layer``, as wide as there are experts; a new record's share is that of ``width`` in all."""
@@ -84,12 +90,9 @@ class Hazard(Forecast):
         return habits
 
     def _bucket(self, age: NDArray[np.intp], share: Floats) -> NDArray[np.intp]:
-        relative = np.log2(share / share.mean())
-        shares = np.minimum(np.maximum(2 * relative + EVEN, 0), SHARES - 1).astype(np.intp)
-        buckets: NDArray[np.intp] = self._age_bucket[np.minimum(age, len(self._age_bucket) - 1)] + shares
+        places = np.log2(share)
+        places *= 2
+        places += EVEN - 2 * math.log2(share.sum() / len(share))
+        shares = np.minimum(np.maximum(places, 0), SHARES - 1).astype(np.intp)
+        buckets: NDArray[np.intp] = self._age_bucket.take(age, mode="clip") + shares
         return buckets
-
-    def _look_up(self, bucket: NDArray[np.intp], share: Floats) -> Floats:
-        seen, hits = self._seen[bucket], self._hits[bucket]
-        found: Floats = ((hits + self.prior * share) / (seen + self.prior)).clip(1e-6, 1).astype(np.float32)
-        return found

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierlm.policies.eviction import Bounds, Setting
-from tierlm.policies.forecast import Floats
+from tierlm.policies.forecast import Floats, Indices
 from tierlm.policies.hazard import Hazard
 
 LONGEST = 32  # records that one token uses of a layer; a turn with more is a prefill's, and is not remembered
@@ -25,7 +25,7 @@ class Past:
     """What the last tokens, in a ring, used of one layer."""
 
     member: NDArray[np.uint8]  # [experts, tokens] 1 where the token used the record
-    used: NDArray[np.intp]  # [tokens, width] the indices plus one; 0: no more
+    used: Indices  # [tokens, width] the indices plus one; 0: no more
     recent: Floats  # [experts] share of the last turns that used the record
 
 
@@ -74,10 +74,11 @@ class Echo(Hazard):
         self._overlap = np.zeros(memory, np.int16)  # [tokens] choices in common with it so far
         self._choices = 0  # that it has made so far
         self._demands = 0  # choices of a token, of the last one that is known
-        self._fading: Floats = np.ones(1, np.float32)  # [followers] what their votes count for
         self._steps = np.ones(1, np.intp)  # [followers] tokens after a neighbour
+        self._fading = np.zeros((1, 1))  # [tokens since the neighbour, followers] what they count for, once known
+        self._trust = 1.0  # what the hazard counts for
 
-    def learn(self, layer: int, used: list[int]) -> None:
+    def learn(self, layer: int, used: Indices) -> None:
         hazard = self.hazard(layer, used)
         past = self._past_of(layer, len(used))
         past.recent *= 1 - QUICK
@@ -87,7 +88,7 @@ class Echo(Hazard):
         logs += self.echo * np.log(self._vote(past, used, hazard))
         self.forecast(layer, logs)
 
-    def _vote(self, past: Past, used: list[int], hazard: Floats) -> Floats:
+    def _vote(self, past: Past, used: Indices, hazard: Floats) -> Floats:
         """[experts] the share of the votes."""
         now = self.token % self.memory
         if self.token != self._present:
@@ -96,11 +97,10 @@ class Echo(Hazard):
         past.used[now] = 0
         if len(used) > LONGEST:
             return hazard
-        chosen = np.array(used)
-        self._overlap += past.member.take(chosen, 0).sum(0, dtype=np.uint8)
+        self._overlap += np.add.reduce(past.member.take(used, 0), 0, np.uint8)
         self._choices += len(used)
-        past.member[chosen, now] = 1
-        past.used[now, : len(used)] = chosen + 1
+        past.member[used, now] = 1
+        past.used[now, : len(used)] = used + 1
         known = min(self.token, self.memory - 1)  # tokens before this one
         if known > self.neighbours:
             nearest = self._overlap.argpartition(-self.neighbours)[-self.neighbours :]
@@ -108,11 +108,11 @@ class Echo(Hazard):
             nearest = np.arange(now - known, now) % self.memory
         alike = self._overlap.take(nearest) / self._choices
         ago = (now - nearest) % self.memory  # tokens
-        weights = np.exp(self.sharpness * (alike - 0.5))[:, None] * self._fading * (ago[:, None] >= self._steps)
+        weights = np.exp(self.sharpness * (alike - 0.5))[:, None] * self._fading.take(ago, 0, mode="clip")
         choices = past.used.take(nearest[:, None] + self._steps, 0, mode="wrap")  # [neighbours, followers, width]
         votes = np.bincount(choices.ravel(), weights.repeat(choices.shape[2]), self.experts + 1)[1:]
-        trust = self._fading.sum()
-        shares: Floats = ((votes + trust * hazard) / (weights.sum() + trust)).astype(np.float32)
+        shares: Floats = (votes + self._trust * hazard).astype(np.float32)
+        shares /= np.add.reduce(weights, None) + self._trust
         return shares
 
     def _next_token(self, now: int) -> None:
@@ -122,7 +122,8 @@ class Echo(Hazard):
             fade = life / (life + self.soon)
             followers = min(FOLLOWERS, 1 + int(math.log(FAINT) / math.log(fade)))
             self._steps = np.arange(1, followers + 1)
-            self._fading = np.float32(fade) ** np.arange(followers, dtype=np.float32)
+            self._fading = np.tri(followers + 1, followers, -1) * fade ** (self._steps - 1)
+            self._trust = float(self._fading[-1].sum())
         self._present, self._choices = self.token, 0
         self._overlap[:] = 0
         self._overlap[now] = -1  # it is no neighbour of its own

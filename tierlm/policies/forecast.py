@@ -13,6 +13,7 @@ from tierlm.policies.eviction import Policy, Setting
 from tierlm.spec import Key
 
 Floats = NDArray[np.float32]
+Indices = NDArray[np.intp]
 LOSS = 0.7  # of the logarithm of what a use is worth, for each token until it
 LAST = -1.0  # when the wait ends of what is in use: it leaves after all others
 ABSENT = -np.inf
@@ -44,7 +45,7 @@ class Forecast(Policy):
         self._ends = np.zeros((0, self.experts))  # [layers, experts] when a resident's wait ends; else ABSENT
 
     @abstractmethod
-    def learn(self, layer: int, used: list[int]) -> None:
+    def learn(self, layer: int, used: Indices) -> None:
         """The turn of ``layer`` has ended, with the indices ``used``: call ``forecast`` for it."""
 
     def forecast(self, layer: int, logs: Floats) -> None:
@@ -105,7 +106,7 @@ class Forecast(Policy):
     def _end_turn(self) -> None:
         if self._open:
             self._open = self._looked = False
-            self.learn(self.layer, list(self._used))
+            self.learn(self.layer, np.fromiter(self._used, np.intp, len(self._used)))
 
     def _grow(self, layer: int, index: int) -> None:
         """The arrays hold ``layer`` and ``index``. A new record of a known layer waits as long as its last one."""

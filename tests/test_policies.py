@@ -18,6 +18,7 @@ from tierlm.policies import DEFAULT, POLICIES, make_policy, write_policy
 from tierlm.policies.belady import Belady
 from tierlm.policies.cycle import Cycle
 from tierlm.policies.eviction import Policy, Setting
+from tierlm.policies.forecast import Forecast
 from tierlm.policies.frequency import Lfu
 from tierlm.policies.recency import Lru
 from tierlm.spec import ExpertKey, Key, TrunkKey
@@ -408,6 +409,20 @@ def test_echo_knows_what_followed() -> None:
     assert rates["echo"] > rates["hazard"]
     future = [[ExpertKey(layer, e) for e in ids] for token in tokens for layer, ids in enumerate(token)]
     assert rates["echo"] > 0.8 * run(Belady(Setting(LAYERS, slots), future), tokens, slots)
+
+
+def test_echo_looks_further_ahead_where_slots_last_longer() -> None:
+    """Of two that are used as often, the one that comes three tokens ahead gains on the one that is next."""
+    lead = {}
+    for slots in (2, 40):
+        policy, present = POLICIES["echo"](Setting(1, slots)), set[Key]()
+        for token in range(102):  # the last but one, all of which is learnt, is a 0
+            for key in (ExpertKey(0, 20), ExpertKey(0, token % 10)):  # 20 begins a turn
+                (policy.on_hit if key in present else policy.on_insert)(key)
+                present.add(key)
+        assert isinstance(policy, Forecast)
+        lead[slots] = policy._waits[0, 3] - policy._waits[0, 1]
+    assert 0 < lead[40] < 0.7 * lead[2]
 
 
 def test_echo_outlives_its_memory() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tierlm.policies.eviction import Bounds, Setting
-from tierlm.policies.forecast import Floats, Forecast
+from tierlm.policies.forecast import Floats, Forecast, Indices
 from tierlm.spec import ExpertKey, Key
 
 AGES, SHARES = 16, 32  # log buckets, two to a doubling
@@ -22,8 +22,8 @@ class Habits:
     """How the records of one layer are used: each [experts]."""
 
     share: Floats  # of the turns that use it: an average that forgets slowly
-    age: NDArray[np.intp]  # turns since the last use
-    bucket: NDArray[np.intp]  # in the table, as of the last turn
+    age: Indices  # turns since the last use
+    bucket: Indices  # in the table, as of the last turn
     turns: int = 0
 
 
@@ -40,19 +40,19 @@ class Hazard(Forecast):
     def __init__(self, setting: Setting, *, slow: float = 0.02, prior: float = 5.0):
         super().__init__(setting)
         self.slow, self.prior = slow, prior
-        self._seen, self._hits = np.zeros(AGES * SHARES), np.zeros(AGES * SHARES)
+        self._seen, self._hits = np.full(AGES * SHARES, prior), np.zeros(AGES * SHARES)  # turns, and those of a use
         self._age_bucket = (2 * np.log2(np.arange(2, 2 ** (AGES // 2) + 2)) - 2).astype(np.intp) * SHARES
         self._habits: dict[int, Habits] = {}
         self._expected: dict[int, dict[int, float]] = {}  # shares of earlier runs, of layers that have not run yet
 
-    def learn(self, layer: int, used: list[int]) -> None:
-        self.forecast(layer, self.hazard(layer, used))
+    def learn(self, layer: int, used: Indices) -> None:
+        self.forecast(layer, np.log(self.hazard(layer, used)))
 
     def expect(self, key: Key, share: float) -> None:
         if isinstance(key, ExpertKey) and key.layer not in self._habits:
             self._expected.setdefault(key.layer, {})[key.expert] = share
 
-    def hazard(self, layer: int, used: list[int]) -> Floats:
+    def hazard(self, layer: int, used: Indices) -> Floats:
         """[experts] the chance that each record of ``layer``, which has used ``used``, is used at its next turn."""
         habits = self._habits_of(layer, len(used))
         if habits.turns:
@@ -60,12 +60,17 @@ class Hazard(Forecast):
             self._hits += np.bincount(habits.bucket[used], minlength=AGES * SHARES)
         habits.turns += 1
         rate = max(self.slow, 1 / (habits.turns + 9))
-        habits.share = np.maximum(habits.share * (1 - rate), FLOOR)
-        habits.share[used] += rate
-        habits.age += 1
-        habits.age[used] = 0
-        habits.bucket = self._bucket(habits.age, habits.share)
-        return self._look_up(habits.bucket, habits.share)
+        share, age = habits.share, habits.age
+        share *= 1 - rate
+        np.maximum(share, FLOOR, out=share)
+        share[used] += rate
+        age += 1
+        age[used] = 0
+        bucket = habits.bucket = self._bucket(age, share)
+        found = self._hits.take(bucket)
+        found += self.prior * share
+        found /= self._seen.take(bucket)
+        return np.minimum(np.maximum(found, 1e-6), 1).astype(np.float32)
 
     def _habits_of(self, layer: int, width: int) -> Habits:
         """Those of ``layer``, as wide as there are experts; a new record's share is that of ``width`` in all."""
@@ -83,13 +88,11 @@ class Hazard(Forecast):
                     habits.share[expert] = max(share, FLOOR)
         return habits
 
-    def _bucket(self, age: NDArray[np.intp], share: Floats) -> NDArray[np.intp]:
-        relative = np.log2(share / share.mean())
-        shares = np.minimum(np.maximum(2 * relative + EVEN, 0), SHARES - 1).astype(np.intp)
-        buckets: NDArray[np.intp] = self._age_bucket[np.minimum(age, len(self._age_bucket) - 1)] + shares
+    def _bucket(self, age: Indices, share: Floats) -> Indices:
+        places = np.log2(share)
+        places *= 2
+        places += EVEN - 2 * math.log2(np.add.reduce(share) / len(share))
+        np.minimum(np.maximum(places, 0, out=places), SHARES - 1, out=places)
+        buckets: Indices = self._age_bucket.take(age, mode="clip")
+        buckets += places.astype(np.intp)
         return buckets
-
-    def _look_up(self, bucket: NDArray[np.intp], share: Floats) -> Floats:
-        seen, hits = self._seen[bucket], self._hits[bucket]
-        found: Floats = ((hits + self.prior * share) / (seen + self.prior)).clip(1e-6, 1).astype(np.float32)
-        return found

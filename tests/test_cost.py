@@ -31,7 +31,7 @@ SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 MACHINE = Machine(
     disk=4e9, latency=1e-3, weights={"bf16": 10e9, "f32": 5e9, "int8": 20e9, "int4": 40e9},
     products={name: {1: 10e9, 64: 40e9} for name in ("bf16", "f32")} | {name: {1: 90e9} for name in ("int8", "int4")},
-    beside=(0.7, 0.5), beside_many=(0.6, 0.4), layer=1e-3, touch=(1e-9, 4e-9), start=2.0,
+    beside=(0.7, 0.5), beside_many=(0.6, 0.4), layer=1e-3, record=1e-4, touch=(1e-9, 4e-9), start=2.0,
 )  # fmt: skip
 seconds = st.floats(1e-6, 100)
 shares = st.floats(0.05, 1.0)

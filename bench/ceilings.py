@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tierlm.analysis.bandwidth import measure_memory
+from tierlm.analysis.bandwidth import BLOCK, measure_memory
 from tierlm.analysis.storage import Cell, files_of, measure_disk
 
 CELLS = ((4 * 2**20, 8), (2**20, 8), (8 * 2**20, 4), (2**20, 1), (256 * 1024, 4))
@@ -44,7 +44,8 @@ def free_huge_pages() -> int:
 
 
 def stream(program: Path, threads: int) -> list[float]:
-    done = subprocess.run([program, "256", str(threads), "6"], capture_output=True, text=True, check=True)
+    copied = BLOCK // 2 // 2**20 * threads  # a thread of the profile copies from one half of its block to the other
+    done = subprocess.run([program, str(copied), str(threads), "6"], capture_output=True, text=True, check=True)
     rows = [[float(value) for value in line.split()] for line in done.stdout.splitlines()[1:]]
     return [statistics.median(column) for column in zip(*rows, strict=True)]
 

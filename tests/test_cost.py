@@ -97,6 +97,7 @@ def test_a_prefill_reads_each_record_once_a_chunk() -> None:
     assert first.total == pytest.approx(one.total + 1.0 + 0.4), "memory that is written to for the first time"
     single = prefill_seconds(WORK, MACHINE, 0.0, (0, 0), 1, 512)
     assert single.disk_bytes == pytest.approx(11 * 6 * WORK.expert_bytes)
+    assert single.overhead == pytest.approx(12 * 1e-3 + 11 * 6 * 1e-4), "a layer's, and that of each expert"
 
 
 def test_each_part_at_the_rate_of_its_format() -> None:
@@ -160,9 +161,9 @@ def test_assumed_bits_are_those_of_the_formats() -> None:
 def test_rates_say_where_they_are_from(tmp_path: Path) -> None:
     assert set(machine_of(None, False).origins.values()) == {"assumed"}
     assert machine_of(None, True).accelerator is not None
-    profile = Profile("today", "a processor", 2, 2**34, 2**33, beside=(0.5, 0.25), layer=2e-3)
+    profile = Profile("today", "a processor", 2, 2**34, 2**33, beside=(0.5, 0.25), layer=2e-3, record=3e-4)
     machine = machine_of(profile, False)
-    assert (machine.beside, machine.layer) == ((0.5, 0.25), 2e-3)
+    assert (machine.beside, machine.layer, machine.record) == ((0.5, 0.25), 2e-3, 3e-4)
     assert machine.origins["layer"] == "measured today" and machine.origins["disk"] == "assumed"
     profile.write(tmp_path / "p.json")
     assert read_profile(tmp_path / "p.json") == dataclasses.replace(

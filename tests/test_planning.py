@@ -186,6 +186,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "SCRATCH_BYTES", 64 * MIB)
     monkeypatch.setattr(bandwidth, "SECONDS", 0.001)
     monkeypatch.setattr(bandwidth, "BLOCK", 8 * MIB)
+    monkeypatch.setattr(bandwidth, "TOUCHED", 8 * MIB)
 
 
 def test_a_disk_is_measured_and_left_as_it_was(quick: None, tmp_path: Path) -> None:
@@ -315,3 +316,9 @@ def test_the_profile_command_is_what_plan_uses(
     assert (tmp_path / "mine.json").read_text() == (tmp_path / "cache/tierlm/profile.json").read_text()
     rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json")[1])["rates"]
     assert rates["disk"] == 3e9 and rates["origins"]["disk"] == "measured today"
+    diskless = Profile("later", "a processor", 2, 2**34, 2**33, missing=["a disk: full"])
+    monkeypatch.setattr("tierlm.cli.measuring._measure", lambda paths, step: diskless)
+    code, out, err = tierlm("profile", "--path", str(tmp_path))
+    assert code == 1 and "a disk: full" in out and "not remembered" in err
+    rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json")[1])["rates"]
+    assert rates["origins"]["disk"] == "measured today", "the last profile that is good for a plan stays"

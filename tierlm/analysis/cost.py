@@ -74,12 +74,13 @@ class Accelerator:
 class Machine:
     """The rates that time depends on. ``origins``: of each, whether it was measured, given, or assumed.
 
-    ``disk`` in bytes a second, of reads of the size and depth that the engine uses; ``latency``: seconds of the first
-    of them. ``weights``: by format, weights a second times one row. ``products``: by format and rows, multiply-adds a
-    second of a product with that many rows. ``beside``: the shares of the arithmetic's and of the disk's speed that are
-    left when both are at work on one row, ``beside_many`` on a prefill's. ``layer``: seconds of a layer's step that no
-    kernel accounts for; ``record``: of a prefill for each expert that it goes through, likewise. ``touch``: seconds a byte that memory takes when it is first written to, in huge pages as
-    slots are and in ordinary ones. ``start``: seconds from the command to the first byte loaded.
+    ``disk`` in bytes a second, of reads of the size and depth that the engine uses; ``latency``: seconds of the
+    first of them. ``weights``: by format, weights a second times one row. ``products``: by format and rows,
+    multiply-adds a second of a product with that many rows. ``beside``: the shares of the arithmetic's and of the
+    disk's speed that are left when both are at work on one row, ``beside_many`` on a prefill's. ``layer``: seconds
+    of a layer's step that no kernel accounts for; ``record``: of a prefill for each expert that it goes through,
+    likewise. ``touch``: seconds a byte that memory takes when it is first written to, in huge pages as slots are
+    and in ordinary ones. ``start``: seconds from the command to the first byte loaded.
     """
 
     disk: float

@@ -65,7 +65,10 @@ def profile(
 
         found = _measure([folder.resolve() for folder in paths], step)
     _show(found)
-    for file in (default_file(), json_file):
+    remembered = default_file() if found.disks else None  # or it would take the place of one that has disks
+    if not found.disks:
+        console.print("not remembered: no disk was measured")
+    for file in (remembered, json_file):
         if file is None:
             continue
         try:

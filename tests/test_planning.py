@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -230,6 +231,15 @@ def test_a_disk_that_is_nearly_full_is_not_filled(tmp_path: Path, monkeypatch: p
     ):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_files_may_not_be_listed(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UsageError, match="cannot be looked at: Permission denied"), files_of(tmp_path):
+        pass
 
 
 def test_an_interrupt_leaves_nothing_behind(quick: None, tmp_path: Path) -> None:

@@ -233,6 +233,17 @@ def test_a_disk_that_is_nearly_full_is_not_filled(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_config_that_may_not_be_read(tierlm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    code, _, err = tierlm("plan", str(tmp_path), "--ram", "4GiB")
+    assert code == 1 and "config.json: cannot be read: Permission denied" in " ".join(err.split())
+
+
 def test_a_folder_whose_files_may_not_be_listed(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")

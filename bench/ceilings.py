@@ -2,7 +2,8 @@
 
     python bench/ceilings.py FOLDER --rounds 5
 
-fio (which must be installed) reads the same files at random with the same size, depth and pattern, O_DIRECT, libaio.
+fio (which must be installed) reads the same files at random with the same size, depth and pattern, O_DIRECT, libaio,
+and other places each time, as the profile does: those of the last time may be in a cache of the disk's or its host's.
 It reads into pages of 4 KiB, so the profile's reads do too in the first comparison; in the second both use huge pages,
 fio those of hugetlbfs, of which enough must be free (as root: echo 64 > /proc/sys/vm/nr_hugepages). bench/stream.cpp is
 compiled with g++. Medians of the rounds; the last line is JSON.
@@ -22,18 +23,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tierlm.analysis.bandwidth import measure_memory
+from tierlm.analysis.bandwidth import BLOCK, measure_memory
 from tierlm.analysis.storage import Cell, files_of, measure_disk
 
 CELLS = ((4 * 2**20, 8), (2**20, 8), (8 * 2**20, 4), (2**20, 1), (256 * 1024, 4))
-SECONDS = 1.0
+SECONDS, TIMES = 1.0, 4  # of a run of fio; runs of ours, which take a quarter of that each
 
 
 def fio(files: list[Path], size: int, depth: int, huge: bool) -> float:
     """Bytes a second."""
     command = ["fio", "--name=x", "--rw=randread", "--direct=1", f"--bs={size}", f"--iodepth={depth}",
-               "--ioengine=libaio", "--time_based", f"--runtime={SECONDS}", "--norandommap", "--output-format=json",
-               f"--filename={':'.join(map(str, files))}", "--file_service_type=random", "--readonly"]  # fmt: skip
+               "--ioengine=libaio", "--randrepeat=0", "--time_based", f"--runtime={SECONDS}", "--norandommap",
+               "--output-format=json", "--file_service_type=random", "--readonly",
+               f"--filename={':'.join(map(str, files))}"]  # fmt: skip
     done = subprocess.run(command + ["--iomem=mmaphuge"] * huge, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["bw_bytes"])
 
@@ -44,7 +46,8 @@ def free_huge_pages() -> int:
 
 
 def stream(program: Path, threads: int) -> list[float]:
-    done = subprocess.run([program, "256", str(threads), "6"], capture_output=True, text=True, check=True)
+    copied = BLOCK // 2 // 2**20 * threads  # a thread of the profile copies from one half of its block to the other
+    done = subprocess.run([program, str(copied), str(threads), "6"], capture_output=True, text=True, check=True)
     rows = [[float(value) for value in line.split()] for line in done.stdout.splitlines()[1:]]
     return [statistics.median(column) for column in zip(*rows, strict=True)]
 
@@ -71,8 +74,8 @@ def main() -> None:
                         cell = Cell("direct", "random", size, depth)
 
                         def ours(cell: Cell = cell, huge: bool = huge) -> float:
-                            (rate,) = measure_disk(args.folder, [cell], SECONDS, huge=huge)
-                            return rate.rate.median
+                            found = [measure_disk(args.folder, [cell], SECONDS, huge=huge)[0] for _ in range(TIMES)]
+                            return statistics.median(rate.rate.median for rate in found)
 
                         if turn % 2:
                             theirs = fio(files, size, depth, huge)

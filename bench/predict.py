@@ -4,7 +4,10 @@
 
 Each round profiles the machine beside the model's files first (as `tierlm profile` does), then runs every budget in a
 process of its own, in a memory cgroup of that size where one can be made, in the other order in the next round. The
-prediction of a round is made from that round's profile. ``--routing uniform`` is right for synthetic checkpoints,
+prediction of a round is made from that round's profile. Before each run the memory is left alone for ``--rest``
+seconds: what a process has just freed is touched ten times faster than what has been free for a while, as that of a
+machine on which a program is started usually is. ``--add FILE`` keeps the rounds in a file, and counts those that are
+there already, of the same cases. ``--routing uniform`` is right for synthetic checkpoints,
 whose routing is nearly that; ``typical`` for trained ones. How far the model of the time is off apart from
 what the cache does is told by the column that is given the bytes read a token. The last line is JSON.
 """
@@ -18,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +128,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--routing", choices=("uniform", "typical"), default="uniform")
+    parser.add_argument("--rest", type=float, default=15.0)
+    parser.add_argument("--add", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -131,13 +137,16 @@ def main() -> None:
         return
     in_cgroup = available()
     fixed = {"model": str(args.model), "tokens": args.tokens, "prompt": args.prompt, "routing": args.routing}
-    results: dict[str, list[dict[str, float]]] = {ram: [] for ram in args.ram}
-    rates: list[dict[str, Any]] = []
-    for turn in range(args.rounds):
+    known = json.loads(args.add.read_text()) if args.add and args.add.exists() else {"rates": [], "cases": {}}
+    results: dict[str, list[dict[str, float]]] = {ram: known["cases"].get(ram, []) for ram in args.ram}
+    rates: list[dict[str, Any]] = known["rates"]
+    done = len(rates)
+    for turn in range(done, done + args.rounds):
         profile = profiled(args.model)
         rates.append(dataclasses.asdict(machine_of(profile, vram=False)))
         for ram in args.ram if turn % 2 == 0 else reversed(args.ram):
             drop_page_cache(list(args.model.glob("*.safetensors")))
+            time.sleep(args.rest)
             case = fixed | {"ram": ram}
             found = run(case, in_cgroup)
             results[ram].append(found | predict(case, profile, found))
@@ -146,7 +155,7 @@ def main() -> None:
     medians = {ram: {n: statistics.median(r[n] for r in rows) for n in rows[0]} for ram, rows in results.items()}
     pairs = ("decode", "predicted_decode"), ("decode", "predicted_decode_at_bytes"), ("prefill", "predicted_prefill")
     pairs += (("first_token", "predicted_first_token"), ("load", "predicted_load"))
-    table = Table(title=f"{args.model.name}: measured / predicted (error), medians of {args.rounds} rounds")
+    table = Table(title=f"{args.model.name}: measured / predicted (error), medians of {len(rates)} rounds")
     for column in ("ram", "slots", "hit rate", "MB/token", "decode tok/s", "at the bytes read", "prefill tok/s",
                    "first token s", "load s"):  # fmt: skip
         table.add_column(column)
@@ -168,7 +177,10 @@ def main() -> None:
     for name, found_errors in errors.items():
         sizes = [abs(error) for error in found_errors]
         console.print(f"{name}: off by {statistics.median(sizes):.0%} (median), {max(sizes):.0%} at most")
-    print(json.dumps({"cgroup": in_cgroup, "rates": rates, "cases": results}))
+    report = json.dumps({"cgroup": in_cgroup, "rates": rates, "cases": results})
+    if args.add:
+        args.add.write_text(report)
+    print(report)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 MACHINE = Machine(
     disk=4e9, latency=1e-3, weights={"bf16": 10e9, "f32": 5e9, "int8": 20e9, "int4": 40e9},
     products={name: {1: 10e9, 64: 40e9} for name in ("bf16", "f32")} | {name: {1: 90e9} for name in ("int8", "int4")},
-    beside=(0.7, 0.5), beside_many=(0.6, 0.4), layer=1e-3, touch=(1e-9, 4e-9), start=2.0,
+    beside=(0.7, 0.5), beside_many=(0.6, 0.4), layer=1e-3, record=1e-4, touch=(1e-9, 4e-9), start=2.0,
 )  # fmt: skip
 seconds = st.floats(1e-6, 100)
 shares = st.floats(0.05, 1.0)
@@ -97,6 +97,7 @@ def test_a_prefill_reads_each_record_once_a_chunk() -> None:
     assert first.total == pytest.approx(one.total + 1.0 + 0.4), "memory that is written to for the first time"
     single = prefill_seconds(WORK, MACHINE, 0.0, (0, 0), 1, 512)
     assert single.disk_bytes == pytest.approx(11 * 6 * WORK.expert_bytes)
+    assert single.overhead == pytest.approx(12 * 1e-3 + 11 * 6 * 1e-4), "a layer's, and that of each expert"
 
 
 def test_each_part_at_the_rate_of_its_format() -> None:
@@ -160,9 +161,9 @@ def test_assumed_bits_are_those_of_the_formats() -> None:
 def test_rates_say_where_they_are_from(tmp_path: Path) -> None:
     assert set(machine_of(None, False).origins.values()) == {"assumed"}
     assert machine_of(None, True).accelerator is not None
-    profile = Profile("today", "a processor", 2, 2**34, 2**33, beside=(0.5, 0.25), layer=2e-3)
+    profile = Profile("today", "a processor", 2, 2**34, 2**33, beside=(0.5, 0.25), layer=2e-3, record=3e-4)
     machine = machine_of(profile, False)
-    assert (machine.beside, machine.layer) == ((0.5, 0.25), 2e-3)
+    assert (machine.beside, machine.layer, machine.record) == ((0.5, 0.25), 2e-3, 3e-4)
     assert machine.origins["layer"] == "measured today" and machine.origins["disk"] == "assumed"
     profile.write(tmp_path / "p.json")
     assert read_profile(tmp_path / "p.json") == dataclasses.replace(

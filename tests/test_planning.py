@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -186,6 +187,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "SCRATCH_BYTES", 64 * MIB)
     monkeypatch.setattr(bandwidth, "SECONDS", 0.001)
     monkeypatch.setattr(bandwidth, "BLOCK", 8 * MIB)
+    monkeypatch.setattr(bandwidth, "TOUCHED", 8 * MIB)
 
 
 def test_a_disk_is_measured_and_left_as_it_was(quick: None, tmp_path: Path) -> None:
@@ -229,6 +231,26 @@ def test_a_disk_that_is_nearly_full_is_not_filled(tmp_path: Path, monkeypatch: p
     ):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_that_may_not_be_read(tierlm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    code, _, err = tierlm("plan", str(tmp_path), "--ram", "4GiB")
+    assert code == 1 and "config.json: cannot be read: Permission denied" in " ".join(err.split())
+
+
+def test_a_folder_whose_files_may_not_be_listed(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UsageError, match="cannot be looked at: Permission denied"), files_of(tmp_path):
+        pass
 
 
 def test_an_interrupt_leaves_nothing_behind(quick: None, tmp_path: Path) -> None:
@@ -315,3 +337,9 @@ def test_the_profile_command_is_what_plan_uses(
     assert (tmp_path / "mine.json").read_text() == (tmp_path / "cache/tierlm/profile.json").read_text()
     rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json")[1])["rates"]
     assert rates["disk"] == 3e9 and rates["origins"]["disk"] == "measured today"
+    diskless = Profile("later", "a processor", 2, 2**34, 2**33, missing=["a disk: full"])
+    monkeypatch.setattr("tierlm.cli.measuring._measure", lambda paths, step: diskless)
+    code, out, err = tierlm("profile", "--path", str(tmp_path))
+    assert code == 1 and "a disk: full" in out and "not remembered" in err
+    rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json")[1])["rates"]
+    assert rates["origins"]["disk"] == "measured today", "the last profile that is good for a plan stays"

@@ -23,6 +23,7 @@ from tierlm.weights.reader import host_memory
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 NODES = Path("/sys/devices/system/node")
 BLOCK = 256 * 2**20  # bytes of RAM for each thread, where there is room; many times a cache's share
+TOUCHED, PIECE = 2**30, 32 * 2**20  # bytes that are touched for the first time, and of each sample of it
 ROUNDS, SECONDS = 5, 0.06  # of each figure
 SMALLEST = 256 * 2**10  # bytes; a call takes about a tenth of the time of less
 Block = NDArray[np.int32]  # whose largest value is found as fast as it can be read
@@ -58,14 +59,16 @@ def nodes(folder: Path = NODES) -> dict[int, list[int]]:
 
 
 def measure_touch() -> tuple[float, float]:
-    """Seconds a byte that the first write to memory takes, in huge pages as slots are and in ordinary ones.
+    """Seconds a byte that the first write to memory takes with all cores at it, in huge pages as slots are and in
+    ordinary ones.
 
-    What was freed a moment ago is cheaper, where the host of a virtual machine takes back what is free: call this when
-    nothing has been for some seconds.
+    Of memory that has been free for a while: the host of a virtual machine takes that back, and what was freed just now
+    costs a tenth of it. So more is touched than this process has freed, and the upper quartile of the pieces counts.
     """
-    threads = len(os.sched_getaffinity(0))
-    block = min(BLOCK, available_ram() // 4 // threads)
-    return _touch(block, threads, huge=True), _touch(block // 4, threads, huge=False)
+    room = min(TOUCHED, available_ram() // 4)
+    huge = host_memory(room)  # kept until the end, or the second figure would be of what the first has freed
+    ordinary = mmap.mmap(-1, room // 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return _touch(huge), _touch(ordinary)
 
 
 def measure_memory(done: Callable[[], None] = lambda: None) -> list[MemoryRate]:
@@ -92,14 +95,16 @@ def measure_memory(done: Callable[[], None] = lambda: None) -> list[MemoryRate]:
     return found
 
 
-def _touch(nbytes: int, threads: int, huge: bool) -> float:
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = [host_memory(nbytes) if huge else mmap.mmap(-1, nbytes, private) for _ in range(threads)]
-    views = [np.frombuffer(part, np.uint8) for part in memory]
+def _touch(memory: mmap.mmap) -> float:
+    threads = len(os.sched_getaffinity(0))
+    view = np.frombuffer(memory, np.uint8)
+    seconds = []
     with ThreadPoolExecutor(threads) as pool:
-        began = time.perf_counter()
-        list(pool.map(lambda view: view[:: mmap.PAGESIZE].fill(1), views))
-        return (time.perf_counter() - began) / (nbytes * threads)
+        for piece in np.array_split(view, max(1, len(view) // PIECE)):
+            began = time.perf_counter()
+            list(pool.map(lambda part: part[:: mmap.PAGESIZE].fill(1), np.array_split(piece, threads)))
+            seconds.append((time.perf_counter() - began) / len(piece))
+    return sorted(seconds)[len(seconds) * 3 // 4]
 
 
 def _rate(

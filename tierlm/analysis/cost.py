@@ -76,12 +76,13 @@ class Accelerator:
 class Machine:
     """The rates that time depends on. ``origins``: of each, whether it was measured, given, or assumed.
 
-    ``disk`` in bytes a second, of reads of the size and depth that the engine uses; ``latency``: seconds of the first
-    of them. ``weights``: by format, weights a second times one row. ``products``: by format and rows, multiply-adds a
-    second of a product with that many rows. ``beside``: the shares of the arithmetic's and of the disk's speed that are
-    left when both are at work on one row, ``beside_many`` on a prefill's. ``layer``: seconds of a layer's step that no
-    kernel accounts for. ``touch``: seconds a byte that memory takes when it is first written to, in huge pages as
-    slots are and in ordinary ones. ``start``: seconds from the command to the first byte loaded.
+    ``disk`` in bytes a second, of reads of the size and depth that the engine uses; ``latency``: seconds of the
+    first of them. ``weights``: by format, weights a second times one row. ``products``: by format and rows,
+    multiply-adds a second of a product with that many rows. ``beside``: the shares of the arithmetic's and of the
+    disk's speed that are left when both are at work on one row, ``beside_many`` on a prefill's. ``layer``: seconds
+    of a layer's step that no kernel accounts for; ``record``: of a prefill for each expert that it goes through,
+    likewise. ``touch``: seconds a byte that memory takes when it is first written to, in huge pages as slots are
+    and in ordinary ones. ``start``: seconds from the command to the first byte loaded.
     """
 
     disk: float
@@ -91,6 +92,7 @@ class Machine:
     beside: tuple[float, float]
     beside_many: tuple[float, float]
     layer: float
+    record: float
     touch: tuple[float, float]
     start: float
     accelerator: Accelerator | None = None
@@ -236,7 +238,7 @@ def prefill_seconds(
             compute = experts / machine.product_rate(stored.experts, together)
             compute += trunk / machine.product_rate(stored.trunk, rows) + attention / machine.product_rate("f32", rows)
             compute += work.head_weights / machine.weights[stored.head]  # of the last token alone
-            overhead, link = work.layers * machine.layer, 0.0
+            overhead, link = work.layers * machine.layer + used * work.moe_layers * machine.record, 0.0
             whole = touch + overhead + side_by_side(compute, disk, machine.beside_many)
         else:
             compute, overhead = (

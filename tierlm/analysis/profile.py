@@ -24,7 +24,7 @@ ASSUMED_DISK, ASSUMED_LATENCY = 3e9, 1e-3
 ASSUMED_WEIGHT_BYTES = 20e9  # bytes of weights a second that one row is multiplied with: half of the memory's rate
 ASSUMED_PRODUCTS = 15e9  # multiply-adds a second and core of a large float32 product: a third of AVX2's peak
 ASSUMED_BESIDE = (0.8, 0.8)
-ASSUMED_LAYER, ASSUMED_TOUCH, ASSUMED_START = 1e-3, (0.5e-9, 1e-9), 3.0
+ASSUMED_LAYER, ASSUMED_RECORD, ASSUMED_TOUCH, ASSUMED_START = 1e-3, 3e-4, (0.5e-9, 1e-9), 3.0
 LIKE_BF16 = "bf16's, by the bytes of a weight"
 
 
@@ -107,6 +107,7 @@ class Profile:
     beside: tuple[float, float] | None = None
     beside_many: tuple[float, float] | None = None
     layer: float | None = None
+    record: float | None = None
     touch: tuple[float, float] | None = None
     start: float | None = None
     missing: Sequence[str] = ()
@@ -199,6 +200,7 @@ def machine_of(profile: Profile | None, vram: bool) -> Machine:
         beside=known("beside", profile and profile.beside, ASSUMED_BESIDE),
         beside_many=known("beside_many", profile and profile.beside_many, ASSUMED_BESIDE),
         layer=known("layer", profile and profile.layer, ASSUMED_LAYER),
+        record=known("record", profile and profile.record, ASSUMED_RECORD),
         touch=known("touch", profile and profile.touch, ASSUMED_TOUCH),
         start=known("start", profile and profile.start, ASSUMED_START),
         accelerator=_accelerator(profile, origins) if vram else None,

@@ -98,8 +98,11 @@ def files_of(folder: Path) -> Iterator[list[Path]]:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a folder on the disk that is to be measured")
-    own = [file for file in sorted(folder.iterdir()) if file.is_file() and os.access(file, os.R_OK)]
-    own = [file for file in own if file.stat().st_size >= max(SIZES)]
+    try:
+        own = [file for file in sorted(folder.iterdir()) if file.is_file() and os.access(file, os.R_OK)]
+        own = [file for file in own if file.stat().st_size >= max(SIZES)]
+    except OSError as error:
+        raise UsageError(f"{folder}: its files cannot be looked at: {error.strerror}") from error
     if sum(file.stat().st_size for file in own) >= ENOUGH:
         yield own
         return

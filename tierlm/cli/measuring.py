@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from tierlm.analysis.profile import Profile, Spread
 
 DISK_SECONDS = 24.0  # over all paths
-DEMO_TOKENS, DEMO_LAYERS = 24, 7
+# Of the embedded model: tokens that are made, and of a prompt that uses all experts; layers; experts of all layers.
+DEMO_TOKENS, DEMO_PROMPT, DEMO_LAYERS, DEMO_RECORDS, DEMO_ROUNDS = 24, 64, 7, 6 * 32, 3
 
 
 def profile(
@@ -63,7 +65,10 @@ def profile(
 
         found = _measure([folder.resolve() for folder in paths], step)
     _show(found)
-    for file in (default_file(), json_file):
+    remembered = default_file() if found.disks else None  # or it would take the place of one that has disks
+    if not found.disks:
+        console.print("not remembered: no disk was measured")
+    for file in (remembered, json_file):
         if file is None:
             continue
         try:
@@ -103,7 +108,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
             capacity[str(folder)] = shutil.disk_usage(folder).total
         except TierlmError as error:
             missing.append(str(error))
-    touch = measure_touch()  # what the caches and RAM were measured with has been free since then
+    touch = measure_touch()  # some seconds after the last large block was freed
     from tierlm.analysis.arithmetic import (
         FORMATS,
         MANY,
@@ -129,7 +134,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         missing.append("decompression: the package zstandard is not installed")
     if not links:
         missing.append("links to a device: there is no accelerator")
-    layer = _layer_seconds()
+    layer, record = _engine_seconds()
     done()
     start = _start_seconds()
     return Profile(
@@ -148,23 +153,34 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         beside=beside,
         beside_many=beside_many,
         layer=layer,
+        record=record,
         touch=touch,
         start=start,
         missing=missing,
     )
 
 
-def _layer_seconds() -> float:
-    """Seconds a layer's step takes when its weights are next to nothing: the embedded model, all of it resident."""
+def _engine_seconds() -> tuple[float, float]:
+    """Seconds that a layer's decode step takes, and a prefill for each expert, when the weights are next to nothing:
+    the embedded model, all of it resident."""
     from tierlm.config import Budget, SamplingParams
     from tierlm.llm import LLM
 
+    prompt = [list(range(2, 2 + DEMO_PROMPT))]
     with LLM.load("demo", budget=Budget("2GiB"), context=256, heat=False, probe="off") as llm:
-        llm.generate([list(range(2, 66))], SamplingParams(max_new_tokens=DEMO_TOKENS, ignore_eos=True))
-        before = llm.stats().decode
-        llm.generate([[5]], SamplingParams(max_new_tokens=DEMO_TOKENS, ignore_eos=True))
-        after = llm.stats().decode
-    return (after.compute - before.compute) / (after.tokens - before.tokens) / DEMO_LAYERS
+
+        def spent(prompts: list[list[int]], tokens: int) -> tuple[float, float]:
+            """Seconds of the prefill, and of the decode step of a token."""
+            before = llm.stats()
+            llm.generate(prompts, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
+            after = llm.stats()
+            made = max(1, after.decode.tokens - before.decode.tokens)
+            return after.prefill.compute - before.prefill.compute, (after.decode.compute - before.decode.compute) / made
+
+        spent(prompt, DEMO_TOKENS)  # the first time, memory is new as well
+        layer = spent([[5]], DEMO_TOKENS)[1] / DEMO_LAYERS
+        prefill = statistics.median(spent(prompt, 1)[0] for _ in range(DEMO_ROUNDS))
+    return layer, max(0.0, prefill - DEMO_LAYERS * layer) / DEMO_RECORDS
 
 
 def _start_seconds() -> float | None:
@@ -224,6 +240,14 @@ def _show(found: Profile) -> None:
             console.print(
                 f" side by side {what} arithmetic keeps {shares[0]:.0%} of its speed, the disk {shares[1]:.0%}"
             )
+    if found.touch is not None:
+        huge, ordinary = (1e9 * seconds for seconds in found.touch)
+        console.print(f" first touch of memory {huge:.2f} s/GB in huge pages, {ordinary:.2f} in ordinary ones")
+    if found.layer is not None and found.record is not None:
+        console.print(
+            f" beside the arithmetic {1e3 * found.layer:.2f} ms for each layer of a decode step, "
+            f"{1e3 * found.record:.2f} ms for each expert of a prefill"
+        )
     for what in found.missing:
         console.print(f" [yellow]not measured[/yellow] {what}")
 

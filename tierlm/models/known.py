@@ -13,7 +13,8 @@ from tierlm.errors import CheckpointError
 from tierlm.models.hub import DEMO
 from tierlm.weights.checkpoint import read_json
 
-DATA = Path(__file__).with_name("known.json")  # name -> hub ids, where the dimensions are from, the config
+# name -> hub ids; where the dimensions are from, and a second place that they were compared with; the config
+DATA = Path(__file__).with_name("known.json")
 
 
 @dataclass(frozen=True)

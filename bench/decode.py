@@ -1,10 +1,12 @@
 """Decode speed over budgets, policies and predictors, interleaved, with the disk's own ceiling beside it.
 
     python bench/decode.py MODEL --ram 2GiB 4GiB --policy cycle lru --predictor none gate --rounds 3
+    python bench/decode.py demo --ram 1GiB --slots 24 48 96 --policy default lru --predictor none
 
 Every case runs in a process of its own, in a memory cgroup of the size of its budget where one can be made, one case
 after another, and all of them again, in the other order, in the next round. Before each round the disk's ceiling is
-probed (bench/disk.py). Prompt and warm-up are not counted. The last line is JSON.
+probed (bench/disk.py). Prompt and warm-up are not counted. --slots holds so many experts, whatever the budget has room
+for. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
     budget = Budget(case["ram"], case["vram"])
     options = {"policy": case["policy"], "predictor": case["predictor"], "context": 1024}
-    options |= {"heat": False}  # each run begins as cold as the others
+    options |= {"ram_slots": case["slots"], "heat": False}  # each run begins as cold as the others
     with LLM.load(case["model"], budget=budget, **options) as llm:
         llm.generate([list(range(5, 5 + PROMPT))], tokens(WARM))
         before, taken = llm.stats(), stolen()
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--ram", nargs="+", default=["4GiB"])
     parser.add_argument("--vram")
+    parser.add_argument("--slots", type=int, nargs="+", default=[None])
     parser.add_argument("--policy", nargs="+", default=["default"])
     parser.add_argument("--predictor", nargs="+", default=["none", "gate"])
     parser.add_argument("--tokens", type=int, default=32)
@@ -122,8 +125,8 @@ def main() -> None:
         return
 
     cases = [
-        {"ram": ram, "policy": policy, "predictor": predictor}
-        for ram, policy, predictor in itertools.product(args.ram, args.policy, args.predictor)
+        {"ram": ram, "slots": slots, "policy": policy, "predictor": predictor}
+        for ram, slots, policy, predictor in itertools.product(args.ram, args.slots, args.policy, args.predictor)
     ]
     fixed = {"model": str(args.model), "vram": args.vram, "tokens": args.tokens}
     in_cgroup = available()
@@ -133,7 +136,8 @@ def main() -> None:
             small, again = disk_ceiling(args.model)
         except ValueError as error:
             raise SystemExit(str(error)) from error
-        for case, found in zip(cases, results, strict=True):
+        order = list(zip(cases, results, strict=True))
+        for case, found in reversed(order) if turn % 2 else order:
             result = run_case(fixed | case, in_cgroup)
             result |= {"disk_small_pages": small, "disk_ceiling": again}
             result["share_of_ceiling"] = result["bytes_per_token"] * result["tokens_per_second"] / again
@@ -141,9 +145,11 @@ def main() -> None:
             print(f"round {turn + 1} {case} {result['tokens_per_second']:.2f} tok/s", file=sys.stderr, flush=True)
 
     medians = [{name: statistics.median(r[name] for r in found) for name in found[0]} for found in results]
+    rounds = [{"rounds": [result["tokens_per_second"] for result in found]} for found in results]
     table = Table(title=f"{args.model.name}, {args.rounds} rounds interleaved, medians [least-most]")
     for column in (
         "ram",
+        "slots",
         "policy",
         "predictor",
         "tok/s",
@@ -158,7 +164,7 @@ def main() -> None:
     for case, found, median in zip(cases, results, medians, strict=True):
         speeds = [result["tokens_per_second"] for result in found]
         table.add_row(
-            *case.values(),
+            *("" if value is None else str(value) for value in case.values()),
             f"{median['tokens_per_second']:.2f} [{min(speeds):.2f}-{max(speeds):.2f}]",
             f"{median['bytes_per_token'] / 1e6:.0f}",
             f"{median['hit_rate']:.1%}",
@@ -171,7 +177,9 @@ def main() -> None:
     Console(width=140).print(table)
     if args.plot:
         draw(args.plot, f"{args.model.name}: decode under a budget", cases, results)
-    print(json.dumps({"cgroup": in_cgroup, "cases": [c | m for c, m in zip(cases, medians, strict=True)]}))
+    print(
+        json.dumps({"cgroup": in_cgroup, "cases": [c | m | r for c, m, r in zip(cases, medians, rounds, strict=True)]})
+    )
 
 
 if __name__ == "__main__":

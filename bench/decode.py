@@ -132,15 +132,17 @@ def main() -> None:
     in_cgroup = available()
     results: list[list[dict[str, float]]] = [[] for _ in cases]
     for turn in range(args.rounds):
+        ceiling = None
         try:
-            small, again = disk_ceiling(args.model)
-        except ValueError as error:
-            raise SystemExit(str(error)) from error
+            ceiling = disk_ceiling(args.model)
+        except ValueError as error:  # a model too small to tell
+            print(f"no ceiling of the disk: {error}", file=sys.stderr)
         order = list(zip(cases, results, strict=True))
         for case, found in reversed(order) if turn % 2 else order:
             result = run_case(fixed | case, in_cgroup)
-            result |= {"disk_small_pages": small, "disk_ceiling": again}
-            result["share_of_ceiling"] = result["bytes_per_token"] * result["tokens_per_second"] / again
+            if ceiling is not None:
+                result |= {"disk_small_pages": ceiling[0], "disk_ceiling": ceiling[1]}
+                result["share_of_ceiling"] = result["bytes_per_token"] * result["tokens_per_second"] / ceiling[1]
             found.append(result)
             print(f"round {turn + 1} {case} {result['tokens_per_second']:.2f} tok/s", file=sys.stderr, flush=True)
 
@@ -166,13 +168,15 @@ def main() -> None:
         table.add_row(
             *("" if value is None else str(value) for value in case.values()),
             f"{median['tokens_per_second']:.2f} [{min(speeds):.2f}-{max(speeds):.2f}]",
-            f"{median['bytes_per_token'] / 1e6:.0f}",
+            f"{median['bytes_per_token'] / 1e6:.3g}",
             f"{median['hit_rate']:.1%}",
             f"{median['stall_share']:.0%}",
             f"{median['overlap']:.2f}",
             f"{1000 * median['stolen_per_token']:.0f}",
             f"{median['share_of_ceiling']:.0%} of {median['disk_ceiling'] / 1e9:.2f} GB/s "
-            f"({median['disk_small_pages'] / 1e9:.2f} with small pages)",
+            f"({median['disk_small_pages'] / 1e9:.2f} with small pages)"
+            if "disk_ceiling" in median
+            else "",
         )
     Console(width=140).print(table)
     if args.plot:

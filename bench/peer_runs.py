@@ -41,14 +41,18 @@ class Request:
 @dataclass
 class Clock:
     """Marks of a run: seconds since the process was started, and bytes read by then, from the disk under ``path`` by
-    anybody, and by this process."""
+    anybody, and by this process. It is made once everything is imported, before the engine loads anything."""
 
     path: Path
     started: float
+    imported: float = field(init=False)
     load: float = 0.0
     ready: float = 0.0
     marks: list[tuple[float, int, int]] = field(default_factory=list)  # of the tokens
     ids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.imported = self._now()
 
     def _now(self) -> float:
         return time.monotonic() - self.started
@@ -71,6 +75,7 @@ class Clock:
             "tokens_per_second": steps / (last - first),
             "bytes_per_token": (after[0] - before[0]) / steps,
             "own_bytes_per_token": (after[1] - before[1]) / steps,
+            "import_seconds": self.imported,
             "load_seconds": self.load,
             "first_token_seconds": first - self.ready,
             "start_to_first_token_seconds": first - (self.ready - self.load),

@@ -49,7 +49,8 @@ COLUMNS = {
     "hit_rate": ("hit rate\n%", 100.0, 0),
     "ceiling_share": ("of the disk's\nceiling %", 100.0, 0),
     "first_token_seconds": ("TTFT\ns", 1.0, 2),
-    "load_seconds": ("load\ns", 1.0, 2),
+    "import_seconds": ("imports\ns", 1.0, 2),
+    "load_seconds": ("start to\nloaded s", 1.0, 2),
     "start_to_first_token_seconds": ("start to first\ntoken s", 1.0, 2),
     "peak": ("peak of cgroup\nGiB, with cache", 2**-30, 2),
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierlm.policies.pace import CLEAR, REVISIT, TRIAL, Pace
+from tierlm.policies.pace import CLEAR, REVISIT, TRIAL, TURN, Pace
 from tierlm.policies.prefetch import MEMORY, PROBE, Prefetch
 from tierlm.spec import ExpertKey
 
@@ -135,7 +137,8 @@ def ways(pace: Pace, steps: int, cost: dict[bool, float]) -> list[bool]:
 @pytest.mark.parametrize("better", [True, False])
 def test_the_faster_way_is_found_kept_and_left_when_it_is_no_longer_faster(better: bool) -> None:
     pace = Pace()
-    assert sum(ways(pace, 2 * CLEAR, {better: 1.0, not better: 1.1})) == CLEAR
+    trial = TURN * (CLEAR - 1) + 1
+    assert sum(ways(pace, trial, {better: 1.0, not better: 1.1})) == CLEAR
     done = ways(pace, 10 * REVISIT, {better: 1.0, not better: 1.1})
     assert done.count(better) >= 10 * REVISIT * (REVISIT - 1) // REVISIT - 1
     assert done.count(not better) >= 9
@@ -147,19 +150,21 @@ def test_the_faster_way_is_found_kept_and_left_when_it_is_no_longer_faster(bette
 @pytest.mark.parametrize("better", [True, False])
 def test_a_way_that_is_much_slower_is_looked_at_seldom_and_taken_up_at_once_when_it_is_not(better: bool) -> None:
     pace = Pace()
-    done = ways(pace, 2 * CLEAR + 1000, {better: 1.0, not better: 2.0})
-    assert CLEAR + 8 <= done.count(not better) <= CLEAR + 10
+    done = ways(pace, TURN * CLEAR + 1000, {better: 1.0, not better: 2.0})
+    assert CLEAR + 8 <= done.count(not better) <= 2 * CLEAR + 10
     done = ways(pace, 100 + 2 * TRIAL, {better: 1.0, not better: 0.5})
     assert done[-TRIAL:] == [not better] * TRIAL
 
 
-def test_where_the_ways_are_alike_the_trial_takes_its_time() -> None:
-    pace, cost = Pace(), iter([1.0, 1.1, 1.2, 1.0, 1.1, 1.2] * TRIAL)
-    trial = []
-    for _ in range(2 * TRIAL):
-        trial.append(pace.guessing)
-        pace.add(next(cost))
-    assert trial == [True, False] * TRIAL
+def test_where_the_ways_are_alike_the_trial_takes_its_time_and_ends_without_guesses() -> None:
+    pace, costs = Pace(), {way: itertools.cycle([1.0, 1.1, 1.2]) for way in (True, False)}
+    done = []
+    for _ in range(TURN * TRIAL + 10 * REVISIT):
+        done.append(pace.guessing)
+        pace.add(next(costs[pace.guessing]))
+    trial = TURN * (TRIAL - 1) + 1
+    assert done[:trial] == ([True] + [False] * (TURN - 1)) * (TRIAL - 1) + [True]
+    assert done[trial:].count(False) > 8 * REVISIT
 
 
 def test_one_slow_step_decides_nothing() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-TRIAL = 12  # steps with and as many without guesses that are compared at first, and the last ones that are afterwards
+TRIAL = 8  # steps with guesses that are compared with the last as many without
+TURN = 3  # one step in so many is done with guesses meanwhile: where they cost something, the trial costs less
 CLEAR = 4  # of each are enough where all of one way were faster than all of the other: by chance, 1 of 35 times
+MARGIN = 0.02  # by which guessing has to be faster: less may be noise, and reads for nothing take energy
 REVISIT = 16  # afterwards, one step in so many at most is done the other way,
 REVISIT_COST = 0.01  # or in as many as keep the loss at this share of the time
 
@@ -31,13 +33,13 @@ class Pace:
         self._since += 1
         self._settled = self._settled or self._tried()
         if not self._settled:
-            self.guessing = not self.guessing
+            self.guessing = self._since % TURN == 0
             return
         medians = {way: statistics.median(times) for way, times in self._times.items()}
-        best = medians[True] <= medians[False]
-        if self.guessing is not best and seconds < medians[best]:
+        best = medians[True] <= medians[False] * (1 - MARGIN)
+        if self.guessing is not best and seconds < medians[best] * (1 - MARGIN * self.guessing):
             return  # a surprise: look again
-        loss = medians[not best] / medians[best] - 1 if medians[best] else 0.0
+        loss = max(0.0, medians[not best] / medians[best] - 1) if medians[best] else 0.0
         look = self._since >= max(REVISIT, loss / REVISIT_COST)
         self._since *= not look
         self.guessing = best is not look

@@ -114,3 +114,9 @@ def test_the_kernels_are_asked_for_a_few_rows_of_weights_they_know(monkeypatch: 
     run(spec_of(), "bf16", [(4, 9)], torch.float32)  # too many
     run(spec_of(v_head_dim=12), "int4", [(4, 1)], torch.float32)  # a head begins within a tile
     assert calls == [1, 0, 0]
+
+
+def test_latents_are_rounded_to_the_nearest_of_the_cache() -> None:
+    exact = run(spec_of(), "bf16", [(5, 3), (2, 1)], torch.float32)[2]
+    rounded = run(spec_of(), "bf16", [(5, 3), (2, 1)], torch.bfloat16)[2]
+    assert torch.equal(rounded, exact.bfloat16().float())

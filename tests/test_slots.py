@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,8 +13,13 @@ from tierlm.weights.checkpoint import Extent, Place, Record
 
 
 def record(*offsets: int) -> Record:
-    places = {f"matrix{i}": Place(offset, 24, "F32", (2, 3)) for i, offset in enumerate(offsets)}
-    return Record(64, (Extent(Path("file"), 0, 64, 0, ()),), places)
+    return Record(64, (Extent(Path("file"), 0, 64, 0, ()),), places_at(*offsets))
+
+
+@cache
+def places_at(*offsets: int) -> dict[str, Place]:
+    """The same mapping for the same layout, as a catalog has it."""
+    return {f"matrix{i}": Place(offset, 24, "F32", (2, 3)) for i, offset in enumerate(offsets)}
 
 
 def test_weights_are_of_what_is_there_however_the_file_aligns_it() -> None:

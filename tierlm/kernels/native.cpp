@@ -21,14 +21,14 @@ void round_part(const float* x, Rounded* rounded, int64_t rows, int64_t ins, int
 
 extern "C" {
 
-// y = x @ w.T. `rounded`: room for [rows, groups_of(ins)] where the format rounds.
-void tierlm_linear(int threads, const Matrix* w, const float* x, float* y, Rounded* rounded, int64_t rows,
-                   int64_t stride) {
+// y = x @ w.T
+void tierlm_linear(int threads, const Matrix* w, const float* x, float* y, int64_t rows, int64_t stride) {
+    const auto rounded = room<Rounded>(w->as().rounds ? rows * groups_of(w->ins) : 0);
     if (w->as().rounds) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows >= 4 * threads)
-        for (int part = 0; part < threads; ++part) round_part(x, rounded, rows, w->ins, part, threads);
+        for (int part = 0; part < threads; ++part) round_part(x, rounded.get(), rows, w->ins, part, threads);
     }
-    Product product = w->times(x, rounded, y, rows);
+    Product product = w->times(x, rounded.get(), y, rows);
     product.stride = stride;
     share(threads, w->as().outputs, *w, product);
 }
@@ -50,29 +50,49 @@ void tierlm_quantise(int threads, int four, const float* w, uint8_t* data, uint1
 struct Expert {
     const float* x;  // [rows, hidden]
     Matrix gate, up, down;
-    float *inner, *scratch;            // [rows, width] each
-    Rounded *rounded, *inner_rounded;  // [rows, groups_of(hidden)] and [rows, groups_of(width)], or null
-    float* y;                          // [rows, hidden]
+    float* y;  // [rows, hidden]
     int64_t rows;
 };
 
+// And what it needs on the way.
+struct Inside : Expert {
+    float *inner, *scratch;            // [rows, width] each
+    Rounded *rounded, *inner_rounded;  // [rows, groups_of(hidden)] and [rows, groups_of(width)], or null
+};
+
 // y = down(silu(gate(x)) * up(x)) of several experts at once: the threads are woken once for all of them.
-void tierlm_gated_mlps(int threads, const Expert* experts, int64_t count) {
-    int64_t in_pieces = 0, out_pieces = 0;
+void tierlm_gated_mlps(int threads, const Expert* given, int64_t count) {
+    int64_t in_pieces = 0, out_pieces = 0, floats = 0, groups = 0;
+    const auto rounds = [](const Matrix& w) { return w.as().rounds ? groups_of(w.ins) : 0; };
     for (int64_t i = 0; i < count; ++i) {
-        in_pieces += experts[i].gate.pieces();
-        out_pieces += experts[i].down.pieces();
+        const Expert& e = given[i];
+        in_pieces += e.gate.pieces();
+        out_pieces += e.down.pieces();
+        floats += 2 * e.rows * e.gate.outs;
+        groups += e.rows * (rounds(e.gate) + rounds(e.down));
+    }
+    const auto experts = room<Inside>(count);
+    const auto values = room<float>(floats);
+    const auto rounded = room<Rounded>(groups);
+    float* value = values.get();
+    Rounded* group = rounded.get();
+    for (int64_t i = 0; i < count; ++i) {
+        const Expert& e = given[i];
+        const int64_t size = e.rows * e.gate.outs, outer = e.rows * rounds(e.gate);
+        experts[i] = {e, value, value + size, outer ? group : nullptr, e.down.as().rounds ? group + outer : nullptr};
+        value += 2 * size;
+        group += outer + e.rows * rounds(e.down);
     }
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count * threads; ++i) {
-            const Expert& e = experts[i / threads];
+            const Inside& e = experts[i / threads];
             if (e.rounded) round_part(e.x, e.rounded, e.rows, e.gate.ins, i % threads, threads);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < in_pieces; ++i) {
-            const Expert* e = experts;
+            const Inside* e = experts.get();
             int64_t at = i;
             for (; at >= e->gate.pieces(); ++e) at -= e->gate.pieces();
             const int64_t width = e->gate.outs, first = at * e->gate.piece();
@@ -85,7 +105,7 @@ void tierlm_gated_mlps(int threads, const Expert* experts, int64_t count) {
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < out_pieces; ++i) {
-            const Expert* e = experts;
+            const Inside* e = experts.get();
             int64_t at = i;
             for (; at >= e->down.pieces(); ++e) at -= e->down.pieces();
             const int64_t first = at * e->down.piece(), last = std::min(e->down.outs, first + e->down.piece());

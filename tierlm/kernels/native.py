@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tierlm.kernels.weight import GROUP, Weight
+from tierlm.kernels.weight import Weight
 
 MAX_ROWS = 64  # above it, where activations are float32, widening a tile and a matrix product are faster
-ROUNDED = 40  # bytes of a group of activations rounded to int8: struct Rounded in product.h
 
 
 class Native:
@@ -29,22 +28,21 @@ class Native:
         self._quantise = library.tierlm_quantise
         self._attention = library.tierlm_attention
         self._quantise.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 3, *[size] * 2]
-        self._linear.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 2]
+        self._linear.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 2]
         self._widen.argtypes = [ctypes.c_int, *[pointer] * 2]
         self._mlps.argtypes = [ctypes.c_int, pointer, size]
         self._into.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 7]
         self._from.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 5]
         self._attention.argtypes = [ctypes.c_int, pointer, *[ctypes.c_double] * 3]
         self._route, self._combine = library.tierlm_route, library.tierlm_combine
-        self._route.argtypes = [pointer, *[ctypes.c_double] * 2]
+        self._route.argtypes = [pointer, size, *[ctypes.c_double] * 2]
         self._combine.argtypes = [*[pointer] * 6, *[size] * 3]
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """``x @ weight.T``: contiguous float32 [T, in] -> float32 [T, out]."""
         rows = x.shape[0]
         out = x.new_empty(rows, weight.operand[3])
-        room = _room(weight, rows)
-        pointers = x.data_ptr(), out.data_ptr(), room.data_ptr()
+        pointers = x.data_ptr(), out.data_ptr()
         self._linear(torch.get_num_threads(), _words(weight.operand), *pointers, rows, out.stride(0))
         return out
 
@@ -66,17 +64,9 @@ class Native:
         A job: x and y, contiguous float32 [T, hidden], and gate, up (both [width, hidden]) and down [hidden, width].
         y is written.
         """
-        floats = sum(2 * x.shape[0] * gate.operand[3] for x, _, (gate, _, _) in jobs)
-        rounded = sum(x.shape[0] * (_groups(gate) + _groups(down)) for x, _, (gate, _, down) in jobs)
-        scratch, room = torch.empty(floats), torch.empty(rounded * ROUNDED, dtype=torch.uint8)
-        at, room_at = scratch.data_ptr(), room.data_ptr()
         words: list[int] = []
         for x, y, (gate, up, down) in jobs:
-            rows = x.shape[0]
-            inner, outer_room = 4 * rows * gate.operand[3], rows * _groups(gate) * ROUNDED
-            words += (x.data_ptr(), *gate.operand, *up.operand, *down.operand, at, at + inner)
-            words += (room_at if gate.rounds else 0, room_at + outer_room if down.rounds else 0, y.data_ptr(), rows)
-            at, room_at = at + 2 * inner, room_at + outer_room + rows * _groups(down) * ROUNDED
+            words += (x.data_ptr(), *gate.operand, *up.operand, *down.operand, y.data_ptr(), x.shape[0])
         self._mlps(torch.get_num_threads(), _words(words), len(jobs))
 
     def into_latent(self, q: Tensor, kv_b: Weight, first: int, heads: int) -> Tensor:
@@ -102,9 +92,9 @@ class Native:
         """``words``: struct Attention of kernels/attention.cpp, as kernels/attention.py makes it."""
         self._attention(torch.get_num_threads(), _words(words), eps, inner_eps, scale)
 
-    def route(self, words: Sequence[int], eps: float, scale: float) -> None:
-        """``words``: struct Router of kernels/routing.cpp, as kernels/routing.py makes it."""
-        self._route(_words(words), eps, scale)
+    def route(self, words: Sequence[int], count: int, eps: float, scale: float) -> None:
+        """``words``: of ``count`` structs Router of kernels/routing.cpp, as kernels/routing.py makes them."""
+        self._route(_words(words), count, eps, scale)
 
     def combine(self, pointers: Sequence[int], places: Sequence[int], shape: Sequence[int]) -> None:
         """``kernels.combined``; ``pointers``: hidden, shared, weights, outputs and the result."""
@@ -124,16 +114,6 @@ def load() -> Native | None:
 def kernels_for(weight: Weight) -> Native | None:
     """The compiled kernels, if they exist and know this weight."""
     return load() if weight.plain else None
-
-
-def _room(weight: Weight, rows: int) -> Tensor:
-    """Scratch for ``rows`` of activations, if products with ``weight`` round them."""
-    return torch.empty(rows * _groups(weight) * ROUNDED, dtype=torch.uint8)
-
-
-def _groups(weight: Weight) -> int:
-    """Of a row of activations that a product with ``weight`` rounds."""
-    return -(-weight.operand[-1] // GROUP) if weight.rounds else 0
 
 
 def _words(words: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

@@ -16,7 +16,7 @@ from tierlm.weights.codec import Compressed
 from tierlm.weights.reader import Reader, Request, failure, split
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Read(Job):
     """One request. Records that are smaller than requests may be, and adjoin in their file, are read in one go."""
 
@@ -124,4 +124,5 @@ class Disk:
 def _buffer(request: Request, slot: Slot) -> memoryview:
     """The place of a request in its slot, once nobody reads the old content any more."""
     slot.wait()
-    return slot.buffer[request.at : request.at + request.hi - request.lo].numpy().data
+    assert slot.memory is not None
+    return slot.memory[request.at : request.at + request.hi - request.lo]

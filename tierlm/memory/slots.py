@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tierlm.memory.transfer import Ticket
 from tierlm.spec import Key
-from tierlm.weights.checkpoint import Record
+from tierlm.weights.checkpoint import Place, Record
 from tierlm.weights.formats import Weights, misaligned, weights_of
 from tierlm.weights.reader import host_memory
 
@@ -41,20 +42,25 @@ class Slot:
     guard: torch.Event | None = None
     filled: bool = False
     size: int = field(init=False)
+    memory: memoryview | None = field(init=False, default=None)  # the same bytes, to read files into, on a host
     _queued: bool = field(init=False)  # computation on it may go on after the call
-    _views: tuple[Record, Weights] | None = None
+    _views: tuple[Mapping[str, Place], Record | None, Weights] | None = None
 
     def __post_init__(self) -> None:
         self.size, self._queued = self.buffer.numel(), self.buffer.device.type != "cpu"
+        if not self._queued:
+            self.memory = self.buffer.numpy().data
 
     def weights(self, record: Record, exact: bool) -> Weights:
         """The weights of ``record``, which is here: views, which serve all records that are laid out alike."""
         if self._views is not None:
-            last, found = self._views
-            if last is record or (last.places == record.places and not misaligned(self.buffer, record)):
+            places, copied, found = self._views
+            if places is record.places and (copied is None or copied is record):
                 return found
-        self._views = record, weights_of(self.buffer, record, exact)
-        return self._views[1]
+        found = weights_of(self.buffer, record, exact)
+        copied = record if misaligned(self.buffer, record) else None  # what its file misaligns is no view
+        self._views = record.places, copied, found
+        return found
 
     def release(self) -> None:
         """Note that computation on this slot has been queued: the slot may be overwritten only after it."""

@@ -83,7 +83,7 @@ class Tier:
         self._share_slots()
         self._warming: list[Entry] = []  # brought by the background, the least wanted last
         self._kept: frozenset[Key] = frozenset()
-        self._unclaimed = 0
+        self._guesses: dict[Key, Entry] = {}  # that nobody has demanded yet
         self._passing = 0
         self._stream: torch.Stream | None = None  # for copies to the tier above
 
@@ -135,7 +135,7 @@ class Tier:
         self.policy.on_insert(key, demanded=priority is Priority.DEMAND)
         self._passing += entry.passing
         if speculative:
-            self._unclaimed += 1
+            self._guesses[key] = entry
             self.stats.speculative += 1
         elif priority is Priority.BACKGROUND:
             self._warming.append(entry)
@@ -222,8 +222,8 @@ class Tier:
         """Drop the speculative reads that ``stale`` names. Those that have begun leave first when they end, unless
         ``begun`` is False: then their time has not come yet, and they stay as they are."""
         self.source.cancel_stale(stale, begun=begun)
-        for key, entry in list(self.entries.items()) if self._unclaimed else ():
-            if entry.speculative and stale(key):
+        for key, entry in list(self._guesses.items()):
+            if stale(key):
                 if entry.ticket is not None and self.transfer.cancel(entry.ticket):
                     self._claim(entry)
                     self.stats.cancelled += 1
@@ -296,17 +296,17 @@ class Tier:
             return freed, None, False
         speculative = priority is Priority.SPECULATIVE
         if speculative and passing:  # a prefill's guesses leave half to its demands, which could not go on otherwise
-            ahead = sum(entry.speculative and entry.passing for entry in self.entries.values())
+            ahead = sum(entry.passing for entry in self._guesses.values())
             if ahead >= self._passing_limit // 2:
                 return None, None, False
         for candidate in self._leaving:
             if self._evictable(candidate, nbytes):
                 displacing = self.entries[candidate].passing  # it hands on what it has displaced
                 return self.entries[candidate].slot, candidate, displacing
-        if speculative and self._unclaimed >= self.speculative_limit:
+        if speculative and len(self._guesses) >= self.speculative_limit:
             return None, None, False
         if passing and self._passing >= self._passing_limit:
-            guesses = (e for e in self.entries.values() if e.speculative and e.passing and not speculative)
+            guesses = (entry for entry in self._guesses.values() if entry.passing and not speculative)
             found = next((guess for guess in guesses if self._evictable(guess.key, nbytes)), None)
             return (None, None, False) if found is None else (found.slot, found.key, True)
         spared: Key | None = None
@@ -352,7 +352,7 @@ class Tier:
 
     def _claim(self, entry: Entry) -> None:
         entry.speculative = False
-        self._unclaimed -= 1
+        del self._guesses[entry.key]
 
     def _free_slot(self, slot: Slot) -> None:
         bisect.insort(self._free, slot, key=lambda free: free.size)  # the smallest that is large enough is taken

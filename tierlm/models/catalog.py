@@ -13,7 +13,7 @@ from tierlm.analysis.cost import Formats
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import family_of
 from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
-from tierlm.weights.checkpoint import Checkpoint, Record, TensorInfo, build_record, compressed, read_json
+from tierlm.weights.checkpoint import Checkpoint, Place, Record, TensorInfo, build_record, compressed, read_json
 from tierlm.weights.checksum import Seal
 from tierlm.weights.layouts import LAYOUTS, SCALE, StoredWeight, layout_of
 from tierlm.weights.packed import read_seals, row_block, row_blocks
@@ -52,6 +52,7 @@ class Catalog:
         self.head = [TrunkKey(spec.layers + block) for block in range(len(self.head_weights))]
         self.trunks = self.layers + self.head
         keys: list[Key] = [*self.trunks, *self.experts()]
+        self._layouts: dict[tuple[tuple[str, Place], ...], Mapping[str, Place]] = {}
         self._records = {key: self._build(key) for key in keys}
         self._records[GATES] = self._sealed(build_record(self._tensors(self.family.gate_tensors(spec))))
         self.compressed = any(record.inside is not None for record in self._records.values())
@@ -110,7 +111,10 @@ class Catalog:
             tensors = _by_role({"lm_head": self.head_weights[key.layer - self.spec.layers]})
         else:
             tensors = self._tensors(self.family.trunk_tensors(self.spec, key))
-        return self._sealed(build_record(tensors))
+        record = build_record(tensors)
+        # What is laid out alike has the same mapping, so that its views can be known for one another's at a glance.
+        places = self._layouts.setdefault(tuple(record.places.items()), record.places)
+        return self._sealed(replace(record, places=places))
 
     def _sealed(self, record: Record) -> Record:
         """The record with its seal, if its file has any."""

@@ -31,6 +31,9 @@ MAX_UNDER_WAY = 64 * MIB
 # Of the best rate. What is under way is in the way of what is demanded next, and more reads at a time take more from
 # the arithmetic than such a share of speed brings; samples of the same setting lie 20 % apart on a shared disk.
 ENOUGH = 0.75
+# Seconds that a request takes of the disk's time, if there are sizes that do: to ask for it takes the interpreter some
+# tenths of a millisecond, which the arithmetic beside it lacks.
+LASTS = 0.75e-3
 ROUNDS = 3  # over all settings, so that what else the disk does falls on all of them
 SAMPLE_BYTES, SAMPLE_SECONDS = 32 * MIB, 0.05  # of one setting in one round; whichever ends first
 STAGE_BYTES, STAGE_SECONDS = 640 * MIB, 0.6  # of each of the two searches
@@ -50,9 +53,11 @@ class Measurement:
 
 def choose(measurements: Sequence[Measurement]) -> Measurement:
     """Of those that reach ENOUGH of the best rate, the one with the fewest bytes under way, then the smallest
-    requests."""
+    requests; of those whose requests last, or else of the largest."""
     best = max(m.bytes_per_second for m in measurements)
     good = [m for m in measurements if m.bytes_per_second >= ENOUGH * best]
+    lasting = min(LASTS * best, max(m.request_bytes for m in good))
+    good = [m for m in good if m.request_bytes >= lasting]
     return min(good, key=lambda m: (m.request_bytes * m.depth, m.request_bytes))
 
 

@@ -55,9 +55,14 @@ class Request:
 
 
 def split(extent: Extent, request_bytes: int) -> list[Request]:
-    """The requests, of at most ``request_bytes`` (a multiple of ALIGNMENT) each, that together read one extent: what
-    is longer is read by several threads at once."""
-    edges = [*range(extent.lo, extent.hi, request_bytes), extent.hi]
+    """The requests, of at most ``request_bytes`` (a multiple of ALIGNMENT) each and about as long as one another, that
+    together read one extent: what is longer is read by several threads at once."""
+    nbytes = extent.hi - extent.lo
+    if not nbytes:
+        return []
+    pieces = -(-nbytes // request_bytes)
+    each = -(-nbytes // pieces // ALIGNMENT) * ALIGNMENT
+    edges = [*range(extent.lo, extent.hi, each), extent.hi]
     return [Request(extent, lo, hi) for lo, hi in itertools.pairwise(edges)]
 
 
@@ -259,6 +264,9 @@ class _Files:
         self._lock = threading.Lock()
 
     def get(self, file: Path) -> int:
+        known = self._open.get(file)  # a dictionary can be asked by many threads, and most files are known
+        if known is not None:
+            return known
         with self._lock:
             if file not in self._open:
                 self._open[file] = os.open(file, self._flags)

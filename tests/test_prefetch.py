@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierlm.policies.pace import CLEAR, REVISIT, TRIAL, TURN, Pace
-from tierlm.policies.prefetch import MEMORY, PROBE, Prefetch
+from tierlm.policies.pace import CLEAR, FAR, NEAR, NONE, REVISIT, TRIAL, TURNS, WAYS, Pace
+from tierlm.policies.prefetch import MEMORY, Prefetch
 from tierlm.spec import ExpertKey
 
 READ = 0.010  # seconds for one record
@@ -25,11 +25,11 @@ class Layers:
         self.prefetch.read_cpu.add(cpu)
         self.window, self.compute, self.absent = window, compute, absent
 
-    def step(self, right: int, backlog: float = 0.0, spent: float = 0.0, prefill: bool = False) -> list[ExpertKey]:
+    def step(self, right: int, backlog: float = 0.0, prefill: bool = False) -> list[ExpertKey]:
         """One pass through both; what was chosen to be read for B."""
         self.prefetch.turn(0, [])
         guessed = [ExpertKey(1, expert) for expert in range(4)]
-        chosen = self.prefetch.choose(1, guessed, 1, prefill, backlog, spent)
+        chosen = self.prefetch.choose(1, guessed, 1, prefill, backlog)
         self.now += self.window
         self.prefetch.turn(1, guessed[:right])
         self.now += self.compute
@@ -93,19 +93,6 @@ def test_precision_is_learned_from_guesses_that_were_not_read() -> None:
     assert [key.expert for key in chosen] == [0]
 
 
-def test_a_lookahead_that_does_not_pay_is_looked_at_now_and_then() -> None:
-    layers = Layers(window=10 * READ, compute=0.0, absent=8)
-    for _ in range(3 * MEMORY):
-        layers.step(0, spent=0.001)
-    layers.prefetch.pace = Pace()  # which has an opinion of its own
-    asked = [layers.prefetch.due(1, False) for _ in range(4 * PROBE)]
-    assert sum(asked) == 4
-    for _ in range(3 * MEMORY):
-        layers.step(4, spent=0.001)
-    layers.prefetch.pace = Pace()
-    assert all(layers.prefetch.due(1, False) for _ in range(4 * PROBE))
-
-
 @settings(derandomize=True, deadline=None)
 @given(
     window=st.floats(0, 0.1),
@@ -125,55 +112,70 @@ def test_what_is_chosen_is_guessed_in_order_and_fits(
         assert READ * (len(chosen) - 4) <= max(0.0, absent * READ - compute)
 
 
-def ways(pace: Pace, steps: int, cost: dict[bool, float]) -> list[bool]:
-    """The ways in which steps were done."""
+def test_how_far_is_looked_ahead_is_up_to_the_pace_but_for_a_prefill() -> None:
+    prefetch = Prefetch()
+    for way, far in ((NONE, []), (NEAR, [1]), (FAR, [0, 1, 2])):
+        prefetch.pace.way = way
+        assert [ahead for ahead in range(3) if prefetch.due(ahead, False)] == far
+        assert all(prefetch.due(ahead, True) for ahead in range(3))
+
+
+def ways(pace: Pace, steps: int, *cost: float) -> list[int]:
+    """The ways in which steps were done. ``cost``: of each way."""
     done = []
     for _ in range(steps):
-        done.append(pace.guessing)
-        pace.add(cost[pace.guessing])
+        done.append(pace.way)
+        pace.add(cost[pace.way])
     return done
 
 
-@pytest.mark.parametrize("better", [True, False])
-def test_the_faster_way_is_found_kept_and_left_when_it_is_no_longer_faster(better: bool) -> None:
-    pace = Pace()
-    trial = TURN * (CLEAR - 1) + 1
-    assert sum(ways(pace, trial, {better: 1.0, not better: 1.1})) == CLEAR
-    done = ways(pace, 10 * REVISIT, {better: 1.0, not better: 1.1})
-    assert done.count(better) >= 10 * REVISIT * (REVISIT - 1) // REVISIT - 1
-    assert done.count(not better) >= 9
-    ways(pace, TRIAL * REVISIT, {better: 1.2, not better: 1.0})
-    done = ways(pace, 10 * REVISIT, {better: 1.2, not better: 1.0})
-    assert done.count(not better) > 8 * REVISIT
+TRIED = len(TURNS) * (CLEAR - 1) + len(TURNS)  # steps of a trial that tells as soon as it can
 
 
-@pytest.mark.parametrize("better", [True, False])
-def test_a_way_that_is_much_slower_is_looked_at_seldom_and_taken_up_at_once_when_it_is_not(better: bool) -> None:
+@pytest.mark.parametrize("better", WAYS)
+def test_the_fastest_way_is_found_kept_and_left_when_it_is_no_longer_the_fastest(better: int) -> None:
     pace = Pace()
-    done = ways(pace, TURN * CLEAR + 1000, {better: 1.0, not better: 2.0})
-    assert CLEAR + 8 <= done.count(not better) <= 2 * CLEAR + 10
-    done = ways(pace, 100 + 2 * TRIAL, {better: 1.0, not better: 0.5})
-    assert done[-TRIAL:] == [not better] * TRIAL
+    cost = [1.0 if way == better else 1.1 for way in WAYS]
+    trial = ways(pace, TRIED, *cost)
+    assert trial == list(TURNS) * CLEAR
+    done = ways(pace, 20 * REVISIT, *cost)
+    assert done.count(better) >= 20 * REVISIT * (REVISIT - 1) // REVISIT - 1
+    assert all(done.count(other) >= 9 for other in WAYS if other != better)
+    follower = (better + 1) % len(WAYS)
+    cost = [1.0 if way == follower else 1.2 for way in WAYS]
+    ways(pace, 3 * TRIAL * REVISIT, *cost)
+    assert ways(pace, 10 * REVISIT, *cost).count(follower) > 8 * REVISIT
+
+
+@pytest.mark.parametrize("better", WAYS)
+def test_a_way_that_is_much_slower_is_looked_at_seldom_and_taken_up_soon_when_it_is_not(better: int) -> None:
+    pace, worse = Pace(), (better + 1) % len(WAYS)
+    cost = [2.0] * len(WAYS)
+    cost[better] = 1.0
+    done = ways(pace, TRIED + 1000, *cost)
+    assert CLEAR + 3 <= done.count(worse) <= 2 * CLEAR + 6
+    cost[worse] = 0.5
+    assert ways(pace, 200 + 2 * TRIAL, *cost)[-TRIAL:] == [worse] * TRIAL
 
 
 def test_where_the_ways_are_alike_the_trial_takes_its_time_and_ends_without_guesses() -> None:
-    pace, costs = Pace(), {way: itertools.cycle([1.0, 1.1, 1.2]) for way in (True, False)}
+    pace, costs = Pace(), [itertools.cycle([1.0, 1.1, 1.2]) for _ in WAYS]
     done = []
-    for _ in range(TURN * TRIAL + 10 * REVISIT):
-        done.append(pace.guessing)
-        pace.add(next(costs[pace.guessing]))
-    trial = TURN * (TRIAL - 1) + 1
-    assert done[:trial] == ([True] + [False] * (TURN - 1)) * (TRIAL - 1) + [True]
-    assert done[trial:].count(False) > 8 * REVISIT
+    for _ in range(len(TURNS) * TRIAL + 10 * REVISIT):
+        done.append(pace.way)
+        pace.add(next(costs[pace.way]))
+    trial = len(TURNS) * TRIAL
+    assert done[:trial] == list(TURNS) * TRIAL
+    assert done[trial:].count(NONE) > 8 * REVISIT
 
 
 def test_one_slow_step_decides_nothing() -> None:
     pace = Pace()
-    ways(pace, 4 * TRIAL, {True: 1.0, False: 1.1})
-    while not pace.guessing:
+    ways(pace, len(TURNS) * TRIAL, 1.1, 1.0, 1.1)
+    while pace.way != NEAR:
         pace.add(1.1)
     pace.add(100.0)
-    assert ways(pace, 2 * REVISIT, {True: 1.0, False: 1.1}).count(True) >= 2 * REVISIT - 3
+    assert ways(pace, 2 * REVISIT, 1.1, 1.0, 1.1).count(NEAR) >= 2 * REVISIT - 3
 
 
 def test_steps_are_timed_from_the_first_layer_to_the_last() -> None:

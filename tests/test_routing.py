@@ -32,14 +32,17 @@ def routers(toy: str, format: str) -> Routers:
 def test_the_kernels_choose_as_torch_does(toy: str, format: str, monkeypatch: Any) -> None:
     found = routers(toy, format)
     x = torch.randn(FEW_ROWS, found.spec.hidden)
-    few = found.route(x, 1), found.guess(x, 1, found.spec.experts)
+    few = found.route_ahead(x, 1, x, [1, 1]), found.guess(x, 1, found.spec.experts)
     asked = []
     with monkeypatch.context() as patch:
         patch.setattr(routing, "route_few", lambda *arguments: asked.append(arguments))
-        any_rows = found.route(x, 1), found.guess(x, 1, found.spec.experts)
-    assert len(asked) == 2
+        any_rows = found.route_ahead(x, 1, x, [1, 1]), found.guess(x, 1, found.spec.experts)
+    assert len(asked) == 4
     assert torch.equal(few[0][1], any_rows[0][1])
     torch.testing.assert_close(few[0][0], any_rows[0][0], rtol=1e-5, atol=1e-7)
+    for one, other in zip(few[0][2], any_rows[0][2], strict=True):  # what the layers ahead make of it
+        assert torch.equal(one, other)
+    assert torch.equal(few[0][2][0], found.guess(x, 1, found.spec.experts_per_token))
     ranked = found.spec.experts // found.spec.router.groups * found.spec.router.groups_chosen
     assert torch.equal(few[1][:, :ranked], any_rows[1][:, :ranked])  # the order of what is closed is anybody's
     assert all(sorted(row) == list(range(found.spec.experts)) for row in few[1].tolist())

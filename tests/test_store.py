@@ -155,9 +155,9 @@ class Eager(Prefetch):
     """Finds every guess worth its read: what is tested here is what becomes of them."""
 
     def choose(
-        self, layer: int, absent: Sequence[ExpertKey], ahead: int, prefill: bool, backlog: float, spent: float
+        self, layer: int, absent: Sequence[ExpertKey], ahead: int, prefill: bool, backlog: float
     ) -> list[ExpertKey]:
-        super().choose(layer, absent, ahead, prefill, backlog, spent)
+        super().choose(layer, absent, ahead, prefill, backlog)
         return list(absent)
 
 
@@ -183,7 +183,7 @@ class Bench:
         """Hint at keys of any layers."""
         for layer in dict.fromkeys(key.layer for key in keys):
             mine = [key for key in keys if key.layer == layer]
-            self.store.hint(layer, mine, ahead=1, passing=passing, spent=0.0)
+            self.store.hint(layer, mine, ahead=1, passing=passing)
 
     def close(self) -> None:
         self.shelf.close()

@@ -203,7 +203,7 @@ class _Run:
                 self.tier.waste(key)
 
     def _look_ahead(self, layer: int, ahead: int, prefill: bool) -> None:
-        """As MixtureOfExperts._look_ahead; after the last layer comes the first one of the next token."""
+        """As MixtureOfExperts._target and _hint; after the last layer comes the first one of the next token."""
         gates, first = self.predictor.gates, self.trace.info.first_layer
         wraps = layer >= self.trace.moe_layers
         if wraps:
@@ -228,7 +228,7 @@ class _Run:
         self.tier.keep_for_now(key for likely in self._likely.values() for key in likely)
         absent = [key for key in keys if key not in self.tier.resident]
         backlog = self.link.backlog() * self.link.seconds
-        chosen = self.prefetch.choose(number, absent, ahead, prefill, backlog, 0.0)
+        chosen = self.prefetch.choose(number, absent, ahead, prefill, backlog)
         self._hints[layer] = (self._in_order(layer, chosen) if prefill else chosen, prefill)
         self._follow()
 

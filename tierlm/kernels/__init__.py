@@ -2,11 +2,13 @@
 
 from tierlm.kernels.attention import LatentAttention, attention_of_few
 from tierlm.kernels.linear import from_latent, gated_mlp, gated_mlps, into_latent, linear, unwidened, widen
-from tierlm.kernels.routing import combined, route_few
+from tierlm.kernels.routing import Router, Rules, combined, route_few
 from tierlm.kernels.weight import Weight
 
 __all__ = [
     "LatentAttention",
+    "Router",
+    "Rules",
     "Weight",
     "attention_of_few",
     "combined",

@@ -46,11 +46,7 @@ void close_groups(const Router& r, float* choice, float* worths) {
         if (worths[g] == worths[g]) std::fill(choice + g * size, choice + (g + 1) * size, NEVER);
 }
 
-}  // namespace
-
-// By one thread: a router is small, and waking the others takes longer.
-extern "C" void tierlm_route(const Router* call, double eps, double scale) {
-    const Router& r = *call;
+void route(const Router& r, float eps, float scale) {
     const int64_t hidden = r.gate.ins, experts = r.gate.outs;
     const auto norm = floats_of(r.norm), bias = floats_of(r.bias), x = room<float>(hidden);
     const auto scores = room<float>(experts), choice = room<float>(experts), worths = room<float>(r.groups);
@@ -58,7 +54,7 @@ extern "C" void tierlm_route(const Router* call, double eps, double scale) {
     for (int64_t row = 0; row < r.rows; ++row) {
         const float* input = r.x + row * hidden;
         if (norm) {
-            normalised(input, norm.get(), x.get(), hidden, static_cast<float>(eps));
+            normalised(input, norm.get(), x.get(), hidden, eps);
             input = x.get();
         }
         if (r.gate.as().rounds) round_activations(input, rounded.get(), 1, hidden, 0, hidden);
@@ -79,9 +75,16 @@ extern "C" void tierlm_route(const Router* call, double eps, double scale) {
         }
         for (int64_t k = 0; k < r.chosen; ++k) {
             float& weight = r.weights[row * r.chosen + k];
-            weight = (r.normalize ? weight / (sum + 1e-20f) : weight) * static_cast<float>(scale);
+            weight = (r.normalize ? weight / (sum + 1e-20f) : weight) * scale;
         }
     }
+}
+
+}  // namespace
+
+// By one thread: a router is small, and waking the others takes longer.
+extern "C" void tierlm_route(const Router* routers, int64_t count, double eps, double scale) {
+    for (int64_t i = 0; i < count; ++i) route(routers[i], static_cast<float>(eps), static_cast<float>(scale));
 }
 
 // total = hidden + shared + sum over k of weights[row, k] * outputs[places[row, k]], added up in that order.

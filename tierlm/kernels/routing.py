@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,33 +15,49 @@ from tierlm.kernels.weight import VECTORS, Weight
 FEW_ROWS = 8  # above it, torch's products and sorts are faster
 
 
-def route_few(
-    x: Tensor,
-    gate: Weight,
-    bias: Weight | None,
-    norm: Weight | None,
-    rules: tuple[bool, int, int, bool],
-    chosen: int,
-    eps: float,
-    scale: float,
-) -> tuple[Tensor, Tensor] | None:
-    """Weights, float32 [T, chosen], and experts, int64 [T, chosen], the best first, of ``x``, float32 [T, hidden]; of
-    equals the lower number first. None where there are no kernels for these weights, or too many rows.
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What all routers of a model share: softmax rather than sigmoid, groups of experts, groups that are chosen, and
+    whether the weights are made to sum up to one; they are multiplied by ``scale``. ``eps``: of the norm before."""
 
-    ``norm``: of ``x``, if that is still to be done. ``rules``: softmax rather than sigmoid, groups of experts, groups
-    that are chosen, whether the weights are made to sum up to one; they are multiplied by ``scale``.
-    """
-    library = native.load() if gate.plain and x.shape[0] <= FEW_ROWS and x.is_contiguous() else None
-    if library is None or not all(vector is None or vector.format in VECTORS for vector in (bias, norm)):
-        return None
-    weights = torch.empty(x.shape[0], chosen)
-    experts = torch.empty(x.shape[0], chosen, dtype=torch.int64)
-    words: list[int] = [*gate.operand]
-    for vector in (bias, norm):
-        words += (0,) * 5 if vector is None else vector.operand
-    words += (*rules, chosen, x.data_ptr(), x.shape[0], weights.data_ptr(), experts.data_ptr())
-    library.route(words, eps, scale)
-    return weights, experts
+    softmax: bool
+    groups: int
+    groups_chosen: int
+    normalize: bool
+    scale: float
+    eps: float
+
+
+class Router(NamedTuple):
+    """One router and its input, float32 [T, hidden]. ``norm``: of ``x``, if that is still to be done."""
+
+    x: Tensor
+    gate: Weight
+    bias: Weight | None
+    norm: Weight | None
+
+
+def route_few(routers: Sequence[Router], rules: Rules, chosen: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Of each router the weights, float32 [T, chosen], and experts, int64 [T, chosen], the best first; of equals the
+    lower number first. None where there are no kernels for these weights, or too many rows."""
+    library = native.load()
+    words: list[int] = []
+    found = []
+    for x, gate, bias, norm in routers:
+        if library is None or not gate.plain or x.shape[0] > FEW_ROWS or not x.is_contiguous():
+            return None
+        if not all(vector is None or vector.format in VECTORS for vector in (bias, norm)):
+            return None
+        weights = torch.empty(x.shape[0], chosen)
+        experts = torch.empty(x.shape[0], chosen, dtype=torch.int64)
+        for vector in (gate, bias, norm):
+            words += (0,) * 5 if vector is None else vector.operand
+        words += (rules.softmax, rules.groups, rules.groups_chosen, rules.normalize, chosen)
+        words += (x.data_ptr(), x.shape[0], weights.data_ptr(), experts.data_ptr())
+        found.append((weights, experts))
+    if library is not None:
+        library.route(words, len(routers), rules.eps, rules.scale)
+    return found
 
 
 def combined(hidden: Tensor, shared: Tensor, weights: Tensor, outputs: Tensor, places: Sequence[int]) -> Tensor:

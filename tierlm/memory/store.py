@@ -36,6 +36,7 @@ class Store:
         self.prefetch = Prefetch()
         self._hints: dict[int, tuple[list[ExpertKey], bool]] = {}  # by layer: what is to be read, and is it a prefill
         self._likely: dict[int, list[ExpertKey]] = {}  # by layer: all that was guessed
+        self._cores = os.cpu_count() or 1
         self._link = LinkStats()  # as it was when the time of a read was last measured
 
     def acquire(self, layer: int, experts: Sequence[int], *, passing: bool = False) -> Leases:
@@ -49,21 +50,22 @@ class Store:
         """
         return Leases(self, layer, [ExpertKey(layer, expert) for expert in experts], passing)
 
-    def hint(self, layer: int, keys: Sequence[ExpertKey], *, ahead: int, passing: bool, spent: float) -> None:
+    def hint(self, layer: int, keys: Sequence[ExpertKey], *, ahead: int, passing: bool) -> None:
         """``keys`` of ``layer``, likeliest first, are likely to be demanded ``ahead`` layers from now. What is there
         stays; of what is not, what is worth it is read behind every demand, as far as there is room for guesses.
-
-        ``spent``: the seconds that the guesses took.
         """
         wanted = set(keys)
         self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted, begun=False)
         self._likely[layer] = list(keys)
         self.tier.keep_for_now(key for likely in self._likely.values() for key in likely)
-        self._measure()
         absent = [key for key in keys if key not in self.tier.entries]
+        if not absent:
+            self._hints.pop(layer, None)
+            return
+        self._measure()
         average = self.prefetch.read_seconds.value / max(1, self.tier.slots[0].size)
         backlog = self.tier.transfer.backlog() * average
-        chosen = self.prefetch.choose(layer, absent, ahead, passing, backlog, spent)
+        chosen = self.prefetch.choose(layer, absent, ahead, passing, backlog)
         self._hints[layer] = (self.in_order(chosen) if passing else chosen, passing)
         self.follow()
 
@@ -115,7 +117,7 @@ class Store:
         moved = now.bytes - before.bytes
         if moved >= size:
             self.prefetch.read_seconds.add((now.seconds - before.seconds) * size / moved)
-            self.prefetch.read_cpu.add((now.cpu - before.cpu) * size / moved / (os.cpu_count() or 1))
+            self.prefetch.read_cpu.add((now.cpu - before.cpu) * size / moved / self._cores)
             self._link = now
 
     def wait(self, entries: Sequence[Entry]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 
-import torch
 from torch import Tensor
 
 from tierlm.analysis.recorder import AHEAD, Recorder
@@ -42,7 +40,10 @@ class MixtureOfExperts:
         runs in the router's order, so that the order in which experts arrive does not reach the result. The shared
         expert is computed with those that are there at once, while the rest is read.
         """
-        weights, experts = self.routers.route(x, layer)
+        targets = [(self._target(layer, ahead, prefill), ahead) for ahead in range(1, self.predictor.lookahead + 1)]
+        hints = [(target, ahead) for target, ahead in targets if target is not None]
+        gates = [target for target, _ in hints if self.predictor.gates]
+        weights, experts, guesses = self.routers.route_ahead(x, layer, hidden, gates)
         if self.recorder is not None:
             self._record(self.recorder, hidden, x, layer, experts)
         chosen = experts.shape[1]
@@ -51,13 +52,16 @@ class MixtureOfExperts:
             pairs.setdefault(expert, []).append(pair)
         needed = sorted(pairs)
         ends = dict(zip(needed, itertools.accumulate(len(pairs[expert]) for expert in needed), strict=True))
-        outputs = x.new_empty(experts.numel(), x.shape[1])
+        outputs = x.new_empty(experts.numel() + x.shape[0], x.shape[1])
+        shared = outputs[experts.numel() :]
         with self.store.acquire(layer, needed, passing=prefill) as leases:
             self.predictor.observe(layer, needed)
-            for ahead in range(1, self.predictor.lookahead + 1):
-                self._look_ahead(hidden, layer + ahead, ahead, prefill)
-            shared = torch.zeros_like(x)
-            jobs: list[tuple[Tensor, Tensor, Weights]] = [(x, shared, trunk)] * bool(self.spec.shared_experts)
+            for (target, ahead), guess in itertools.zip_longest(hints, guesses):
+                self._hint(target, ahead, prefill, guess)
+            jobs: list[tuple[Tensor, Tensor, Weights]] = [(x, shared, trunk)]
+            if not self.spec.shared_experts:
+                shared.zero_()
+                jobs = []
             for batch in leases:
                 for expert, record in batch:
                     mine = pairs[expert]
@@ -75,8 +79,8 @@ class MixtureOfExperts:
         """The last chance to guess what ``layer`` will choose: ``hidden`` lacks its attention only."""
         if self.recorder is not None and self.recorder.scores:
             self._record_guess(self.recorder, hidden, layer, 0)
-        if self.predictor.gates:
-            self._look_ahead(hidden, layer, 0, prefill)
+        if self.predictor.gates and self._target(layer, 0, prefill) is not None:
+            self._hint(layer, 0, prefill, self.routers.guess(hidden, layer, self.spec.experts_per_token))
 
     def _record(self, recorder: Recorder, hidden: Tensor, x: Tensor, layer: int, experts: Tensor) -> None:
         """Write down what ``layer`` has chosen, and on request what it and the next layers' gates make of it."""
@@ -91,20 +95,24 @@ class MixtureOfExperts:
     def _record_guess(self, recorder: Recorder, hidden: Tensor, layer: int, ahead: int) -> None:
         recorder.guess(layer, ahead, self.routers.guess(hidden, layer, recorder.guessed).cpu().numpy())
 
-    def _look_ahead(self, hidden: Tensor, layer: int, ahead: int, prefill: bool) -> None:
-        """Ask the predictor what ``layer`` will choose, which runs ``ahead`` layers from now, and hint at it. After the
+    def _target(self, layer: int, ahead: int, prefill: bool) -> int | None:
+        """The layer that runs ``ahead`` layers from ``layer``, if the predictor shall be asked about it now. After the
         last layer comes the first one of the next token, which no gate can see yet."""
-        wraps = layer >= self.spec.layers
+        target = layer + ahead
+        wraps = target >= self.spec.layers
         if wraps:
-            layer += self.spec.dense_layers - self.spec.layers
-        if (self.predictor.gates and wraps) or (prefill and not self.predictor.gates) or not self.spec.is_moe(layer):
-            return
-        if not self.store.prefetch.due(ahead, prefill):
-            return
-        began = time.perf_counter()
-        if self.predictor.gates:
-            ranked = self.routers.guess(hidden, layer, self.spec.experts_per_token).t().flatten().tolist()
-            # What most rows choose comes first; among equals a row's best before its second best.
-            self.predictor.observe_gate(layer, [expert for expert, _ in Counter(ranked).most_common()])
-        keys = self.predictor.predict(layer)
-        self.store.hint(layer, keys, ahead=ahead, passing=prefill, spent=time.perf_counter() - began)
+            target += self.spec.dense_layers - self.spec.layers
+        if (self.predictor.gates and wraps) or (prefill and not self.predictor.gates) or not self.spec.is_moe(target):
+            return None
+        return target if self.store.prefetch.due(ahead, prefill) else None
+
+    def _hint(self, layer: int, ahead: int, prefill: bool, guess: Tensor | None) -> None:
+        """Ask the predictor what ``layer`` will choose, which runs ``ahead`` layers from now, and hint at it.
+
+        ``guess``: what its gate makes of the hidden state as it is now, if the predictor goes by gates."""
+        if guess is not None:
+            ranked: list[int] = guess.t().flatten().tolist()
+            if len(guess) > 1:  # what most rows choose comes first; among equals a row's best before its second best
+                ranked = [expert for expert, _ in Counter(ranked).most_common()]
+            self.predictor.observe_gate(layer, ranked)
+        self.store.hint(layer, self.predictor.predict(layer), ahead=ahead, passing=prefill)

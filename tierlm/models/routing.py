@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from tierlm.kernels import linear, route_few
+from tierlm.kernels import Router, Rules, Weight, linear, route_few
 from tierlm.models.layers import rms_norm
 from tierlm.spec import ModelSpec
 from tierlm.weights.formats import Weights
@@ -16,35 +18,48 @@ class Routers:
 
     def __init__(self, spec: ModelSpec, gates: Weights):
         self.spec, self.gates = spec, gates
+        rule = spec.router
+        softmax = rule.score == "softmax"
+        self._rules = Rules(softmax, rule.groups, rule.groups_chosen, rule.normalize, rule.scale, spec.norm_eps)
 
     def score(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """The scores of all experts, and by what the best are chosen, float32 [T, E] both, for normed ``x`` [T,
         hidden]."""
-        logits, bias = linear(x, self.gates[f"{layer}.gate"]), self.gates.get(f"{layer}.bias")
+        gate, bias = self._gate(layer)
+        logits = linear(x, gate)
         scores = logits.softmax(-1) if self.spec.router.score == "softmax" else logits.sigmoid()
         return scores, scores if bias is None else scores + bias.data.float()
 
     def route(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """The weights, float32 [T, k], and experts, int64 [T, k], of each row of the normed ``x`` [T, hidden], the best
         first."""
+        return self.route_ahead(x, layer, x, ())[:2]
+
+    def route_ahead(
+        self, x: Tensor, layer: int, hidden: Tensor, ahead: Sequence[int]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """``route``, and what the routers of the layers ``ahead`` make of ``hidden``, as ``guess``."""
         chosen = self.spec.experts_per_token
-        return self._few(x, layer, chosen, normed=True) or self._any(x, layer, chosen)
+        routers = [Router(x, *self._gate(layer), None), *(self._unnormed(hidden, later) for later in ahead)]
+        found = route_few(routers, self._rules, chosen)
+        if found is None:
+            return *self._any(x, layer, chosen), [self.guess(hidden, later, chosen) for later in ahead]
+        (weights, experts), *guesses = found
+        return weights, experts, [guess for _, guess in guesses]
 
     def guess(self, hidden: Tensor, layer: int, chosen: int) -> Tensor:
         """The ``chosen`` experts that ``layer`` would rank first if ``hidden`` [T, hidden], not normed, came to it as
         it is: int64 [T, chosen]."""
-        few = self._few(hidden, layer, chosen, normed=False)
-        if few is not None:
-            return few[1]
+        found = route_few([self._unnormed(hidden, layer)], self._rules, chosen)
+        if found is not None:
+            return found[0][1]
         return self._any(rms_norm(hidden, self.gates[f"{layer}.norm"], self.spec.norm_eps), layer, chosen)[1]
 
-    def _few(self, x: Tensor, layer: int, chosen: int, normed: bool) -> tuple[Tensor, Tensor] | None:
-        """By the kernels, where they know these weights and are the faster way."""
-        rule, gates = self.spec.router, self.gates
-        norm = None if normed else gates[f"{layer}.norm"]
-        rules = rule.score == "softmax", rule.groups, rule.groups_chosen, rule.normalize
-        gate, bias = gates[f"{layer}.gate"], gates.get(f"{layer}.bias")
-        return route_few(x, gate, bias, norm, rules, chosen, self.spec.norm_eps, rule.scale)
+    def _gate(self, layer: int) -> tuple[Weight, Weight | None]:
+        return self.gates[f"{layer}.gate"], self.gates.get(f"{layer}.bias")
+
+    def _unnormed(self, hidden: Tensor, layer: int) -> Router:
+        return Router(hidden, *self._gate(layer), self.gates[f"{layer}.norm"])
 
     def _any(self, x: Tensor, layer: int, chosen: int) -> tuple[Tensor, Tensor]:
         rule = self.spec.router

@@ -6,11 +6,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from tierlm.policies.pace import Pace
+from tierlm.policies.pace import FAR, NEAR, Pace
 from tierlm.spec import ExpertKey
 
 MEMORY = 32  # observations over which averages run
-PROBE = 16  # every so many chances, a lookahead that has not paid is tried again
 RANKS = 32  # guesses further back share one precision
 
 
@@ -39,9 +38,6 @@ class Prefetch:
         self._clock = clock
         self._precision: dict[tuple[int, bool, int], Average] = {}
         self._window: dict[tuple[int, bool], Average] = {}  # seconds from the guess to the layer's turn
-        self._gain: dict[tuple[int, bool], Average] = {}  # seconds that following guesses was expected to save
-        self._cost: dict[tuple[int, bool], Average] = {}  # seconds that making them took
-        self._chances: dict[tuple[int, bool], int] = {}
         self._absent: dict[bool, Average] = {}  # records of a layer that would have to be read without guesses
         self._compute: dict[bool, Average] = {}  # seconds of a layer's expert step apart from waiting
         self._open: dict[int, dict[tuple[int, bool], tuple[float, dict[ExpertKey, int]]]] = {}  # by layer
@@ -52,27 +48,21 @@ class Prefetch:
         self.read_cpu = Average()  # of the processors, likewise
 
     def due(self, ahead: int, prefill: bool) -> bool:
-        """Whether it is worth finding out what a layer ``ahead`` will choose."""
-        if not (prefill or self.pace.guessing):
-            return False
-        kind = (ahead, prefill)
-        self._chances[kind] = self._chances.get(kind, -1) + 1
-        gain, cost = self._gain.get(kind), self._cost.get(kind)
-        unknown = gain is None or cost is None or gain.count < PROBE
-        return unknown or gain.value > cost.value or self._chances[kind] % PROBE == 0  # type: ignore[union-attr]
+        """Whether to find out now what a layer ``ahead`` will choose. In a prefill a guess is cheap beside a layer."""
+        return prefill or self.pace.way == FAR or (self.pace.way == NEAR and ahead == 1)
 
     def choose(
-        self, layer: int, absent: Sequence[ExpertKey], ahead: int, prefill: bool, backlog: float, spent: float
+        self, layer: int, absent: Sequence[ExpertKey], ahead: int, prefill: bool, backlog: float
     ) -> list[ExpertKey]:
         """Those of ``absent``, likeliest first, that are worth reading now. ``backlog``: seconds that the link has to
-        work for demands already; ``spent``: seconds it took to make the guesses."""
+        work for demands already."""
         kind, read = (ahead, prefill), self.read_seconds.value
         self._open.setdefault(layer, {})[kind] = (self._clock(), {key: rank for rank, key in enumerate(absent)})
         window = self._window[kind].value if kind in self._window else 0.0
         waits = 0.0  # that the layer would have without guesses
         if prefill in self._absent:
             waits = self._absent[prefill].value * read - self._compute[prefill].value
-        start, total, chosen = backlog, 0.0, []
+        start, chosen = backlog, []
         for rank, key in enumerate(absent):
             head = min(read, window - start)
             if head <= 0 or waits <= 0:
@@ -81,9 +71,7 @@ class Prefetch:
             gain = p * min(head, waits) - (1 - p) * (read - head) - self.read_cpu.value
             if gain > 0:
                 chosen.append(key)
-                start, waits, total = start + read, waits - p * read, total + gain
-        self._average(self._gain, kind).add(total)
-        self._average(self._cost, kind).add(spent)
+                start, waits = start + read, waits - p * read
         return chosen
 
     def turn(self, layer: int, needed: Iterable[ExpertKey]) -> None:

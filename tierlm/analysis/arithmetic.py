@@ -75,6 +75,26 @@ def measure_beside(files: Sequence[Path], rows: int, seconds: float = 1.0) -> tu
     return max(0.05, spread(shares[0]).median), max(0.05, spread(shares[1]).median)
 
 
+class Stream:
+    """As much arithmetic as a layer of a large model has for one token. ``seconds``: that it has taken so far."""
+
+    def __init__(self) -> None:
+        self._experts = _experts("int4")
+        self._turn = itertools.cycle(range(0, len(self._experts) - TOGETHER + 1, TOGETHER))
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        """Go through the next experts: what was in the caches no longer is."""
+        import torch
+
+        from tierlm.kernels import gated_mlps
+
+        began, at = time.perf_counter(), next(self._turn)
+        x, outputs = torch.ones(1, HIDDEN), torch.empty(TOGETHER, 1, HIDDEN)
+        gated_mlps([(x, y, e) for y, e in zip(outputs, self._experts[at : at + TOGETHER], strict=True)])
+        self.seconds += time.perf_counter() - began
+
+
 def measure_unpacking() -> dict[str, Spread]:
     """Bytes a second that come out of zstd with all cores, of bytes like the exponents of bfloat16 weights; nothing
     where the package is not installed."""

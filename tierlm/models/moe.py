@@ -111,8 +111,9 @@ class MixtureOfExperts:
 
         ``guess``: what its gate makes of the hidden state as it is now, if the predictor goes by gates."""
         if guess is not None:
-            ranked: list[int] = guess.t().flatten().tolist()
-            if len(guess) > 1:  # what most rows choose comes first; among equals a row's best before its second best
-                ranked = [expert for expert, _ in Counter(ranked).most_common()]
+            ranked, *others = guess.tolist()
+            if others:  # what most rows choose comes first; among equals a row's best before its second best
+                together = Counter(itertools.chain.from_iterable(zip(ranked, *others, strict=True)))
+                ranked = [expert for expert, _ in together.most_common()]
             self.predictor.observe_gate(layer, ranked)
         self.store.hint(layer, self.predictor.predict(layer), ahead=ahead, passing=prefill)

@@ -6,7 +6,7 @@ fio (which must be installed) reads the same files at random with the same size,
 and other places each time, as the profile does: those of the last time may be in a cache of the disk's or its host's.
 It reads into pages of 4 KiB, so the profile's reads do too in the first comparison; in the second both use huge pages,
 fio those of hugetlbfs, of which enough must be free (as root: echo 64 > /proc/sys/vm/nr_hugepages). bench/stream.cpp is
-compiled with g++. Medians of the rounds; the last line is JSON.
+compiled with g++. Medians of the rounds, and of the rounds' ratios; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def main() -> None:
     table = Table("what", "profile GB/s", "fio, C++ GB/s", "profile / other")
     for what, (mine, others) in pairs.items():
         shown = [f"{statistics.median(v) / 1e9:.2f} [{min(v) / 1e9:.2f}-{max(v) / 1e9:.2f}]" for v in (mine, others)]
-        table.add_row(what, *shown, f"{statistics.median(mine) / statistics.median(others):.2f}")
+        ratios = [one / other for one, other in zip(mine, others, strict=True)]
+        table.add_row(what, *shown, f"{statistics.median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]")
     Console(width=110).print(table)
     print(json.dumps(pairs))
 

@@ -69,6 +69,20 @@ def test_of_equals_the_lower_number_and_what_is_no_number_last() -> None:
     assert experts[1].min() >= 0 and experts[1].max() < found.spec.experts
 
 
+def test_scores_that_are_far_apart_are_no_trouble_wherever_they_are() -> None:
+    """exp(300) is no float32: the largest score has to be taken off before, whichever lane of a vector has it."""
+    found = routers("v2", "f32")
+    gate = found.gates["1.gate"].data
+    x = torch.zeros(1, found.spec.hidden)
+    x[0, 0] = 1
+    for best in range(found.spec.experts):
+        gate[:, 0] = torch.linspace(-300, 0, found.spec.experts)
+        gate[best, 0] = 300
+        weights, experts = found.route(x, 1)
+        assert experts[0, 0] == best
+        assert weights[0, 0] == found.spec.router.scale and not weights[0, 1:].any()
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_combined_is_the_weighted_sum_beside_the_stream(compiled: bool, monkeypatch: Any) -> None:
     if not compiled:

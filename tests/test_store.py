@@ -496,6 +496,16 @@ def test_resident_experts_come_first(slots: tuple[int, ...]) -> None:
         assert (stats.hits, stats.late_hits, stats.misses) == (2, 0, 4)
 
 
+def test_what_needs_no_record_is_not_kept_waiting_by_those_that_are_read() -> None:
+    with bench_of(4) as bench:
+        bench.shelf.pause()
+        with bench.store.acquire(0, [1, 2]) as leases:
+            batches = iter(leases)
+            assert next(batches) == []  # while both are being read
+            bench.shelf.resume()
+            assert sorted(expert for batch in batches for expert, _ in batch) == [1, 2]
+
+
 def iterate_then(leases: Leases, count: int, then: Callable[[], None]) -> Iterator[tuple[int, Weights]]:
     """``leases``, with a call of ``then`` behind the first ``count``."""
     for number, lease in enumerate(itertools.chain.from_iterable(leases), 1):

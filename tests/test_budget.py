@@ -27,7 +27,7 @@ def load_bench(name: str) -> Any:
     return module
 
 
-limited = load_bench("limited")
+limited, slow_disk = load_bench("limited"), load_bench("slow_disk")
 needs_cgroup = pytest.mark.skipif(not limited.available(), reason="memory cgroups cannot be made here")
 
 
@@ -102,3 +102,13 @@ def test_logits_that_do_not_fit_are_refused(toy_v3: tuple[Path, Any]) -> None:
         with pytest.raises(BudgetError, match="ask for at most 2 tokens"):
             llm.logits([3, 4, 5])
         assert llm.logits([3, 4]).shape == (2, 131)
+
+
+def test_a_disk_is_held_to_a_rate_and_let_go(tmp_path: Path) -> None:
+    try:
+        with slow_disk.held(tmp_path, 10**8) as folder:
+            limit = (folder / "blkio.throttle.read_bps_device").read_text().split()
+            assert limit == [slow_disk.device_of(tmp_path), "100000000"]
+    except OSError as error:
+        pytest.skip(f"no disk can be held to a rate here: {error}")
+    assert not folder.exists()

@@ -116,7 +116,7 @@ class DirectReader(Reader):
         try:
             fd = self._files.get(request.extent.file)
             while got < wanted:
-                count = os.preadv(fd, [buffer[got:]], request.lo + got)
+                count = os.preadv(fd, [buffer[got:] if got else buffer], request.lo + got)
                 got += count
                 if count == 0 or got % ALIGNMENT:  # the end of the file
                     break

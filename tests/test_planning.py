@@ -123,7 +123,32 @@ def test_a_folder_that_may_not_be_entered(tierlm: Command, monkeypatch: pytest.M
         code, _, err = tierlm(*command)
         assert code == 1 and "locked: Permission denied" in err and "Traceback" not in err
     code, out, _ = tierlm("doctor", "locked")
-    assert code == 1 and "Permission denied" in out
+    assert code == 1 and "locked: Permission denied" in out and "make it readable" in out
+
+
+def test_a_profile_that_cannot_be_kept_is_not_measured(
+    tierlm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("tierlm.cli.measuring._measure", lambda *_: pytest.fail("measured for nothing"))
+    code, _, err = tierlm("profile", "--json", str(tmp_path / "p.json"))
+    assert code == 2 and "p.json: cannot be written: Read-only file system" in " ".join(err.split())
+
+
+def test_where_torch_has_no_room_the_rest_is_measured(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a small memory cgroup the command used to be killed."""
+    from tierlm.cli import measuring
+
+    monkeypatch.setattr("tierlm.analysis.machine.available_ram", lambda: 300 * MIB)
+    monkeypatch.setattr(storage, "cells", lambda: [Cell("direct", "random", MIB, 2)])
+    found = measuring._measure([tmp_path], lambda what, total: lambda: None)
+    assert found.memory and found.touch and not found.kernels and found.layer is None
+    assert any("300.00 MiB of RAM are free" in missing for missing in found.missing)
 
 
 def test_plan_and_doctor_start_without_torch() -> None:

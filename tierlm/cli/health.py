@@ -40,7 +40,10 @@ def doctor(
         used = sum(file.stat().st_size for file in catalog.files)
         what = f"whole: {len(catalog.checkpoint.tensors)} tensors, {format_size(used)} in {len(catalog.files)} files"
         findings.append(Finding("ok", "checkpoint", what))
-    except (TierlmError, OSError) as error:
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}"
+        findings.append(Finding("broken", "checkpoint", what, "make it readable for this user, or name another model"))
+    except TierlmError as error:
         findings.append(Finding("broken", "checkpoint", str(error), "download the model again, or name another"))
     if catalog is not None:
         findings += check_files(catalog.files)

@@ -8,8 +8,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from tierlm.weights.formats import Weights
 
 DISK_SECONDS = 24.0  # over all paths
+TORCH = 480 * 2**20  # bytes that torch, weights to multiply with and the embedded model take together
 # Of the embedded model: tokens that are made, and of a prompt that uses all experts; layers; experts of all layers.
 DEMO_TOKENS, DEMO_PROMPT, DEMO_LAYERS, DEMO_RECORDS, DEMO_ROUNDS = 24, 64, 7, 6 * 32, 3
 
@@ -53,8 +56,14 @@ def profile(
 
     paths = path or [Path()]
     for file in (json_file, plot):
-        if file is not None and not file.absolute().parent.is_dir():
+        if file is None:
+            continue
+        if not file.absolute().parent.is_dir():
             raise UsageError(f"{file}: cannot be written: {file.absolute().parent} is no folder")
+        try:  # now, rather than when all has been measured
+            tempfile.TemporaryFile(dir=file.absolute().parent).close()
+        except OSError as error:
+            raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
     for folder in paths:
         if not folder.is_dir():
             raise UsageError(f"{folder}: expected a folder on the disk that is to be measured")
@@ -113,6 +122,23 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         except TierlmError as error:
             missing.append(str(error))
     touch = measure_touch()  # some seconds after the last large block was freed
+    measured = Profile(
+        when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)),
+        ram=total_ram(),
+        ram_limit=available_ram(),
+        memory=memory,
+        disks=disks,
+        disk_capacity=capacity,
+        touch=touch,
+        missing=missing,
+    )
+    if (free := available_ram()) < TORCH:
+        missing.append(
+            f"kernels, cards and the engine: {format_size(free)} of RAM are free, torch takes {format_size(TORCH)}"
+        )
+        return measured
     from tierlm.analysis.arithmetic import (
         FORMATS,
         MANY,
@@ -141,15 +167,8 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
     layer, record = _engine_seconds()
     done()
     start = _start_seconds()
-    return Profile(
-        when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        processor=_processor(),
-        cores=len(os.sched_getaffinity(0)),
-        ram=total_ram(),
-        ram_limit=available_ram(),
-        memory=memory,
-        disks=disks,
-        disk_capacity=capacity,
+    return replace(
+        measured,
         kernels=kernels,
         links=links,
         device_memory=device_memory,
@@ -158,9 +177,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         beside_many=beside_many,
         layer=layer,
         record=record,
-        touch=touch,
         start=start,
-        missing=missing,
     )
 
 

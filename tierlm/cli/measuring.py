@@ -5,11 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -21,20 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tierlm.cli.overhead import engine_seconds, start_seconds
 from tierlm.config import format_size
 from tierlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from tierlm.analysis.arithmetic import Stream
     from tierlm.analysis.profile import Profile, Spread
-    from tierlm.memory.trunks import Trunks
-    from tierlm.spec import TrunkKey
-    from tierlm.weights.formats import Weights
 
 DISK_SECONDS = 24.0  # over all paths
 TORCH = 480 * 2**20  # bytes that torch, weights to multiply with and the embedded model take together
-# Of the embedded model: tokens that are made, and of a prompt that uses all experts; layers; experts of all layers.
-DEMO_TOKENS, DEMO_PROMPT, DEMO_LAYERS, DEMO_RECORDS, DEMO_ROUNDS = 24, 64, 7, 6 * 32, 3
 
 
 def profile(
@@ -164,9 +155,9 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         missing.append("decompression: the package zstandard is not installed")
     if not links:
         missing.append("links to a device: there is no accelerator")
-    layer, record = _engine_seconds()
+    layer, record = engine_seconds()
     done()
-    start = _start_seconds()
+    start = start_seconds()
     return replace(
         measured,
         kernels=kernels,
@@ -179,57 +170,6 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         record=record,
         start=start,
     )
-
-
-class _AfterOthers:
-    """Trunks that are handed out after as much arithmetic as a layer of a large model has."""
-
-    def __init__(self, trunks: Trunks, stream: Stream):
-        self._trunks, self._stream = trunks, stream
-
-    def get(self, key: TrunkKey) -> Weights:
-        self._stream.run()
-        return self._trunks.get(key)
-
-
-def _engine_seconds() -> tuple[float, float]:
-    """Seconds that a layer's decode step takes, and a prefill for each expert, when the weights are next to nothing:
-    the embedded model, all of it resident. A decode step is timed with caches that other weights have gone through, as
-    in a large model: there, all that is not arithmetic takes several times as long."""
-    from tierlm.analysis.arithmetic import Stream
-    from tierlm.config import Budget, SamplingParams
-    from tierlm.llm import LLM
-
-    prompt = [list(range(2, 2 + DEMO_PROMPT))]
-    with LLM.load("demo", budget=Budget("2GiB"), context=256, heat=False, probe="off") as llm:
-
-        def spent(prompts: list[list[int]], tokens: int) -> tuple[float, float]:
-            """Seconds of the prefill, and of the decode step of a token."""
-            before = llm.stats()
-            llm.generate(prompts, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
-            after = llm.stats()
-            made = max(1, after.decode.tokens - before.decode.tokens)
-            return after.prefill.compute - before.prefill.compute, (after.decode.compute - before.decode.compute) / made
-
-        spent(prompt, DEMO_TOKENS)  # the first time, memory is new as well
-        warm = spent([[5]], DEMO_TOKENS)[1]
-        prefill = statistics.median(spent(prompt, 1)[0] for _ in range(DEMO_ROUNDS))
-        decoder, stream = llm._runtime.decoder, Stream()
-        decoder.trunks = _AfterOthers(decoder.trunks, stream)  # type: ignore[assignment]
-        spent([[5]], 2)
-        already = stream.seconds
-        step = spent([[5]], DEMO_TOKENS)[1] - (stream.seconds - already) / DEMO_TOKENS
-    return max(warm, step) / DEMO_LAYERS, max(0.0, prefill - warm) / DEMO_RECORDS
-
-
-def _start_seconds() -> float | None:
-    """Seconds from the command to when a model may be loaded; None if another interpreter cannot be started."""
-    began = time.perf_counter()
-    try:
-        subprocess.run([sys.executable, "-c", "import tierlm.llm, tierlm.cli"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return time.perf_counter() - began
 
 
 def _processor() -> str:

@@ -94,6 +94,8 @@ def test_toys_are_catalogued_whole(originals: Callable[[str], Path], name: str) 
         "up_proj": (spec.expert_width, spec.hidden),
         "down_proj": (spec.hidden, spec.expert_width),
     }
+    layouts = [catalog.record(key).places for key in catalog.experts()]
+    assert all((one is other) == (one == other) for one in layouts for other in layouts), "alike: the same mapping"
 
 
 def test_head_is_cut_into_blocks_of_rows(originals: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,9 @@ def test_requests_cover_an_extent_without_overlap(start: int, size: int, at: int
         wanted += request.stop - request.start
         edge = request.hi
     assert edge == extent.hi and wanted == size
+    lengths = [request.hi - request.lo for request in requests]
+    assert not lengths or max(lengths) - min(lengths) <= (len(lengths) - 1) * ALIGNMENT, "about as long as one another"
+    assert len(lengths) == -(-(extent.hi - extent.lo) // (2 * ALIGNMENT)), "and no more than needed"
 
 
 def test_an_extent_longer_than_a_request_is_read_whole(make_file: Callable[[int], Path]) -> None:

@@ -80,7 +80,7 @@ def test_scores_that_are_far_apart_are_no_trouble_wherever_they_are() -> None:
         gate[best, 0] = 300
         weights, experts = found.route(x, 1)
         assert experts[0, 0] == best
-        assert weights[0, 0] == found.spec.router.scale and not weights[0, 1:].any()
+        assert weights[0, 0] == found.spec.router.scale and weights[0, 1:].max() < 1e-30
 
 
 @pytest.mark.parametrize("compiled", [True, False])

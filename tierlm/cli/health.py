@@ -41,7 +41,7 @@ def doctor(
         what = f"whole: {len(catalog.checkpoint.tensors)} tensors, {format_size(used)} in {len(catalog.files)} files"
         findings.append(Finding("ok", "checkpoint", what))
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}"
+        what = f"{error.filename or model}: {error.strerror or error}"
         findings.append(Finding("broken", "checkpoint", what, "make it readable for this user, or name another model"))
     except TierlmError as error:
         findings.append(Finding("broken", "checkpoint", str(error), "download the model again, or name another"))

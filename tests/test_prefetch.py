@@ -169,6 +169,16 @@ def test_where_the_ways_are_alike_the_trial_takes_its_time_and_ends_without_gues
     assert done[trial:].count(NONE) > 8 * REVISIT
 
 
+def test_guesses_that_gain_next_to_nothing_are_not_followed() -> None:
+    """A hundredth is less than what a read for nothing may cost elsewhere, and than noise."""
+    pace = Pace()
+    ways(pace, TRIED, 1.0, 0.99, 0.985)
+    assert ways(pace, 10 * REVISIT, 1.0, 0.99, 0.985).count(NONE) > 8 * REVISIT
+    pace = Pace()
+    ways(pace, TRIED, 1.0, 0.96, 0.97)
+    assert ways(pace, 10 * REVISIT, 1.0, 0.96, 0.97).count(NEAR) > 8 * REVISIT
+
+
 def test_one_slow_step_decides_nothing() -> None:
     pace = Pace()
     ways(pace, len(TURNS) * TRIAL, 1.1, 1.0, 1.1)

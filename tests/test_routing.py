@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +16,9 @@ from tierlm.kernels import Weight, combined, native
 from tierlm.kernels.routing import FEW_ROWS
 from tierlm.models import routing
 from tierlm.models.deepseek import read_spec
+from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.routing import Routers
+from tierlm.policies.prediction import GateLookahead, NoPredictor
 from tierlm.weights.formats import MAKERS
 
 
@@ -81,6 +87,49 @@ def test_scores_that_are_far_apart_are_no_trouble_wherever_they_are() -> None:
         weights, experts = found.route(x, 1)
         assert experts[0, 0] == best
         assert weights[0, 0] == found.spec.router.scale and weights[0, 1:].max() < 1e-30
+
+
+def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
+    """Memory that is not written to holds anything: here, as torch makes it on request, no numbers."""
+    spec = replace(routers("v2", "f32").spec, shared_experts=0)
+    torch.manual_seed(6)
+    gate = Weight(torch.randn(spec.experts, spec.hidden))
+    shapes = (24, spec.hidden), (24, spec.hidden), (spec.hidden, 24)
+    mlps = [[0.1 * torch.randn(shape) for shape in shapes] for _ in range(spec.experts)]
+    roles = ("gate_proj", "up_proj", "down_proj")
+
+    class Store:
+        prefetch = SimpleNamespace(due=lambda ahead, prefill: False)
+
+        @contextmanager
+        def acquire(self, layer: int, needed: list[int], passing: bool) -> Iterator[Any]:
+            yield [[(expert, dict(zip(roles, map(Weight, mlps[expert]), strict=True))) for expert in needed]]
+
+    found = Routers(spec, {"1.gate": gate})
+    moe = MixtureOfExperts(spec, found, Store(), NoPredictor(spec.experts_per_token))  # type: ignore[arg-type]
+    hidden, x = torch.randn(2, 3, spec.hidden)
+    weights, experts = found.route(x, 1)
+    expected = hidden.clone()
+    for row, (shares, chosen) in enumerate(zip(weights, experts.tolist(), strict=True)):
+        for share, expert in zip(shares, chosen, strict=True):
+            gated, up, down = mlps[expert]
+            expected[row] += share * (torch.nn.functional.silu(x[row] @ gated.T) * (x[row] @ up.T)) @ down.T
+    torch.use_deterministic_algorithms(True)
+    try:
+        given = moe.forward(hidden, x, 1, {}, prefill=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_most_rows_guess_comes_first() -> None:
+    hints: list[list[int]] = []
+    store = SimpleNamespace(hint=lambda layer, keys, ahead, passing: hints.append([key.expert for key in keys]))
+    spec = routers("v2", "f32").spec
+    moe = MixtureOfExperts(spec, None, store, GateLookahead(2))  # type: ignore[arg-type]
+    moe._hint(1, 1, True, torch.tensor([[3, 1], [1, 2], [1, 3]]))
+    moe._hint(1, 1, False, torch.tensor([[3, 1]]))
+    assert hints == [[1, 3, 2], [3, 1]]
 
 
 @pytest.mark.parametrize("compiled", [True, False])

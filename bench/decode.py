@@ -15,13 +15,12 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from disk import disk_ceiling, stolen
-from limited import available, run_limited
+from limited import available, run_case
 from rich.console import Console
 from rich.table import Table
 
@@ -65,21 +64,6 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
         "load_seconds": after.load_seconds,
         "peak_ram": after.peak_ram,
     }
-
-
-def run_case(case: dict[str, Any], in_cgroup: bool) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", json.dumps(case)]
-    limit = parse_size(case["ram"]) + parse_size(case["vram"] or 0)
-    if in_cgroup:
-        process, report = run_limited(command, limit, capture_output=True)
-        if report["killed"]:
-            raise SystemExit(f"killed for memory: {case}")
-    else:
-        process = subprocess.run(command, text=True, check=False, capture_output=True)
-    if process.returncode:
-        raise SystemExit(process.stderr)
-    result: dict[str, float] = json.loads(process.stdout)
-    return result
 
 
 def draw(file: Path, title: str, cases: list[dict[str, str]], results: list[list[dict[str, float]]]) -> None:
@@ -139,7 +123,9 @@ def main() -> None:
             print(f"no ceiling of the disk: {error}", file=sys.stderr)
         order = list(zip(cases, results, strict=True))
         for case, found in reversed(order) if turn % 2 else order:
-            result = run_case(fixed | case, in_cgroup)
+            command = [sys.executable, __file__, "--one", json.dumps(fixed | case)]
+            limit = parse_size(case["ram"]) + parse_size(args.vram or 0)
+            result = run_case(command, limit if in_cgroup else None)
             if ceiling is not None:
                 result |= {"disk_small_pages": ceiling[0], "disk_ceiling": ceiling[1]}
                 result["share_of_ceiling"] = result["bytes_per_token"] * result["tokens_per_second"] / ceiling[1]

@@ -58,6 +58,19 @@ def run_limited(
         folder.rmdir()
 
 
+def run_case(command: Sequence[str], limit: int | None) -> Any:
+    """What ``command`` prints, as JSON; run within ``limit`` bytes, if given. If it fails, exits with its error."""
+    if limit is None:
+        process = subprocess.run(command, text=True, check=False, capture_output=True)
+    else:
+        process, report = run_limited(command, limit, capture_output=True)
+        if report["killed"]:
+            raise SystemExit(f"killed for memory: {' '.join(command)}")
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return json.loads(process.stdout)
+
+
 def _make(name: str) -> tuple[Path, int]:
     if (ROOT / "memory").is_dir():
         folder, version = ROOT / "memory" / f"tierlm-{name}", 1

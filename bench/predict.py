@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from disk import drop_page_cache
-from limited import available, run_limited
+from limited import available, run_case
 from rich.console import Console
 from rich.table import Table
 
@@ -97,20 +97,6 @@ def predict(case: dict[str, Any], profile: Profile, found: dict[str, float]) -> 
     }
 
 
-def run(case: dict[str, Any], in_cgroup: bool) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", json.dumps(case)]
-    if in_cgroup:
-        process, report = run_limited(command, parse_size(case["ram"]), capture_output=True)
-        if report["killed"]:
-            raise SystemExit(f"killed for memory: {case}")
-    else:
-        process = subprocess.run(command, text=True, check=False, capture_output=True)
-    if process.returncode:
-        raise SystemExit(process.stderr)
-    found: dict[str, float] = json.loads(process.stdout)
-    return found
-
-
 def profiled(folder: Path) -> Profile:
     """What `tierlm profile` measures now, on the disk of ``folder``."""
     with tempfile.TemporaryDirectory() as place:
@@ -148,7 +134,8 @@ def main() -> None:
             drop_page_cache(list(args.model.glob("*.safetensors")))
             time.sleep(args.rest)
             case = fixed | {"ram": ram}
-            found = run(case, in_cgroup)
+            command = [sys.executable, __file__, "--one", json.dumps(case)]
+            found = run_case(command, parse_size(ram) if in_cgroup else None)
             results[ram].append(found | predict(case, profile, found))
             print(f"round {turn + 1} {ram}: {found['decode']:.2f} tok/s", file=sys.stderr, flush=True)
 

@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from disk import disk_ceiling, stolen
-from limited import available, run_limited
+from limited import available, run_case
 from rich.console import Console
 from rich.table import Table
 
@@ -80,20 +79,6 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
     return turns
 
 
-def run_case(case: dict[str, Any], in_cgroup: bool) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__, "--one", json.dumps(case)]
-    if in_cgroup:
-        process, report = run_limited(command, parse_size(case["ram"]), capture_output=True)
-        if report["killed"]:
-            raise SystemExit(f"killed for memory: {case}")
-    else:
-        process = subprocess.run(command, text=True, check=False, capture_output=True)
-    if process.returncode:
-        raise SystemExit(process.stderr)
-    found: list[dict[str, Any]] = json.loads(process.stdout)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
@@ -118,8 +103,12 @@ def main() -> None:
         table.add_column(column)
     report = []
     for ram in args.ram:
-        ceiling = disk_ceiling(args.model, 2**30)[1]
-        turns = run_case(fixed | {"ram": ram}, in_cgroup)
+        try:
+            ceiling = disk_ceiling(args.model, 2**30)[1]
+        except ValueError as error:
+            sys.exit(str(error))
+        command = [sys.executable, __file__, "--one", json.dumps(fixed | {"ram": ram})]
+        turns = run_case(command, parse_size(ram) if in_cgroup else None)
         ways = [[turn for turn in turns if turn["on"] is way] for way in (False, True)]
         ratios = [on["tokens_per_second"] / off["tokens_per_second"] for off, on in zip(*ways, strict=True)]
         quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

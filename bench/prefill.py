@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from disk import disk_ceiling, drop_page_cache, stolen
-from limited import available, run_limited
+from limited import available, run_case
 from rich.console import Console
 from rich.table import Table
 
@@ -51,20 +50,6 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def run(case: dict[str, Any], limit: int | None) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", json.dumps(case)]
-    if limit is None:
-        process = subprocess.run(command, text=True, check=False, capture_output=True)
-    else:
-        process, report = run_limited(command, limit, capture_output=True)
-        if report["killed"]:
-            raise SystemExit(f"killed for memory: {case}")
-    if process.returncode:
-        raise SystemExit(process.stderr)
-    found: dict[str, float] = json.loads(process.stdout)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
@@ -84,8 +69,9 @@ def main() -> None:
     for turn in range(args.rounds):
         drop_page_cache(list(args.model.glob("*.safetensors")))
         small, again = disk_ceiling(args.model)
-        found = run(case | {"ram": args.ram}, limit)
-        alone = run(case | {"ram": args.all}, None)
+        command = [sys.executable, __file__, "--one"]
+        found = run_case([*command, json.dumps(case | {"ram": args.ram})], limit)
+        alone = run_case([*command, json.dumps(case | {"ram": args.all})], None)
         found |= {"ceiling_bytes": again, "ceiling_small_pages_bytes": small}
         found["compute_alone"] = alone["second_seconds"] - alone["second_stall"]
         for name in ("first", "second"):

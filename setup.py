@@ -10,7 +10,7 @@ def library(folder: str, *flags: str) -> Extension:
         sorted(str(file) for file in Path(folder).glob("*.cpp")),
         depends=sorted(str(file) for file in Path(folder).glob("*.h")),
         extra_compile_args=["-O3", "-std=c++17", *flags],
-        extra_link_args=[flag for flag in flags if flag == "-fopenmp"],
+        extra_link_args=[flag for flag in flags if flag in ("-fopenmp", "-pthread")],
         language="c++",
         optional=True,
     )
@@ -53,6 +53,7 @@ setup(
     ext_modules=[
         library("tierlm/kernels", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"),
         library("tierlm/analysis/compiled", "-ffp-contract=off"),
+        library("tierlm/memory/compiled", "-pthread"),
     ],
     entry_points={"console_scripts": ["tierlm = tierlm.cli:main"]},
     classifiers=[

@@ -771,6 +771,13 @@ def test_read_that_hangs_comes_last() -> None:
         assert bench.top.stats.late_hits + bench.top.stats.hits == 3
 
 
+def test_what_has_just_arrived_is_not_waited_for() -> None:
+    """A read may end between looking for what is ready and waiting."""
+    with bench_of(2) as bench, bench.store.acquire(0, [3]) as leases:
+        bench.drain()
+        bench.store.wait(list(leases._held.values()))
+
+
 @pytest.mark.parametrize("slots", [(2,), (2, 2)], ids=str)
 def test_error_inside_ends_all_leases(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:

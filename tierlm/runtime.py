@@ -98,7 +98,8 @@ class Runtime:
             if file is not None and not Path(file).absolute().parent.is_dir():
                 raise UsageError(f"{name}: {Path(file).absolute().parent}: no such folder")
         self.timeline = None if options.timeline is None else Timeline()
-        self.transfer = Transfer(options.transfer_threads or self._transfer_threads(), self.timeline)
+        threads = options.transfer_threads or self._transfer_threads()
+        self.transfer = Transfer(threads, self.timeline, self.disk_profile.request_bytes)
         self.recorder: Recorder | None = None
         self._notes = [*disks, *self._platform_notes()]
         try:

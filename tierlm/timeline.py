@@ -26,9 +26,13 @@ class Timeline:
         self._spans: deque[tuple[str, int, str, float, float, dict[str, object]]] = deque(maxlen=LIMIT)
         self._origin = time.perf_counter()
 
-    def add(self, track: str, name: str, began: float, ended: float, **details: object) -> None:
-        """A span of this thread; ``began`` and ``ended`` as of time.perf_counter."""
-        self._spans.append((track, threading.get_ident(), name, began, ended, details))
+    def add(
+        self, track: str, name: str, began: float, ended: float, lane: int | None = None, **details: object
+    ) -> None:
+        """A span; ``began`` and ``ended`` as of time.perf_counter. ``lane``: of its track, without overlaps within it;
+        by default this thread's own."""
+        lane = threading.get_ident() if lane is None else lane
+        self._spans.append((track, lane, name, began, ended, details))
 
     @contextmanager
     def span(self, track: str, name: str, **details: object) -> Iterator[None]:
@@ -37,7 +41,7 @@ class Timeline:
         try:
             yield
         finally:
-            self.add(track, name, began, time.perf_counter(), **details)
+            self.add(track, name, began, time.perf_counter(), None, **details)
 
     def write(self, file: Path) -> None:
         """Write all spans to ``file``. Raises OSError."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tierlm.errors import StorageError
 from tierlm.memory.slots import Entry, Slot
-from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
+from tierlm.memory.transfer import DISK, Job, PlainRead, Priority, Ticket, Transfer
 from tierlm.spec import Key
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.checksum import Seal, checksum
@@ -45,17 +46,38 @@ class Disk:
         self.reader, self.records, self.transfer = reader, records, transfer
         self.request_bytes = request_bytes
         self._checked: set[Key] = set()  # added to by the transfer's threads
+        self._requests: dict[Key, tuple[list[Request], array[int] | None]] = {}
 
     def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, None]:
         record = self.records(key)
-        requests = [part for extent in record.extents for part in split(extent, self.request_bytes)]
-        jobs = [self._job(request, slot, str(tuple(key))) for request in requests]
         last = None
         if record.inside is not None:
             last = self._decompression(key, record, record.inside, slot)
         elif record.seal is not None and key not in self._checked:
             last = self._check(key, record, record.seal, slot)
-        return self.transfer.submit(jobs, priority=priority, last=last), None
+        requests, words = self._requests.get(key) or self._split(key, record)
+
+        def jobs() -> list[Job]:
+            return [self._job(request, slot, str(tuple(key))) for request in requests]
+
+        if words is None or slot.guard is not None:
+            return self.transfer.submit(jobs(), priority=priority, last=last), None
+        read = PlainRead(words, slot.buffer.data_ptr(), jobs, str(tuple(key)))
+        return self.transfer.read(read, priority=priority, last=last), None
+
+    def _split(self, key: Key, record: Record) -> tuple[list[Request], array[int] | None]:
+        """The requests of ``record``; if they are plain reads, as ``PlainRead`` has them as well."""
+        requests = [part for extent in record.extents for part in split(extent, self.request_bytes)]
+        descriptors = [self.reader.descriptor(request.extent.file) for request in requests]
+        words: array[int] | None = array("q")
+        for request, descriptor in zip(requests, descriptors, strict=True):
+            if words is None or descriptor is None:
+                words = None
+            else:
+                nbytes, wanted = request.hi - request.lo, request.stop - request.lo
+                words.extend((descriptor, request.lo, wanted, nbytes, request.at))
+        self._requests[key] = requests, words
+        return requests, words
 
     def _decompression(self, key: Key, record: Record, inside: Compressed, slot: Slot) -> Job:
         seal, at = record.seal, record.extents[0].at
@@ -106,10 +128,11 @@ class Disk:
         def stalled(why: str) -> Exception:
             return failure(request, request.start, why)
 
-        return Read("disk->ram", request.hi - request.lo, run, stalled, what, request=request, slot=slot, disk=self)
+        return Read(DISK, request.hi - request.lo, run, stalled, what, request=request, slot=slot, disk=self)
 
     def settle(self) -> None:
-        """Nothing arrives at the disk."""
+        """Nothing arrives at the disk, but what has left it may."""
+        self.transfer.collect()
 
     def copied(self, entry: Entry) -> None:
         """The disk pins nothing."""

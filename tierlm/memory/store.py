@@ -122,7 +122,10 @@ class Store:
 
     def wait(self, entries: Sequence[Entry]) -> None:
         """Wait until one of ``entries`` has arrived, or failed."""
-        tickets = [entry.ticket for entry in entries if entry.ticket is not None] or self.tier.in_flight()
+        tickets = [entry.ticket for entry in entries if entry.ticket is not None]
+        if len(tickets) < len(entries):
+            return
+        tickets = tickets or self.tier.in_flight()
         if not tickets:
             raise RuntimeError(f"{self.tier.name}: no slot can be had, and nothing is on its way: a bug of tierlm")
         began = time.perf_counter()

@@ -78,6 +78,10 @@ class Reader(ABC):
         The buffer is ALIGNMENT-aligned and of ``hi - lo`` bytes.
         """
 
+    def descriptor(self, file: Path) -> int | None:
+        """The descriptor of ``file``, if ``preadv`` on it does what ``read`` does; None if only ``read`` will do."""
+        return None
+
     def adjoin(self, one: Request, following: Request) -> bool:
         """Whether ``read_together`` reads these two in one go, which then costs less than two reads."""
         return False
@@ -124,6 +128,12 @@ class DirectReader(Reader):
             raise failure(request, request.lo + got, error.strerror or str(error)) from error
         if got < wanted:
             raise failure(request, request.lo + got, f"expected {wanted} bytes from {request.lo}, found {got}")
+
+    def descriptor(self, file: Path) -> int | None:
+        try:
+            return self._files.get(file)
+        except OSError:  # which ``read`` will tell of
+            return None
 
     def adjoin(self, one: Request, following: Request) -> bool:
         """Neighbours that are not aligned share a page."""

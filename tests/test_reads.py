@@ -1,0 +1,517 @@
+"""Reads outside of Python: the same bytes, order and errors as with Python's threads.
+
+A thread is held in the announcement of a small read, which is a call of Python, while the queue is filled.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+import weakref
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tierlm.errors import StorageError
+from tierlm.memory import compiled
+from tierlm.memory.compiled import Reads
+from tierlm.memory.disk import Disk
+from tierlm.memory.slots import Slot, allocate
+from tierlm.memory.transfer import Job, PlainRead, Priority, Ticket, Transfer
+from tierlm.spec import ExpertKey, Key
+from tierlm.timeline import Timeline
+from tierlm.weights.checkpoint import ALIGNMENT, Record, TensorInfo, build_record
+from tierlm.weights.reader import DirectReader
+
+PROFILE = settings(deadline=None, derandomize=True, max_examples=40)
+WAIT = 20.0
+DEMAND, SPECULATIVE, BACKGROUND = Priority
+
+pytestmark = pytest.mark.skipif(compiled.load() is None, reason="not built: there was no C++ compiler")
+
+
+def content(size: int) -> bytes:
+    """Bytes without a period near a power of two."""
+    return (bytes(range(251)) * (size // 251 + 1))[:size]
+
+
+class Held(Transfer):
+    """Holds the reads' threads when they announce, until ``gate`` opens."""
+
+    def __init__(self, threads: int = 1, timeline: Timeline | None = None, merged_bytes: int = 0):
+        self.gate, self.inside = threading.Event(), threading.Semaphore(0)
+        self.gate.set()
+        super().__init__(threads, timeline, merged_bytes)
+
+    def collect(self) -> None:
+        super().collect()
+        if isinstance(threading.current_thread(), threading._DummyThread):  # one that Python did not make
+            self.inside.release()
+            assert self.gate.wait(WAIT)
+
+
+@dataclass
+class Shelf:
+    """A file of records that follow each other, and slots into which a disk reads them."""
+
+    file: Path
+    edges: Sequence[int]
+    transfer: Held
+    request_bytes: int = 2**20
+    slots: list[Slot] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.records = [
+            build_record({"w": TensorInfo(f"w{i}", self.file, start, stop - start, "U8", (stop - start,))})
+            for i, (start, stop) in enumerate(itertools.pairwise(self.edges))
+        ]
+        self.slots = [Slot(allocate(record.nbytes, torch.device("cpu"))) for record in self.records]
+        self.reader = DirectReader()
+        self.disk = Disk(self.reader, self.record, self.transfer, self.request_bytes)
+
+    def record(self, key: Key) -> Record:
+        assert isinstance(key, ExpertKey)
+        return self.records[key.expert]
+
+    def fetch(self, i: int, priority: Priority = DEMAND) -> Ticket:
+        ticket = self.disk.fetch(ExpertKey(0, i), self.slots[i], priority, False)[0]
+        assert ticket.read is not None and ticket.number  # it is not Python's
+        return ticket
+
+    def expected(self, i: int) -> bytes:
+        return content(self.edges[-1])[self.edges[i] : self.edges[i + 1]]
+
+    def bytes_of(self, i: int) -> bytes:
+        place = self.records[i].places["w"]
+        return self.slots[i].buffer[place.offset : place.offset + place.nbytes].numpy().tobytes()
+
+    def hold(self, threads: int = 1) -> None:
+        """Until ``transfer.gate`` opens, ``threads`` are in an announcement."""
+        self.transfer.gate.clear()
+        nothing = Job("nothing", 0, lambda: None, RuntimeError)
+        self.scratch = allocate(threads * ALIGNMENT, torch.device("cpu"))
+        fd = self.reader.descriptor(self.file)
+        assert fd is not None
+        for i in range(threads):
+            words = array("q", [fd, 0, 1, ALIGNMENT, i * ALIGNMENT])
+            self.transfer.read(PlainRead(words, self.scratch.data_ptr(), list, "hold"), last=nothing)
+            assert self.transfer.inside.acquire(timeout=WAIT)
+
+    def finish(self, *tickets: Ticket) -> None:
+        for ticket in tickets:
+            self.transfer.wait_any([ticket], WAIT)
+
+    def close(self) -> None:
+        self.transfer.gate.set()
+        assert self.transfer.close(WAIT)
+        self.reader.close()
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Iterator[Shelf]:
+    """One thread; eight records of 10,000 bytes, none of which adjoins its neighbour's neighbour."""
+    file = tmp_path / "f"
+    file.write_bytes(content(80_000))
+    made = Shelf(file, range(0, 80_001, 10_000), Held())
+    yield made
+    made.close()
+
+
+# --- bytes
+
+
+@PROFILE
+@given(
+    sizes=st.lists(st.integers(1, 3 * ALIGNMENT), min_size=1, max_size=24),
+    aligned=st.booleans(),
+    start=st.integers(0, 9000),
+    order=st.randoms(use_true_random=False),
+    request_pages=st.integers(1, 12),
+    threads=st.integers(1, 3),
+)
+def test_bytes_of_the_file(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    aligned: bool,
+    start: int,
+    order: random.Random,
+    request_pages: int,
+    threads: int,
+) -> None:
+    """Records side by side, as small as a few bytes of one page, in and out of order, and requests that cut them."""
+    edges = [start // ALIGNMENT * ALIGNMENT if aligned else start]
+    for size in sizes:
+        edges.append(edges[-1] + (-(-size // ALIGNMENT) * ALIGNMENT if aligned else size))
+    file = tmp_path_factory.mktemp("reads") / "f"
+    file.write_bytes(content(edges[-1]))
+    timeline, merged = Timeline(), request_pages * ALIGNMENT
+    shelf = Shelf(file, edges, Held(threads, timeline, merged), merged)
+    keys = list(range(len(sizes)))
+    if order.random() < 0.5:
+        order.shuffle(keys)
+    shelf.hold(threads)
+    tickets = [shelf.fetch(i, Priority(i % 3)) for i in keys]
+    assert shelf.transfer.backlog() == sum(shelf.records[i].nbytes for i in keys if i % 3 == 0)
+    shelf.transfer.gate.set()
+    shelf.finish(*tickets)
+    assert [ticket.error for ticket in tickets] == [None] * len(tickets)
+    assert all(shelf.bytes_of(i) == shelf.expected(i) for i in keys)
+    nbytes = threads * ALIGNMENT + sum(record.nbytes for record in shelf.records)
+    link = shelf.transfer.busy()["disk->ram"]
+    assert link.bytes == nbytes and link.seconds > 0 and link.cpu > 0 and shelf.transfer.backlog() == 0
+    assert sum(map(sum, reads_of(timeline))) == sum(record.nbytes for record in shelf.records)
+    shelf.close()
+
+
+def reads_of(timeline: Timeline) -> list[list[int]]:
+    """The bytes of what was read in one go: what began and ended together."""
+    together: dict[tuple[float, float], list[int]] = {}
+    for track, _, name, began, ended, details in timeline._spans:
+        if track == "disk->ram" and name != "hold":
+            together.setdefault((began, ended), []).append(details["bytes"])
+    return list(together.values())
+
+
+def test_small_records_side_by_side_take_fewer_reads(tmp_path: Path) -> None:
+    """The shape of the demo model: records of 66 KB, whose first page is the last one of the record before."""
+    edges = list(range(1000, 1000 + 33 * 66_000, 66_000))
+    file, timeline = tmp_path / "f", Timeline()
+    file.write_bytes(content(edges[-1]))
+    shelf = Shelf(file, edges, Held(1, timeline, 2**20))
+    shelf.hold()
+    tickets = [shelf.fetch(i) for i in range(32)]
+    shelf.transfer.gate.set()
+    shelf.finish(*tickets)
+    assert [len(nbytes) for nbytes in reads_of(timeline)] == [15, 15, 2]
+    assert all(shelf.bytes_of(i) == shelf.expected(i) for i in range(32))
+    shelf.close()
+
+
+def test_no_thread_takes_more_than_its_share(tmp_path: Path) -> None:
+    edges = list(range(0, 8 * 8192, 8192))
+    file, timeline = tmp_path / "f", Timeline()
+    file.write_bytes(content(edges[-1]))
+    shelf = Shelf(file, edges, Held(3, timeline, 2**20))
+    shelf.hold(3)
+    tickets = [shelf.fetch(i) for i in range(7)]
+    shelf.transfer.gate.set()
+    shelf.finish(*tickets)
+    assert max(map(len, reads_of(timeline))) == 3  # 1 + 6 // 3
+    shelf.close()
+
+
+def test_large_requests_are_apart(tmp_path: Path) -> None:
+    file, timeline = tmp_path / "f", Timeline()
+    file.write_bytes(content(4 * 2**20))
+    shelf = Shelf(file, [0, 2**20, 4 * 2**20], Held(1, timeline, 2**20))
+    shelf.hold()
+    tickets = [shelf.fetch(0), shelf.fetch(1)]
+    shelf.transfer.gate.set()
+    shelf.finish(*tickets)
+    assert reads_of(timeline) == [[2**20]] * 4
+    assert all(shelf.bytes_of(i) == shelf.expected(i) for i in range(2))
+    shelf.close()
+
+
+# --- order
+
+
+def order_of(shelf: Shelf, named: dict[int, str], timeline: Timeline) -> list[str]:
+    """The names of what was read, first to last."""
+    spans = sorted((began, name) for track, _, name, began, _, _ in timeline._spans if track == "disk->ram")
+    names = {str(tuple(ExpertKey(0, i))): name for i, name in named.items()}
+    return [names[name] for _, name in spans if name in names]
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[tuple[Shelf, Timeline]]:
+    """One thread, and when it reads what."""
+    file, timeline = tmp_path / "f", Timeline()
+    file.write_bytes(content(80_000))
+    made = Shelf(file, range(0, 80_001, 10_000), Held(1, timeline))
+    yield made, timeline
+    made.close()
+
+
+def test_demands_go_first(watched: tuple[Shelf, Timeline]) -> None:
+    shelf, timeline = watched
+    shelf.hold()
+    kinds = (BACKGROUND, SPECULATIVE, DEMAND, BACKGROUND, SPECULATIVE, DEMAND)
+    tickets = [shelf.fetch(i, kind) for i, kind in enumerate(kinds)]
+    shelf.transfer.gate.set()
+    shelf.finish(*tickets)
+    names = {i: f"{kind.name.lower()} {i}" for i, kind in enumerate(kinds)}
+    expected = ["demand 2", "demand 5", "speculative 1", "speculative 4", "background 0", "background 3"]
+    assert order_of(shelf, names, timeline) == expected
+
+
+def test_a_promoted_guess_is_a_demand(watched: tuple[Shelf, Timeline]) -> None:
+    shelf, timeline = watched
+    shelf.hold()
+    tickets = [shelf.fetch(i, SPECULATIVE if i < 3 else DEMAND) for i in range(4)]
+    shelf.transfer.promote(tickets[1])
+    assert tickets[1].priority is DEMAND
+    shelf.transfer.promote(tickets[1])  # again
+    shelf.transfer.gate.set()
+    shelf.finish(*tickets)
+    assert order_of(shelf, dict(enumerate("abcd")), timeline) == ["d", "b", "a", "c"]
+    shelf.transfer.promote(tickets[0])  # late: harmless
+    assert all(shelf.bytes_of(i) == shelf.expected(i) for i in range(4))
+
+
+def test_guesses_leave_threads_to_demands(tmp_path: Path) -> None:
+    """Of eight threads, no more than two are in guesses at any time."""
+    file, timeline = tmp_path / "f", Timeline()
+    file.write_bytes(content(32 * 2**20))
+    shelf = Shelf(file, range(0, 32 * 2**20 + 1, 2**20), Held(8, timeline))
+    shelf.finish(*[shelf.fetch(i, SPECULATIVE if i % 2 else BACKGROUND) for i in range(32)])
+    spans = [(began, ended) for track, _, _, began, ended, _ in timeline._spans if track == "disk->ram"]
+    assert len(spans) == 32
+    assert max(sum(began <= at < ended for began, ended in spans) for at, _ in spans) <= 2
+    shelf.close()
+
+
+# --- cancellation
+
+
+def test_cancelled_before_it_begins(watched: tuple[Shelf, Timeline]) -> None:
+    shelf, timeline = watched
+    shelf.hold()
+    tickets = [shelf.fetch(i, SPECULATIVE) for i in range(3)]
+    above = shelf.transfer.submit([Job("up", 1, lambda: None, RuntimeError)], after=tickets[1])
+    assert shelf.transfer.cancel(tickets[1]) and tickets[1].cancelled and tickets[1].done
+    assert above.done and above.cancelled
+    assert not shelf.transfer.cancel(tickets[1])
+    shelf.transfer.gate.set()
+    shelf.finish(tickets[0], tickets[2])
+    assert order_of(shelf, dict(enumerate("abc")), timeline) == ["a", "c"]
+    assert not shelf.slots[1].buffer.any()
+
+
+def test_too_late_to_cancel(shelf: Shelf) -> None:
+    ticket = shelf.fetch(0)
+    shelf.finish(ticket)
+    assert not shelf.transfer.cancel(ticket) and not ticket.cancelled
+
+
+def test_a_ticket_that_has_begun_is_not_cancelled(tmp_path: Path) -> None:
+    """Its first read is through, its second in the queue."""
+    file = tmp_path / "f"
+    file.write_bytes(content(3 * 8192))
+    shelf = Shelf(file, [0, 3 * 8192], Held(1), 8192)
+    ticket = shelf.fetch(0)
+    reads = shelf.transfer.reads
+    assert reads is not None
+    while not reads.unfinished(ticket.number) and not reads.count:
+        pass
+    assert not shelf.transfer.cancel(ticket)
+    shelf.finish(ticket)
+    assert shelf.bytes_of(0) == shelf.expected(0)
+    shelf.close()
+
+
+# --- what comes behind
+
+
+def test_a_last_job_and_what_waits_for_the_ticket(shelf: Shelf) -> None:
+    """Both begin although nobody asks, and only once the bytes are there."""
+    seen: list[bytes] = []
+    over = threading.Event()
+    last = Job("last", 1, lambda: seen.append(shelf.bytes_of(0)), RuntimeError)
+    shelf.hold()
+    words = shelf.disk._split(ExpertKey(0, 0), shelf.records[0])[1]
+    assert words is not None
+    ticket = shelf.transfer.read(PlainRead(words, shelf.slots[0].buffer.data_ptr(), list, "w"), last=last)
+    above = shelf.transfer.submit([Job("up", 1, over.set, RuntimeError)], after=ticket)
+    assert seen == []
+    shelf.transfer.gate.set()
+    assert over.wait(WAIT)
+    assert seen == [shelf.expected(0)] and ticket.done
+    shelf.finish(above)
+
+
+def test_after_a_ticket_that_ended_unnoticed(shelf: Shelf) -> None:
+    ticket = shelf.fetch(0)
+    reads = shelf.transfer.reads
+    assert reads is not None
+    while not reads.count:
+        pass
+    assert not ticket.done  # nobody has looked
+    over = threading.Event()
+    shelf.transfer.submit([Job("up", 1, over.set, RuntimeError)], after=ticket)
+    assert ticket.done and over.wait(WAIT)
+
+
+# --- errors
+
+
+def test_a_failed_read_is_told_as_python_tells_it(shelf: Shelf) -> None:
+    shelf.finish(shelf.fetch(0))
+    os.truncate(shelf.file, 35_000)
+    tickets = [shelf.fetch(i) for i in (2, 3, 4)]
+    shelf.finish(*tickets)
+    assert tickets[0].error is None and shelf.bytes_of(2) == shelf.expected(2)
+    error = tickets[1].error
+    assert isinstance(error, StorageError)
+    assert str(error) == f"{shelf.file}: reading w3 at offset 35000: expected 11328 bytes from 28672, found 6328"
+    assert isinstance(tickets[2].error, StorageError) and "w4" in str(tickets[2].error)
+    assert shelf.transfer.busy()["disk->ram"].bytes == shelf.records[0].nbytes + shelf.records[2].nbytes
+
+
+def test_a_read_that_fails_once_is_none(shelf: Shelf) -> None:
+    """Python's second attempt counts."""
+    fd = os.open(shelf.file, os.O_WRONLY)  # which cannot be read
+    words = array("q", [fd, 0, 1, ALIGNMENT, 0])
+    ran: list[str] = []
+    job = Job("disk->ram", ALIGNMENT, lambda: ran.append("again"), RuntimeError)
+    ticket = shelf.transfer.read(PlainRead(words, shelf.slots[0].buffer.data_ptr(), lambda: [job], "w"))
+    above = shelf.transfer.submit([Job("up", 1, lambda: ran.append("above"), RuntimeError)], after=ticket)
+    shelf.finish(above)
+    assert ran == ["again", "above"] and ticket.error is None
+    os.close(fd)
+
+
+def test_one_that_fails_does_not_fail_its_neighbours(tmp_path: Path) -> None:
+    """In one go they would have been read, but for the end of the file."""
+    edges = list(range(0, 6 * 8192, 8192))
+    file = tmp_path / "f"
+    file.write_bytes(content(edges[-1]))
+    shelf = Shelf(file, edges, Held(1, None, 2**20))
+    shelf.hold()
+    tickets = [shelf.fetch(i) for i in range(5)]
+    os.truncate(file, 4 * 8192 + 100)
+    shelf.transfer.gate.set()
+    shelf.finish(*tickets)
+    assert [ticket.error is None for ticket in tickets] == [True] * 4 + [False]
+    assert all(shelf.bytes_of(i) == shelf.expected(i) for i in range(4))
+    shelf.close()
+
+
+def test_a_stalled_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(content(3 * 8192))
+    shelf = Shelf(file, [0, 3 * 8192], Held(1), 8192)
+    shelf.hold()
+    ticket = shelf.fetch(0)
+    with pytest.raises(StorageError, match=r"reading w0 at offset 0: stalled: nothing came for 0\.01 s"):
+        shelf.transfer.wait_any([ticket], 0.01)
+    shelf.transfer.gate.set()
+    shelf.finish(ticket)
+    assert ticket.error is None
+    shelf.close()
+
+
+# --- the end
+
+
+def test_threads_have_lanes_of_their_own(tmp_path: Path) -> None:
+    """In a timeline nothing overlaps within a lane."""
+    file, timeline = tmp_path / "f", Timeline()
+    file.write_bytes(content(64 * 2**20))
+    shelf = Shelf(file, range(0, 64 * 2**20 + 1, 2**20), Held(4, timeline))
+    shelf.finish(*[shelf.fetch(i) for i in range(64)])
+    lanes: dict[int, list[tuple[float, float]]] = {}
+    for _, lane, _, began, ended, _ in timeline._spans:
+        lanes.setdefault(lane, []).append((began, ended))
+    assert 1 < len(lanes) <= 4
+    for spans in lanes.values():
+        spans.sort()
+        assert all(one[1] <= following[0] for one, following in itertools.pairwise(spans))
+    shelf.close()
+
+
+def test_close_drops_what_is_queued_and_says_who_is_stuck(shelf: Shelf) -> None:
+    transfer = shelf.transfer
+    shelf.hold()
+    queued = shelf.fetch(0)
+    assert not transfer.close(0.01)
+    transfer.gate.set()
+    assert transfer.close(WAIT)
+    assert transfer.close(WAIT)  # again
+    assert not queued.done and not shelf.slots[0].buffer.any()
+    assert transfer.busy()["disk->ram"].bytes == ALIGNMENT
+    with pytest.raises(RuntimeError, match="closed"):
+        shelf.fetch(1)
+
+
+def test_threads_and_memory_are_gone_after_closing(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(content(80_000))
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before, made = threads(), list[weakref.ref[Reads]]()
+    for _ in range(20):
+        shelf = Shelf(file, range(0, 80_001, 10_000), Held(4))
+        shelf.finish(*(shelf.fetch(i) for i in range(8)))
+        shelf.close()
+        assert shelf.transfer.reads is not None
+        made.append(weakref.ref(shelf.transfer.reads))
+    assert threads() == before
+    del shelf
+    gc.collect()
+    assert all(reads() is None for reads in made)
+
+
+def test_python_may_end_without_closing(tmp_path: Path) -> None:
+    """With reads under way and announcements to come."""
+    file = tmp_path / "f"
+    file.write_bytes(content(64 * 2**20))
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_reads import Held, Job, PlainRead, Shelf
+from pathlib import Path
+from tierlm.memory.transfer import Transfer
+shelf = Shelf(Path({str(file)!r}), range(0, 64 * 2**20 + 1, 2**20), Transfer(8))
+for i in range(64):
+    ticket = shelf.fetch(i)
+    shelf.transfer.submit([Job("up", 1, lambda: None, RuntimeError)], after=ticket)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_nothing_is_lost_under_load(tmp_path: Path) -> None:
+    """Reads, jobs of Python behind them, promotions and cancellations over four threads each."""
+    file = tmp_path / "f"
+    file.write_bytes(content(400 * 5000))
+    chance = random.Random(1)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        shelf = Shelf(file, range(0, 400 * 5000 + 1, 5000), Held(4, None, 2**16))
+        ran: list[int] = []
+        tickets: list[Ticket] = []
+        above: dict[int, Ticket] = {}
+        for i in range(400):
+            tickets.append(shelf.fetch(i, chance.choice(list(Priority))))
+            if chance.random() < 0.3:
+                job = Job("up", 1, lambda i=i: ran.append(i), RuntimeError)  # type: ignore[misc]
+                above[i] = shelf.transfer.submit([job], after=tickets[i])
+            if chance.random() < 0.3:
+                shelf.transfer.promote(tickets[chance.randrange(i + 1)])
+            if chance.random() < 0.2:
+                shelf.transfer.cancel(tickets[chance.randrange(max(0, i - 5), i + 1)])
+        shelf.finish(*tickets, *above.values())
+    finally:
+        sys.setswitchinterval(interval)
+    for i, ticket in enumerate(tickets):
+        assert ticket.error is None
+        assert shelf.bytes_of(i) == (b"\0" * 5000 if ticket.cancelled else shelf.expected(i))
+    assert sorted(ran) == [i for i in above if not tickets[i].cancelled]
+    assert any(ticket.cancelled for ticket in tickets) and not shelf.transfer._reading
+    shelf.close()

@@ -1,0 +1,364 @@
+// Reads of files by threads that never need Python's interpreter: the queue of tierlm/memory/transfer.py, for reads
+// alone. What fails here is only said to have failed: Python reads it again, and finds out why.
+
+#include <pthread.h>
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <csignal>
+#include <cstdint>
+#include <cstring>
+#include <ctime>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int PRIORITIES = 3, DEMAND = 0;
+constexpr int64_t ALIGNMENT = 4096;
+constexpr size_t MERGE_WINDOW = 64;  // reads of the queue that are looked at for neighbours
+
+double seconds(clockid_t clock) {
+    timespec now;
+    clock_gettime(clock, &now);
+    return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+
+// As Python passes it: of `length` bytes, `wanted` have to come; they land `at` bytes into the record.
+struct Request {
+    int64_t file, offset, wanted, length, at;
+};
+
+struct Ticket;
+
+struct Read {
+    Request request;
+    char* target;
+    Ticket* ticket;
+    double began = 0, ended = 0;
+    int lane = 0;  // the thread that did it
+    bool done = false;
+
+    int64_t end() const { return request.offset + request.length; }
+};
+
+struct Ticket {
+    int64_t number;
+    int priority;
+    bool announced;  // Python wants to be called when it ends
+    bool begun = false, failed = false;
+    size_t pending = 0;
+    std::vector<Read> reads;
+};
+
+// What Python looks at without a call. Its memory.
+struct Counters {
+    int64_t ended;  // tickets, and other things to wake for
+    int64_t active;  // threads that are in a read
+};
+
+bool read_one(const Read& read) {
+    const Request& request = read.request;
+    int64_t got = 0;
+    while (got < request.wanted) {
+        const iovec target{read.target + got, size_t(request.length - got)};
+        const ssize_t count = preadv(int(request.file), &target, 1, request.offset + got);
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) return false;
+        got += count;
+        if (got % ALIGNMENT) break;  // the end of the file
+    }
+    return got >= request.wanted;
+}
+
+// Of reads that adjoin, or share a page, which is read into the first of its two and copied to the other.
+bool read_together(const std::vector<Read*>& reads) {
+    const int64_t begin = reads[0]->request.offset;
+    std::vector<iovec> targets;
+    int64_t end = begin, wanted = 0;
+    for (const Read* read : reads) {
+        const int64_t shared = end - read->request.offset;
+        targets.push_back({read->target + shared, size_t(read->request.length - shared)});
+        wanted = std::max(wanted, read->request.offset + read->request.wanted - begin);
+        end = read->end();
+    }
+    if (preadv(int(reads[0]->request.file), targets.data(), int(targets.size()), begin) < wanted) return false;
+    for (size_t i = 1; i < reads.size(); ++i) {
+        const int64_t shared = reads[i - 1]->end() - reads[i]->request.offset;
+        memcpy(reads[i]->target, reads[i - 1]->target + reads[i - 1]->request.length - shared, size_t(shared));
+    }
+    return true;
+}
+
+class Reads {
+    std::mutex mutex;
+    std::condition_variable work, changed;
+    std::deque<Read*> queues[PRIORITIES];
+    std::map<int64_t, std::unique_ptr<Ticket>> tickets;  // that Python has not been told about
+    std::deque<Ticket*> ended;
+    std::vector<std::thread> threads;
+    Counters* counters;
+    void (*const announce)();
+    const int64_t merged_bytes;
+    int64_t last_number = 0, bytes = 0;
+    int spare, running;
+    double busy = 0, since = 0, cpu = 0;
+    bool closed = false;
+
+    std::deque<Read*>* next() {
+        for (int priority = 0; priority < PRIORITIES; ++priority)
+            if (!queues[priority].empty() && (priority == DEMAND || spare)) return &queues[priority];
+        return nullptr;
+    }
+
+    bool follows(const Read& first, const Read& last, const Read& read) const {
+        const int64_t shared = last.end() - read.request.offset;
+        return !read.ticket->failed && read.request.file == last.request.file && (shared == 0 || shared == ALIGNMENT) &&
+               read.end() - first.request.offset <= merged_bytes;
+    }
+
+    // No more than a thread's share: small reads side by side are better done by threads that have nothing to do.
+    std::vector<Read*> take(std::deque<Read*>& queue) {
+        std::vector<Read*> taken{queue.front()};
+        queue.pop_front();
+        const size_t share = taken[0]->ticket->failed ? 1 : 1 + queue.size() / threads.size();
+        size_t i = 0;
+        for (size_t looked = 0; looked < MERGE_WINDOW && i < queue.size() && taken.size() < share; ++looked) {
+            if (follows(*taken.front(), *taken.back(), *queue[i])) {
+                taken.push_back(queue[i]);
+                queue.erase(queue.begin() + i);
+            } else {
+                ++i;
+            }
+        }
+        for (Read* read : taken) read->ticket->begun = true;
+        return taken;
+    }
+
+    // What is over: Python shall look.
+    void count() {
+        __atomic_add_fetch(&counters->ended, 1, __ATOMIC_RELEASE);
+        changed.notify_all();
+    }
+
+    void run(int lane) {
+        std::unique_lock<std::mutex> lock(mutex);
+        for (;;) {
+            std::deque<Read*>* queue = nullptr;
+            work.wait(lock, [&] { return closed || (queue = next()); });
+            if (closed) break;
+            const std::vector<Read*> reads = take(*queue);
+            const bool guess = reads[0]->ticket->priority != DEMAND, skip = reads[0]->ticket->failed;
+            spare -= guess;
+            const double began = seconds(CLOCK_MONOTONIC), cpu_began = seconds(CLOCK_THREAD_CPUTIME_ID);
+            if (!counters->active) since = began;
+            __atomic_add_fetch(&counters->active, 1, __ATOMIC_RELEASE);
+            lock.unlock();
+            std::vector<char> good(reads.size(), !skip);
+            if (!skip && (reads.size() == 1 || !read_together(reads)))
+                for (size_t i = 0; i < reads.size(); ++i) good[i] = read_one(*reads[i]);
+            lock.lock();
+            const double now = seconds(CLOCK_MONOTONIC);
+            cpu += seconds(CLOCK_THREAD_CPUTIME_ID) - cpu_began;
+            if (!__atomic_sub_fetch(&counters->active, 1, __ATOMIC_RELEASE)) busy += now - since;
+            if (guess) {
+                ++spare;
+                work.notify_one();
+            }
+            bool call = false;
+            for (size_t i = 0; i < reads.size(); ++i) {
+                Read& read = *reads[i];
+                Ticket& ticket = *read.ticket;
+                read.began = began, read.ended = now, read.lane = lane, read.done = true;
+                ticket.failed |= !good[i];
+                if (good[i]) bytes += read.request.length;
+                if (--ticket.pending) continue;
+                ended.push_back(&ticket);
+                call |= ticket.announced;
+                count();
+            }
+            if (call && !closed) {
+                lock.unlock();
+                announce();
+                lock.lock();
+            }
+        }
+        --running;
+        changed.notify_all();
+    }
+
+    Ticket* find(int64_t number) {
+        const auto found = tickets.find(number);
+        return found == tickets.end() ? nullptr : found->second.get();
+    }
+
+    // Take the reads of a ticket that have not begun off its queue.
+    std::vector<Read*> unqueue(const Ticket& ticket) {
+        std::deque<Read*>& queue = queues[ticket.priority];
+        std::vector<Read*> found;
+        for (Read* read : queue)
+            if (read->ticket == &ticket) found.push_back(read);
+        const auto own = [&](const Read* read) { return read->ticket == &ticket; };
+        queue.erase(std::remove_if(queue.begin(), queue.end(), own), queue.end());
+        return found;
+    }
+
+public:
+    Reads(int count, int spare, int64_t merged_bytes, Counters* counters, void (*announce)())
+        : counters(counters), announce(announce), merged_bytes(merged_bytes), spare(spare), running(count) {
+        sigset_t all, before;  // signals are Python's
+        sigfillset(&all);
+        pthread_sigmask(SIG_BLOCK, &all, &before);
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (int i = 0; i < count; ++i) {
+            threads.emplace_back([this, i] { run(i); });
+            pthread_setname_np(threads.back().native_handle(), "tierlm-read");
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    int64_t submit(int priority, const Request* requests, size_t count, char* base, bool announced) {
+        std::unique_ptr<Ticket> ticket(new Ticket{0, priority, announced});
+        ticket->pending = count;
+        for (size_t i = 0; i < count; ++i) ticket->reads.push_back({requests[i], base + requests[i].at, ticket.get()});
+        const std::lock_guard<std::mutex> lock(mutex);
+        ticket->number = ++last_number;
+        for (Read& read : ticket->reads) {
+            queues[priority].push_back(&read);
+            work.notify_one();
+        }
+        tickets[last_number] = std::move(ticket);
+        return last_number;
+    }
+
+    void promote(int64_t number) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        Ticket* ticket = find(number);
+        if (!ticket || ticket->priority == DEMAND) return;
+        const std::vector<Read*> waiting = unqueue(*ticket);
+        ticket->priority = DEMAND;
+        for (Read* read : waiting) {
+            queues[DEMAND].push_back(read);
+            work.notify_one();  // there may have been no thread for it
+        }
+    }
+
+    bool cancel(int64_t number) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        Ticket* ticket = find(number);
+        if (!ticket || ticket->begun) return false;
+        unqueue(*ticket);
+        tickets.erase(number);
+        return true;
+    }
+
+    void announce_end(int64_t number) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (Ticket* ticket = find(number)) ticket->announced = true;
+    }
+
+    // The number of a ticket that has ended, negative if it failed, 0: no more. `times`: begin, end and thread of its
+    // first `room` reads.
+    int64_t next_ended(double* times, size_t room) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (ended.empty()) return 0;
+        const Ticket* ticket = ended.front();
+        ended.pop_front();
+        for (size_t i = 0; i < std::min(room, ticket->reads.size()); ++i) {
+            *times++ = ticket->reads[i].began;
+            *times++ = ticket->reads[i].ended;
+            *times++ = ticket->reads[i].lane;
+        }
+        const int64_t number = ticket->failed ? -ticket->number : ticket->number;
+        tickets.erase(ticket->number);
+        return number;
+    }
+
+    // The first of a ticket's reads that is not through, -1 if there is none.
+    int64_t unfinished(int64_t number) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (const Ticket* ticket = find(number))
+            for (size_t i = 0; i < ticket->reads.size(); ++i)
+                if (!ticket->reads[i].done) return int64_t(i);
+        return -1;
+    }
+
+    void wait(int64_t seen, double timeout) {
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait_for(lock, std::chrono::duration<double>(timeout), [&] { return counters->ended != seen; });
+    }
+
+    void wake() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        count();
+    }
+
+    // Bytes read, bytes of demands that have not begun; seconds busy, of the processors.
+    void stats(int64_t* moved, double* spent) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        moved[0] = bytes;
+        moved[1] = 0;
+        for (const Read* read : queues[DEMAND]) moved[1] += read->request.length;
+        spent[0] = busy + (counters->active ? seconds(CLOCK_MONOTONIC) - since : 0);
+        spent[1] = cpu;
+    }
+
+    // Reads that have begun end; the rest is dropped. False if a thread is stuck in one.
+    bool close(double timeout) {
+        {
+            std::unique_lock<std::mutex> lock(mutex);
+            closed = true;
+            for (auto& queue : queues) queue.clear();
+            work.notify_all();
+            const auto through = [&] { return !running; };
+            if (!changed.wait_for(lock, std::chrono::duration<double>(timeout), through)) return false;
+        }
+        for (std::thread& thread : threads) thread.join();
+        threads.clear();
+        return true;
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+Reads* tierlm_reads_open(int threads, int spare, int64_t merged_bytes, Counters* counters, void (*announce)()) {
+    return new Reads(threads, spare, merged_bytes, counters, announce);
+}
+
+int64_t tierlm_reads_submit(Reads* reads, int priority, const Request* requests, int64_t count, char* base, int announced) {
+    return reads->submit(priority, requests, size_t(count), base, announced);
+}
+
+void tierlm_reads_promote(Reads* reads, int64_t number) { reads->promote(number); }
+
+int tierlm_reads_cancel(Reads* reads, int64_t number) { return reads->cancel(number); }
+
+void tierlm_reads_announce(Reads* reads, int64_t number) { reads->announce_end(number); }
+
+int64_t tierlm_reads_next_ended(Reads* reads, double* times, int64_t room) {
+    return reads->next_ended(times, size_t(room));
+}
+
+int64_t tierlm_reads_unfinished(Reads* reads, int64_t number) { return reads->unfinished(number); }
+
+void tierlm_reads_wait(Reads* reads, int64_t seen, double timeout) { reads->wait(seen, timeout); }
+
+void tierlm_reads_wake(Reads* reads) { reads->wake(); }
+
+void tierlm_reads_stats(Reads* reads, int64_t* moved, double* spent) { reads->stats(moved, spent); }
+
+int tierlm_reads_close(Reads* reads, double timeout) { return reads->close(timeout); }
+
+void tierlm_reads_free(Reads* reads, double timeout) {
+    if (reads->close(timeout)) delete reads;
+}
+}

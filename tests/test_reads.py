@@ -86,7 +86,7 @@ class Shelf:
 
     def fetch(self, i: int, priority: Priority = DEMAND) -> Ticket:
         ticket = self.disk.fetch(ExpertKey(0, i), self.slots[i], priority, False)[0]
-        assert ticket.read is not None and ticket.number  # it is not Python's
+        assert ticket.read is not None  # it is not Python's
         return ticket
 
     def expected(self, i: int) -> bytes:
@@ -299,6 +299,17 @@ def test_cancelled_before_it_begins(watched: tuple[Shelf, Timeline]) -> None:
     assert not shelf.slots[1].buffer.any()
 
 
+def test_a_promoted_guess_can_be_cancelled(watched: tuple[Shelf, Timeline]) -> None:
+    shelf, timeline = watched
+    shelf.hold()
+    tickets = [shelf.fetch(i, SPECULATIVE) for i in range(2)]
+    shelf.transfer.promote(tickets[0])
+    assert shelf.transfer.cancel(tickets[0]) and shelf.transfer.backlog() == 0
+    shelf.transfer.gate.set()
+    shelf.finish(tickets[1])
+    assert order_of(shelf, dict(enumerate("ab")), timeline) == ["b"]
+
+
 def test_too_late_to_cancel(shelf: Shelf) -> None:
     ticket = shelf.fetch(0)
     shelf.finish(ticket)
@@ -380,6 +391,23 @@ def test_a_read_that_fails_once_is_none(shelf: Shelf) -> None:
     shelf.finish(above)
     assert ran == ["again", "above"] and ticket.error is None
     os.close(fd)
+
+
+def test_a_failure_skips_the_rest_of_the_ticket(shelf: Shelf) -> None:
+    """Which Python reads again; the reads behind it are none of its business."""
+    bad, good = os.open(shelf.file, os.O_WRONLY), shelf.reader.descriptor(shelf.file)
+    assert good is not None and shelf.transfer.reads is not None
+    base = shelf.slots[0].buffer.data_ptr()
+    words = array("q", [bad, 0, 1, ALIGNMENT, 0, good, ALIGNMENT, 1, ALIGNMENT, ALIGNMENT])
+    again = Job("again", 0, lambda: None, RuntimeError)
+    shelf.hold()
+    ticket = shelf.transfer.read(PlainRead(words, base, lambda: [again, again], "w"))
+    behind = shelf.fetch(1)
+    shelf.transfer.gate.set()
+    shelf.finish(ticket, behind)
+    assert ticket.error is None and shelf.bytes_of(1) == shelf.expected(1)
+    assert shelf.transfer.reads.account().bytes == ALIGNMENT + shelf.records[1].nbytes  # of the one that held as well
+    os.close(bad)
 
 
 def test_one_that_fails_does_not_fail_its_neighbours(tmp_path: Path) -> None:
@@ -497,7 +525,10 @@ def test_nothing_is_lost_under_load(tmp_path: Path) -> None:
         ran: list[int] = []
         tickets: list[Ticket] = []
         above: dict[int, Ticket] = {}
+        shelf.hold(4)
         for i in range(400):
+            if i == 100:
+                shelf.transfer.gate.set()
             tickets.append(shelf.fetch(i, chance.choice(list(Priority))))
             if chance.random() < 0.3:
                 job = Job("up", 1, lambda i=i: ran.append(i), RuntimeError)  # type: ignore[misc]

@@ -73,7 +73,6 @@ bool read_one(const Read& read) {
         if (count < 0 && errno == EINTR) continue;
         if (count <= 0) return false;
         got += count;
-        if (got % ALIGNMENT) break;  // the end of the file
     }
     return got >= request.wanted;
 }
@@ -184,7 +183,7 @@ class Reads {
                 call |= ticket.announced;
                 count();
             }
-            if (call && !closed) {
+            if (call && !closed) {  // else there may be no Python any more
                 lock.unlock();
                 announce();
                 lock.lock();
@@ -315,7 +314,6 @@ public:
         {
             std::unique_lock<std::mutex> lock(mutex);
             closed = true;
-            for (auto& queue : queues) queue.clear();
             work.notify_all();
             const auto through = [&] { return !running; };
             if (!changed.wait_for(lock, std::chrono::duration<double>(timeout), through)) return false;

@@ -1,11 +1,12 @@
 """A prompt's prefill under a budget, against the slower of the disk and the arithmetic, each measured in the same run.
 
-    python bench/prefill.py MODEL --ram 4GiB --tokens 512 --rounds 3
+    python bench/prefill.py MODEL --ram 4GiB --tokens 512 --rounds 3 [--pause 10]
 
 Each round, one after another: the disk's ceiling (bench/disk.py), the prompt in a memory cgroup of the budget, twice,
 and the same prompt where everything fits, of which the second time counts, which is arithmetic alone. The bound is the
 larger of bytes read / ceiling and the arithmetic. The first time, each slot's memory is touched for the first time as
-well. Bytes read are set against those of all experts and trunks, each once. ``stolen``: core-seconds that the host of a
+well, unless there was a pause before, in which the background fills free slots, as it does for users unless told not
+to. Bytes read are set against those of all experts and trunks, each once. ``stolen``: core-seconds that the host of a
 virtual machine took away meanwhile, largely for its part in the reads. The last line is JSON.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
     prompt = [(37 * i) % 30_000 + 5 for i in range(case["tokens"])]
     found: dict[str, float] = {}
-    with LLM.load(case["model"], budget=Budget(case["ram"]), context=1024, heat=False) as llm:
+    with LLM.load(case["model"], budget=Budget(case["ram"]), context=1024, heat=case["pause"] > 0) as llm:
+        time.sleep(case["pause"])
         found["loaded_bytes"] = llm.stats().links["disk->ram"].bytes
         catalog = llm._runtime.catalog
         found["model_bytes"] = sum(catalog.size(key) for key in [*catalog.experts(), *catalog.trunks])
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--all", default="18GiB", help="a budget in which the whole model fits")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between the load and the prompt")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -64,14 +68,14 @@ def main() -> None:
         return
 
     limit = parse_size(args.ram) if available() else None
-    case = {"model": str(args.model), "tokens": args.tokens}
+    case = {"model": str(args.model), "tokens": args.tokens, "pause": args.pause}
     rounds: list[dict[str, float]] = []
     for turn in range(args.rounds):
         drop_page_cache(list(args.model.glob("*.safetensors")))
         small, again = disk_ceiling(args.model)
         command = [sys.executable, __file__, "--one"]
         found = run_case([*command, json.dumps(case | {"ram": args.ram})], limit)
-        alone = run_case([*command, json.dumps(case | {"ram": args.all})], None)
+        alone = run_case([*command, json.dumps(case | {"ram": args.all, "pause": 0.0})], None)
         found |= {"ceiling_bytes": again, "ceiling_small_pages_bytes": small}
         found["compute_alone"] = alone["second_seconds"] - alone["second_stall"]
         for name in ("first", "second"):

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from tierlm.errors import StorageError
 from tierlm.memory.disk import Disk
 from tierlm.memory.slots import Slot, allocate
-from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
+from tierlm.memory.ticket import Job, Priority, Ticket
+from tierlm.memory.transfer import Transfer
 from tierlm.spec import ExpertKey, Key
 from tierlm.weights.checkpoint import ALIGNMENT, Record, TensorInfo, build_record
 from tierlm.weights.mirrors import Copy, MirrorReader, Volume

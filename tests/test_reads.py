@@ -28,7 +28,8 @@ from tierlm.memory import compiled
 from tierlm.memory.compiled import Reads
 from tierlm.memory.disk import Disk
 from tierlm.memory.slots import Slot, allocate
-from tierlm.memory.transfer import Job, PlainRead, Priority, Ticket, Transfer
+from tierlm.memory.ticket import Job, PlainRead, Priority, Ticket
+from tierlm.memory.transfer import Transfer
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import Timeline
 from tierlm.weights.checkpoint import ALIGNMENT, Record, TensorInfo, build_record

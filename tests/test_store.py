@@ -24,8 +24,9 @@ from tierlm.errors import StorageError
 from tierlm.memory.disk import Disk
 from tierlm.memory.slots import Entry, Slot
 from tierlm.memory.store import Leases, Store
+from tierlm.memory.ticket import Ticket
 from tierlm.memory.tiers import Source, Tier
-from tierlm.memory.transfer import Ticket, Transfer
+from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.policies import POLICIES, make_policy
 from tierlm.policies.eviction import Setting

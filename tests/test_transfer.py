@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
+from tierlm.memory.ticket import Job, Priority, Ticket
+from tierlm.memory.transfer import Transfer
 
 WAIT = 60.0  # seconds; reached only by a test that fails
 

@@ -28,8 +28,9 @@ from tierlm.memory.heat import Heat
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.slots import Slot, allocate, can_give_back
 from tierlm.memory.store import Store
+from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Source, Tier
-from tierlm.memory.transfer import Priority, Transfer
+from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.decoder import Decoder, Step

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tierlm.errors import StorageError
 from tierlm.memory.slots import Entry, Slot
-from tierlm.memory.transfer import DISK, Job, PlainRead, Priority, Ticket, Transfer
+from tierlm.memory.ticket import DISK, Job, PlainRead, Priority, Ticket
+from tierlm.memory.transfer import Transfer
 from tierlm.spec import Key
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.checksum import Seal, checksum

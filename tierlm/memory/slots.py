@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tierlm.memory.transfer import Ticket
+from tierlm.memory.ticket import Ticket
 from tierlm.spec import Key
 from tierlm.weights.checkpoint import Place, Record
 from tierlm.weights.formats import Weights, misaligned, weights_of

@@ -9,8 +9,9 @@ from types import TracebackType
 
 from tierlm.memory.heat import Heat
 from tierlm.memory.slots import Entry
+from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Source, Tier
-from tierlm.memory.transfer import LinkStats, Priority
+from tierlm.memory.transfer import LinkStats
 from tierlm.policies.prefetch import Prefetch
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import span

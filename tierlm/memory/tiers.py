@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tierlm.errors import StorageError
 from tierlm.memory.slots import Entry, Slot
-from tierlm.memory.transfer import Job, Priority, Ticket, Transfer
+from tierlm.memory.ticket import Job, Priority, Ticket
+from tierlm.memory.transfer import Transfer
 from tierlm.policies.eviction import Policy
 from tierlm.spec import Key
 

@@ -6,88 +6,18 @@ between memories, checksums, reads that may be done from several files, and read
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from array import array
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tierlm.memory import compiled
 from tierlm.memory.compiled import Reads
+from tierlm.memory.queues import Queues
+from tierlm.memory.ticket import DISK, Job, PlainRead, Priority, Ticket
 from tierlm.timeline import Timeline
 
-MERGE_WINDOW = 64  # jobs of the queue that are looked at for neighbours
 INTERRUPTIBLE = 0.1  # seconds of waiting after which Python looks whether it has been interrupted
-DISK = "disk->ram"
-
-
-class Priority(IntEnum):
-    """What a transfer is for: the layer that runs now waits for it, a predictor asked for it, or a free slot did."""
-
-    DEMAND = 0
-    SPECULATIVE = 1
-    BACKGROUND = 2
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One piece of a transfer: ``run`` moves ``nbytes`` over ``link`` ("disk->ram", ...) and raises if it cannot.
-
-    ``stalled`` makes the error that says which read it is that does not come back. ``what`` names it in a timeline.
-    """
-
-    link: str
-    nbytes: int
-    run: Callable[[], None]
-    stalled: Callable[[str], Exception]
-    what: str = ""
-
-    def follows(self, jobs: Sequence[Job]) -> bool:
-        """Whether this job, behind ``jobs`` of the same link, can be done with them in one go."""
-        return False
-
-    def run_with(self, others: Sequence[Job]) -> None:
-        """Do this job and ``others``, each of which follows those before it. After an error each is run alone."""
-        raise NotImplementedError
-
-
-@dataclass(slots=True, eq=False)
-class PlainRead:
-    """A transfer that is nothing but reads of files into one slot of the host's memory.
-
-    ``requests``: as ``compiled.Reads.submit`` has them, to the address ``base``. ``jobs``: makes jobs that do the same;
-    asked where a read fails or stalls, since they know what to say. ``what`` names the transfer in a timeline.
-    """
-
-    requests: array[int]
-    base: int
-    jobs: Callable[[], Sequence[Job]]
-    what: str
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A transfer under way. ``done`` once every job of it has ended; then ``error`` says whether one failed.
-
-    ``last``: a job that is to begin, ahead of all others, once the rest are through without error.
-    """
-
-    jobs: Sequence[Job]
-    priority: Priority
-    after: Ticket | None = None
-    last: Job | None = None
-    pending: int = 0
-    begun: bool = False  # some thread has taken up a job
-    done: bool = False
-    cancelled: bool = False
-    error: BaseException | None = None
-    unfinished: set[int] = field(default_factory=set)
-    dependents: list[Ticket] = field(default_factory=list)
-    number: int = 0  # of the ticket among the compiled reads, as long as it is theirs
-    read: PlainRead | None = None
 
 
 @dataclass
@@ -131,13 +61,13 @@ class Transfer:
         self.timeline = timeline
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._queues: dict[Priority, deque[tuple[Ticket, int]]] = {priority: deque() for priority in Priority}
-        self._spare = min(threads, max(2, threads // 4))  # threads that may still turn to anything but demands
+        spare = min(threads, max(2, threads // 4))
+        self._queues = Queues(threads, spare)
         self._closed = False
         self.links: dict[str, LinkStats] = {}
         self.reads: Reads | None = None  # where they were built
         if compiled.load() is not None:
-            self.reads = Reads(threads, self._spare, merged_bytes, self.collect)
+            self.reads = Reads(threads, spare, merged_bytes, self.collect)
         self._reading: dict[int, Ticket] = {}  # what they have
         self._ended: Reads | Signal = self.reads or Signal()
         self._collected = 0  # of its count, what has been looked at
@@ -202,13 +132,7 @@ class Transfer:
             while link is not None and link.priority is not Priority.DEMAND:
                 if link.number and self.reads is not None:
                     self.reads.promote(link.number)
-                queue = self._queues[link.priority]
-                moved = [item for item in queue if item[0] is link]
-                for item in moved:
-                    queue.remove(item)
-                link.priority = Priority.DEMAND
-                self._queues[Priority.DEMAND].extend(moved)
-                self._work.notify(len(moved))  # a background job may have had no thread
+                self._work.notify(self._queues.promote(link))  # a background job may have had no thread
                 link = link.after
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -222,9 +146,7 @@ class Transfer:
                 del self._reading[ticket.number]
             if ticket.after is not None and ticket in ticket.after.dependents:
                 ticket.after.dependents.remove(ticket)
-            queue = self._queues[ticket.priority]
-            for item in [item for item in queue if item[0] is ticket]:
-                queue.remove(item)
+            self._queues.remove(ticket)
             ticket.cancelled = True
             self._finish(ticket, None)
             return True
@@ -238,20 +160,21 @@ class Transfer:
             self.collect()
             if any(ticket.done for ticket in tickets):
                 return
-            if (left := deadline - time.monotonic()) <= 0:
-                break
-            self._ended.wait(seen, min(left, INTERRUPTIBLE))
-        ticket = tickets[0]
-        while ticket.after is not None and not ticket.after.done:
-            ticket = ticket.after
-        raise self._stuck(ticket).stalled(f"stalled: nothing came for {timeout:g} s")
+            if (left := deadline - time.monotonic()) > 0:
+                self._ended.wait(seen, min(left, INTERRUPTIBLE))
+            elif (stuck := self._stuck(tickets[0])) is not None:
+                raise stuck.stalled(f"stalled: nothing came for {timeout:g} s")
 
-    def _stuck(self, ticket: Ticket) -> Job:
-        """The first job of ``ticket`` that has not ended."""
+    def _stuck(self, ticket: Ticket) -> Job | None:
+        """The first job that has not ended of ``ticket``, or of what it waits for; None if there is none by now."""
         with self._lock:
+            while ticket.after is not None and not ticket.after.done:
+                ticket = ticket.after
+            if ticket.done:
+                return None
             if ticket.number and ticket.read is not None and self.reads is not None:
                 return ticket.read.jobs()[self.reads.unfinished(ticket.number)]
-            return ticket.jobs[min(ticket.unfinished, default=-1)]
+            return ticket.jobs[min(ticket.unfinished)]
 
     def busy(self) -> dict[str, LinkStats]:
         """Per link: bytes moved and seconds busy so far."""
@@ -272,14 +195,13 @@ class Transfer:
         """Bytes of demands that no thread has taken up yet."""
         waiting = 0 if self.reads is None else self.reads.account().waiting
         with self._lock:
-            return waiting + sum(ticket.jobs[index].nbytes for ticket, index in self._queues[Priority.DEMAND])
+            return waiting + self._queues.backlog()
 
     def close(self, timeout: float = 5.0) -> bool:
         """Stop the threads after the jobs that they are in. False if one of them is stuck in a read."""
         with self._lock:
             self._closed = True
-            for queue in self._queues.values():
-                queue.clear()
+            self._queues.clear()
             self._work.notify_all()
         deadline = time.monotonic() + timeout
         idle = self.reads is None or self.reads.close(timeout)
@@ -288,13 +210,8 @@ class Transfer:
         return idle and not any(thread.is_alive() for thread in self._threads)
 
     def _enqueue(self, ticket: Ticket, first: bool) -> None:
-        queue = self._queues[ticket.priority]
-        items = [(ticket, i) for i in range(len(ticket.jobs))]
-        if first:
-            queue.extendleft(reversed(items))
-        else:
-            queue.extend(items)
-        self._work.notify(len(items))
+        self._queues.put(ticket, range(len(ticket.jobs)), first)
+        self._work.notify(len(ticket.jobs))
 
     def _collect(self) -> None:
         if self.reads is None:
@@ -331,7 +248,7 @@ class Transfer:
         ticket.jobs, ticket.last = [*ticket.jobs, ticket.last], None
         ticket.pending = 1
         ticket.unfinished.add(index)
-        self._queues[ticket.priority].appendleft((ticket, index))
+        self._queues.put(ticket, [index], first=True)
         self._work.notify()
 
     def _finish(self, ticket: Ticket, error: BaseException | None) -> None:
@@ -346,25 +263,15 @@ class Transfer:
         ticket.dependents.clear()
         self._ended.wake()
 
-    def _next(self) -> deque[tuple[Ticket, int]] | None:
-        """The queue whose turn it is."""
-        for priority, queue in self._queues.items():
-            if queue and (priority is Priority.DEMAND or self._spare):
-                return queue
-        return None
-
     def _run(self) -> None:
         while True:
             with self._work:
-                while (queue := self._next()) is None and not self._closed:
+                while not (items := self._queues.take()) and not self._closed:
                     self._work.wait()
-                if self._closed or queue is None:
+                if self._closed:
                     return
-                items = self._take(queue)
                 jobs = [ticket.jobs[index] for ticket, index in items]
                 priority, skip = items[0][0].priority, items[0][0].error is not None
-                spare = priority is not Priority.DEMAND
-                self._spare -= spare
                 link = self.links.setdefault(jobs[0].link, LinkStats())
                 began = time.perf_counter()
                 if not link.active:
@@ -382,8 +289,8 @@ class Transfer:
                 if not link.active:
                     link.seconds += ended - link.since
                 link.cpu += cpu
-                if spare:
-                    self._spare += 1
+                if priority is not Priority.DEMAND:
+                    self._queues.spare += 1
                     self._work.notify()
                 for (ticket, index), job, error in zip(items, jobs, errors, strict=True):
                     if error is None and not skip:
@@ -393,23 +300,6 @@ class Transfer:
                     ticket.pending -= 1
                     if not ticket.pending:
                         self._conclude(ticket)
-
-    def _take(self, queue: deque[tuple[Ticket, int]]) -> list[tuple[Ticket, int]]:
-        """Off the queue: its first job, and those near it that can be done with it in one go. No more than a thread's
-        share: small jobs side by side are better done by the threads that have nothing to do."""
-        items = [queue.popleft()]
-        share = 1 + len(queue) // len(self._threads)
-        if share > 1 and items[0][0].error is None:
-            jobs = [items[0][0].jobs[items[0][1]]]
-            for ticket, index in itertools.islice(queue, MERGE_WINDOW):
-                if len(items) < share and ticket.error is None and ticket.jobs[index].follows(jobs):
-                    items.append((ticket, index))
-                    jobs.append(ticket.jobs[index])
-            for item in items[1:]:
-                queue.remove(item)
-        for ticket, _ in items:
-            ticket.begun = True
-        return items
 
 
 def _run_jobs(jobs: Sequence[Job]) -> list[BaseException | None]:

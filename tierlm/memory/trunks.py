@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tierlm.memory.slots import Entry
 from tierlm.memory.store import Store
+from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Tier
-from tierlm.memory.transfer import Priority
 from tierlm.spec import Key, TrunkKey
 from tierlm.weights.checkpoint import Record
 from tierlm.weights.formats import Weights

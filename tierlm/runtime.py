@@ -210,7 +210,8 @@ class Runtime:
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
             notes.append("torch was imported before tierlm: its idle threads spin on cores that reads need")
         if native.load() is None:
-            notes.append("the compiled kernels were not built (no C++ compiler): torch does their work, more slowly")
+            what = "the compiled kernels and reads were not built (no C++ compiler)"
+            notes.append(f"{what}: torch and Python do their work, more slowly")
         if self.plan.vram is not None and self.device.type == "cpu":
             notes.append("no accelerator: vram is a second slab of host memory, beside the ram budget")
         return notes

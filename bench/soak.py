@@ -15,6 +15,7 @@ import statistics
 import sys
 import threading
 import time
+from pathlib import Path
 
 from tierlm import LLM, Budget, SamplingParams
 
@@ -26,7 +27,9 @@ def held() -> dict[str, int]:
     """Bytes resident, threads and open files of this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return {"rss": resident, "threads": threading.active_count(), "files": len(os.listdir("/proc/self/fd"))}
+    names = [Path("/proc/self/task", task, "comm").read_text() for task in os.listdir("/proc/self/task")]
+    reading = sum(name.startswith("tierlm-read") for name in names)  # which Python does not know
+    return {"rss": resident, "threads": threading.active_count() + reading, "files": len(os.listdir("/proc/self/fd"))}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from toys import make_toy
 from transformers.utils import logging
 
 from tierlm.models.packing import pack_model
+from tierlm.weights.checkpoint import ALIGNMENT
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # the toys are too small to be shared out, and another job may hold the other cores
@@ -22,6 +23,17 @@ torch.set_num_threads(1)  # the toys are too small to be shared out, and another
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is remembered between runs is not the user's, here."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def direct(tmp_path: Path) -> None:
+    """Of a test that reads past the page cache."""
+    probe = tmp_path / "probe"
+    probe.write_bytes(bytes(ALIGNMENT))
+    try:
+        os.close(os.open(probe, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("the temporary folder's file system has no O_DIRECT")
 
 
 @pytest.fixture(scope="session")

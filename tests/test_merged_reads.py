@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
+from made_files import PROFILE, SIDE_BY_SIDE, content, edges_of
 
 from tierlm.errors import StorageError
 from tierlm.memory.disk import Disk
@@ -28,19 +28,11 @@ from tierlm.weights.checkpoint import ALIGNMENT, Record, TensorInfo, build_recor
 from tierlm.weights.mirrors import Copy, MirrorReader, Volume
 from tierlm.weights.reader import DirectReader, MmapReader, Reader, Request
 
-PROFILE = settings(deadline=None, derandomize=True, max_examples=40)
 WAIT = 20.0
 REQUEST = 2**20
 
 
-@pytest.fixture(autouse=True)
-def _needs_direct(tmp_path: Path) -> None:
-    probe = tmp_path / "probe"
-    probe.write_bytes(bytes(ALIGNMENT))
-    try:
-        os.close(os.open(probe, os.O_RDONLY | os.O_DIRECT))
-    except OSError:
-        pytest.skip("the temporary folder's file system has no O_DIRECT")
+pytestmark = pytest.mark.usefixtures("direct")
 
 
 class Counting(DirectReader):
@@ -61,11 +53,6 @@ class Counting(DirectReader):
     def read_together(self, requests: Sequence[Request], buffers: Sequence[memoryview]) -> None:
         self.together.append([len(buffer) for buffer in buffers])
         super().read_together(requests, buffers)
-
-
-def content(size: int) -> bytes:
-    """Bytes without a period near a power of two."""
-    return (bytes(range(251)) * (size // 251 + 1))[:size]
 
 
 def tensor(file: Path, name: str, start: int, stop: int) -> TensorInfo:
@@ -138,13 +125,7 @@ def finish(transfer: Transfer, tickets: Sequence[Ticket]) -> None:
 
 
 @PROFILE
-@given(
-    sizes=st.lists(st.integers(1, 3 * ALIGNMENT), min_size=1, max_size=24),
-    aligned=st.booleans(),
-    start=st.integers(0, 9000),
-    order=st.randoms(use_true_random=False),
-    request_pages=st.integers(1, 12),
-)
+@given(**SIDE_BY_SIDE)
 def test_merged_reads_give_the_bytes_of_the_file(
     tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
@@ -153,17 +134,13 @@ def test_merged_reads_give_the_bytes_of_the_file(
     order: random.Random,
     request_pages: int,
 ) -> None:
-    """Records side by side, as small as a few bytes of one page, in and out of order, and requests that cut them."""
-    edges = [start // ALIGNMENT * ALIGNMENT if aligned else start]
-    for size in sizes:
-        edges.append(edges[-1] + (-(-size // ALIGNMENT) * ALIGNMENT if aligned else size))
+    edges, keys = edges_of(sizes, aligned, start), list(range(len(sizes)))
+    if order.random() < 0.5:  # which may end this example: before there are threads
+        order.shuffle(keys)
     file = tmp_path_factory.mktemp("merged") / "f"
     file.write_bytes(content(edges[-1]))
     transfer, reader = Transfer(1), Counting()
     shelf = Shelf(records_of(file, edges), reader, transfer, request_pages * ALIGNMENT)
-    keys = list(range(len(sizes)))
-    if order.random() < 0.5:
-        order.shuffle(keys)
     with held(transfer):
         tickets = [shelf.fetch(i) for i in keys]
     finish(transfer, tickets)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_files import content
 
 from tierlm.errors import StorageError, UsageError
 from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
@@ -24,11 +25,6 @@ READERS: list[Callable[[], Reader]] = [DirectReader, MmapReader]
 both_readers = pytest.mark.parametrize("make", READERS, ids=["direct", "mmap"])
 
 
-def content(size: int) -> bytes:
-    """Bytes without a period near a power of two."""
-    return (bytes(range(251)) * (size // 251 + 1))[:size]
-
-
 @pytest.fixture
 def make_file(tmp_path: Path) -> Callable[[int], Path]:
     def make(size: int) -> Path:
@@ -39,14 +35,7 @@ def make_file(tmp_path: Path) -> Callable[[int], Path]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def _needs_direct(tmp_path: Path) -> None:
-    probe = tmp_path / "probe"
-    probe.write_bytes(bytes(ALIGNMENT))
-    try:
-        os.close(os.open(probe, os.O_RDONLY | os.O_DIRECT))
-    except OSError:
-        pytest.skip("the temporary folder's file system has no O_DIRECT")
+pytestmark = pytest.mark.usefixtures("direct")
 
 
 def whole(file: Path, start: int, stop: int, *tensors: TensorInfo) -> Extent:

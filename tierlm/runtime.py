@@ -28,7 +28,7 @@ from tierlm.memory.heat import Heat
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.slots import Slot, allocate, can_give_back
 from tierlm.memory.store import Store
-from tierlm.memory.ticket import Priority
+from tierlm.memory.ticket import DISK, Priority
 from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
@@ -144,7 +144,7 @@ class Runtime:
 
     def meter(self) -> Meter:
         """What has been waited for and read so far."""
-        disk = self.transfer.busy()["disk->ram"]
+        disk = self.transfer.busy()[DISK]
         return Meter(self.store.stall + self.trunks.stall, disk.seconds, disk.bytes)
 
     def follow_pressure(self) -> None:

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from tierlm.memory.heat import Heat
 from tierlm.memory.slots import Entry
-from tierlm.memory.ticket import Priority
+from tierlm.memory.ticket import DISK, Priority
 from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import LinkStats
 from tierlm.policies.prefetch import Prefetch
@@ -113,7 +113,7 @@ class Store:
 
     def _measure(self) -> None:
         """Take what the disk has delivered since the last time into the time of a read."""
-        now, before = self.tier.transfer.busy().get("disk->ram", LinkStats()), self._link
+        now, before = self.tier.transfer.busy().get(DISK, LinkStats()), self._link
         size = self.tier.slots[0].size
         moved = now.bytes - before.bytes
         if moved >= size:

@@ -235,7 +235,7 @@ class Transfer:
         """Enter reads that have ended into the timeline."""
         assert self.timeline is not None
         priority = ticket.priority.name.lower()
-        spans = zip(times[::3], times[1::3], times[2::3], read.requests[3::5], strict=False)  # no more are timed
+        spans = zip(times[::3], times[1::3], times[2::3], read.requests[3::5], strict=False)  # other tickets' follow
         for began, ended, lane, nbytes in spans:
             self.timeline.add(DISK, read.what, began, ended, int(lane), bytes=nbytes, priority=priority)
 

@@ -15,12 +15,6 @@ TIMED = 1024  # reads of a ticket whose times can be told
 LEAVE = 1.0  # seconds that reads under way get when Python ends
 
 
-class Counters(ctypes.Structure):
-    """What the threads count. ``ended``: tickets, and calls of ``wake``; ``active``: threads that are in a read."""
-
-    _fields_ = (("ended", ctypes.c_int64), ("active", ctypes.c_int64))
-
-
 @dataclass(frozen=True, slots=True)
 class Account:
     """``waiting``: bytes of demands that no thread has taken up; ``seconds``: during which at least one read was under
@@ -44,24 +38,17 @@ class Reads:
         libraries = load()
         assert libraries is not None  # the caller has asked
         self._quick, self._slow = libraries
-        self._counters = Counters()
+        self._count = ctypes.c_int64()  # tickets that have ended, and calls of ``wake``
         self._announce = ctypes.CFUNCTYPE(None)(announce)
         self._times = (ctypes.c_double * (3 * TIMED))()
-        counters = ctypes.byref(self._counters)
-        self._reads = self._quick.tierlm_reads_open(threads, spare, merged_bytes, counters, self._announce)
+        count = ctypes.byref(self._count)
+        self._reads = self._quick.tierlm_reads_open(threads, spare, merged_bytes, count, self._announce)
         weakref.finalize(self, self._slow.tierlm_reads_free, self._reads, LEAVE)
 
     @property
     def count(self) -> int:
         """How much has ended so far."""
-        ended: int = self._counters.ended
-        return ended
-
-    @property
-    def active(self) -> int:
-        """Threads that are in a read."""
-        active: int = self._counters.active
-        return active
+        return self._count.value
 
     def submit(self, requests: array[int], base: int, priority: int, announced: bool) -> int:
         """Queue reads to the address ``base``. ``requests``: of each five words, the file descriptor, the offset in the

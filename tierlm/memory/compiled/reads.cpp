@@ -58,12 +58,6 @@ struct Ticket {
     std::vector<Read> reads;
 };
 
-// What Python looks at without a call. Its memory.
-struct Counters {
-    int64_t ended;  // tickets, and other things to wake for
-    int64_t active;  // threads that are in a read
-};
-
 bool read_one(const Read& read) {
     const Request& request = read.request;
     int64_t got = 0;
@@ -103,11 +97,11 @@ class Reads {
     std::map<int64_t, std::unique_ptr<Ticket>> tickets;  // that Python has not been told about
     std::deque<Ticket*> ended;
     std::vector<std::thread> threads;
-    Counters* counters;
+    int64_t* const over;  // counts tickets that have ended, and other things to wake for; Python looks at it
     void (*const announce)();
     const int64_t merged_bytes;
     int64_t last_number = 0, bytes = 0;
-    int spare, running;
+    int spare, running, active = 0;  // threads: for all but demands, in all, in a read
     double busy = 0, since = 0, cpu = 0;
     bool closed = false;
 
@@ -143,7 +137,7 @@ class Reads {
 
     // What is over: Python shall look.
     void count() {
-        __atomic_add_fetch(&counters->ended, 1, __ATOMIC_RELEASE);
+        __atomic_add_fetch(over, 1, __ATOMIC_RELEASE);
         changed.notify_all();
     }
 
@@ -157,8 +151,7 @@ class Reads {
             const bool guess = reads[0]->ticket->priority != DEMAND, skip = reads[0]->ticket->failed;
             spare -= guess;
             const double began = seconds(CLOCK_MONOTONIC), cpu_began = seconds(CLOCK_THREAD_CPUTIME_ID);
-            if (!counters->active) since = began;
-            __atomic_add_fetch(&counters->active, 1, __ATOMIC_RELEASE);
+            if (!active++) since = began;
             lock.unlock();
             std::vector<char> good(reads.size(), !skip);
             if (!skip && (reads.size() == 1 || !read_together(reads)))
@@ -166,7 +159,7 @@ class Reads {
             lock.lock();
             const double now = seconds(CLOCK_MONOTONIC);
             cpu += seconds(CLOCK_THREAD_CPUTIME_ID) - cpu_began;
-            if (!__atomic_sub_fetch(&counters->active, 1, __ATOMIC_RELEASE)) busy += now - since;
+            if (!--active) busy += now - since;
             if (guess) {
                 ++spare;
                 work.notify_one();
@@ -210,8 +203,8 @@ class Reads {
     }
 
 public:
-    Reads(int count, int spare, int64_t merged_bytes, Counters* counters, void (*announce)())
-        : counters(counters), announce(announce), merged_bytes(merged_bytes), spare(spare), running(count) {
+    Reads(int count, int spare, int64_t merged_bytes, int64_t* over, void (*announce)())
+        : over(over), announce(announce), merged_bytes(merged_bytes), spare(spare), running(count) {
         sigset_t all, before;  // signals are Python's
         sigfillset(&all);
         pthread_sigmask(SIG_BLOCK, &all, &before);
@@ -291,7 +284,7 @@ public:
 
     void wait(int64_t seen, double timeout) {
         std::unique_lock<std::mutex> lock(mutex);
-        changed.wait_for(lock, std::chrono::duration<double>(timeout), [&] { return counters->ended != seen; });
+        changed.wait_for(lock, std::chrono::duration<double>(timeout), [&] { return *over != seen; });
     }
 
     void wake() {
@@ -305,7 +298,7 @@ public:
         moved[0] = bytes;
         moved[1] = 0;
         for (const Read* read : queues[DEMAND]) moved[1] += read->request.length;
-        spent[0] = busy + (counters->active ? seconds(CLOCK_MONOTONIC) - since : 0);
+        spent[0] = busy + (active ? seconds(CLOCK_MONOTONIC) - since : 0);
         spent[1] = cpu;
     }
 
@@ -328,8 +321,8 @@ public:
 
 extern "C" {
 
-Reads* tierlm_reads_open(int threads, int spare, int64_t merged_bytes, Counters* counters, void (*announce)()) {
-    return new Reads(threads, spare, merged_bytes, counters, announce);
+Reads* tierlm_reads_open(int threads, int spare, int64_t merged_bytes, int64_t* over, void (*announce)()) {
+    return new Reads(threads, spare, merged_bytes, over, announce);
 }
 
 int64_t tierlm_reads_submit(Reads* reads, int priority, const Request* requests, int64_t count, char* base, int announced) {

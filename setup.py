@@ -27,8 +27,8 @@ setup(
     packages=find_packages(include=["tierlm", "tierlm.*"]),
     package_data={
         "tierlm": ["py.typed"],
-        "tierlm.analysis": ["*.json"],
-        "tierlm.models": ["*.json"],
+        "tierlm.planning": ["*.json"],
+        "tierlm.profiling": ["*.json"],
         "tierlm.demo": ["*.json", "*.safetensors", "*.txt", "*.md"],
     },
     install_requires=[
@@ -52,7 +52,7 @@ setup(
     },
     ext_modules=[
         library("tierlm/kernels", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"),
-        library("tierlm/analysis/compiled", "-ffp-contract=off"),
+        library("tierlm/tracing/compiled", "-ffp-contract=off"),
         library("tierlm/memory/compiled", "-pthread"),
     ],
     entry_points={"console_scripts": ["tierlm = tierlm.cli:main"]},

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from tierlm.analysis.trace import Trace
-from tierlm.analysis.traceforms import read_trace
 from tierlm.errors import UsageError
+from tierlm.tracing.trace import Trace
+from tierlm.tracing.traceforms import read_trace
 
 
 @cache

@@ -23,8 +23,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tierlm.analysis.bandwidth import BLOCK, measure_memory
-from tierlm.analysis.storage import Cell, files_of, measure_disk
+from tierlm.profiling.bandwidth import BLOCK, measure_memory
+from tierlm.profiling.storage import Cell, files_of, measure_disk
 
 CELLS = ((4 * 2**20, 8), (2**20, 8), (8 * 2**20, 4), (2**20, 1), (256 * 1024, 4))
 SECONDS, TIMES = 1.0, 4  # of a run of fio; runs of ours, which take a quarter of that each

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
+from tierlm.checkpoints.checkpoint import ITEM_SIZE
+from tierlm.checkpoints.hub import find_model
+from tierlm.checkpoints.reader import read_pieces
 from tierlm.models.catalog import Catalog
-from tierlm.models.hub import find_model
-from tierlm.weights.checkpoint import ITEM_SIZE
-from tierlm.weights.reader import read_pieces
 
 ROUNDS = 5
 BLOCK = 2**18  # bytes

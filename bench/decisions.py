@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from tierlm.policies import POLICIES, make_policy
-from tierlm.policies.eviction import Policy, Setting
+from tierlm.policies.eviction import Policy, TierInfo
 from tierlm.spec import ExpertKey
 
 LAYERS, WIDTH = 32, 8
@@ -62,7 +62,7 @@ def main() -> None:
     for slots in args.slots:
         run = chosen(2 * slots // LAYERS, 2 * args.tokens)
         for name in args.policies:
-            policy, resident = make_policy(name, Setting(LAYERS, slots)), set[ExpertKey]()
+            policy, resident = make_policy(name, TierInfo(LAYERS, slots)), set[ExpertKey]()
             drive(policy, run[: args.tokens], slots, resident)
             began = time.perf_counter()
             misses = drive(policy, run[args.tokens :], slots, resident)

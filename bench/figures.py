@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 
-from tierlm.analysis.trace import Trace
+from tierlm.tracing.trace import Trace
 
 # Okabe and Ito's palette, which most colour-blind eyes tell apart; markers and dashes do it in print.
 STYLES: list[dict[str, Any]] = [

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tierlm.checkpoints.checkpoint import Checkpoint, TensorInfo, read_json
+from tierlm.checkpoints.formats import DTYPES
 from tierlm.kernels import Weight, widen
 from tierlm.models import family_of
 from tierlm.models.deepseek import embedding_name, head_name
 from tierlm.spec import ExpertKey, ModelSpec, TrunkKey
-from tierlm.weights.checkpoint import Checkpoint, TensorInfo, read_json
-from tierlm.weights.formats import DTYPES
 
 TYPES = {
     "bf16": gguf.GGMLQuantizationType.BF16,

@@ -2,7 +2,7 @@
 
     python bench/machines.py --format int4
 
-Nothing is measured: rates are those of tierlm/analysis/hardware.json, of which a disk gives 85 % and a link 80 %, and
+Nothing is measured: rates are those of tierlm/profiling/hardware.json, of which a disk gives 85 % and a link 80 %, and
 the assumptions of the cost model where it has none. Each cell has an NVMe disk of PCIe 3.0 / 4.0 / 5.0. "-": below the
 floor. The last line is JSON.
 """
@@ -13,14 +13,14 @@ import argparse
 import dataclasses
 import json
 
-from tierlm.analysis.cost import Accelerator
-from tierlm.analysis.forecast import Question, forecast
-from tierlm.analysis.picture import hardware
-from tierlm.analysis.plan import AUTO_RAM
-from tierlm.analysis.profile import machine_of
 from tierlm.errors import BudgetError
-from tierlm.models.known import known_models
 from tierlm.models.outline import Outline, sizes_of, work_of
+from tierlm.planning.cost import Accelerator
+from tierlm.planning.forecast import Question, forecast
+from tierlm.planning.known import known_models
+from tierlm.planning.plan import AUTO_RAM
+from tierlm.profiling.picture import hardware
+from tierlm.profiling.profile import machine_of
 
 CARDS = {"RTX 4060": ("8 GB", 0.5), "RTX 4060 Ti 16 GB": ("16 GB", 0.5), "RTX 4090": ("24 GB", 1.0)}  # lanes of 16
 RAMS = (32, 64, 128)  # GB

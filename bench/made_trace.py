@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tierlm.analysis.trace import Trace, TraceInfo
-from tierlm.analysis.tracefile import write_trace
+from tierlm.tracing.trace import Trace, TraceInfo
+from tierlm.tracing.tracefile import write_trace
 
 TOPICS, STAYS = 64, 0.995  # how many there are, and the chance that the next token has the same
 AGAIN = 0.15  # the chance that a layer chooses as for the token before

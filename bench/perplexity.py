@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tierlm import LLM, Budget
-from tierlm.models.hub import DEMO, find_model
+from tierlm.checkpoints.hub import DEMO, find_model
 from tierlm.models.packing import pack_model
 
 TEXTS = [DEMO / "heldout-python-docs.txt", DEMO / "heldout-sotu.txt"]

@@ -24,14 +24,14 @@ from blocks import read_block, title
 from rich.console import Console
 from rich.table import Table
 
-from tierlm.analysis.foresight import Foresight, foresee
-from tierlm.analysis.link import Speed
-from tierlm.analysis.replay import open_policy
-from tierlm.analysis.simulate import Simulated, simulate
-from tierlm.analysis.timing import Machine
-from tierlm.analysis.trace import Trace
 from tierlm.policies import DEFAULT, POLICIES
 from tierlm.policies.predictors import PREDICTORS, make_predictor
+from tierlm.tracing.foresight import Foresight, foresee
+from tierlm.tracing.link import Speed
+from tierlm.tracing.replay import open_policy
+from tierlm.tracing.simulate import Simulated, simulate
+from tierlm.tracing.timing import Rates
+from tierlm.tracing.trace import Trace
 
 DEMO = str(Path(__file__).parent / "traces" / "demo.npz")
 FRACTIONS = [0.05, 0.1, 0.2, 0.3, 0.5]
@@ -48,7 +48,7 @@ def run(job: tuple[str, str, str, float]) -> tuple[Simulated, float]:
     block, policy, predictor, fraction = job
     trace = read_block(block, scores=True)
     record = trace.info.record_bytes or RECORD
-    machine = Machine(record, Speed(1.4e9, 1e-4, 8), layer_seconds=5e-4, expert_seconds=record / 10e9)
+    machine = Rates(record, Speed(1.4e9, 1e-4, 8), layer_seconds=5e-4, expert_seconds=record / 10e9)
     slots = slots_of(trace, fraction)
     guesses = make_predictor(predictor, trace.experts.shape[2])
     began = time.perf_counter()

@@ -30,12 +30,12 @@ from limited import available, run_case
 from rich.console import Console
 from rich.table import Table
 
-from tierlm.analysis.cost import decode_seconds, streamed_bytes
-from tierlm.analysis.forecast import Question, forecast
-from tierlm.analysis.profile import Profile, machine_of, read_profile
 from tierlm.config import parse_size
 from tierlm.models.catalog import Catalog
 from tierlm.models.outline import sizes_of, work_of
+from tierlm.planning.cost import decode_seconds, streamed_bytes
+from tierlm.planning.forecast import Question, forecast
+from tierlm.profiling.profile import Profile, machine_of, read_profile
 
 CONTEXT, CHUNK, WARM = 1024, 512, 8
 

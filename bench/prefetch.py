@@ -69,7 +69,7 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
                     "on": on,
                     "tokens_per_second": made / seconds,
                     "bytes_per_token": (now.disk_bytes - then.disk_bytes) / made,
-                    "guesses_per_token": (tier.speculative - earlier.speculative) / made,
+                    "guesses_per_token": (tier.prefetched - earlier.prefetched) / made,
                     "precision": (tier.useful - earlier.useful) / judged if judged else 0.0,
                     "stall_share": stall / seconds,
                     "disk_busy_share": reading / seconds,

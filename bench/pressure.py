@@ -21,8 +21,8 @@ from pathlib import Path
 
 from limited import available, run_limited
 
-from tierlm.analysis.machine import available_ram
 from tierlm.config import parse_size
+from tierlm.host import available_ram
 
 HOG = "import sys, time; memory = bytearray(int(sys.argv[1])); memory[::4096] = b'x' * len(memory[::4096]); input()"
 

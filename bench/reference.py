@@ -17,7 +17,7 @@ from blocks import read_block, title
 
 from tierlm.policies import make_policy
 from tierlm.policies.belady import Belady
-from tierlm.policies.eviction import Setting
+from tierlm.policies.eviction import TierInfo
 from tierlm.spec import ExpertKey
 
 DEMO = str(Path(__file__).parent / "traces" / "demo.npz")
@@ -62,8 +62,8 @@ def flat(block: str) -> list[int]:
 
 def hits(name: str, requests: Sequence[int], slots: int) -> list[bool]:
     """Whether each request is a hit, under our policy."""
-    keys, setting = [ExpertKey(0, number) for number in requests], Setting(1, slots)
-    policy = Belady(setting, [[key] for key in keys]) if name == "belady" else make_policy(name, setting)
+    keys, info = [ExpertKey(0, number) for number in requests], TierInfo(1, slots)
+    policy = Belady(info, [[key] for key in keys]) if name == "belady" else make_policy(name, info)
     resident: set[ExpertKey] = set()
     found = []
     for key in keys:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tierlm import LLM, Budget, SamplingParams, Stats
-from tierlm.analysis.link import Speed
-from tierlm.analysis.replay import open_policy
-from tierlm.analysis.simulate import simulate
-from tierlm.analysis.timing import Machine
-from tierlm.analysis.traceforms import read_trace
 from tierlm.policies.predictors import make_predictor
+from tierlm.tracing.link import Speed
+from tierlm.tracing.replay import open_policy
+from tierlm.tracing.simulate import simulate
+from tierlm.tracing.timing import Rates
+from tierlm.tracing.traceforms import read_trace
 
 PROMPT = [(37 * i + 11) % 1000 + 2 for i in range(16)]
 
@@ -52,7 +52,7 @@ def main() -> None:
             stats = measure(args.model, args.ram, args.tokens, args.predictor, slots, file)
             link, trace = stats.links["disk->ram"], read_trace(file, scores=True)
             chosen = trace.experts.shape[2]
-            machine = Machine(
+            machine = Rates(
                 trace.info.record_bytes,
                 Speed(link.bytes / link.seconds, 1e-4, 4),
                 computing / 2,

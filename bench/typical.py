@@ -15,9 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tierlm.analysis.cost import Work, skewed_hits
+from tierlm.planning.cost import Work, skewed_hits
 from tierlm.policies import make_policy
-from tierlm.policies.eviction import Setting
+from tierlm.policies.eviction import TierInfo
 from tierlm.spec import ExpertKey
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
@@ -26,7 +26,7 @@ WARM = 40  # tokens
 
 def replayed(steps: list[list[list[int]]], slots: int) -> float:
     """The hit rate of the steps after the first WARM."""
-    policy, resident = make_policy("cycle", Setting(len(steps[0]), slots)), set[ExpertKey]()
+    policy, resident = make_policy("cycle", TierInfo(len(steps[0]), slots)), set[ExpertKey]()
     hits = demanded = 0
     for number, step in enumerate(steps):
         for layer, experts in enumerate(step):

@@ -12,8 +12,8 @@ import torch
 from toys import make_toy
 from transformers.utils import logging
 
+from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.models.packing import pack_model
-from tierlm.weights.checkpoint import ALIGNMENT
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # the toys are too small to be shared out, and another job may hold the other cores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from tierlm.analysis.trace import Trace, TraceInfo
+from tierlm.tracing.trace import Trace, TraceInfo
 
 
 @st.composite

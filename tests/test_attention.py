@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.toys import COMMON
+from tierlm.checkpoints.formats import MAKERS, Weights
 from tierlm.kernels import Weight
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.models import attention, deepseek
-from tierlm.models.attention import Attention, Segment
+from tierlm.models.attention import Attention, Rows
 from tierlm.models.deepseek import read_spec
 from tierlm.spec import ModelSpec, TrunkKey
-from tierlm.weights.formats import MAKERS, Weights
 
 CPU = torch.device("cpu")
 # Products with int8 and int4 round activations, and a difference in the last bit may round one to the next number.
@@ -45,13 +45,13 @@ def run(spec: ModelSpec, format: str, lengths: list[tuple[int, int]], dtype: tor
     torch.manual_seed(4)
     cache = KvCache(2, sum(map(sum, lengths)) + 5, spec.latent_dim, dtype, CPU)
     cache.layer(1).copy_(torch.randn(cache.layer(1).shape))
-    segments: list[Segment] = []
+    segments: list[Rows] = []
     cache.reserve(3)
     for before, new in lengths:
         span: Span = cache.reserve(before + new)
         span.length = before
         start = segments[-1].stop if segments else 0
-        segments.append(Segment(start, start + new, span))
+        segments.append(Rows(start, start + new, span))
     hidden = torch.randn(segments[-1].stop, spec.hidden)
     made = Attention(spec, cache, CPU)
     with torch.inference_mode():
@@ -77,7 +77,7 @@ def test_the_kernels_attend_as_torch_does(
     found = run(spec, format, lengths, dtype)
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "attention_of_few", lambda *arguments: asked.append(arguments))
+        patch.setattr(attention, "fused_mla_decode", lambda *arguments: asked.append(arguments))
         expected = run(spec, format, lengths, dtype)
     assert asked
     for mine, reference in zip(found, expected, strict=True):
@@ -102,14 +102,14 @@ def test_neither_threads_nor_neighbours_reach_the_result(format: str) -> None:
 
 def test_the_kernels_are_asked_for_a_few_rows_of_weights_they_know(monkeypatch: Any) -> None:
     calls: list[int] = []
-    real = attention.attention_of_few
+    real = attention.fused_mla_decode
 
     def count(*arguments: Any) -> Any:
         done = real(*arguments)
         calls.append(done is not None)
         return done
 
-    monkeypatch.setattr(attention, "attention_of_few", count)
+    monkeypatch.setattr(attention, "fused_mla_decode", count)
     run(spec_of(), "bf16", [(4, 8)], torch.float32)
     run(spec_of(), "bf16", [(4, 9)], torch.float32)  # too many
     run(spec_of(v_head_dim=12), "int4", [(4, 1)], torch.float32)  # a head begins within a tile

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tierlm.analysis.profile import Profile
-from tierlm.models.hub import DEMO
+from tierlm.checkpoints.hub import DEMO
+from tierlm.profiling.profile import Profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 

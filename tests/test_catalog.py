@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import TOYS, edit_config, make_toy
 
+from tierlm.checkpoints.hub import find_model
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import FAMILIES, deepseek
 from tierlm.models.catalog import GATES, Catalog
-from tierlm.models.hub import find_model
 from tierlm.spec import ExpertKey, ModelSpec, TrunkKey
 
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"

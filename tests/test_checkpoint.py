@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tierlm.errors import CheckpointError, UnsupportedModelError
-from tierlm.weights.checkpoint import (
+from tierlm.checkpoints.checkpoint import (
     ALIGNMENT,
     ITEM_SIZE,
     MERGE_GAP,
@@ -27,7 +26,8 @@ from tierlm.weights.checkpoint import (
     build_record,
     read_header,
 )
-from tierlm.weights.reader import MmapReader, Reader, open_reader, split
+from tierlm.checkpoints.reader import MmapReader, Reader, open_reader, split
+from tierlm.errors import CheckpointError, UnsupportedModelError
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=40)
 

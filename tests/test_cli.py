@@ -436,7 +436,7 @@ def test_an_interrupted_pack_says_that_it_goes_on(model: str, tierlm: Any, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tierlm.weights.pack.write_file", interrupt)
+        patch.setattr("tierlm.checkpoints.pack.write_file", interrupt)
         outcome = tierlm("pack", model, "packed")
     assert outcome.code == 1 and "the same command goes on" in outcome.err and not Path("packed").exists()
     assert tierlm("pack", model, "packed").code == 0

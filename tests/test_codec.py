@@ -18,21 +18,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tierlm import LLM, Budget, CheckpointError, SamplingParams, StorageError, UsageError
-from tierlm.analysis.cost import decode_seconds
-from tierlm.analysis.profile import machine_of
+from tierlm.checkpoints import codec
+from tierlm.checkpoints.checkpoint import ALIGNMENT, ITEM_SIZE, read_header
+from tierlm.checkpoints.checksum import checksum
+from tierlm.checkpoints.codec import BLOCK, compress, decompress, least_and_most, load_zstandard
+from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
+from tierlm.checkpoints.hub import find_model
+from tierlm.checkpoints.packed import RecordShape, file_size, in_file_order, write_file
+from tierlm.checkpoints.reader import read_pieces
+from tierlm.checkpoints.verify import damage
 from tierlm.models.catalog import Catalog
-from tierlm.models.hub import find_model
 from tierlm.models.outline import work_of
 from tierlm.models.packing import pack_model
+from tierlm.planning.cost import decode_seconds
+from tierlm.profiling.profile import machine_of
 from tierlm.spec import ExpertKey, TrunkKey
-from tierlm.weights import codec
-from tierlm.weights.checkpoint import ALIGNMENT, ITEM_SIZE, read_header
-from tierlm.weights.checksum import checksum
-from tierlm.weights.codec import BLOCK, compress, decompress, least_and_most, load_zstandard
-from tierlm.weights.packed import RecordShape, file_size, in_file_order, write_file
-from tierlm.weights.profile import DiskProfile, ProfileCache
-from tierlm.weights.reader import read_pieces
-from tierlm.weights.verify import damage
 
 RAM = Budget("8GiB")
 FEW = SamplingParams(max_new_tokens=6)
@@ -159,7 +159,7 @@ def test_interrupted_it_goes_on(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("tierlm.weights.packed.compress", stopping)
+    monkeypatch.setattr("tierlm.checkpoints.packed.compress", stopping)
     out, stops = tmp_path / "out", 0
     while not out.exists():
         try:

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_traces import traces
 
-from tierlm.analysis import compiled
-from tierlm.analysis.replay import disk_places, find_misses, open_policy, replay
-from tierlm.analysis.trace import Trace, TraceInfo
-from tierlm.analysis.traceforms import read_trace
 from tierlm.policies import POLICIES
-from tierlm.policies.eviction import Policy, Setting
+from tierlm.policies.eviction import Policy, TierInfo
 from tierlm.policies.recency import Lru
+from tierlm.tracing import compiled
+from tierlm.tracing.replay import disk_places, find_misses, open_policy, replay
+from tierlm.tracing.trace import Trace, TraceInfo
+from tierlm.tracing.traceforms import read_trace
 
 DEMO = Path(__file__).parent.parent / "bench" / "traces" / "demo.npz"
 TWINS = list(compiled.NAMES.values())
@@ -75,8 +75,8 @@ def test_only_the_classes_themselves_have_twins() -> None:
     class Mine(Lru):
         """Somebody's own."""
 
-    setting = Setting(3, 8)
-    assert compiled.has_twin(Lru(setting)) and not compiled.has_twin(Mine(setting))
+    info = TierInfo(3, 8)
+    assert compiled.has_twin(Lru(info)) and not compiled.has_twin(Mine(info))
     assert all(POLICIES[name] is kind for kind, name in compiled.NAMES.items() if name != "belady")
 
 

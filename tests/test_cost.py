@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm import BudgetError, UsageError
-from tierlm.analysis.cost import (
+from tierlm.models.outline import FORMATS, Outline, sizes_of, work_of
+from tierlm.planning.cost import (
     BITS,
     Accelerator,
     Formats,
@@ -22,10 +23,9 @@ from tierlm.analysis.cost import (
     skewed_hits,
     uniform_hits,
 )
-from tierlm.analysis.forecast import GIB, Question, forecast
-from tierlm.analysis.profile import KernelRate, Profile, Spread, machine_of, percentiles, read_profile, spread
-from tierlm.models.known import find_config
-from tierlm.models.outline import FORMATS, Outline, sizes_of, work_of
+from tierlm.planning.forecast import GIB, Question, forecast
+from tierlm.planning.known import find_config
+from tierlm.profiling.profile import KernelRate, Profile, Spread, machine_of, percentiles, read_profile, spread
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 MACHINE = Machine(

@@ -24,16 +24,18 @@ FLOORS: list[list[set[str]]] = [
     [{"runtime"}],
     [{"engine"}, {"text"}],
     [{"models"}],
-    [{"memory"}, {"analysis"}],
-    [{"weights"}, {"policies"}],
-    [{"spec"}, {"config"}, {"timeline"}],
+    [{"memory"}, {"profiling"}],
+    [{"planning"}],
+    [{"tracing"}],
+    [{"checkpoints"}, {"policies"}],
+    [{"spec"}, {"config"}, {"timeline"}, {"host"}],
     [{"kernels"}, {"errors"}, {"files"}, {"demo"}],
 ]
 # Less than their floor would allow.
-ONLY = {"text": {"text", "weights", "errors"}, "kernels": {"kernels"}, "errors": set[str](), "spec": set[str]()}
+ONLY = {"text": {"text", "checkpoints", "errors"}, "kernels": {"kernels"}, "errors": set[str](), "spec": set[str]()}
 
-TORCHLESS = ["spec", "config", "errors", "weights.checkpoint", "models.deepseek", "models.catalog"]
-TORCHLESS_FOLDERS = ["policies", "analysis"]
+TORCHLESS = ["spec", "config", "errors", "checkpoints.checkpoint", "models.deepseek", "models.catalog"]
+TORCHLESS_FOLDERS = ["policies", "planning", "profiling", "tracing"]
 
 FILES = sorted(file for file in ROOT.rglob("*.py") if file != ROOT / "__init__.py")
 
@@ -100,7 +102,7 @@ from .. import runtime
 if TYPE_CHECKING:
     from tierlm.text import TextCodec
 def late():
-    from tierlm.weights import reader
+    from tierlm.checkpoints import reader
 """
     expected = ["llm", "", "cli", "stats", "memory.store", "memory", "memory.transfer", "policies", "runtime"]
     assert sorted(imports_of(source, ["memory"])) == sorted([*expected, "text", "weights"])
@@ -111,7 +113,7 @@ def test_floors_are_a_table_of_what_is_below() -> None:
     for upper, lower in pairwise(FLOORS):
         for high in (name for group in upper for name in group):
             assert all(high not in allowed(low) for group in lower for low in group)
-    assert "analysis" not in allowed("memory") and "memory" not in allowed("analysis")
+    assert "profiling" not in allowed("memory") and "memory" not in allowed("profiling")
 
 
 def test_modules_without_torch() -> None:

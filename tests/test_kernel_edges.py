@@ -7,7 +7,7 @@ import torch
 from test_kernels import PRODUCTS, TILES, some_mlp, some_weight, taken
 
 from tierlm.kernels import Weight, from_latent, gated_mlps, into_latent, linear, native, widen
-from tierlm.kernels.linear import unwidened
+from tierlm.kernels.linear import can_absorb
 from tierlm.kernels.quantised import quantise, quantise_reference, rounded
 
 HALVES = torch.tensor([[127.0, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, -3.5, 126.5, -126.5]])  # of a scale of one
@@ -81,7 +81,7 @@ def test_latents_of_several_blocks_and_groups(format: str) -> None:
     """Heads and ranks that go beyond one block of scales of float8, and beyond many groups."""
     heads, nope, value, rank, rows = 5, 40, 24, 300, 3
     kv_b = some_weight(heads * (nope + value), rank, format)
-    assert unwidened(kv_b, rows, nope, value) and native.load() is not None
+    assert can_absorb(kv_b, rows, nope, value) and native.load() is not None
     exact = widen(kv_b).double().view(heads, nope + value, rank)
     generator = torch.Generator().manual_seed(10)
     q, mixed = torch.randn(rows, heads, nope, generator=generator), torch.randn(heads, rows, rank, generator=generator)

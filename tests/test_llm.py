@@ -13,7 +13,7 @@ import torch
 
 import tierlm
 from tierlm import LLM, Budget, CheckpointError, PromptError, SamplingParams, StorageError, UsageError
-from tierlm.weights.reader import Reader, Request, failure
+from tierlm.checkpoints.reader import Reader, Request, failure
 
 RAM = Budget("8GiB")
 TEN = SamplingParams(max_new_tokens=10, ignore_eos=True)

@@ -18,15 +18,15 @@ import torch
 from hypothesis import given
 from made_files import PROFILE, SIDE_BY_SIDE, content, edges_of
 
+from tierlm.checkpoints.checkpoint import ALIGNMENT, Record, TensorInfo, build_record
+from tierlm.checkpoints.mirrors import Copy, MirrorReader, Volume
+from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request
 from tierlm.errors import StorageError
 from tierlm.memory.disk import Disk
 from tierlm.memory.slots import Slot, allocate
 from tierlm.memory.ticket import Job, Priority, Ticket
 from tierlm.memory.transfer import Transfer
 from tierlm.spec import ExpertKey, Key
-from tierlm.weights.checkpoint import ALIGNMENT, Record, TensorInfo, build_record
-from tierlm.weights.mirrors import Copy, MirrorReader, Volume
-from tierlm.weights.reader import DirectReader, MmapReader, Reader, Request
 
 WAIT = 20.0
 REQUEST = 2**20
@@ -312,9 +312,9 @@ def test_no_thread_takes_more_than_its_share() -> None:
 def test_demand_and_speculation_do_not_mix(one: Transfer) -> None:
     ran: list[list[str]] = []
     with held(one):
-        guesses = [one.submit([joiner(ran, f"guess {i}")], priority=Priority.SPECULATIVE) for i in range(2)]
+        guesses = [one.submit([joiner(ran, f"guess {i}")], priority=Priority.PREFETCH) for i in range(2)]
         demands = [one.submit([joiner(ran, f"demand {i}")]) for i in range(2)]
-        late = one.submit([joiner(ran, "promoted")], priority=Priority.SPECULATIVE)
+        late = one.submit([joiner(ran, "promoted")], priority=Priority.PREFETCH)
         one.promote(late)
     finish(one, [*guesses, *demands, late])
     assert ran == [["demand 0", "demand 1", "promoted"], ["guess 0", "guess 1"]]

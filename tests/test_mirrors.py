@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm import LLM, Budget, SamplingParams
+from tierlm.checkpoints import mirrors as mirrors_module
+from tierlm.checkpoints.checkpoint import Extent, TensorInfo
+from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
+from tierlm.checkpoints.mirrors import Copy, MirrorReader, Volume, find_copies, open_disks
+from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, failure, split
 from tierlm.errors import CheckpointError, StorageError, UsageError
-from tierlm.weights import mirrors as mirrors_module
-from tierlm.weights.checkpoint import Extent, TensorInfo
-from tierlm.weights.mirrors import Copy, MirrorReader, Volume, find_copies, open_disks
-from tierlm.weights.profile import DiskProfile, ProfileCache
-from tierlm.weights.reader import DirectReader, MmapReader, Reader, Request, failure, split
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=60)
 NO_CACHE = ProfileCache(None)
@@ -449,7 +449,7 @@ def test_same_tokens_when_a_mirror_fails(toy_v3: tuple[Path, Any], other_disk: P
 
 def test_same_tokens_with_a_mirror_on_another_disk(other_disk: Path) -> None:
     """The embedded demo model."""
-    from tierlm.models.hub import DEMO
+    from tierlm.checkpoints.hub import DEMO
 
     for file in DEMO.glob("*.safetensors"):
         shutil.copy(file, other_disk)

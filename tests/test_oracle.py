@@ -14,7 +14,7 @@ from toys import TOYS, edit_config, load_toy, make_toy
 
 from tierlm import LLM, Budget, SamplingParams
 from tierlm.models import attention
-from tierlm.models.decoder import Step
+from tierlm.models.decoder import Segment
 
 BUDGET = Budget("8GiB")
 
@@ -32,7 +32,7 @@ def decoded_logits(llm: LLM, ids: list[int], prompt: int) -> Tensor:
     span = runtime.cache.reserve(len(ids))
     rows = [runtime.engine.prefill(ids[:prompt], span)]
     for token in ids[prompt:]:
-        rows.append(runtime.decoder.forward([Step([token], span)], prefill=False)[0])
+        rows.append(runtime.decoder.forward([Segment([token], span)], prefill=False)[0])
     return torch.stack(rows)
 
 

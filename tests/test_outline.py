@@ -10,13 +10,13 @@ import pytest
 from toys import make_toy
 
 from tierlm import LLM, Budget, CheckpointError, UnsupportedModelError, UsageError
-from tierlm.analysis.machine import process_ram
-from tierlm.analysis.plan import SLACK, make_plan
+from tierlm.checkpoints.hub import DEMO
+from tierlm.host import process_ram
 from tierlm.models.catalog import GATES, Catalog
-from tierlm.models.hub import DEMO
-from tierlm.models.known import find_config, known_models
 from tierlm.models.outline import FORMATS, Outline, expanded_kv, sizes_of, work_of
 from tierlm.models.packing import pack_model
+from tierlm.planning.known import find_config, known_models
+from tierlm.planning.plan import SLACK, make_plan
 
 # Billions of parameters, all and active, as the models' cards have them. (Active ones are counted with and without
 # embedding and head by different publishers, hence the loose bound.)

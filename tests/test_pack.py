@@ -24,18 +24,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tierlm import LLM, Budget, CheckpointError, StorageError, UsageError
+from tierlm.checkpoints import packed
+from tierlm.checkpoints.ahead import ahead
+from tierlm.checkpoints.checkpoint import ALIGNMENT, ITEM_SIZE, TensorInfo, read_header
+from tierlm.checkpoints.formats import DTYPES, MAKERS, Weights, weights_of
+from tierlm.checkpoints.layouts import LAYOUTS, layout_of
+from tierlm.checkpoints.packed import PADDING, RecordShape, in_file_order, read_seals, write_file
+from tierlm.checkpoints.reader import read_pieces
+from tierlm.checkpoints.verify import damage
 from tierlm.kernels import Weight, linear, widen
 from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.packing import pack_model
 from tierlm.spec import ExpertKey, Key, TrunkKey
-from tierlm.weights import packed
-from tierlm.weights.ahead import ahead
-from tierlm.weights.checkpoint import ALIGNMENT, ITEM_SIZE, TensorInfo, read_header
-from tierlm.weights.formats import DTYPES, MAKERS, Weights, weights_of
-from tierlm.weights.layouts import LAYOUTS, layout_of
-from tierlm.weights.packed import PADDING, RecordShape, in_file_order, read_seals, write_file
-from tierlm.weights.reader import read_pieces
-from tierlm.weights.verify import damage
 
 RAM = Budget("8GiB")
 TIGHT = {"ram_slots": 4, "resident_trunks": 0}
@@ -220,7 +220,7 @@ import os, random, signal, sys
 from pathlib import Path
 import torch
 from tierlm.models.packing import pack_model
-from tierlm.weights import pack
+from tierlm.checkpoints import pack
 
 torch.set_num_threads(1)
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -276,7 +276,7 @@ def test_what_is_finished_is_not_written_again(
         written.append(file.name)
         real(file, *rest)
 
-    monkeypatch.setattr("tierlm.weights.pack.write_file", stop_at_the_fourth)
+    monkeypatch.setattr("tierlm.checkpoints.pack.write_file", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
     first, written = written, []
@@ -352,7 +352,7 @@ def test_what_cannot_be_read_is_named_and_what_is_finished_is_kept(
             raise StorageError("made to fail")
         return real(tensor)
 
-    monkeypatch.setattr("tierlm.weights.pack.read_pieces", failing)
+    monkeypatch.setattr("tierlm.checkpoints.pack.read_pieces", failing)
     with pytest.raises(StorageError, match="made to fail"):
         pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
     finished = sorted(file.name for file in (tmp_path / "out.unfinished").glob("*.safetensors*"))
@@ -510,7 +510,7 @@ def test_rows_of_the_embedding_are_compared_when_they_are_first_read(
     copy: Path, toy_v3: tuple[Path, Any], ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks: of what is not read nothing is told, but by verify."""
-    monkeypatch.setattr("tierlm.weights.rows.BLOCK", 1000)  # five rows of 192 bytes
+    monkeypatch.setattr("tierlm.checkpoints.rows.BLOCK", 1000)  # five rows of 192 bytes
     shutil.rmtree(copy)
     pack_model(toy_v3[0], copy, experts="keep", trunk="keep")
     catalog = Catalog(copy)
@@ -538,7 +538,7 @@ def test_an_embedding_under_one_checksum_is_left_to_verify(
     copy: Path, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it was packed before its rows had their own."""
-    monkeypatch.setattr("tierlm.weights.rows.BLOCK", 200)  # one row
+    monkeypatch.setattr("tierlm.checkpoints.rows.BLOCK", 200)  # one row
     catalog = Catalog(copy)
     (seal,) = catalog.seals_of(catalog.embedding)
     flip(seal.file, seal.offset + ids[0] * 192)

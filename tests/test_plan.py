@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierlm.analysis.plan import SLACK, Plan, Sizes, TierPlan, make_plan, workspace_bytes
 from tierlm.config import format_size
 from tierlm.errors import BudgetError, TierlmError
-from tierlm.spec import ModelSpec, Rope, Router, TrunkKey
+from tierlm.planning.plan import SLACK, Plan, Sizes, TierPlan, make_plan, workspace_bytes
+from tierlm.spec import ModelSpec, Rope, RouterSpec, TrunkKey
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=150)
 PLENTY = 2**50
@@ -287,7 +287,7 @@ def spec_of(experts: int = 64, hidden: int = 2048) -> ModelSpec:
     return ModelSpec(
         model_type="deepseek_v2", vocab=1000, hidden=hidden, layers=4, dense_layers=1, dense_width=4096,
         expert_width=1408, experts=experts, experts_per_token=6, shared_experts=2,
-        router=Router("softmax", 1, 1, False, 1.0), heads=16, q_rank=None, kv_rank=512, nope_dim=128, rope_dim=64,
+        router=RouterSpec("softmax", 1, 1, False, 1.0), heads=16, q_rank=None, kv_rank=512, nope_dim=128, rope_dim=64,
         value_dim=128, norm_eps=1e-6, rope=Rope(10000.0, True), max_position=4096, bos=0, eos=(1,), tied_head=False,
     )  # fmt: skip
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from tierlm import UsageError, cli
-from tierlm.analysis import arithmetic, bandwidth, health, storage
-from tierlm.analysis.picture import draw, hardware, tiers
-from tierlm.analysis.profile import DiskRate, MemoryRate, Profile, Spread, default_file
-from tierlm.analysis.storage import Cell, file_system, files_of, measure_disk
 from tierlm.kernels import widen
-from tierlm.models.known import find_config
 from tierlm.models.outline import Outline, work_of
+from tierlm.planning.known import find_config
+from tierlm.profiling import arithmetic, bandwidth, health, storage
+from tierlm.profiling.picture import draw, hardware, tiers
+from tierlm.profiling.profile import DiskRate, MemoryRate, Profile, Spread, default_file
+from tierlm.profiling.storage import Cell, file_system, files_of, measure_disk
 
 MIB = 2**20
 Command = Callable[..., tuple[int, str, str]]
@@ -144,7 +144,7 @@ def test_where_torch_has_no_room_the_rest_is_measured(
     """In a small memory cgroup the command used to be killed."""
     from tierlm.cli import measuring
 
-    monkeypatch.setattr("tierlm.analysis.machine.available_ram", lambda: 300 * MIB)
+    monkeypatch.setattr("tierlm.host.available_ram", lambda: 300 * MIB)
     monkeypatch.setattr(storage, "cells", lambda: [Cell("direct", "random", MIB, 2)])
     found = measuring._measure([tmp_path], lambda what, total: lambda: None)
     assert found.memory and found.touch and not found.kernels and found.layer is None

@@ -17,14 +17,14 @@ from tierlm.errors import UsageError
 from tierlm.policies import DEFAULT, POLICIES, make_policy, write_policy
 from tierlm.policies.belady import Belady
 from tierlm.policies.cycle import Cycle
-from tierlm.policies.eviction import Policy, Setting
+from tierlm.policies.eviction import Policy, TierInfo
 from tierlm.policies.forecast import Forecast
 from tierlm.policies.frequency import Lfu
 from tierlm.policies.recency import Lru
 from tierlm.spec import ExpertKey, Key, TrunkKey
 
 LAYERS, EXPERTS = 3, 4
-SETTING = Setting(LAYERS, LAYERS * EXPERTS)
+SETTING = TierInfo(LAYERS, LAYERS * EXPERTS)
 KEYS = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 DECAY = 0.9  # of cycle
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
@@ -305,7 +305,7 @@ def _hits(name: str, slots: int, tokens: int) -> int:
     """Hits of a run through 8 layers of 16 experts, where each token uses expert 0 of a layer always and another in
     turn."""
     layers, hits = 8, 0
-    policy = make_policy(name, Setting(layers, slots))
+    policy = make_policy(name, TierInfo(layers, slots))
     resident: set[Key] = set()
     for token in range(tokens):
         for layer in range(layers):
@@ -362,8 +362,8 @@ tokens_of_four = st.lists(
 @given(tokens=tokens_of_four, slots=st.integers(4, 20))
 def test_belady_is_never_beaten(name: str, tokens: list[list[set[int]]], slots: int) -> None:
     future = [[ExpertKey(layer, e) for e in ids] for token in tokens for layer, ids in enumerate(token)]
-    setting = Setting(LAYERS, slots)
-    assert run(make_policy(name, setting), tokens, slots) <= run(Belady(setting, future), tokens, slots)
+    info = TierInfo(LAYERS, slots)
+    assert run(make_policy(name, info), tokens, slots) <= run(Belady(info, future), tokens, slots)
 
 
 def test_belady_refuses_another_future() -> None:
@@ -375,7 +375,7 @@ def test_belady_refuses_another_future() -> None:
 
 def test_layers_of_one_slot_share_keep_to_it() -> None:
     """Per-layer lru takes the victim from the layer that asks, once that has its share; else from the largest."""
-    policy = make_policy("layer-lru", Setting(2, 4))
+    policy = make_policy("layer-lru", TierInfo(2, 4))
     for key in [ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(0, 2), ExpertKey(1, 0)]:
         policy.on_insert(key)
     assert next(policy.victims(ExpertKey(1, 1))) == ExpertKey(0, 0)
@@ -388,7 +388,7 @@ def test_layers_of_one_slot_share_keep_to_it() -> None:
 @pytest.mark.parametrize(("power", "leaves"), [(1.0, ExpertKey(0, 0)), (0.0, ExpertKey(0, 0)), (-1.0, ExpertKey(0, 1))])
 def test_gdsf_weighs_sizes(power: float, leaves: Key) -> None:
     """A slot holds a record of any size: then the small one, that is cheap to read again, leaves."""
-    policy = make_policy("gdsf", Setting(1, 2, lambda key: 1 + 9 * key[-1]), power=power)
+    policy = make_policy("gdsf", TierInfo(1, 2, lambda key: 1 + 9 * key[-1]), power=power)
     for expert in (0, 1):
         policy.on_insert(ExpertKey(0, expert))
     assert next(policy.victims()) == leaves
@@ -404,18 +404,18 @@ def _periodic(tokens: int) -> list[list[set[int]]]:
 def test_echo_knows_what_followed() -> None:
     """All are used as often, the one just used last of all again: hazard learns that, echo also who comes next."""
     tokens, slots = _periodic(120), 18
-    rates = {name: run(make_policy(name, Setting(LAYERS, slots)), tokens, slots) for name in ("lru", "hazard", "echo")}
+    rates = {name: run(make_policy(name, TierInfo(LAYERS, slots)), tokens, slots) for name in ("lru", "hazard", "echo")}
     assert rates["lru"] == 0
     assert rates["echo"] > rates["hazard"]
     future = [[ExpertKey(layer, e) for e in ids] for token in tokens for layer, ids in enumerate(token)]
-    assert rates["echo"] > 0.8 * run(Belady(Setting(LAYERS, slots), future), tokens, slots)
+    assert rates["echo"] > 0.8 * run(Belady(TierInfo(LAYERS, slots), future), tokens, slots)
 
 
 def test_echo_looks_further_ahead_where_slots_last_longer() -> None:
     """Of two that are used as often, the one that comes three tokens ahead gains on the one that is next."""
     lead = {}
     for slots in (2, 40):
-        policy, present = POLICIES["echo"](Setting(1, slots)), set[Key]()
+        policy, present = POLICIES["echo"](TierInfo(1, slots)), set[Key]()
         for token in range(102):  # the last but one, all of which is learnt, is a 0
             for key in (ExpertKey(0, 20), ExpertKey(0, token % 10)):  # 20 begins a turn
                 (policy.on_hit if key in present else policy.on_insert)(key)
@@ -430,13 +430,13 @@ def test_echo_outlives_its_memory() -> None:
     tokens = _periodic(100)
     tokens[40] = [set(range(40))] * LAYERS
     tokens[70] = [{200, 201}] * LAYERS
-    policy = make_policy("echo", Setting(LAYERS, 50), memory=64, neighbours=4)
+    policy = make_policy("echo", TierInfo(LAYERS, 50), memory=64, neighbours=4)
     assert 0 < run(policy, tokens, 50) < sum(len(ids) for token in tokens for ids in token)
 
 
 @pytest.mark.parametrize("name", ["hazard", "echo"])
 def test_what_is_never_used_again_stays_a_number(name: str) -> None:
-    policy = make_policy(name, Setting(1, 4))
+    policy = make_policy(name, TierInfo(1, 4))
     for expert in range(4):
         policy.on_insert(ExpertKey(0, expert))
     for turn in range(9000):  # a share that only shrank would be 0 by now
@@ -532,7 +532,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 def test_known_name(name: str) -> None:
     policy = make_policy(name, SETTING)
     assert type(policy) is POLICIES[name]
-    assert policy.setting == SETTING
+    assert policy.info == SETTING
 
 
 def test_own_class_by_module_and_name() -> None:

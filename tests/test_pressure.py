@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tierlm import LLM, Budget, SamplingParams
-from tierlm.analysis import pressure as module
-from tierlm.analysis.pressure import INTERVAL, Pressure, Reading, read_pressure
+from tierlm.memory import pressure as module
+from tierlm.memory.pressure import INTERVAL, Pressure, Reading, read_pressure
 
 RESERVE = 1000
 
@@ -98,7 +98,7 @@ def test_slots_are_given_up_and_taken_back_and_the_tokens_stay_the_same(toy_v3: 
         least = runtime.catalog.spec.experts_per_token
         assert len(tier.slots) == least and tier.retired == whole - least
         assert len(tier.entries) <= least
-        assert runtime._given_up >= (filled - least) * (size - 2 * 4096) > 0
+        assert runtime._shrunk >= (filled - least) * (size - 2 * 4096) > 0
         assert any("short of memory" in note for note in llm.stats().notes)
         machine.available = 2 * RESERVE * size
         assert llm.generate([[5, 6, 7]], params)[0].ids == expected
@@ -109,7 +109,7 @@ def test_slots_are_given_up_and_taken_back_and_the_tokens_stay_the_same(toy_v3: 
 def test_memory_goes_back_to_the_system() -> None:
     import torch
 
-    from tierlm.analysis.machine import process_ram
+    from tierlm.host import process_ram
     from tierlm.memory.slots import Slot, allocate
 
     size = 64 * 2**20

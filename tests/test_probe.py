@@ -14,13 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm import LLM, Budget, SamplingParams
+from tierlm.checkpoints import probe as probe_module
+from tierlm.checkpoints.checkpoint import ALIGNMENT
+from tierlm.checkpoints.disk_profile import VERSION, DiskProfile, ProfileCache, disk_name, together
+from tierlm.checkpoints.probe import (
+    DEPTHS,
+    ENOUGH,
+    LASTS,
+    MIB,
+    SIZES,
+    WORTHWHILE,
+    Measurement,
+    choose,
+    find_profile,
+    probe,
+)
+from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, failure
 from tierlm.errors import StorageError
 from tierlm.files import user_cache
-from tierlm.weights import probe as probe_module
-from tierlm.weights.checkpoint import ALIGNMENT
-from tierlm.weights.probe import DEPTHS, ENOUGH, LASTS, MIB, SIZES, WORTHWHILE, Measurement, choose, find_profile, probe
-from tierlm.weights.profile import VERSION, DiskProfile, ProfileCache, disk_name, together
-from tierlm.weights.reader import DirectReader, MmapReader, Reader, Request, failure
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=200)
 FOUND = DiskProfile(4 * MIB, 4, 1.5e9, 0.003)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_files import content
 
+from tierlm.checkpoints.checkpoint import ALIGNMENT, Extent, TensorInfo
+from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, open_reader, split
+from tierlm.checkpoints.rows import read_rows
 from tierlm.errors import StorageError, UsageError
-from tierlm.weights.checkpoint import ALIGNMENT, Extent, TensorInfo
-from tierlm.weights.reader import DirectReader, MmapReader, Reader, Request, open_reader, split
-from tierlm.weights.rows import read_rows
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=60)
 REFUSER = Path("/proc/version")  # procfs has no O_DIRECT

@@ -26,6 +26,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_files import PROFILE, SIDE_BY_SIDE, content, edges_of
 
+from tierlm.checkpoints.checkpoint import ALIGNMENT, Record, TensorInfo, build_record
+from tierlm.checkpoints.reader import DirectReader
 from tierlm.errors import StorageError
 from tierlm.memory import compiled
 from tierlm.memory.compiled import Reads
@@ -35,11 +37,9 @@ from tierlm.memory.ticket import Job, PlainRead, Priority, Ticket
 from tierlm.memory.transfer import Transfer
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import Timeline
-from tierlm.weights.checkpoint import ALIGNMENT, Record, TensorInfo, build_record
-from tierlm.weights.reader import DirectReader
 
 WAIT = 20.0
-DEMAND, SPECULATIVE, BACKGROUND = Priority
+DEMAND, PREFETCH, WARM_UP = Priority
 
 pytestmark = [
     pytest.mark.skipif(compiled.load() is None, reason="not built: there was no C++ compiler"),
@@ -237,19 +237,19 @@ def watched(tmp_path: Path) -> Iterator[tuple[Shelf, Timeline]]:
 def test_demands_go_first(watched: tuple[Shelf, Timeline]) -> None:
     shelf, timeline = watched
     shelf.hold()
-    kinds = (BACKGROUND, SPECULATIVE, DEMAND, BACKGROUND, SPECULATIVE, DEMAND)
+    kinds = (WARM_UP, PREFETCH, DEMAND, WARM_UP, PREFETCH, DEMAND)
     tickets = [shelf.fetch(i, kind) for i, kind in enumerate(kinds)]
     shelf.transfer.gate.set()
     shelf.finish(*tickets)
     names = {i: f"{kind.name.lower()} {i}" for i, kind in enumerate(kinds)}
-    expected = ["demand 2", "demand 5", "speculative 1", "speculative 4", "background 0", "background 3"]
+    expected = ["demand 2", "demand 5", "prefetch 1", "prefetch 4", "warm_up 0", "warm_up 3"]
     assert order_of(names, timeline) == expected
 
 
 def test_a_promoted_guess_is_a_demand(watched: tuple[Shelf, Timeline]) -> None:
     shelf, timeline = watched
     shelf.hold()
-    tickets = [shelf.fetch(i, SPECULATIVE if i < 3 else DEMAND) for i in range(4)]
+    tickets = [shelf.fetch(i, PREFETCH if i < 3 else DEMAND) for i in range(4)]
     shelf.transfer.promote(tickets[1])
     assert tickets[1].priority is DEMAND
     shelf.transfer.promote(tickets[1])  # again
@@ -265,7 +265,7 @@ def test_guesses_leave_threads_to_demands(tmp_path: Path) -> None:
     file, timeline = tmp_path / "f", Timeline()
     file.write_bytes(content(32 * 2**20))
     shelf = Shelf(file, range(0, 32 * 2**20 + 1, 2**20), Held(8, timeline))
-    shelf.finish(*[shelf.fetch(i, SPECULATIVE if i % 2 else BACKGROUND) for i in range(32)])
+    shelf.finish(*[shelf.fetch(i, PREFETCH if i % 2 else WARM_UP) for i in range(32)])
     spans = [(began, ended) for track, _, _, began, ended, _ in timeline._spans if track == "disk->ram"]
     assert len(spans) == 32
     assert max(sum(began <= at < ended for began, ended in spans) for at, _ in spans) <= 2
@@ -278,7 +278,7 @@ def test_guesses_leave_threads_to_demands(tmp_path: Path) -> None:
 def test_cancelled_before_it_begins(watched: tuple[Shelf, Timeline]) -> None:
     shelf, timeline = watched
     shelf.hold()
-    tickets = [shelf.fetch(i, SPECULATIVE) for i in range(3)]
+    tickets = [shelf.fetch(i, PREFETCH) for i in range(3)]
     above = shelf.transfer.submit([Job("up", 1, lambda: None, RuntimeError)], after=tickets[1])
     assert shelf.transfer.cancel(tickets[1]) and tickets[1].cancelled and tickets[1].done
     assert above.done and above.cancelled
@@ -292,7 +292,7 @@ def test_cancelled_before_it_begins(watched: tuple[Shelf, Timeline]) -> None:
 def test_a_promoted_guess_can_be_cancelled(watched: tuple[Shelf, Timeline]) -> None:
     shelf, timeline = watched
     shelf.hold()
-    tickets = [shelf.fetch(i, SPECULATIVE) for i in range(2)]
+    tickets = [shelf.fetch(i, PREFETCH) for i in range(2)]
     shelf.transfer.promote(tickets[0])
     assert shelf.transfer.cancel(tickets[0]) and shelf.transfer.backlog() == 0
     shelf.transfer.gate.set()

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tierlm.analysis.cost import Work
-from tierlm.analysis.recorded import RecordedHits
-from tierlm.analysis.replay import open_policy, replay
-from tierlm.analysis.trace import Trace, TraceInfo
 from tierlm.errors import TraceError
+from tierlm.planning.cost import Work
+from tierlm.planning.recorded import RecordedHits
 from tierlm.policies import DEFAULT
+from tierlm.tracing.replay import open_policy, replay
+from tierlm.tracing.trace import Trace, TraceInfo
 
 LAYERS, EXPERTS, CHOSEN, TOKENS = 3, 8, 2, 60
 WORK = Work(LAYERS, LAYERS, EXPERTS, CHOSEN, 1, 1, 0, 0, 0, 0, 0)

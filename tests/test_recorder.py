@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tierlm import LLM, Budget, SamplingParams
-from tierlm.analysis.recorder import AHEAD, Recorder
-from tierlm.analysis.trace import Trace, TraceInfo
-from tierlm.analysis.traceforms import read_trace
 from tierlm.cli import app
 from tierlm.errors import UsageError
+from tierlm.tracing.recorder import AHEAD, Recorder
+from tierlm.tracing.trace import Trace, TraceInfo
+from tierlm.tracing.traceforms import read_trace
 
 CHOSEN = 4
 PARAMS = SamplingParams(max_new_tokens=5, ignore_eos=True)

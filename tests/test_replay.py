@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tierlm import LLM, Budget, SamplingParams
-from tierlm.analysis.replay import Replayed, open_policy, replay
-from tierlm.analysis.traceforms import read_trace
 from tierlm.policies import POLICIES
+from tierlm.tracing.replay import Replayed, open_policy, replay
+from tierlm.tracing.traceforms import read_trace
 
 PROMPTS = [[(37 * i + 11 * j) % 1000 + 2 for i in range(30 * j + 1)] for j in range(4)]
 

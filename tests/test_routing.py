@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.toys import COMMON, TOYS
+from tierlm.checkpoints.formats import MAKERS
 from tierlm.kernels import Weight, combined, native
 from tierlm.kernels.routing import FEW_ROWS
 from tierlm.models import routing
@@ -19,7 +20,6 @@ from tierlm.models.deepseek import read_spec
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.routing import Routers
 from tierlm.policies.prediction import GateLookahead, NoPredictor
-from tierlm.weights.formats import MAKERS
 
 
 def routers(toy: str, format: str) -> Routers:
@@ -102,7 +102,7 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
         prefetch = SimpleNamespace(due=lambda ahead, prefill: False)
 
         @contextmanager
-        def acquire(self, layer: int, needed: list[int], passing: bool) -> Iterator[Any]:
+        def acquire(self, layer: int, needed: list[int], streaming: bool) -> Iterator[Any]:
             yield [[(expert, dict(zip(roles, map(Weight, mlps[expert]), strict=True))) for expert in needed]]
 
     found = Routers(spec, {"1.gate": gate})
@@ -124,7 +124,7 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
 
 def test_what_most_rows_guess_comes_first() -> None:
     hints: list[list[int]] = []
-    store = SimpleNamespace(hint=lambda layer, keys, ahead, passing: hints.append([key.expert for key in keys]))
+    store = SimpleNamespace(hint=lambda layer, keys, ahead, streaming: hints.append([key.expert for key in keys]))
     spec = routers("v2", "f32").spec
     moe = MixtureOfExperts(spec, None, store, GateLookahead(2))  # type: ignore[arg-type]
     moe._hint(1, 1, True, torch.tensor([[3, 1], [1, 2], [1, 3]]))

@@ -15,21 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_traces import traces
 
-from tierlm.analysis.foresight import foresee
-from tierlm.analysis.link import Link, Speed
-from tierlm.analysis.replay import open_policy, replay
-from tierlm.analysis.simulate import Simulated, simulate
-from tierlm.analysis.timing import Machine
-from tierlm.analysis.trace import Trace, TraceInfo
-from tierlm.analysis.tracefile import write_trace
 from tierlm.errors import UsageError
 from tierlm.policies import POLICIES
 from tierlm.policies.prediction import NoPredictor
 from tierlm.policies.predictors import PREDICTORS, make_predictor
 from tierlm.spec import ExpertKey
+from tierlm.tracing.foresight import foresee
+from tierlm.tracing.link import Link, Speed
+from tierlm.tracing.replay import open_policy, replay
+from tierlm.tracing.simulate import Simulated, simulate
+from tierlm.tracing.timing import Rates
+from tierlm.tracing.trace import Trace, TraceInfo
+from tierlm.tracing.tracefile import write_trace
 
 LAYERS, CHOSEN, EXPERTS = 4, 3, 12
-MACHINE = Machine(1000, Speed(1e6, 1e-5, 4), layer_seconds=1e-3, expert_seconds=1e-4)
+MACHINE = Rates(1000, Speed(1e6, 1e-5, 4), layer_seconds=1e-3, expert_seconds=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def trace() -> Trace:
 
 
 def run(
-    trace: Trace, policy: str = "lru", predictor: str = "none", slots: int = 20, machine: Machine = MACHINE
+    trace: Trace, policy: str = "lru", predictor: str = "none", slots: int = 20, machine: Rates = MACHINE
 ) -> Simulated:
     return simulate(trace, open_policy(policy, trace, slots), make_predictor(predictor, CHOSEN), slots, machine)
 
@@ -58,7 +58,7 @@ class Silent(NoPredictor):
     lookahead = 1
 
 
-def same(trace: Trace, policy: str, slots: int, machine: Machine) -> None:
+def same(trace: Trace, policy: str, slots: int, machine: Rates) -> None:
     """Working out the time from the misses gives what simulating each event does."""
     found = simulate(trace, open_policy(policy, trace, slots), NoPredictor(CHOSEN), slots, machine).as_json()
     expected = simulate(trace, open_policy(policy, trace, slots), Silent(CHOSEN), slots, machine).as_json()
@@ -88,7 +88,7 @@ def test_the_time_without_guesses_is_that_of_its_events(
     trace: Trace, slots: int, speed: float, latency: float, depth: int, computing: float
 ) -> None:
     """Prefills that have to wait for slots, several tokens a step, fewer slots than records, fast and slow disks."""
-    same(trace, "lru", slots, Machine(1000, Speed(speed, latency, depth), 3e-4, computing))
+    same(trace, "lru", slots, Rates(1000, Speed(speed, latency, depth), 3e-4, computing))
 
 
 def test_everything_resident_takes_the_computation_alone(trace: Trace) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from tierlm.checkpoints.checkpoint import Extent, Place, Record
 from tierlm.memory.slots import Slot
-from tierlm.weights.checkpoint import Extent, Place, Record
 
 
 def record(*offsets: int) -> Record:

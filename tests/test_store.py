@@ -20,6 +20,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tierlm.checkpoints.checkpoint import Record, TensorInfo, build_record
+from tierlm.checkpoints.formats import Weights
+from tierlm.checkpoints.reader import Reader, Request, failure
 from tierlm.errors import StorageError
 from tierlm.memory.disk import Disk
 from tierlm.memory.slots import Entry, Slot
@@ -29,12 +32,9 @@ from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.policies import POLICIES, make_policy
-from tierlm.policies.eviction import Setting
+from tierlm.policies.eviction import TierInfo
 from tierlm.policies.prefetch import Prefetch
 from tierlm.spec import ExpertKey, Key, TrunkKey
-from tierlm.weights.checkpoint import Record, TensorInfo, build_record
-from tierlm.weights.formats import Weights
-from tierlm.weights.reader import Reader, Request, failure
 
 LAYERS, EXPERTS = 3, 6
 WAIT = 20.0  # seconds; reached only by a test that fails
@@ -172,7 +172,7 @@ class Bench:
         for name, count in zip(("ram", "vram"), slots, strict=False):
             made = [Slot(torch.zeros(SIZE, dtype=torch.uint8)) for _ in range(count)]
             tier = Tier(
-                name, made, source, self.transfer, make_policy(policy, Setting(layers, count)), lambda key: SIZE
+                name, made, source, self.transfer, make_policy(policy, TierInfo(layers, count)), lambda key: SIZE
             )
             self.tiers.append(tier)
             source = tier
@@ -180,20 +180,20 @@ class Bench:
         self.store = Store(self.top, record_of, WAIT)
         self.store.prefetch = Eager()
 
-    def hint(self, keys: Sequence[ExpertKey], passing: bool = False) -> None:
+    def hint(self, keys: Sequence[ExpertKey], streaming: bool = False) -> None:
         """Hint at keys of any layers."""
         for layer in dict.fromkeys(key.layer for key in keys):
             mine = [key for key in keys if key.layer == layer]
-            self.store.hint(layer, mine, ahead=1, passing=passing)
+            self.store.hint(layer, mine, ahead=1, streaming=streaming)
 
     def close(self) -> None:
         self.shelf.close()
         assert self.transfer.close(WAIT)
 
-    def use(self, layer: int, experts: Sequence[int], *, passing: bool = False) -> list[int]:
+    def use(self, layer: int, experts: Sequence[int], *, streaming: bool = False) -> list[int]:
         """Acquire, check and release; the experts in the order in which they came."""
         came = []
-        with self.store.acquire(layer, experts, passing=passing) as leases:
+        with self.store.acquire(layer, experts, streaming=streaming) as leases:
             for expert, weights in itertools.chain.from_iterable(leases):
                 assert is_whole(weights, ExpertKey(layer, expert))
                 came.append(expert)
@@ -228,11 +228,11 @@ class Bench:
                 if entry.ticket is None:
                     self._check_bytes(entry)
             assert set(tier.policy.victims()) == set(tier.entries)
-            stats, guesses = tier.stats, sum(entry.speculative for entry in tier.entries.values())
+            stats, guesses = tier.stats, sum(entry.prefetched for entry in tier.entries.values())
             if above is None:
-                assert stats.useful + stats.wasted + stats.cancelled + guesses == stats.speculative
+                assert stats.useful + stats.wasted + stats.cancelled + guesses == stats.prefetched
             else:  # a guess that the tier above takes over is in the account of that
-                assert stats.useful + stats.wasted + stats.cancelled + guesses <= stats.speculative
+                assert stats.useful + stats.wasted + stats.cancelled + guesses <= stats.prefetched
                 assert stats.hits + stats.late_hits + stats.misses == above.stats.misses
             above = tier
 
@@ -309,13 +309,13 @@ class Machine(RuleBasedStateMachine):
     @rule(
         layer=layer_numbers,
         experts=expert_sets,
-        passing=st.booleans(),
+        streaming=st.booleans(),
         stop=st.none() | st.integers(0, 3),
         boom=st.booleans(),
         hints=some_keys,
     )
     def acquire(
-        self, layer: int, experts: list[int], passing: bool, stop: int | None, boom: bool, hints: list[ExpertKey]
+        self, layer: int, experts: list[int], streaming: bool, stop: int | None, boom: bool, hints: list[ExpertKey]
     ) -> None:
         """All of them; or the first ``stop``, and then leave, or raise; with 0, what is held stays held."""
         assert self.bench is not None
@@ -324,16 +324,16 @@ class Machine(RuleBasedStateMachine):
         hangs = self.hung in wanted and self.hung not in bench.resident(top)
         everywhere = set().union(*(bench.resident(tier) for tier in bench.tiers))
         must_fail = {key for key in wanted if key in bench.shelf.failing and key not in everywhere}
-        warm = {key for key in bench.resident(top) if key not in top._leaving and not top.entries[key].speculative}
+        warm = {key for key in bench.resident(top) if key not in top._leaving and not top.entries[key].prefetched}
         before = demanded(top)
         seen: list[int] = []
         error: StorageError | None = None
         bench.store.io_timeout = SOON if hangs else WAIT
         try:
-            with bench.store.acquire(layer, experts, passing=passing) as leases:
+            with bench.store.acquire(layer, experts, streaming=streaming) as leases:
                 if stop != 0:
                     bench.shelf.resume()
-                    self._iterate(leases, layer, seen, stop, boom, [] if passing else hints)
+                    self._iterate(leases, layer, seen, stop, boom, [] if streaming else hints)
         except StorageError as caught:
             error = caught
         except Boom:
@@ -350,7 +350,7 @@ class Machine(RuleBasedStateMachine):
             assert not must_fail and (not hangs or self.hung in everywhere)  # a copy from below does not hang
             assert sorted(seen) == sorted(experts)
             assert demanded(top) - before == len(wanted)
-            if passing:
+            if streaming:
                 assert len(warm - set(top.entries)) <= max(2, len(top.slots) // 8), "a prefill drove out warm records"
 
     def _iterate(
@@ -359,7 +359,7 @@ class Machine(RuleBasedStateMachine):
         assert self.bench is not None
         for expert, weights in itertools.chain.from_iterable(leases):
             assert is_whole(weights, ExpertKey(layer, expert))
-            self.bench.hint(hints, passing=len(hints) % 2 == 0)
+            self.bench.hint(hints, streaming=len(hints) % 2 == 0)
             assert is_whole(weights, ExpertKey(layer, expert)), "a leased record was given away"
             seen.append(expert)
             if len(seen) == stop:
@@ -367,10 +367,10 @@ class Machine(RuleBasedStateMachine):
                     raise Boom
                 break
 
-    @rule(hints=some_keys, passing=st.booleans())
-    def hint(self, hints: list[ExpertKey], passing: bool) -> None:
+    @rule(hints=some_keys, streaming=st.booleans())
+    def hint(self, hints: list[ExpertKey], streaming: bool) -> None:
         assert self.bench is not None
-        self.bench.hint(hints, passing)
+        self.bench.hint(hints, streaming)
 
     @rule(hints=some_keys)
     def warm(self, hints: list[ExpertKey]) -> None:
@@ -383,7 +383,7 @@ class Machine(RuleBasedStateMachine):
         top = self.bench.top
         top.cancel_stale(lambda key: key.layer == layer and key.expert not in kept)
         stale = [entry for key, entry in top.entries.items() if key.layer == layer and key.expert not in kept]
-        assert not any(entry.speculative for entry in stale)
+        assert not any(entry.prefetched for entry in stale)
 
     @rule()
     def settle(self) -> None:
@@ -427,21 +427,21 @@ class Machine(RuleBasedStateMachine):
             self.hung = key
 
     @rule(which=st.integers(0, 1), slots=st.integers(0, 8))
-    def give_up(self, which: int, slots: int) -> None:
+    def shrink(self, which: int, slots: int) -> None:
         """The memory of some slots goes back to the system. One that hangs must not be the last."""
         assert self.bench is not None
         tier = self.bench.tiers[which % self.tiers]
         before, least = len(tier.slots), 1 if self.hung is None else 2
-        tier.give_up(slots * SIZE, least)
+        tier.shrink(slots * SIZE, least)
         assert min(before, least) <= len(tier.slots) <= before
         assert all(not slot.filled for slot in tier._retired)
 
     @rule(which=st.integers(0, 1), slots=st.integers(0, 8))
-    def take_back(self, which: int, slots: int) -> None:
+    def grow(self, which: int, slots: int) -> None:
         assert self.bench is not None
         tier = self.bench.tiers[which % self.tiers]
         before, away = len(tier.slots), tier.retired
-        assert tier.take_back(slots * SIZE) == min(slots, away) * SIZE
+        assert tier.grow(slots * SIZE) == min(slots, away) * SIZE
         assert (len(tier.slots), tier.retired) == (before + min(slots, away), away - min(slots, away))
 
     @precondition(lambda self: self.hung is not None)
@@ -474,13 +474,13 @@ TestTwoTiers.settings = MACHINE_SETTINGS
 
 
 @pytest.mark.parametrize("slots", [(1,), (1, 1), (1, 4), (4, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize("passing", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_fewer_slots_than_experts(slots: tuple[int, ...], passing: bool, policy: str) -> None:
+def test_fewer_slots_than_experts(slots: tuple[int, ...], streaming: bool, policy: str) -> None:
     with bench_of(*slots, policy=policy) as bench:
         for _ in range(2):
             for layer in range(LAYERS):
-                bench.use(layer, range(EXPERTS), passing=passing)
+                bench.use(layer, range(EXPERTS), streaming=streaming)
         assert demanded(bench.top) == 2 * LAYERS * EXPERTS
 
 
@@ -516,7 +516,7 @@ def iterate_then(leases: Leases, count: int, then: Callable[[], None]) -> Iterat
 
 
 @pytest.mark.parametrize("slots", [(4,), (4, 4), (2, 4), (4, 2)], ids=str)
-def test_demand_joins_a_speculative_read(slots: tuple[int, ...]) -> None:
+def test_demand_joins_a_prefetched_read(slots: tuple[int, ...]) -> None:
     with bench_of(*slots, threads=8) as bench:
         bench.shelf.pause()
         bench.hint(keys(0, 1))
@@ -526,7 +526,7 @@ def test_demand_joins_a_speculative_read(slots: tuple[int, ...]) -> None:
             assert sorted(expert for expert, _ in itertools.chain.from_iterable(leases)) == [1, 2]
         stats = bench.top.stats
         assert (stats.hits, stats.late_hits, stats.misses) == (0, 1, 1)
-        assert (stats.speculative, stats.useful, stats.wasted, stats.cancelled) == (1, 1, 0, 0)
+        assert (stats.prefetched, stats.useful, stats.wasted, stats.cancelled) == (1, 1, 0, 0)
         assert set(bench.shelf.reads.values()) == {1}
         bench.use(0, [1, 2])
         assert stats.hits == 2
@@ -574,7 +574,7 @@ def test_hint_of_what_is_there_reads_nothing(slots: tuple[int, ...]) -> None:
         bench.hint(keys(0, 1, 1))
         bench.drain()
         assert sum(bench.shelf.reads.values()) == 2
-        assert bench.top.stats.speculative == 0
+        assert bench.top.stats.prefetched == 0
 
 
 @pytest.mark.parametrize("slots", [(2,), (4,), (17,), (4, 4), (17, 4)], ids=str)
@@ -582,15 +582,15 @@ def test_guesses_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, ...])
     with bench_of(*slots) as bench:
         bench.use(2, range(slots[-1]))  # all slots are warm
         for _ in range(2):
-            bench.hint(keys(1, *range(EXPERTS)), passing=True)
+            bench.hint(keys(1, *range(EXPERTS)), streaming=True)
             bench.drain()
-        bench.use(0, range(EXPERTS), passing=True)
+        bench.use(0, range(EXPERTS), streaming=True)
         bench.check()
         for layer in (1, 0, 1, 0):  # the slots that the last layer has passed through are up for guesses now
             for _ in range(3):
-                bench.hint(keys(1 - layer, *range(EXPERTS)), passing=True)
+                bench.hint(keys(1 - layer, *range(EXPERTS)), streaming=True)
                 bench.drain()
-            bench.use(layer, range(EXPERTS), passing=True)
+            bench.use(layer, range(EXPERTS), streaming=True)
             bench.check()
 
 
@@ -621,7 +621,7 @@ def test_stale_guesses_are_dropped(slots: tuple[int, ...]) -> None:
             assert [expert for expert, _ in itertools.chain.from_iterable(leases)] == [5]
         bench.drain()
         stats = bench.top.stats
-        assert stats.speculative == 3
+        assert stats.prefetched == 3
         assert stats.cancelled + stats.wasted == 3
         assert stats.useful == 0
         if len(slots) == 1:
@@ -648,7 +648,7 @@ def test_prefill_leaves_warm_records(policy: str, slots: int, below: int | None)
         warm = set(bench.top.entries)
         assert len(warm) == slots
         for layer in (2, 3):
-            bench.use(layer, range(30), passing=True)
+            bench.use(layer, range(30), streaming=True)
         kept = warm & set(bench.top.entries)
         assert len(kept) >= slots - max(2, slots // 8)
 
@@ -661,20 +661,20 @@ def test_prefill_through_two_tiers_ends(below: int) -> None:
             bench.use(layer, range(EXPERTS))
         for _ in range(3):
             for layer in range(LAYERS):
-                bench.use(layer, range(20), passing=True)
+                bench.use(layer, range(20), streaming=True)
 
 
 def test_prefill_that_hits_counts_as_use() -> None:
     with bench_of(4) as bench:
         bench.use(0, [0, 1, 2, 3])
-        bench.use(0, [0, 1], passing=True)
+        bench.use(0, [0, 1], streaming=True)
         assert bench.top.stats.hits == 2
         assert set(bench.top.entries) == set(keys(0, 0, 1, 2, 3))
 
 
 def test_prefill_of_an_empty_store_fills_it() -> None:
     with bench_of(4) as bench:
-        bench.use(0, range(4), passing=True)
+        bench.use(0, range(4), streaming=True)
         assert set(bench.top.entries) == set(keys(0, 0, 1, 2, 3))
         bench.use(0, range(4))
         assert bench.top.stats.hits == 4
@@ -684,20 +684,20 @@ def test_prefill_of_an_empty_store_fills_it() -> None:
 
 
 @pytest.mark.parametrize("slots", [(1,), (4,), (1, 1), (4, 4), (1, 4), (4, 1)], ids=str)
-@pytest.mark.parametrize("passing", [False, True])
-def test_failed_read_names_itself(slots: tuple[int, ...], passing: bool) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_failed_read_names_itself(slots: tuple[int, ...], streaming: bool) -> None:
     with bench_of(*slots) as bench:
         bench.shelf.failing.add(ExpertKey(1, 2))
         for _ in range(3):
             with pytest.raises(StorageError, match="made to fail") as caught:
-                bench.use(1, [0, 2, 3], passing=passing)
+                bench.use(1, [0, 2, 3], streaming=streaming)
             assert Path(caught.value.file).name in ("1-2-0", "1-2-1")
             assert (caught.value.tensor, caught.value.offset) in [("1-2.gate_proj", 128), ("1-2.down_proj", 5000)]
             bench.drain()
             bench.check()
-            bench.use(1, [0, 3, 4], passing=passing)
+            bench.use(1, [0, 3, 4], streaming=streaming)
         bench.shelf.failing.clear()
-        bench.use(1, [0, 2, 3], passing=passing)
+        bench.use(1, [0, 2, 3], streaming=streaming)
 
 
 def test_a_guess_that_fails_is_read_again_for_the_demand_that_joined_it() -> None:
@@ -718,13 +718,13 @@ def test_a_guess_that_fails_is_read_again_for_the_demand_that_joined_it() -> Non
         bench.check()
 
 
-def test_guesses_that_took_over_the_passing_slots_are_no_deadlock() -> None:
+def test_guesses_that_took_over_the_streaming_slots_are_no_deadlock() -> None:
     with bench_of(17) as bench:
         bench.use(2, range(17))  # all slots are warm
-        bench.use(0, range(EXPERTS), passing=True)  # the passing slots are the first to leave
-        bench.hint(keys(1, *range(EXPERTS)), passing=True)
+        bench.use(0, range(EXPERTS), streaming=True)  # the streaming slots are the first to leave
+        bench.hint(keys(1, *range(EXPERTS)), streaming=True)
         bench.drain()
-        bench.use(0, range(20, 26), passing=True)
+        bench.use(0, range(20, 26), streaming=True)
         bench.check()
 
 

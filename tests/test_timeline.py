@@ -55,7 +55,7 @@ def test_a_model_writes_reads_waits_and_products(toy_v3: tuple[Path, Any], tmp_p
     reads = [event for event in spans if tracks[event["pid"]] == "disk->ram"]
     assert {"compute", "disk->ram", "wait"} <= set(tracks.values())
     assert sum(event["args"]["bytes"] for event in reads) >= moved > 0
-    assert {event["args"]["priority"] for event in reads} <= {"demand", "speculative", "background"}
+    assert {event["args"]["priority"] for event in reads} <= {"demand", "prefetch", "warm_up"}
     assert {"attention 0", "lm_head"} <= {event["name"] for event in spans}
     assert all(event["dur"] >= 0 for event in spans)
 

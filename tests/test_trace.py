@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tierlm.analysis.trace import Trace, TraceInfo
-from tierlm.analysis.tracefile import HEAD, TraceWriter, write_trace
-from tierlm.analysis.traceforms import FORMS, ORACLE, convert, read_trace
 from tierlm.errors import TraceError, UsageError
+from tierlm.tracing.trace import Trace, TraceInfo
+from tierlm.tracing.tracefile import HEAD, TraceWriter, write_trace
+from tierlm.tracing.traceforms import FORMS, ORACLE, convert, read_trace
 
 TOKENS, LAYERS, CHOSEN, EXPERTS = 60, 3, 4, 16
 LINES = [json.dumps({"tok": i, "layers": [[0, 1 + i], [2, 3]]}) for i in range(5)]
@@ -49,9 +49,9 @@ def test_own_format_gives_back_everything(tmp_path: Path) -> None:
 
 
 def test_blocks_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierlm.analysis.tracefile.BLOCK", 7)
-    monkeypatch.setattr("tierlm.analysis.tracefile.BLOCK_BYTES", 7 * LAYERS * CHOSEN)
-    monkeypatch.setattr("tierlm.analysis.trace.BLOCK", 7)
+    monkeypatch.setattr("tierlm.tracing.tracefile.BLOCK", 7)
+    monkeypatch.setattr("tierlm.tracing.tracefile.BLOCK_BYTES", 7 * LAYERS * CHOSEN)
+    monkeypatch.setattr("tierlm.tracing.trace.BLOCK", 7)
     trace = make_trace()
     write_trace(tmp_path / "t", trace)
     found = read_trace(tmp_path / "t")

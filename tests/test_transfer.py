@@ -45,8 +45,8 @@ class Bench:
 
         return Job(link, nbytes, run, lambda what: Stalled(f"{name} {what}"))
 
-    def submit(self, *names: str, speculative: bool = False, after: Ticket | None = None) -> Ticket:
-        priority = Priority.SPECULATIVE if speculative else Priority.DEMAND
+    def submit(self, *names: str, prefetched: bool = False, after: Ticket | None = None) -> Ticket:
+        priority = Priority.PREFETCH if prefetched else Priority.DEMAND
         return self.transfer.submit([self.job(name) for name in names], priority=priority, after=after)
 
     def hold(self, name: str, error: Exception | None = None) -> tuple[Ticket, threading.Event]:
@@ -99,9 +99,9 @@ def fail(error: BaseException) -> Callable[[], None]:
 # Order
 
 
-def test_demand_goes_ahead_of_speculative(one: Bench) -> None:
+def test_demand_goes_ahead_of_prefetched(one: Bench) -> None:
     _, gate = one.hold("held")
-    guesses = [one.submit("guess 1", speculative=True), one.submit("guess 2", speculative=True)]
+    guesses = [one.submit("guess 1", prefetched=True), one.submit("guess 2", prefetched=True)]
     demands = [one.submit("demand 1"), one.submit("demand 2")]
     gate.set()
     one.finish(*guesses, *demands)
@@ -110,8 +110,8 @@ def test_demand_goes_ahead_of_speculative(one: Bench) -> None:
 
 def test_promoted_ticket_becomes_a_demand(one: Bench) -> None:
     _, gate = one.hold("held")
-    first = one.submit("guess 1", speculative=True)
-    second = one.submit("guess 2a", "guess 2b", speculative=True)
+    first = one.submit("guess 1", prefetched=True)
+    second = one.submit("guess 2a", "guess 2b", prefetched=True)
     demand = one.submit("demand")
     one.transfer.promote(second)
     assert second.priority is Priority.DEMAND
@@ -122,9 +122,9 @@ def test_promoted_ticket_becomes_a_demand(one: Bench) -> None:
 
 def test_promote_reaches_what_the_ticket_waits_for(one: Bench) -> None:
     _, gate = one.hold("held")
-    other = one.submit("other", speculative=True)
-    below = one.submit("below", speculative=True)
-    above = one.submit("above", speculative=True, after=below)
+    other = one.submit("other", prefetched=True)
+    below = one.submit("below", prefetched=True)
+    above = one.submit("above", prefetched=True, after=below)
     one.transfer.promote(above)
     gate.set()
     one.finish(other, above)
@@ -132,7 +132,7 @@ def test_promote_reaches_what_the_ticket_waits_for(one: Bench) -> None:
 
 
 def test_promote_is_harmless_when_late(one: Bench) -> None:
-    ticket = one.submit("guess", speculative=True)
+    ticket = one.submit("guess", prefetched=True)
     one.finish(ticket)
     one.transfer.promote(ticket)
     demand = one.submit("demand")
@@ -184,18 +184,18 @@ def test_after_a_ticket_that_is_done(one: Bench) -> None:
 
 def test_cancelled_ticket_never_runs(one: Bench) -> None:
     _, gate = one.hold("held")
-    guess = one.submit("guess a", "guess b", speculative=True)
+    guess = one.submit("guess a", "guess b", prefetched=True)
     assert one.transfer.cancel(guess)
     assert guess.done and guess.cancelled and guess.error is None
     one.transfer.wait_any([guess], 0)  # it counts as done
     gate.set()
-    one.finish(one.submit("last", speculative=True))
+    one.finish(one.submit("last", prefetched=True))
     assert one.ran == ["held", "last"]
 
 
 def test_promoted_ticket_can_be_cancelled(one: Bench) -> None:
     _, gate = one.hold("held")
-    guess = one.submit("guess", speculative=True)
+    guess = one.submit("guess", prefetched=True)
     one.transfer.promote(guess)
     assert one.transfer.cancel(guess)
     gate.set()
@@ -220,7 +220,7 @@ def test_too_late_to_cancel_once_one_job_has_begun(one: Bench) -> None:
         inside.set()
         assert gate.wait(WAIT)
 
-    ticket = one.transfer.submit([one.job("a", then), one.job("b")], priority=Priority.SPECULATIVE)
+    ticket = one.transfer.submit([one.job("a", then), one.job("b")], priority=Priority.PREFETCH)
     assert inside.wait(WAIT)
     assert not one.transfer.cancel(ticket)
     gate.set()
@@ -231,39 +231,39 @@ def test_too_late_to_cancel_once_one_job_has_begun(one: Bench) -> None:
 
 def test_cancelled_twice(one: Bench) -> None:
     _, _gate = one.hold("held")
-    guess = one.submit("guess", speculative=True)
+    guess = one.submit("guess", prefetched=True)
     assert one.transfer.cancel(guess)
     assert not one.transfer.cancel(guess)
 
 
 def test_cancellation_reaches_dependents(one: Bench) -> None:
     _, gate = one.hold("held")
-    below = one.submit("below", speculative=True)
-    above = one.submit("above", speculative=True, after=below)
-    top = one.submit("top", speculative=True, after=above)
+    below = one.submit("below", prefetched=True)
+    above = one.submit("above", prefetched=True, after=below)
+    top = one.submit("top", prefetched=True, after=above)
     assert one.transfer.cancel(below)
     assert above.done and above.cancelled and top.done and top.cancelled
     gate.set()
-    one.finish(one.submit("last", speculative=True))
+    one.finish(one.submit("last", prefetched=True))
     assert one.ran == ["held", "last"]
 
 
 def test_cancelled_dependent_leaves_the_one_below(one: Bench) -> None:
     below, gate = one.hold("below")
-    above = one.submit("above", speculative=True, after=below)
+    above = one.submit("above", prefetched=True, after=below)
     assert one.transfer.cancel(above)
     assert not below.done
     gate.set()
     one.finish(below)
     assert below.error is None and not below.cancelled
-    one.finish(one.submit("last", speculative=True))
+    one.finish(one.submit("last", prefetched=True))
     assert one.ran == ["below", "last"]
 
 
 def test_submitted_after_a_cancelled_ticket(one: Bench) -> None:
     """It never runs, and says so: done without error and not cancelled would be success."""
     _, gate = one.hold("held")
-    below = one.submit("below", speculative=True)
+    below = one.submit("below", prefetched=True)
     assert one.transfer.cancel(below)
     above = one.submit("above", after=below)
     assert above.done and above.cancelled and above.error is None
@@ -399,7 +399,7 @@ def test_wait_wakes_other_threads(two: Bench) -> None:
 def test_busy_counts_bytes_per_link(one: Bench) -> None:
     ticket = one.transfer.submit(
         [one.job("a", nbytes=3, link="disk->ram"), one.job("b", nbytes=4, link="disk->ram")],
-        priority=Priority.SPECULATIVE,
+        priority=Priority.PREFETCH,
     )
     other = one.transfer.submit([one.job("c", nbytes=5, link="ram->vram")], after=ticket)
     one.finish(other)
@@ -417,7 +417,7 @@ def test_nothing_is_lost_under_load() -> None:
         tickets: list[tuple[str, Ticket]] = []
         for i in range(300):
             after = tickets[-1][1] if i % 5 == 4 else None
-            tickets.append((f"{i}", bench.submit(f"{i} a", f"{i} b", speculative=i % 2 == 0, after=after)))
+            tickets.append((f"{i}", bench.submit(f"{i} a", f"{i} b", prefetched=i % 2 == 0, after=after)))
             if i % 7 == 6:
                 bench.transfer.cancel(tickets[-2][1])
             if i % 3 == 2:
@@ -459,7 +459,7 @@ def test_close_drops_what_is_queued_and_says_who_is_stuck() -> None:
     bench = Bench(Transfer(1))
     held, gate = bench.hold("held")
     bench.submit("queued")
-    bench.submit("guess", speculative=True)
+    bench.submit("guess", prefetched=True)
     bench.submit("above", after=held)
     assert not bench.transfer.close(0.01)
     gate.set()

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tierlm.checkpoints.hub import find_model
 from tierlm.config import Budget, RuntimeOptions, SamplingParams
 from tierlm.engine.generate import Running
 from tierlm.errors import CheckpointError, PromptError, StorageError, UsageError
-from tierlm.models.hub import find_model
 from tierlm.runtime import Runtime
 from tierlm.stats import Counters, Stats, collect
 from tierlm.text import Message, TextCodec, TextStream

@@ -49,7 +49,7 @@ def _phase(phase: Phase) -> str:
 
 def _tier(tier: TierStats) -> str:
     return (
-        f"{tier.hits} hits, {tier.late_hits} late, {tier.misses} misses; guessed {tier.speculative}: {tier.useful} "
+        f"{tier.hits} hits, {tier.late_hits} late, {tier.misses} misses; guessed {tier.prefetched}: {tier.useful} "
         f"useful, {tier.wasted} wasted, {tier.cancelled} cancelled; {tier.warmed} in the background"
     )
 

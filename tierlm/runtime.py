@@ -13,19 +13,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tierlm.analysis.machine import available_ram, process_ram
-from tierlm.analysis.plan import AUTO_RAM, Plan, TierPlan, make_plan
-from tierlm.analysis.pressure import Pressure
-from tierlm.analysis.recorder import Recorder
-from tierlm.analysis.trace import TraceInfo
+from tierlm.checkpoints.codec import load_zstandard
+from tierlm.checkpoints.disk_profile import ProfileCache
+from tierlm.checkpoints.formats import DTYPES, Weights, weights_of
+from tierlm.checkpoints.mirrors import open_disks
+from tierlm.checkpoints.reader import split
+from tierlm.checkpoints.rows import Rows
 from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.generate import Engine
 from tierlm.errors import BudgetError, UsageError
 from tierlm.files import user_cache
+from tierlm.host import available_ram, process_ram
 from tierlm.kernels import native
 from tierlm.memory.disk import Disk
 from tierlm.memory.heat import Heat
 from tierlm.memory.kvcache import KvCache
+from tierlm.memory.pressure import Pressure
 from tierlm.memory.slots import Slot, allocate, can_give_back
 from tierlm.memory.store import Store
 from tierlm.memory.ticket import DISK, Priority
@@ -33,22 +36,19 @@ from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.models.catalog import GATES, Catalog
-from tierlm.models.decoder import Decoder, Step
+from tierlm.models.decoder import Decoder, Segment
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.outline import sizes_of
 from tierlm.models.routing import Routers
+from tierlm.planning.plan import AUTO_RAM, Plan, TierPlan, make_plan
 from tierlm.policies import make_policy
-from tierlm.policies.eviction import Setting
+from tierlm.policies.eviction import TierInfo
 from tierlm.policies.predictors import make_predictor
 from tierlm.policies.recency import Lru
 from tierlm.spec import ExpertKey
 from tierlm.timeline import Timeline
-from tierlm.weights.codec import load_zstandard
-from tierlm.weights.formats import DTYPES, Weights, weights_of
-from tierlm.weights.mirrors import open_disks
-from tierlm.weights.profile import ProfileCache
-from tierlm.weights.reader import split
-from tierlm.weights.rows import Rows
+from tierlm.tracing.recorder import Recorder
+from tierlm.tracing.trace import TraceInfo
 
 COPY_THREADS = 2  # to vram
 AUTO_VRAM = 0.9  # the share of what is free
@@ -86,7 +86,7 @@ class Runtime:
             raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
         self.context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
         self.predictor = make_predictor(options.predictor, spec.experts_per_token)
-        make_policy(options.policy, Setting(spec.layers, 1))  # a wrong name is told before anything is loaded
+        make_policy(options.policy, TierInfo(spec.layers, 1))  # a wrong name is told before anything is loaded
         self.plan = self._plan(budget)
         mirrors = [Path(folder) for folder in options.mirrors]
         self.reader, self.disk_profile, disks = open_disks(
@@ -111,14 +111,14 @@ class Runtime:
         self.pressure: Pressure | None = None  # --ram auto was chosen for what was free, which others may come to need
         if budget.ram is None and can_give_back():
             self.pressure = Pressure(reserve=int(self.ram_budget * (1 - AUTO_RAM) / AUTO_RAM))
-        self._given_up = self._taken_back = 0
+        self._shrunk = self._regrown = 0
         self.load_seconds = time.perf_counter() - began
 
     @property
     def notes(self) -> list[str]:
         followed = []
-        if self._given_up:
-            what = f"{format_size(self._given_up)} of slots given up, {format_size(self._taken_back)} taken back"
+        if self._shrunk:
+            what = f"{format_size(self._shrunk)} of slots given up, {format_size(self._regrown)} taken back"
             followed.append(f"this machine was short of memory: {what}")
         return self._notes + self.reader.troubles() + followed
 
@@ -138,7 +138,7 @@ class Runtime:
         span = self.cache.reserve(len(ids))
         out = torch.empty(len(ids), self.catalog.spec.vocab)
         for start in range(0, len(ids), self.options.prefill_chunk):
-            step = Step(ids[start : start + self.options.prefill_chunk], span)
+            step = Segment(ids[start : start + self.options.prefill_chunk], span)
             self.decoder.forward([step], prefill=True, out=out[start : start + len(step.ids)])
         return out
 
@@ -154,9 +154,9 @@ class Runtime:
         tier = self.experts[-1]  # of ram
         change = self.pressure.change(sum(slot.size for slot in tier.slots if slot.filled))
         if change < 0:
-            self._given_up += tier.give_up(-change, self.catalog.spec.experts_per_token)
+            self._shrunk += tier.shrink(-change, self.catalog.spec.experts_per_token)
         elif change > 0 and tier.retired:
-            self._taken_back += tier.take_back(change)
+            self._regrown += tier.grow(change)
 
     def close(self) -> None:
         """Stop the threads and close the files; keep what is to be kept. A thread that is stuck in a read keeps its
@@ -259,12 +259,12 @@ class Runtime:
         policy_name = self.options.policy
         if everything and policy_name == "default":  # nothing has to leave, so nothing need be learnt
             policy_name = "lru"
-        policy = make_policy(policy_name, Setting(self.catalog.spec.layers, plan.expert_slots, self.catalog.size))
+        policy = make_policy(policy_name, TierInfo(self.catalog.spec.layers, plan.expert_slots, self.catalog.size))
         return Tier(name, slots, source, self.transfer, policy, self.catalog.size)
 
     def _trunk_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:
         sizes = [self.catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
-        policy = Lru(Setting(self.catalog.spec.layers, len(sizes), self.catalog.size))
+        policy = Lru(TierInfo(self.catalog.spec.layers, len(sizes), self.catalog.size))
         return Tier(name, _cut(allocate(sum(sizes), device), sizes), source, self.transfer, policy, self.catalog.size)
 
     def _open_recorder(self, file: Path) -> Recorder:
@@ -282,7 +282,7 @@ class Runtime:
 
     def _load_gates(self, disk: Disk) -> Weights:
         slot = Slot(allocate(self.catalog.size(GATES), torch.device("cpu")))
-        ticket, _ = disk.fetch(GATES, slot, Priority.DEMAND, passing=False)
+        ticket, _ = disk.fetch(GATES, slot, Priority.DEMAND, streaming=False)
         self.transfer.wait_any([ticket], self.options.io_timeout)
         if ticket.error is not None:
             raise ticket.error

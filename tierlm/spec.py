@@ -46,7 +46,7 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class Router:
+class RouterSpec:
     """How a token's experts are chosen.
 
     ``softmax``: DeepSeek-V2 (arXiv 2405.04434), a group's score is its best expert's.
@@ -75,7 +75,7 @@ class ModelSpec:
     experts: int
     experts_per_token: int
     shared_experts: int
-    router: Router
+    router: RouterSpec
     heads: int
     q_rank: int | None
     kv_rank: int

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from tierlm.analysis.machine import peak_ram
-from tierlm.analysis.plan import Plan
+from tierlm.host import peak_ram
 from tierlm.memory.tiers import TierStats
 from tierlm.memory.transfer import LinkStats
+from tierlm.planning.plan import Plan
 from tierlm.runtime import Meter, Runtime
 
 

@@ -11,8 +11,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from tierlm.checkpoints.checkpoint import read_json
 from tierlm.errors import CheckpointError, UsageError
-from tierlm.weights.checkpoint import read_json
 
 Message = Mapping[str, Any]
 

@@ -15,8 +15,8 @@ from tierlm.config import format_size
 from tierlm.errors import BudgetError, CheckpointError, TierlmError
 
 if TYPE_CHECKING:
-    from tierlm.analysis.health import Finding
     from tierlm.models.catalog import Catalog
+    from tierlm.profiling.health import Finding
 
 COLOURS = {"ok": "green", "note": "yellow", "broken": "red"}
 
@@ -26,9 +26,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Look for what is wrong or slow with a model and this machine, and say what to do. Exit code 1: it cannot run."""
-    from tierlm.analysis.health import Finding, check_files, check_limits, check_machine
     from tierlm.models.catalog import Catalog
-    from tierlm.models.known import find_config
+    from tierlm.planning.known import find_config
+    from tierlm.profiling.health import Finding, check_files, check_limits, check_machine
 
     findings: list[Finding] = []
     catalog = None
@@ -67,12 +67,12 @@ def doctor(
 
 def _budget(catalog: Catalog) -> Finding:
     """Whether the model runs in what --ram auto would take."""
-    from tierlm.analysis.forecast import PROCESS
-    from tierlm.analysis.health import Finding
-    from tierlm.analysis.machine import available_ram
-    from tierlm.analysis.plan import AUTO_RAM, make_plan
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
+    from tierlm.host import available_ram
     from tierlm.models.outline import sizes_of
+    from tierlm.planning.forecast import PROCESS
+    from tierlm.planning.plan import AUTO_RAM, make_plan
+    from tierlm.profiling.health import Finding
 
     spec, ram = catalog.spec, int(available_ram() * AUTO_RAM)
     sizes = sizes_of(catalog, min(spec.max_position, DEFAULT_CONTEXT), RuntimeOptions().prefill_chunk, 4)

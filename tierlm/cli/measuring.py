@@ -22,7 +22,7 @@ from tierlm.config import format_size
 from tierlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from tierlm.analysis.profile import Profile, Spread
+    from tierlm.profiling.profile import Profile, Spread
 
 DISK_SECONDS = 24.0  # over all paths
 TORCH = 480 * 2**20  # bytes that torch, weights to multiply with and the embedded model take together
@@ -43,7 +43,7 @@ def profile(
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    from tierlm.analysis.profile import default_file
+    from tierlm.profiling.profile import default_file
 
     paths = path or [Path()]
     for file in (json_file, plot):
@@ -82,9 +82,9 @@ def profile(
                 raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
             console.print(f"not remembered: {file}: {error.strerror}")
     if plot is not None:
-        from tierlm.analysis.picture import draw
-        from tierlm.models.known import find_config
         from tierlm.models.outline import Outline, work_of
+        from tierlm.planning.known import find_config
+        from tierlm.profiling.picture import draw
 
         named = find_config(model)
         outline = Outline(named.config, named.where, format)
@@ -94,11 +94,11 @@ def profile(
 
 
 def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) -> Profile:
-    from tierlm.analysis.bandwidth import measure_memory, measure_touch
-    from tierlm.analysis.machine import available_ram, total_ram
-    from tierlm.analysis.profile import DiskRate, Profile
-    from tierlm.analysis.storage import ROUNDS, cells, files_of, measure_disk
     from tierlm.errors import TierlmError
+    from tierlm.host import available_ram, total_ram
+    from tierlm.profiling.bandwidth import measure_memory, measure_touch
+    from tierlm.profiling.profile import DiskRate, Profile
+    from tierlm.profiling.storage import ROUNDS, cells, files_of, measure_disk
 
     missing: list[str] = []
     memory = measure_memory(step("caches and RAM", 4))
@@ -130,7 +130,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
             f"kernels, cards and the engine: {format_size(free)} of RAM are free, torch takes {format_size(TORCH)}"
         )
         return measured
-    from tierlm.analysis.arithmetic import (
+    from tierlm.profiling.arithmetic import (
         FORMATS,
         MANY,
         ROWS,

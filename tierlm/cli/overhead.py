@@ -9,10 +9,10 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tierlm.analysis.arithmetic import Stream
+    from tierlm.checkpoints.formats import Weights
     from tierlm.memory.trunks import Trunks
+    from tierlm.profiling.arithmetic import Stream
     from tierlm.spec import TrunkKey
-    from tierlm.weights.formats import Weights
 
 # Of the embedded model: tokens that are made, and of a prompt that uses all experts; layers; experts of all layers.
 DEMO_TOKENS, DEMO_PROMPT, DEMO_LAYERS, DEMO_RECORDS, DEMO_ROUNDS = 24, 64, 7, 6 * 32, 3
@@ -33,9 +33,9 @@ def engine_seconds() -> tuple[float, float]:
     """Seconds that a layer's decode step takes, and a prefill for each expert, when the weights are next to nothing:
     the embedded model, all of it resident. A decode step is timed with caches that other weights have gone through, as
     in a large model: there, all that is not arithmetic takes several times as long."""
-    from tierlm.analysis.arithmetic import Stream
     from tierlm.config import Budget, SamplingParams
     from tierlm.llm import LLM
+    from tierlm.profiling.arithmetic import Stream
 
     prompt = [list(range(2, 2 + DEMO_PROMPT))]
     with LLM.load("demo", budget=Budget("2GiB"), context=256, heat=False, probe="off") as llm:

@@ -30,7 +30,7 @@ def pack(
 
     The model's own files are only read. When interrupted, the same command goes on where it was.
     """
-    from tierlm.models.hub import find_model
+    from tierlm.checkpoints.hub import find_model
     from tierlm.models.packing import pack_model
 
     console = Console(stderr=True)
@@ -53,9 +53,9 @@ def verify(model: Model) -> None:
 
     Exit code 1 if anything is wrong; each damaged record is named.
     """
+    from tierlm.checkpoints.hub import find_model
+    from tierlm.checkpoints.verify import damage
     from tierlm.models.catalog import Catalog
-    from tierlm.models.hub import find_model
-    from tierlm.weights.verify import damage
 
     console = Console(stderr=True)
     catalog = Catalog(find_model(model))

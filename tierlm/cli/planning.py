@@ -17,10 +17,10 @@ from tierlm.config import format_size, parse_size
 from tierlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from tierlm.analysis.cost import Machine, Work
-    from tierlm.analysis.forecast import Forecast, Question
-    from tierlm.analysis.plan import Sizes
     from tierlm.models.outline import Records
+    from tierlm.planning.cost import Machine, Work
+    from tierlm.planning.forecast import Forecast, Question
+    from tierlm.planning.plan import Sizes
 
 Model = Annotated[
     str, typer.Argument(help="A folder, a config.json, a hub id, 'demo', or a known model such as DeepSeek-V3.")
@@ -47,11 +47,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a budget means for a model on a machine: bytes, slots, tokens a second. No weights are needed."""
-    from tierlm.analysis.forecast import Question, forecast
-    from tierlm.analysis.machine import available_ram
-    from tierlm.analysis.plan import AUTO_RAM
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
+    from tierlm.host import available_ram
     from tierlm.models.outline import sizes_of, work_of
+    from tierlm.planning.forecast import Question, forecast
+    from tierlm.planning.plan import AUTO_RAM
 
     name, records = _records(model, format)
     tokens = context or min(records.spec.max_position, DEFAULT_CONTEXT)
@@ -88,8 +88,8 @@ def plan(
 def _records(model: str, format: str | None) -> tuple[str, Records]:
     """The records of a model, exactly where its files are there and are to be used as they are."""
     from tierlm.models.catalog import Catalog
-    from tierlm.models.known import find_config
     from tierlm.models.outline import Outline
+    from tierlm.planning.known import find_config
 
     named = find_config(model)
     if named.folder is not None and format is None:
@@ -109,8 +109,8 @@ def _recorded(file: Path | None, work: Work) -> tuple[Callable[[float], float] |
     """The hit rates of a trace, if there is one, and what routing is expected, in words."""
     if file is None:
         return None, ASSUMED_ROUTING
-    from tierlm.analysis.recorded import RecordedHits
-    from tierlm.analysis.traceforms import read_trace
+    from tierlm.planning.recorded import RecordedHits
+    from tierlm.tracing.traceforms import read_trace
 
     hits = RecordedHits(read_trace(file))
     return hits.rate, f"as recorded: {hits.describe(work)}"
@@ -118,7 +118,7 @@ def _recorded(file: Path | None, work: Work) -> tuple[Callable[[float], float] |
 
 def _machine(file: Path | None, bandwidth: str | None, card: bool) -> tuple[Machine, str]:
     """The rates to predict with, and where they are from in words."""
-    from tierlm.analysis.profile import default_file, machine_of, read_profile
+    from tierlm.profiling.profile import default_file, machine_of, read_profile
 
     remembered = default_file()
     profile, source = None, "assumed; `tierlm profile` measures this machine"

@@ -15,8 +15,8 @@ from tierlm.config import Budget, SamplingParams, format_size, parse_size
 from tierlm.errors import UsageError
 
 if TYPE_CHECKING:
-    from tierlm.analysis.timing import Machine
-    from tierlm.analysis.trace import Trace
+    from tierlm.tracing.timing import Rates
+    from tierlm.tracing.trace import Trace
 
 RECORD_BYTES = 8 * 2**20  # where a trace does not say: an expert of DeepSeek-V2-Lite in fp8
 FRACTION = 0.25  # of the experts in the cache, where nothing is said
@@ -63,7 +63,7 @@ def record(
 @trace.command()
 def info(file: File, as_json: Json = False) -> None:
     """What is in a trace. Refuses, naming the line or offset, what is not one."""
-    from tierlm.analysis.traceforms import read_trace
+    from tierlm.tracing.traceforms import read_trace
 
     found = read_trace(file, scores=True)
     rows = {
@@ -92,8 +92,8 @@ def convert(
     form: Annotated[str, typer.Option("--to", help="tierlm, jsonl, npz, or oracle (libCacheSim's).")] = "tierlm",
 ) -> None:
     """Write a trace in another form."""
-    from tierlm.analysis.traceforms import convert as write
-    from tierlm.analysis.traceforms import read_trace
+    from tierlm.tracing.traceforms import convert as write
+    from tierlm.tracing.traceforms import read_trace
 
     try:
         write(read_trace(file, scores=form == "tierlm"), output, form)
@@ -123,10 +123,10 @@ def simulate(
 ) -> None:
     """What a policy and a predictor would have made of a trace on a machine. The cache is empty at first, and what it
     misses then is counted. Without --cache-fraction and --ram a quarter of the experts have slots."""
-    from tierlm.analysis.replay import open_policy
-    from tierlm.analysis.simulate import simulate as run
-    from tierlm.analysis.traceforms import read_trace
     from tierlm.policies.predictors import PREDICTORS, make_predictor
+    from tierlm.tracing.replay import open_policy
+    from tierlm.tracing.simulate import simulate as run
+    from tierlm.tracing.traceforms import read_trace
 
     gates = make_predictor(predictor, 1).gates if predictor in PREDICTORS else True
     found = read_trace(file, scores=gates)
@@ -171,9 +171,9 @@ def _print(rows: Mapping[str, object], title: str | None = None) -> None:
 
 def _machine(
     nbytes: int, bandwidth: str, latency: float, depth: int, layer_ms: float, expert_ms: float | None
-) -> Machine:
-    from tierlm.analysis.link import Speed
-    from tierlm.analysis.timing import Machine
+) -> Rates:
+    from tierlm.tracing.link import Speed
+    from tierlm.tracing.timing import Rates
 
     speed = parse_size(bandwidth, "disk-bandwidth")
     expert = nbytes / 10e9 if expert_ms is None else expert_ms / 1e3
@@ -184,7 +184,7 @@ def _machine(
     for name, seconds in {"disk-latency": latency, "layer-ms": layer_ms, "expert-ms": expert}.items():
         if not 0 <= seconds < float("inf"):
             raise UsageError(f"{name}: expected milliseconds of at least 0, found {seconds}")
-    return Machine(nbytes, Speed(speed, latency / 1e3, depth), layer_ms / 1e3, expert)
+    return Rates(nbytes, Speed(speed, latency / 1e3, depth), layer_ms / 1e3, expert)
 
 
 def _slots(found: Trace, fraction: float | None, ram: str | None, nbytes: int) -> int:
@@ -204,8 +204,8 @@ def _slots(found: Trace, fraction: float | None, ram: str | None, nbytes: int) -
 
 
 def _tune(found: Trace, policy: str, slots: int, trials: int, output: Path, as_json: bool) -> None:
-    from tierlm.analysis.tune import tune
     from tierlm.policies import write_policy
+    from tierlm.tracing.tune import tune
 
     tuned = tune(found, policy, slots, trials)
     try:

@@ -11,7 +11,7 @@ from tierlm.config import SamplingParams
 from tierlm.engine.sampler import Sampler
 from tierlm.errors import StorageError
 from tierlm.memory.kvcache import KvCache, Span
-from tierlm.models.decoder import Decoder, Step
+from tierlm.models.decoder import Decoder, Segment
 
 
 @dataclass(slots=True, eq=False)
@@ -79,11 +79,11 @@ class Engine:
     def prefill(self, prompt: Sequence[int], span: Span) -> Tensor:
         """Run a prompt, chunk by chunk; the logits of its last token, float32 [vocab]."""
         for start in range(0, len(prompt), self.chunk):
-            logits = self.decoder.forward([Step(prompt[start : start + self.chunk], span)], prefill=True)
+            logits = self.decoder.forward([Segment(prompt[start : start + self.chunk], span)], prefill=True)
         return logits[0]
 
     def _step(self, running: Sequence[Running]) -> Sequence[Tensor]:
-        steps = [Step(sequence.ids[-1:], sequence.span) for sequence in running]
+        steps = [Segment(sequence.ids[-1:], sequence.span) for sequence in running]
         return list(self.decoder.forward(steps, prefill=False))
 
     def _alone(self, sequence: Running) -> Tensor | StorageError:

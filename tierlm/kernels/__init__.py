@@ -1,23 +1,23 @@
 """The arithmetic of weights in their stored formats: compiled kernels, and the torch reference beside them."""
 
-from tierlm.kernels.attention import LatentAttention, attention_of_few
-from tierlm.kernels.linear import from_latent, gated_mlp, gated_mlps, into_latent, linear, unwidened, widen
-from tierlm.kernels.routing import Router, Rules, combined, route_few
+from tierlm.kernels.attention import LatentAttention, fused_mla_decode
+from tierlm.kernels.linear import can_absorb, from_latent, gated_mlp, gated_mlps, into_latent, linear, widen
+from tierlm.kernels.routing import RouterCall, Rules, combined, route_few
 from tierlm.kernels.weight import Weight
 
 __all__ = [
     "LatentAttention",
-    "Router",
+    "RouterCall",
     "Rules",
     "Weight",
-    "attention_of_few",
+    "can_absorb",
     "combined",
     "from_latent",
+    "fused_mla_decode",
     "gated_mlp",
     "gated_mlps",
     "into_latent",
     "linear",
     "route_few",
-    "unwidened",
     "widen",
 ]

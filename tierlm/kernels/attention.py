@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tierlm.kernels import native
-from tierlm.kernels.linear import unwidened
+from tierlm.kernels.linear import can_absorb
 from tierlm.kernels.weight import FORMATS, NUMBERS, VECTORS, Weight
 
 
@@ -28,7 +28,7 @@ class LatentAttention:
     scale: float
 
 
-def attention_of_few(
+def fused_mla_decode(
     shape: LatentAttention,
     hidden: Tensor,
     matrices: Sequence[Weight | None],
@@ -46,7 +46,7 @@ def attention_of_few(
     token's sequence begins, and the token's position there. ``angles``: cosine and sine, float32 [T, rope / 2].
     """
     library, kv_b = native.load(), matrices[3]
-    if library is None or kv_b is None or not unwidened(kv_b, hidden.shape[0], shape.nope, shape.value):
+    if library is None or kv_b is None or not can_absorb(kv_b, hidden.shape[0], shape.nope, shape.value):
         return None
     known = all(weight is None or weight.plain for weight in matrices)
     if not known or not all(norm is None or norm.format in VECTORS for norm in norms):

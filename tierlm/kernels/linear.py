@@ -119,7 +119,7 @@ def _runs(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
     yield jobs[first:]
 
 
-def unwidened(kv_b: Weight, rows: int, nope: int, value: int) -> bool:
+def can_absorb(kv_b: Weight, rows: int, nope: int, value: int) -> bool:
     """Whether ``into_latent`` and ``from_latent`` take this many rows through ``kv_b`` as it is stored."""
     whole = not kv_b.quantised or (nope % LANES == 0 and value % LANES == 0)  # no head begins within a tile
     return rows <= ABSORB_ROWS and whole and native.kernels_for(kv_b) is not None
@@ -129,7 +129,7 @@ def into_latent(q: Tensor, kv_b: Weight, first: int, heads: int) -> Tensor:
     """Queries carried into the latent space: float32 [T, g, nope] of the ``g`` heads from ``first`` on times the key
     half of kv_b, whose rows are [heads, nope + value] -> float32 [g, T, rank]. Never rounds them."""
     kernels, nope = native.kernels_for(kv_b), q.shape[2]
-    if kernels is not None and unwidened(kv_b, len(q), nope, kv_b.shape[0] // heads - nope) and q.stride(2) == 1:
+    if kernels is not None and can_absorb(kv_b, len(q), nope, kv_b.shape[0] // heads - nope) and q.stride(2) == 1:
         return kernels.into_latent(q, kv_b, first, heads)
     return torch.bmm(q.transpose(0, 1), _widen_heads(kv_b, first, q.shape[1], heads)[:, : q.shape[2]])
 
@@ -138,7 +138,7 @@ def from_latent(mixed: Tensor, kv_b: Weight, first: int, heads: int, value: int)
     """Values out of the latent space: float32 [g, T, rank] of the ``g`` heads from ``first`` on times the value half
     of kv_b -> float32 [T, g, value]. Never rounds them."""
     kernels, rows = native.kernels_for(kv_b), mixed.shape[1]
-    if kernels is not None and unwidened(kv_b, rows, kv_b.shape[0] // heads - value, value) and mixed.is_contiguous():
+    if kernels is not None and can_absorb(kv_b, rows, kv_b.shape[0] // heads - value, value) and mixed.is_contiguous():
         return kernels.from_latent(mixed, kv_b, first, heads, value)
     wide = _widen_heads(kv_b, first, len(mixed), heads)[:, -value:]
     return torch.bmm(mixed, wide.transpose(1, 2)).transpose(0, 1)

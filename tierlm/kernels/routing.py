@@ -28,7 +28,7 @@ class Rules:
     eps: float
 
 
-class Router(NamedTuple):
+class RouterCall(NamedTuple):
     """One router and its input, float32 [T, hidden]. ``norm``: of ``x``, if that is still to be done."""
 
     x: Tensor
@@ -37,7 +37,7 @@ class Router(NamedTuple):
     norm: Weight | None
 
 
-def route_few(routers: Sequence[Router], rules: Rules, chosen: int) -> list[tuple[Tensor, Tensor]] | None:
+def route_few(routers: Sequence[RouterCall], rules: Rules, chosen: int) -> list[tuple[Tensor, Tensor]] | None:
     """Of each router the weights, float32 [T, chosen], and experts, int64 [T, chosen], the best first; of equals the
     lower number first. None where there are no kernels for these weights, or too many rows."""
     library = native.load()

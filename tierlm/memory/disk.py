@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tierlm.checkpoints.checkpoint import Record
+from tierlm.checkpoints.checksum import Seal, checksum
+from tierlm.checkpoints.codec import Compressed
+from tierlm.checkpoints.reader import Reader, Request, failure, split
 from tierlm.errors import StorageError
 from tierlm.memory.slots import Entry, Slot
 from tierlm.memory.ticket import DISK, Job, PlainRead, Priority, Ticket
 from tierlm.memory.transfer import Transfer
 from tierlm.spec import Key
-from tierlm.weights.checkpoint import Record
-from tierlm.weights.checksum import Seal, checksum
-from tierlm.weights.codec import Compressed
-from tierlm.weights.reader import Reader, Request, failure, split
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -49,7 +49,7 @@ class Disk:
         self._checked: set[Key] = set()  # added to by the transfer's threads
         self._requests: dict[Key, tuple[list[Request], array[int] | None]] = {}
 
-    def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, None]:
+    def fetch(self, key: Key, slot: Slot, priority: Priority, streaming: bool) -> tuple[Ticket, None]:
         record = self.records(key)
         last = None
         if record.inside is not None:

@@ -11,11 +11,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tierlm.checkpoints.checkpoint import Place, Record
+from tierlm.checkpoints.formats import Weights, misaligned, weights_of
+from tierlm.checkpoints.reader import host_memory
 from tierlm.memory.ticket import Ticket
 from tierlm.spec import Key
-from tierlm.weights.checkpoint import Place, Record
-from tierlm.weights.formats import Weights, misaligned, weights_of
-from tierlm.weights.reader import host_memory
 
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
@@ -98,15 +98,15 @@ def _libc() -> ctypes.CDLL:
 class Entry:
     """A record in a slot: loading while ``ticket`` is set, then resident.
 
-    ``pins``: leases and copies under way that hold it here. ``speculative``: nobody has demanded it yet.
-    ``passing``: a prefill streamed it through in the place of a warm record.
+    ``pins``: leases and copies under way that hold it here. ``prefetched``: nobody has demanded it yet.
+    ``streaming``: a prefill streamed it through in the place of a warm record.
     """
 
     key: Key
     slot: Slot
     ticket: Ticket | None
-    speculative: bool
-    passing: bool
+    prefetched: bool
+    streaming: bool
     pins: int = 0
     source: Entry | None = None
     error: BaseException | None = None

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
+from tierlm.checkpoints.checkpoint import Record
+from tierlm.checkpoints.formats import Weights
 from tierlm.memory.heat import Heat
 from tierlm.memory.slots import Entry
 from tierlm.memory.ticket import DISK, Priority
@@ -15,8 +17,6 @@ from tierlm.memory.transfer import LinkStats
 from tierlm.policies.prefetch import Prefetch
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import span
-from tierlm.weights.checkpoint import Record
-from tierlm.weights.formats import Weights
 
 
 class Store:
@@ -40,25 +40,25 @@ class Store:
         self._cores = os.cpu_count() or 1
         self._link = LinkStats()  # as it was when the time of a read was last measured
 
-    def acquire(self, layer: int, experts: Sequence[int], *, passing: bool = False) -> Leases:
+    def acquire(self, layer: int, experts: Sequence[int], *, streaming: bool = False) -> Leases:
         """Leases of ``experts`` (each once) of ``layer``: ``with store.acquire(...) as leases: for batch in leases: for
         expert, weights in batch``. Reads begin on entering; experts come resident first, then as they arrive, each
         batch leased until the next.
 
-        ``passing``: a prefill, which streams through a few slots, in the order of the disk, and leaves the warm records
+        ``streaming``: a prefill, which goes through a few slots, in the order of the disk, and leaves the warm records
         where they are. Raises StorageError when a read fails or stalls; every lease ends with the ``with`` block,
         whatever happens in it.
         """
-        return Leases(self, layer, [ExpertKey(layer, expert) for expert in experts], passing)
+        return Leases(self, layer, [ExpertKey(layer, expert) for expert in experts], streaming)
 
-    def hint(self, layer: int, keys: Sequence[ExpertKey], *, ahead: int, passing: bool) -> None:
+    def hint(self, layer: int, keys: Sequence[ExpertKey], *, ahead: int, streaming: bool) -> None:
         """``keys`` of ``layer``, likeliest first, are likely to be demanded ``ahead`` layers from now. What is there
         stays; of what is not, what is worth it is read behind every demand, as far as there is room for guesses.
         """
         wanted = set(keys)
         self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted, begun=False)
         self._likely[layer] = list(keys)
-        self.tier.keep_for_now(key for likely in self._likely.values() for key in likely)
+        self.tier.protect(key for likely in self._likely.values() for key in likely)
         absent = [key for key in keys if key not in self.tier.entries]
         if not absent:
             self._hints.pop(layer, None)
@@ -66,17 +66,17 @@ class Store:
         self._measure()
         average = self.prefetch.read_seconds.value / max(1, self.tier.slots[0].size)
         backlog = self.tier.transfer.backlog() * average
-        chosen = self.prefetch.choose(layer, absent, ahead, passing, backlog)
-        self._hints[layer] = (self.in_order(chosen) if passing else chosen, passing)
+        chosen = self.prefetch.choose(layer, absent, ahead, streaming, backlog)
+        self._hints[layer] = (self.in_order(chosen) if streaming else chosen, streaming)
         self.follow()
 
     def follow(self) -> None:
         """Start the reads of hints, the next layer's first, as far as there are slots."""
-        for hints, passing in self._hints.values():
+        for hints, streaming in self._hints.values():
             while hints:
                 key = hints[0]
                 absent = key not in self.tier.entries
-                if absent and self.tier.start(key, priority=Priority.SPECULATIVE, passing=passing) is None:
+                if absent and self.tier.start(key, priority=Priority.PREFETCH, streaming=streaming) is None:
                     return
                 hints.pop(0)
 
@@ -88,7 +88,7 @@ class Store:
         while isinstance(tier, Tier):
             for key in keys:
                 tier.policy.expect(key, self.heat.share(key))
-            while waiting and (waiting[0] in tier.entries or tier.start(waiting[0], priority=Priority.BACKGROUND)):
+            while waiting and (waiting[0] in tier.entries or tier.start(waiting[0], priority=Priority.WARM_UP)):
                 waiting.pop(0)
             tier = tier.source
 
@@ -99,7 +99,7 @@ class Store:
         self.prefetch.turn(layer, wanted)
         self._hints.pop(layer, None)
         if self._likely.pop(layer, None) is not None:
-            self.tier.keep_for_now(key for likely in self._likely.values() for key in likely)
+            self.tier.protect(key for likely in self._likely.values() for key in likely)
         self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted)
 
     def in_order(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
@@ -141,8 +141,8 @@ class Store:
 class Leases:
     """What ``Store.acquire`` returns: a context manager, iterable once inside."""
 
-    def __init__(self, store: Store, layer: int, keys: list[ExpertKey], passing: bool):
-        self._store, self._tier, self._layer, self._passing = store, store.tier, layer, passing
+    def __init__(self, store: Store, layer: int, keys: list[ExpertKey], streaming: bool):
+        self._store, self._tier, self._layer, self._streaming = store, store.tier, layer, streaming
         self._keys = keys
         self._held: dict[ExpertKey, Entry] = {}
         self._missing: list[ExpertKey] = []
@@ -155,7 +155,7 @@ class Leases:
         self._store.turn(self._layer, self._keys)
         for key in self._keys:
             useful = self._tier.stats.useful
-            entry = self._tier.demand(key, passing=self._passing)
+            entry = self._tier.demand(key, streaming=self._streaming)
             if entry is None:
                 self._missing.append(key)
             else:
@@ -164,7 +164,7 @@ class Leases:
                 if entry.ticket is not None:
                     self._joined.add(key)
         self._read += len(self._missing)
-        if self._passing:
+        if self._streaming:
             self._missing = self._store.in_order(self._missing)
         self._start_missing()
         return self
@@ -175,7 +175,7 @@ class Leases:
         for key in list(self._held):
             self._release(key)
         spent = time.perf_counter() - self._began - (self._store.stall - self._stalled)
-        self._store.prefetch.layer_done(self._read, spent, self._passing)
+        self._store.prefetch.layer_done(self._read, spent, self._streaming)
 
     def __iter__(self) -> Iterator[list[tuple[int, Weights]]]:
         """Batches of (expert, weights): all that are there, the first time even none, since there may be other work to
@@ -195,7 +195,7 @@ class Leases:
             if not ready and not first:
                 self._store.wait(list(self._held.values()))
                 self._start_missing()
-            for batch in [[key] for key in ready] if self._passing and ready else [ready] * (first or bool(ready)):
+            for batch in [[key] for key in ready] if self._streaming and ready else [ready] * (first or bool(ready)):
                 yield [(key.expert, self._weights(key)) for key in batch]
                 for key in batch:
                     self._release(key)
@@ -212,7 +212,9 @@ class Leases:
         """Start as many reads as there are slots for, in order, and what was hinted at behind them."""
         while self._missing:
             key = self._missing[0]
-            entry = self._tier.demand(key, passing=self._passing) or self._tier.start(key, passing=self._passing)
+            entry = self._tier.demand(key, streaming=self._streaming) or self._tier.start(
+                key, streaming=self._streaming
+            )
             if entry is None:
                 return
             self._held[self._missing.pop(0)] = entry

@@ -14,8 +14,8 @@ class Priority(IntEnum):
     """What a transfer is for: the layer that runs now waits for it, a predictor asked for it, or a free slot did."""
 
     DEMAND = 0
-    SPECULATIVE = 1
-    BACKGROUND = 2
+    PREFETCH = 1
+    WARM_UP = 2
 
 
 @dataclass(slots=True, eq=False)

@@ -25,7 +25,7 @@ from tierlm.spec import Key
 class Source(Protocol):
     """Where a tier gets records from: the disk, or the tier below."""
 
-    def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, Entry | None] | None:
+    def fetch(self, key: Key, slot: Slot, priority: Priority, streaming: bool) -> tuple[Ticket, Entry | None] | None:
         """Start bringing ``key`` into ``slot``. Returns the ticket, and the entry below that stays pinned until it
         is done; None if there is no room on the way just now."""
 
@@ -39,12 +39,12 @@ class Source(Protocol):
         """The tier above has let ``key`` go: what is left of it here is worth keeping again."""
 
     def cancel_stale(self, stale: Callable[[Key], bool], *, begun: bool = True) -> None:
-        """Drop the speculative reads that ``stale`` names; of those that have begun, only if ``begun``."""
+        """Drop the prefetched reads that ``stale`` names; of those that have begun, only if ``begun``."""
 
 
 @dataclass
 class TierStats:
-    """Counts of records. A late hit is a demand that found its record on the way; a useful speculative read was
+    """Counts of records. A late hit is a demand that found its record on the way; a useful prefetched read was
     demanded afterwards, a wasted one not in the step it was for, a cancelled one was dropped before it began. Records
     that the background brought to free slots are counted as ``warmed`` alone."""
 
@@ -52,7 +52,7 @@ class TierStats:
     late_hits: int = 0
     misses: int = 0
     evictions: int = 0
-    speculative: int = 0
+    prefetched: int = 0
     useful: int = 0
     wasted: int = 0
     cancelled: int = 0
@@ -85,13 +85,13 @@ class Tier:
         self._warming: list[Entry] = []  # brought by the background, the least wanted last
         self._kept: frozenset[Key] = frozenset()
         self._guesses: dict[Key, Entry] = {}  # that nobody has demanded yet
-        self._passing = 0
+        self._streaming = 0
         self._stream: torch.Stream | None = None  # for copies to the tier above
 
-    def demand(self, key: Key, *, passing: bool = False) -> Entry | None:
+    def demand(self, key: Key, *, streaming: bool = False) -> Entry | None:
         """The entry of ``key`` for use now, pinned and counted, resident or on its way; None if it must be started.
 
-        ``passing``: what was streamed through so far still is, and leaves first.
+        ``streaming``: what was streamed through so far still is, and leaves first.
         """
         entry = self.entries.get(key)
         if entry is None:
@@ -101,29 +101,29 @@ class Tier:
         else:
             self.stats.late_hits += 1
             self.transfer.promote(entry.ticket)
-        if entry.speculative:
+        if entry.prefetched:
             self._claim(entry)
             self.stats.useful += 1
-        if entry.passing and not passing:
-            entry.passing = False
-            self._passing -= 1
+        if entry.streaming and not streaming:
+            entry.streaming = False
+            self._streaming -= 1
         self._leaving.pop(key, None)
         self.policy.on_hit(key)
         entry.pins += 1
         return entry
 
-    def start(self, key: Key, *, priority: Priority = Priority.DEMAND, passing: bool = False) -> Entry | None:
+    def start(self, key: Key, *, priority: Priority = Priority.DEMAND, streaming: bool = False) -> Entry | None:
         """Begin to bring in ``key``, which is absent. A demanded entry comes pinned. None: no slot can be had now.
 
-        ``passing``: it is streamed through; if it took a warm record's place it leaves first. The background takes
+        ``streaming``: it is streamed through; if it took a warm record's place it leaves first. The background takes
         free slots only, and gives them up for any other use until its read has begun.
         """
         self.settle()
-        speculative = priority is Priority.SPECULATIVE
-        slot, victim, displacing = self._find_slot(key, priority, passing)
+        prefetched = priority is Priority.PREFETCH
+        slot, victim, displacing = self._find_slot(key, priority, streaming)
         if slot is None:
             return None
-        fetched = self.source.fetch(key, slot, priority, passing)
+        fetched = self.source.fetch(key, slot, priority, streaming)
         if fetched is None:
             return None
         if victim is None:
@@ -131,14 +131,14 @@ class Tier:
         else:
             self._evict(victim)
         slot.filled = True
-        entry = Entry(key, slot, fetched[0], speculative, passing and displacing, source=fetched[1])
+        entry = Entry(key, slot, fetched[0], prefetched, streaming and displacing, source=fetched[1])
         self.entries[key] = self._loading[key] = entry
         self.policy.on_insert(key, demanded=priority is Priority.DEMAND)
-        self._passing += entry.passing
-        if speculative:
+        self._streaming += entry.streaming
+        if prefetched:
             self._guesses[key] = entry
-            self.stats.speculative += 1
-        elif priority is Priority.BACKGROUND:
+            self.stats.prefetched += 1
+        elif priority is Priority.WARM_UP:
             self._warming.append(entry)
             self.stats.warmed += 1
         else:
@@ -146,21 +146,21 @@ class Tier:
             self.stats.misses += 1
         return entry
 
-    def keep_for_now(self, keys: Iterable[Key]) -> None:
+    def protect(self, keys: Iterable[Key]) -> None:
         """Spare ``keys``, as far as others can leave instead, until the next call: they are likely to be used soon."""
         self._kept = frozenset(keys)
 
-    def fetch(self, key: Key, slot: Slot, priority: Priority, passing: bool) -> tuple[Ticket, Entry] | None:
+    def fetch(self, key: Key, slot: Slot, priority: Priority, streaming: bool) -> tuple[Ticket, Entry] | None:
         """As the source of the tier above: copy ``key`` up, out of a slot of this tier."""
         demanded = priority is Priority.DEMAND
-        entry = self.demand(key, passing=passing) if demanded else self.entries.get(key)
+        entry = self.demand(key, streaming=streaming) if demanded else self.entries.get(key)
         if entry is None:
-            entry = self.start(key, priority=priority, passing=passing)
+            entry = self.start(key, priority=priority, streaming=streaming)
             if entry is None:
                 return None
         if not demanded:
             entry.pins += 1
-            if entry.speculative:  # the tier above keeps account of this guess
+            if entry.prefetched:  # the tier above keeps account of this guess
                 self._claim(entry)
         below, size = entry.slot, self.size_of(key)
 
@@ -206,7 +206,7 @@ class Tier:
         """End a lease. The slot can be given away once the computation queued so far is through."""
         entry.pins -= 1
         entry.slot.release()
-        if entry.passing and self.entries.get(entry.key) is entry:
+        if entry.streaming and self.entries.get(entry.key) is entry:
             self._leaving[entry.key] = None
 
     def copied(self, entry: Entry) -> None:
@@ -216,11 +216,11 @@ class Tier:
 
     def keep(self, key: Key) -> None:
         entry = self.entries.get(key)
-        if entry is not None and not entry.passing:
+        if entry is not None and not entry.streaming:
             self._leaving.pop(key, None)
 
     def cancel_stale(self, stale: Callable[[Key], bool], *, begun: bool = True) -> None:
-        """Drop the speculative reads that ``stale`` names. Those that have begun leave first when they end, unless
+        """Drop the prefetched reads that ``stale`` names. Those that have begun leave first when they end, unless
         ``begun`` is False: then their time has not come yet, and they stay as they are."""
         self.source.cancel_stale(stale, begun=begun)
         for key, entry in list(self._guesses.items()):
@@ -239,7 +239,7 @@ class Tier:
         below = self.source.in_flight() if isinstance(self.source, Tier) else []
         return below + [entry.ticket for entry in self._loading.values() if entry.ticket is not None]
 
-    def give_up(self, nbytes: int, least: int) -> int:
+    def shrink(self, nbytes: int, least: int) -> int:
         """Return ``nbytes`` of slots' memory to the system, or as much as there is in slots that nothing holds, and go
         on with the rest of them, ``least`` or more. Returns the bytes. Slots that were never filled free nothing, and
         go first, so that they are not filled now."""
@@ -259,7 +259,7 @@ class Tier:
         self._share_slots()
         return freed
 
-    def take_back(self, nbytes: int) -> int:
+    def grow(self, nbytes: int) -> int:
         """Use slots again that were given up, of ``nbytes`` at most. Returns the bytes."""
         taken = 0
         while self._retired and taken + self._retired[-1].size <= nbytes:
@@ -282,43 +282,43 @@ class Tier:
         return slot.give_back()
 
     def _share_slots(self) -> None:
-        self.speculative_limit = len(self.slots) // 8  # slots that guesses may hold at the expense of warm records
-        self._passing_limit = max(2, len(self.slots) // 8)  # slots that a prefill may, likewise
+        self.prefetch_limit = len(self.slots) // 8  # slots that guesses may hold at the expense of warm records
+        self._streaming_limit = max(2, len(self.slots) // 8)  # slots that a prefill may, likewise
 
-    def _find_slot(self, key: Key, priority: Priority, passing: bool) -> tuple[Slot | None, Key | None, bool]:
+    def _find_slot(self, key: Key, priority: Priority, streaming: bool) -> tuple[Slot | None, Key | None, bool]:
         """A slot for ``key``, which record has to leave it, and whether a warm one has left or leaves for ``key``."""
         nbytes = self.size_of(key)
         for slot in self._free:
             if slot.size >= nbytes:
                 return slot, None, False
-        if priority is Priority.BACKGROUND:
+        if priority is Priority.WARM_UP:
             return None, None, False
         if (freed := self._stop_warming(nbytes)) is not None:
             return freed, None, False
-        speculative = priority is Priority.SPECULATIVE
-        if speculative and passing:  # a prefill's guesses leave half to its demands, which could not go on otherwise
-            ahead = sum(entry.passing for entry in self._guesses.values())
-            if ahead >= self._passing_limit // 2:
+        prefetched = priority is Priority.PREFETCH
+        if prefetched and streaming:  # a prefill's guesses leave half to its demands, which could not go on otherwise
+            ahead = sum(entry.streaming for entry in self._guesses.values())
+            if ahead >= self._streaming_limit // 2:
                 return None, None, False
         for candidate in self._leaving:
             if self._evictable(candidate, nbytes):
-                displacing = self.entries[candidate].passing  # it hands on what it has displaced
+                displacing = self.entries[candidate].streaming  # it hands on what it has displaced
                 return self.entries[candidate].slot, candidate, displacing
-        if speculative and len(self._guesses) >= self.speculative_limit:
+        if prefetched and len(self._guesses) >= self.prefetch_limit:
             return None, None, False
-        if passing and self._passing >= self._passing_limit:
-            guesses = (entry for entry in self._guesses.values() if entry.passing and not speculative)
+        if streaming and self._streaming >= self._streaming_limit:
+            guesses = (entry for entry in self._guesses.values() if entry.streaming and not prefetched)
             found = next((guess for guess in guesses if self._evictable(guess.key, nbytes)), None)
             return (None, None, False) if found is None else (found.slot, found.key, True)
         spared: Key | None = None
         for candidate in self.policy.victims(key):
             # A guess may not take the place of what its own layer may need as much.
-            if not self._evictable(candidate, nbytes) or (speculative and candidate.layer == key.layer):
+            if not self._evictable(candidate, nbytes) or (prefetched and candidate.layer == key.layer):
                 continue
             if candidate not in self._kept:
                 return self.entries[candidate].slot, candidate, True
             spared = spared or candidate
-        if spared is None or speculative:
+        if spared is None or prefetched:
             return None, None, False
         return self.entries[spared].slot, spared, True
 
@@ -326,7 +326,7 @@ class Tier:
         """The slot of the least wanted read of the background that has not begun, free again."""
         while self._warming:
             entry = self._warming.pop()
-            waits = entry.ticket is not None and entry.ticket.priority is Priority.BACKGROUND and not entry.pins
+            waits = entry.ticket is not None and entry.ticket.priority is Priority.WARM_UP and not entry.pins
             if waits and entry.slot.size >= nbytes and self.transfer.cancel(entry.ticket):  # type: ignore[arg-type]
                 self.stats.warmed -= 1
                 self.settle()
@@ -346,13 +346,13 @@ class Tier:
     def _forget(self, entry: Entry) -> None:
         del self.entries[entry.key]
         self._leaving.pop(entry.key, None)
-        self._passing -= entry.passing
-        if entry.speculative:
+        self._streaming -= entry.streaming
+        if entry.prefetched:
             self._claim(entry)
             self.stats.wasted += 1
 
     def _claim(self, entry: Entry) -> None:
-        entry.speculative = False
+        entry.prefetched = False
         del self._guesses[entry.key]
 
     def _free_slot(self, slot: Slot) -> None:

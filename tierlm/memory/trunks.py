@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from tierlm.checkpoints.checkpoint import Record
+from tierlm.checkpoints.formats import Weights
 from tierlm.memory.slots import Entry
 from tierlm.memory.store import Store
 from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Tier
 from tierlm.spec import Key, TrunkKey
-from tierlm.weights.checkpoint import Record
-from tierlm.weights.formats import Weights
 
 
 class Trunks:
@@ -30,7 +30,7 @@ class Trunks:
         self._resident = resident
         self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
         self._leased: Entry | None = None
-        tier.speculative_limit = max(tier.speculative_limit, 1)  # the trunk that comes next is no guess
+        tier.prefetch_limit = max(tier.prefetch_limit, 1)  # the trunk that comes next is no guess
 
     @property
     def stall(self) -> float:
@@ -54,7 +54,7 @@ class Trunks:
         self._leased = self._bring(key)
         follower = self._next[key]
         if follower not in self.tier.entries:
-            self.tier.start(follower, priority=Priority.SPECULATIVE)
+            self.tier.start(follower, priority=Priority.PREFETCH)
         return self._leased.slot.weights(self.records(key), self.exact)
 
     def _bring(self, key: TrunkKey) -> Entry:

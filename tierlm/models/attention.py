@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tierlm.checkpoints.formats import Weights
 from tierlm.kernels import (
     LatentAttention,
     Weight,
-    attention_of_few,
+    can_absorb,
     from_latent,
+    fused_mla_decode,
     into_latent,
     linear,
-    unwidened,
     widen,
 )
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.models.layers import rms_norm, rope_frequencies, rotate, softmax_scale
 from tierlm.spec import ModelSpec
-from tierlm.weights.formats import Weights
 
 LATENT_NORM_EPS = 1e-6  # of the norms inside attention: fixed in DeepSeek's code, whatever rms_norm_eps says
 EXPAND_FROM = 128  # tokens a step from which expanding keys and values costs less than absorbing the projections
@@ -30,7 +30,7 @@ HEADS_VALUES = 2**18  # float32 values of kv_b widened at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Rows:
     """The tokens of one sequence within a step: rows ``start`` to ``stop``, and the sequence's place in the cache."""
 
     start: int
@@ -43,7 +43,7 @@ class Positions:
     """``places``: int64 [T, 2], where each token's sequence begins in the cache, and the token's position in it.
     ``angles``: cosine and sine of the rotary embedding there, float32 [T, rope_dim / 2]."""
 
-    segments: Sequence[Segment]
+    segments: Sequence[Rows]
     places: Tensor
     angles: tuple[Tensor, Tensor]
 
@@ -59,7 +59,7 @@ class Attention:
         dims = spec.heads, spec.nope_dim, spec.rope_dim, spec.value_dim
         self._shape = LatentAttention(*dims, spec.rope.interleaved, spec.norm_eps, LATENT_NORM_EPS, self._scale)
 
-    def positions(self, segments: Sequence[Segment]) -> Positions:
+    def positions(self, segments: Sequence[Rows]) -> Positions:
         """Where the tokens of a step are: once for all layers."""
         for segment in segments:
             end = segment.span.length + segment.stop - segment.start
@@ -83,7 +83,7 @@ class Attention:
         matrices = *queries, trunk["kv_a_proj"], trunk["kv_b_proj"], trunk["o_proj"]
         norms = trunk["input_layernorm"], trunk.get("q_a_layernorm"), trunk["kv_a_layernorm"], next_norm
         where = self.cache.layer(layer), positions.places, positions.angles
-        done = attention_of_few(self._shape, hidden, matrices, norms, *where)
+        done = fused_mla_decode(self._shape, hidden, matrices, norms, *where)
         if done is None:
             x = rms_norm(hidden, trunk["input_layernorm"], spec.norm_eps)
             total = hidden + self._attend(x, layer, trunk, positions)
@@ -116,7 +116,7 @@ class Attention:
             1, min(heads, SCORES // max((s.stop - s.start) * len(p) for s, p in zip(segments, past, strict=True)))
         )
         kv_b = trunk["kv_b_proj"]
-        if not unwidened(kv_b, tokens, nope, spec.value_dim):
+        if not can_absorb(kv_b, tokens, nope, spec.value_dim):
             group = max(1, min(group, HEADS_VALUES // ((nope + spec.value_dim) * rank)))
         for first in range(0, heads, group):
             mine = slice(first, first + group)

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tierlm.analysis.cost import Formats
+from tierlm.checkpoints.checkpoint import Checkpoint, Place, Record, TensorInfo, build_record, compressed, read_json
+from tierlm.checkpoints.checksum import Seal
+from tierlm.checkpoints.layouts import LAYOUTS, SCALE, StoredWeight, layout_of
+from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import family_of
+from tierlm.planning.cost import Formats
 from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
-from tierlm.weights.checkpoint import Checkpoint, Place, Record, TensorInfo, build_record, compressed, read_json
-from tierlm.weights.checksum import Seal
-from tierlm.weights.layouts import LAYOUTS, SCALE, StoredWeight, layout_of
-from tierlm.weights.packed import read_seals, row_block, row_blocks
 
 FLOATS = ("F32", "BF16", "F16")
 HEAD_BLOCK_BYTES = 64 * 2**20  # the lm_head is used in blocks of rows of this size, so that it streams like a trunk

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tierlm.checkpoints.formats import Weights
 from tierlm.kernels import gated_mlp, linear
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.memory.trunks import Trunks
-from tierlm.models.attention import Attention, Segment
+from tierlm.models.attention import Attention, Rows
 from tierlm.models.layers import rms_norm
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.spec import ModelSpec, TrunkKey
 from tierlm.timeline import Timeline, span
-from tierlm.weights.formats import Weights
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Segment:
     """The new tokens of one sequence in one step."""
 
     ids: Sequence[int]
@@ -47,17 +47,17 @@ class Decoder:
         self.attention = Attention(spec, cache, device)
 
     @torch.inference_mode()
-    def forward(self, steps: Sequence[Step], *, prefill: bool, out: Tensor | None = None) -> Tensor:
+    def forward(self, steps: Sequence[Segment], *, prefill: bool, out: Tensor | None = None) -> Tensor:
         """Run the new tokens of some sequences through the model, and advance the sequences.
 
         Returns logits, float32 on the CPU: of each sequence's last token [len(steps), vocab]; or of every new token,
         written into ``out`` [T, vocab] where that is given. If it raises, the sequences stand where they stood.
         """
         hidden = self.embed([i for step in steps for i in step.ids])  # [T, hidden]
-        segments: list[Segment] = []
+        segments: list[Rows] = []
         for step in steps:
             start = segments[-1].stop if segments else 0
-            segments.append(Segment(start, start + len(step.ids), step.span))
+            segments.append(Rows(start, start + len(step.ids), step.span))
         positions = self.attention.positions(segments)
         recorder = self.moe.recorder
         if recorder is not None:

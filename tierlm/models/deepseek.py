@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tierlm.errors import CheckpointError, UnsupportedModelError
-from tierlm.spec import ExpertKey, ModelSpec, Rope, Router, TrunkKey, Yarn
+from tierlm.spec import ExpertKey, ModelSpec, Rope, RouterSpec, TrunkKey, Yarn
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # role -> (tensor name, shape)
@@ -39,7 +39,7 @@ def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     groups = number("n_group", 1) if grouped else 1
     kept = number("topk_group", 1) if grouped else 1
     normalize = bool(config.get("norm_topk_prob", not v2)) and chosen > 1
-    router = Router(
+    router = RouterSpec(
         score="softmax" if v2 else "sigmoid",
         groups=groups,
         groups_chosen=kept,

@@ -7,14 +7,14 @@ from collections import Counter
 
 from torch import Tensor
 
-from tierlm.analysis.recorder import AHEAD, Recorder
+from tierlm.checkpoints.formats import Weights, expert_ffns
 from tierlm.kernels import combined
 from tierlm.memory.store import Store
 from tierlm.models.routing import Routers
 from tierlm.policies.prediction import Predictor
 from tierlm.spec import ModelSpec
 from tierlm.timeline import Timeline, span
-from tierlm.weights.formats import Weights, expert_ffns
+from tierlm.tracing.recorder import AHEAD, Recorder
 
 
 class MixtureOfExperts:
@@ -54,7 +54,7 @@ class MixtureOfExperts:
         ends = dict(zip(needed, itertools.accumulate(len(pairs[expert]) for expert in needed), strict=True))
         outputs = x.new_empty(experts.numel() + x.shape[0], x.shape[1])
         shared = outputs[experts.numel() :]
-        with self.store.acquire(layer, needed, passing=prefill) as leases:
+        with self.store.acquire(layer, needed, streaming=prefill) as leases:
             self.predictor.observe(layer, needed)
             for (target, ahead), guess in itertools.zip_longest(hints, guesses):
                 self._hint(target, ahead, prefill, guess)
@@ -116,4 +116,4 @@ class MixtureOfExperts:
                 together = Counter(itertools.chain.from_iterable(zip(ranked, *others, strict=True)))
                 ranked = [expert for expert, _ in together.most_common()]
             self.predictor.observe_gate(layer, ranked)
-        self.store.hint(layer, self.predictor.predict(layer), ahead=ahead, passing=prefill)
+        self.store.hint(layer, self.predictor.predict(layer), ahead=ahead, streaming=prefill)

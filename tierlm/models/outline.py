@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
-from tierlm.analysis.cost import BITS, Formats, Work
-from tierlm.analysis.plan import MAX_LOGITS, Sizes, workspace_bytes
+from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.errors import UnsupportedModelError, UsageError
 from tierlm.models import FAMILIES, planned
 from tierlm.models.catalog import GATES, HEAD_BLOCK_BYTES
+from tierlm.planning.cost import BITS, Formats, Work
+from tierlm.planning.plan import MAX_LOGITS, Sizes, workspace_bytes
 from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
-from tierlm.weights.checkpoint import ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ from typing import Any
 
 import xxhash
 
+from tierlm.checkpoints.checksum import ALGORITHM
+from tierlm.checkpoints.codec import load_zstandard, measure
+from tierlm.checkpoints.disk_profile import ProfileCache, disk_name
+from tierlm.checkpoints.layouts import LAYOUTS, TILE_COLUMNS, TILE_ROWS, StoredWeight
+from tierlm.checkpoints.pack import PackedRecord, Packing, Progress, pack, raw_bytes, unfinished
+from tierlm.checkpoints.packed import VERSION
+from tierlm.checkpoints.probe import find_profile
+from tierlm.checkpoints.reader import open_reader
+from tierlm.checkpoints.rows import block_of_rows
 from tierlm.errors import UsageError
 from tierlm.files import user_cache
 from tierlm.models.catalog import Catalog
 from tierlm.spec import ExpertKey, TrunkKey
-from tierlm.weights.checksum import ALGORITHM
-from tierlm.weights.codec import load_zstandard, measure
-from tierlm.weights.layouts import LAYOUTS, TILE_COLUMNS, TILE_ROWS, StoredWeight
-from tierlm.weights.pack import PackedRecord, Packing, Progress, pack, raw_bytes, unfinished
-from tierlm.weights.packed import VERSION
-from tierlm.weights.probe import find_profile
-from tierlm.weights.profile import ProfileCache, disk_name
-from tierlm.weights.reader import open_reader
-from tierlm.weights.rows import block_of_rows
 
 KEEP = "keep"
 CODECS = ("none", "zstd", "auto")

@@ -12,7 +12,7 @@ from typing import Any
 
 from tierlm.errors import CheckpointError
 from tierlm.models.deepseek import Shapes, token_ids
-from tierlm.spec import ExpertKey, ModelSpec, Rope, Router, TrunkKey
+from tierlm.spec import ExpertKey, ModelSpec, Rope, RouterSpec, TrunkKey
 
 MODEL_TYPES = ("qwen3_moe", "mixtral", "gpt_oss")
 
@@ -42,7 +42,7 @@ def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         experts=number("num_experts", "num_local_experts"),
         experts_per_token=number("num_experts_per_tok", "experts_per_token"),
         shared_experts=0,
-        router=Router("softmax", 1, 1, True, 1.0),
+        router=RouterSpec("softmax", 1, 1, True, 1.0),
         heads=heads,
         q_rank=None,
         kv_rank=2 * number("num_key_value_heads") * head,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tierlm.kernels import Router, Rules, Weight, linear, route_few
+from tierlm.checkpoints.formats import Weights
+from tierlm.kernels import RouterCall, Rules, Weight, linear, route_few
 from tierlm.models.layers import rms_norm
 from tierlm.spec import ModelSpec
-from tierlm.weights.formats import Weights
 
 
 class Routers:
@@ -40,7 +40,7 @@ class Routers:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """``route``, and what the routers of the layers ``ahead`` make of ``hidden``, as ``guess``."""
         chosen = self.spec.experts_per_token
-        routers = [Router(x, *self._gate(layer), None), *(self._unnormed(hidden, later) for later in ahead)]
+        routers = [RouterCall(x, *self._gate(layer), None), *(self._unnormed(hidden, later) for later in ahead)]
         found = route_few(routers, self._rules, chosen)
         if found is None:
             return *self._any(x, layer, chosen), [self.guess(hidden, later, chosen) for later in ahead]
@@ -58,8 +58,8 @@ class Routers:
     def _gate(self, layer: int) -> tuple[Weight, Weight | None]:
         return self.gates[f"{layer}.gate"], self.gates.get(f"{layer}.bias")
 
-    def _unnormed(self, hidden: Tensor, layer: int) -> Router:
-        return Router(hidden, *self._gate(layer), self.gates[f"{layer}.norm"])
+    def _unnormed(self, hidden: Tensor, layer: int) -> RouterCall:
+        return RouterCall(hidden, *self._gate(layer), self.gates[f"{layer}.norm"])
 
     def _any(self, x: Tensor, layer: int, chosen: int) -> tuple[Tensor, Tensor]:
         rule = self.spec.router

@@ -11,7 +11,7 @@ from tierlm.errors import UsageError
 from tierlm.files import write_whole
 from tierlm.policies.cycle import Cycle
 from tierlm.policies.echo import Echo
-from tierlm.policies.eviction import Policy, Setting
+from tierlm.policies.eviction import Policy, TierInfo
 from tierlm.policies.frequency import Gdsf, Lfu, LfuAgeing, LruK
 from tierlm.policies.hazard import Hazard
 from tierlm.policies.queues import Arc, S3Fifo, TwoQ
@@ -39,7 +39,7 @@ POLICIES: dict[str, type[Policy]] = {
 DEFAULT = "echo"  # also known as "default"
 
 
-def make_policy(name: str, setting: Setting, **parameters: float) -> Policy:
+def make_policy(name: str, info: TierInfo, **parameters: float) -> Policy:
     """A policy by name, by ``"module:Class"``, or out of a ``.json`` file of ``write_policy``, whose parameters give
     way to ``parameters``. Raises UsageError for an unknown name, file or parameter, and for one out of bounds."""
     if name.endswith(".json"):
@@ -48,7 +48,7 @@ def make_policy(name: str, setting: Setting, **parameters: float) -> Policy:
     kind = lookup("policy", DEFAULT if name == "default" else name, POLICIES, Policy)
     for parameter, value in parameters.items():
         _check(name, kind, parameter, value)
-    return kind(setting, **parameters)
+    return kind(info, **parameters)
 
 
 def write_policy(file: Path, name: str, parameters: Mapping[str, float]) -> None:

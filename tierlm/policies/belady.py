@@ -6,7 +6,7 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator
 
-from tierlm.policies.eviction import Policy, Setting
+from tierlm.policies.eviction import Policy, TierInfo
 from tierlm.policies.ranking import Ranking
 from tierlm.spec import Key
 
@@ -18,8 +18,8 @@ class Belady(Policy):
     Raises ValueError if something else is demanded.
     """
 
-    def __init__(self, setting: Setting, future: Iterable[Iterable[Key]]):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo, future: Iterable[Iterable[Key]]):
+        super().__init__(info)
         self._future: Iterable[Iterable[Key]] | None = future  # until it is needed
         self._times: dict[Key, array[int]] = {}  # of the uses
         self._done: dict[Key, int] = {}  # how many of them are past

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
-from tierlm.policies.eviction import Bounds, Policy, Setting
+from tierlm.policies.eviction import Bounds, Policy, TierInfo
 from tierlm.spec import Key
 
 T = TypeVar("T", bound=tuple[Any, ...])
@@ -24,9 +24,9 @@ class Cycle(Policy):
     tunable: ClassVar[Bounds] = {"decay": (0.5, 0.999)}
     FLOOR = 1e-6  # of p: below it, records are equally cold
 
-    def __init__(self, setting: Setting, *, decay: float = 0.9):
-        super().__init__(setting)
-        self.layers, self.decay = setting.layers, decay
+    def __init__(self, info: TierInfo, *, decay: float = 0.9):
+        super().__init__(info)
+        self.layers, self.decay = info.layers, decay
         self._token = 0  # counts the passes through the layers
         self._layer = -1  # the one that ran last
         self._rank: dict[Key, float] = {}  # log p, as of token 0; kept for absent records too

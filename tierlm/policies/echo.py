@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tierlm.policies.eviction import Bounds, Setting
+from tierlm.policies.eviction import Bounds, TierInfo
 from tierlm.policies.forecast import Floats, Indices
 from tierlm.policies.hazard import Hazard
 
@@ -55,7 +55,7 @@ class Echo(Hazard):
 
     def __init__(
         self,
-        setting: Setting,
+        info: TierInfo,
         *,
         slow: float = 0.02,
         prior: float = 5.0,
@@ -66,7 +66,7 @@ class Echo(Hazard):
         echo: float = 0.65,
         recent: float = 0.1,
     ):
-        super().__init__(setting, slow=slow, prior=prior)
+        super().__init__(info, slow=slow, prior=prior)
         self.memory, self.neighbours, self.sharpness = memory, neighbours, sharpness
         self.soon, self.echo, self.recent = soon, echo, recent
         self._past: dict[int, Past] = {}
@@ -118,7 +118,7 @@ class Echo(Hazard):
     def _next_token(self, now: int) -> None:
         if self._choices and self._choices != self._demands:
             self._demands = self._choices
-            life = self.setting.capacity / self._demands
+            life = self.info.capacity / self._demands
             fade = life / (life + self.soon)
             followers = min(FOLLOWERS, 1 + int(math.log(FAINT) / math.log(fade)))
             self._steps = np.arange(1, followers + 1)

@@ -22,7 +22,7 @@ def _alike(key: Key) -> int:
 
 
 @dataclass(frozen=True)
-class Setting:
+class TierInfo:
     """What a policy knows beforehand of its tier: ``layers`` run in a cycle, there are ``capacity`` slots, and
     ``size_of`` gives the bytes of a record (by default, all are alike)."""
 
@@ -45,8 +45,8 @@ class Policy(ABC):
 
     tunable: ClassVar[Bounds] = {}
 
-    def __init__(self, setting: Setting):
-        self.setting = setting
+    def __init__(self, info: TierInfo):
+        self.info = info
 
     @abstractmethod
     def on_insert(self, key: Key, demanded: bool = True) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from tierlm.policies.eviction import Policy, Setting
+from tierlm.policies.eviction import Policy, TierInfo
 from tierlm.spec import Key
 
 Floats = NDArray[np.float32]
@@ -30,8 +30,8 @@ class Forecast(Policy):
     8 bytes a record that numpy does in 2 us for 5,000.
     """
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo):
+        super().__init__(info)
         self.experts = 8  # a power of two above the largest index so far
         self.token = 0  # passes through the layers
         self.layer = -1  # the one that runs, or ran last
@@ -92,7 +92,7 @@ class Forecast(Policy):
 
     def _put_off(self, layer: int) -> None:
         """What is resident of ``layer``, which runs or has just run, to its next turn."""
-        chance = self._chances[layer] = self.token + 1 + layer / self.setting.layers
+        chance = self._chances[layer] = self.token + 1 + layer / self.info.layers
         ends = np.add(self._waits[layer], chance, out=self._ends[layer])
         ends += self._absent[layer]
 

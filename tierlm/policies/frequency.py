@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import ClassVar
 
-from tierlm.policies.eviction import Bounds, Policy, Setting
+from tierlm.policies.eviction import Bounds, Policy, TierInfo
 from tierlm.policies.ranking import Ranking
 from tierlm.spec import Key
 
@@ -16,8 +16,8 @@ from tierlm.spec import Key
 class Lfu(Policy):
     """Least frequently used while resident; ties go to the least recently used."""
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo):
+        super().__init__(info)
         self._ranking = Ranking[tuple[int, int]]()  # uses, time of the last
         self._clock = count()
 
@@ -45,8 +45,8 @@ class Gdsf(Policy):
 
     tunable: ClassVar[Bounds] = {"power": (-1.0, 1.0)}
 
-    def __init__(self, setting: Setting, *, power: float = 1.0):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo, *, power: float = 1.0):
+        super().__init__(info)
         self.power = power
         self._ranking = Ranking[tuple[float, int]]()  # rank, time of the last use
         self._uses: dict[Key, int] = {}
@@ -55,7 +55,7 @@ class Gdsf(Policy):
         self._clock = count()
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
-        self._sizes = [self._sizes[0] + self.setting.size_of(key), self._sizes[1] + 1]
+        self._sizes = [self._sizes[0] + self.info.size_of(key), self._sizes[1] + 1]
         self._uses[key] = 0
         self._use(key, 1 if demanded else 0)
 
@@ -79,7 +79,7 @@ class Gdsf(Policy):
 
     def _worth(self, key: Key) -> float:
         total, seen = self._sizes
-        return float((self.setting.size_of(key) * seen / total) ** self.power)
+        return float((self.info.size_of(key) * seen / total) ** self.power)
 
 
 class LfuAgeing(Gdsf):
@@ -88,8 +88,8 @@ class LfuAgeing(Gdsf):
 
     tunable: ClassVar[Bounds] = {}
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting, power=0.0)
+    def __init__(self, info: TierInfo):
+        super().__init__(info, power=0.0)
 
     def _worth(self, key: Key) -> float:
         return 1.0
@@ -101,8 +101,8 @@ class LruK(Policy):
 
     tunable: ClassVar[Bounds] = {"k": (1, 8)}
 
-    def __init__(self, setting: Setting, *, k: int = 2):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo, *, k: int = 2):
+        super().__init__(info)
         self.k = k
         self._uses: dict[Key, deque[int]] = {}  # times of the last k
         self._ranking = Ranking[tuple[float, int]]()  # times of the k-th last and of the last use

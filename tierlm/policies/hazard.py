@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from tierlm.policies.eviction import Bounds, Setting
+from tierlm.policies.eviction import Bounds, TierInfo
 from tierlm.policies.forecast import Floats, Forecast, Indices
 from tierlm.spec import ExpertKey, Key
 
@@ -37,8 +37,8 @@ class Hazard(Forecast):
 
     tunable: ClassVar[Bounds] = {"slow": (0.001, 0.1), "prior": (1.0, 50.0)}
 
-    def __init__(self, setting: Setting, *, slow: float = 0.02, prior: float = 5.0):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo, *, slow: float = 0.02, prior: float = 5.0):
+        super().__init__(info)
         self.slow, self.prior = slow, prior
         self._seen, self._hits = np.full(AGES * SHARES, prior), np.zeros(AGES * SHARES)  # turns, and those of a use
         self._age_bucket = (2 * np.log2(np.arange(2, 2 ** (AGES // 2) + 2)) - 2).astype(np.intp) * SHARES

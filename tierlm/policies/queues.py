@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import ClassVar
 
-from tierlm.policies.eviction import Bounds, Policy, Setting
+from tierlm.policies.eviction import Bounds, Policy, TierInfo
 from tierlm.policies.recency import Ring
 from tierlm.spec import Key
 
@@ -20,9 +20,9 @@ class TwoQ(Policy):
 
     tunable: ClassVar[Bounds] = {"share": (0.05, 0.75), "ghosts": (0.25, 4.0)}
 
-    def __init__(self, setting: Setting, *, share: float = 0.25, ghosts: float = 0.5):
-        super().__init__(setting)
-        self.limit, self.ghost_limit = int(setting.capacity * share), int(setting.capacity * ghosts)
+    def __init__(self, info: TierInfo, *, share: float = 0.25, ghosts: float = 0.5):
+        super().__init__(info)
+        self.limit, self.ghost_limit = int(info.capacity * share), int(info.capacity * ghosts)
         self._new, self._main, self._ghosts = Queue(), Queue(), Queue()
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
@@ -60,9 +60,9 @@ class S3Fifo(Policy):
     tunable: ClassVar[Bounds] = {"share": (0.02, 0.5), "ghosts": (0.25, 4.0), "uses": (1, 4)}
     LIVES = 3
 
-    def __init__(self, setting: Setting, *, share: float = 0.1, ghosts: float = 0.9, uses: int = 2):
-        super().__init__(setting)
-        self.limit, self.ghost_limit = int(setting.capacity * share), int(setting.capacity * ghosts)
+    def __init__(self, info: TierInfo, *, share: float = 0.1, ghosts: float = 0.9, uses: int = 2):
+        super().__init__(info)
+        self.limit, self.ghost_limit = int(info.capacity * share), int(info.capacity * ghosts)
         self.uses = uses
         self._small: OrderedDict[Key, int] = OrderedDict()  # uses since the insertion
         self._main = Ring(self.LIVES)
@@ -107,7 +107,7 @@ class S3Fifo(Policy):
 
     def _crowded(self) -> bool:
         """Whether the main queue is beyond its share."""
-        return len(self._main.lives) > self.setting.capacity - self.limit
+        return len(self._main.lives) > self.info.capacity - self.limit
 
     def _turn(self, key: Key) -> None:
         """Move on to the main queue what was passed in the small one, and take ``key`` out."""
@@ -129,8 +129,8 @@ class Arc(Policy):
     """ARC (Megiddo and Modha, FAST 2003): lru of what was used once and of what was used again, with as many ghosts as
     slots; each return of a ghost moves the target size of the first towards the side that would have kept it."""
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo):
+        super().__init__(info)
         self._once, self._again = Queue(), Queue()
         self._once_ghosts, self._again_ghosts = Queue(), Queue()
         self._counts = (0, 0)  # of ghosts, before what leaves for the record that comes
@@ -142,7 +142,7 @@ class Arc(Policy):
         self._once_ghosts.pop(key, None)
         self._again_ghosts.pop(key, None)
         (self._again if again else self._once)[key] = None
-        capacity = self.setting.capacity
+        capacity = self.info.capacity
         _trim(self._once_ghosts, capacity - len(self._once))
         _trim(self._again_ghosts, 2 * capacity - len(self._once) - len(self._again) - len(self._once_ghosts))
         self._counts = (len(self._once_ghosts), len(self._again_ghosts))
@@ -161,7 +161,7 @@ class Arc(Policy):
 
     def victims(self, incoming: Key | None = None) -> Iterator[Key]:
         target, once = self._adapted(incoming), len(self._once)
-        full = once >= self.setting.capacity  # then its oldest goes, whatever the target
+        full = once >= self.info.capacity  # then its oldest goes, whatever the target
         if once > target or (once == target and incoming in self._again_ghosts) or full:
             yield from self._once
             yield from self._again
@@ -173,7 +173,7 @@ class Arc(Policy):
         """The target, once ``incoming`` has come."""
         once, again = self._counts
         if incoming in self._once_ghosts:
-            return min(self._target + max(again / max(once, 1), 1.0), float(self.setting.capacity))
+            return min(self._target + max(again / max(once, 1), 1.0), float(self.info.capacity))
         if incoming in self._again_ghosts:
             return max(self._target - max(once / max(again, 1), 1.0), 0.0)
         return self._target

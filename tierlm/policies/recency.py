@@ -7,15 +7,15 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import ClassVar
 
-from tierlm.policies.eviction import Bounds, Policy, Setting
+from tierlm.policies.eviction import Bounds, Policy, TierInfo
 from tierlm.spec import Key
 
 
 class Fifo(Policy):
     """First in, first out."""
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo):
+        super().__init__(info)
         self._queue: OrderedDict[Key, None] = OrderedDict()
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
@@ -34,8 +34,8 @@ class Fifo(Policy):
 class Random(Policy):
     """Any, with equal chances: where the others have to be better. The seed makes it repeatable."""
 
-    def __init__(self, setting: Setting, *, seed: int = 0):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo, *, seed: int = 0):
+        super().__init__(info)
         self._random = random.Random(seed)
         self._keys: list[Key] = []
         self._place: dict[Key, int] = {}
@@ -64,8 +64,8 @@ class Random(Policy):
 class Lru(Policy):
     """Least recently used."""
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo):
+        super().__init__(info)
         self._order: OrderedDict[Key, None] = OrderedDict()
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
@@ -85,8 +85,8 @@ class LayerLru(Policy):
     """Least recently used within a layer, where each layer has an equal share of the slots; what a layer does not use
     of its share the others may, until it asks. As in Eliseev and Mazur (arXiv 2312.17238), whose shares are fixed."""
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo):
+        super().__init__(info)
         self._orders: dict[int, OrderedDict[Key, None]] = {}
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
@@ -100,7 +100,7 @@ class LayerLru(Policy):
 
     def victims(self, incoming: Key | None = None) -> Iterator[Key]:
         own = self._orders.get(incoming.layer) if incoming is not None else None
-        if own and len(own) * len(self._orders) >= self.setting.capacity:
+        if own and len(own) * len(self._orders) >= self.info.capacity:
             yield from own
         else:
             own = None
@@ -142,8 +142,8 @@ class Clock(Policy):
 
     tunable: ClassVar[Bounds] = {"lives": (1, 3)}
 
-    def __init__(self, setting: Setting, *, lives: int = 1):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo, *, lives: int = 1):
+        super().__init__(info)
         self.lives = lives
         self._ring = Ring(lives)
         self._offered: Key | None = None
@@ -173,8 +173,8 @@ class Sieve(Policy):
     """SIEVE (Zhang et al., NSDI 2024): clock, but what the hand spares keeps its place, and the hand goes on from where
     it stopped, so that newcomers come under it soon."""
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, info: TierInfo):
+        super().__init__(info)
         self._ahead: OrderedDict[Key, bool] = OrderedDict()  # from the hand to the newest; whether used since
         self._passed: OrderedDict[Key, bool] = OrderedDict()  # all that is older than those
         self._offered: Key | None = None

@@ -1,0 +1,314 @@
+"""A safetensors checkpoint read in place: where every tensor lies, and the byte ranges that make up a record.
+
+Only headers are read here, each once, and everything they claim is checked before anything is allocated: lengths,
+offsets, overlaps, and that the index names files inside its own folder. The format is specified at
+https://huggingface.co/docs/safetensors. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tierlm.checkpoints.checksum import Seal
+from tierlm.checkpoints.codec import Compressed, least_and_most
+from tierlm.errors import CheckpointError, UnsupportedModelError
+
+ALIGNMENT = 4096  # direct reads start, end and land on multiples of this many bytes
+MERGE_GAP = 64 * 1024  # reading this much between two tensors costs less than a second request
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+INSIDE = "tierlm.zstd"  # of a header's metadata: which tensors are inside those that are compressed records
+ITEM_SIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: bytes ``offset`` to ``offset + nbytes`` of ``file``, row-major.
+
+    ``size``: the shape of the matrix that it stands for, where that is another (layouts.py). ``inside``: the compressed
+    record that it is in; then ``offset`` is as if that, where it begins, were not compressed.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    size: tuple[int, ...] | None = None
+    inside: Compressed | None = None
+
+    def rows(self, start: int, stop: int) -> TensorInfo:
+        """The part of this tensor that holds the rows from ``start`` to ``stop`` of its first dimension."""
+        stride = self.nbytes // self.shape[0]
+        at, size = self.offset + start * stride, (stop - start) * stride
+        return TensorInfo(self.name, self.file, at, size, self.dtype, (stop - start, *self.shape[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """One contiguous read. ``start`` to ``stop`` are the bytes wanted; they land ``at`` bytes into the record.
+
+    ``lo`` and ``hi`` are the same range widened to ALIGNMENT, and ``at`` is aligned and stands for ``lo``.
+    """
+
+    file: Path
+    start: int
+    stop: int
+    at: int
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def lo(self) -> int:
+        return self.start // ALIGNMENT * ALIGNMENT
+
+    @property
+    def hi(self) -> int:
+        return -(-self.stop // ALIGNMENT) * ALIGNMENT
+
+    def tensor_at(self, offset: int) -> str:
+        """The name of the tensor that holds the byte at file offset ``offset``, or the nearest one before it."""
+        before = [t.name for t in self.tensors if t.offset <= offset]
+        return before[-1] if before else self.tensors[0].name
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies inside a record's bytes; the rest as in TensorInfo."""
+
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    size: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The bytes of one streamed unit: the reads that fetch it, and where each role's tensor is found afterwards.
+
+    ``seal``: what the bytes of its only extent have to be, in a packed store. ``inside``: they are compressed, and
+    become the record where the extent ends.
+    """
+
+    nbytes: int
+    extents: tuple[Extent, ...]
+    places: Mapping[str, Place]
+    seal: Seal | None = None
+    inside: Compressed | None = None
+
+
+def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
+    """Lay out the record of ``tensors`` (role -> tensor). Tensors that lie together in a file become one read."""
+    ordered = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].offset, item[1].nbytes))
+    groups: list[list[tuple[str, TensorInfo]]] = []
+    for role, tensor in ordered:
+        if groups:
+            last = groups[-1][-1][1]
+            if last.file == tensor.file and tensor.offset - (last.offset + last.nbytes) <= MERGE_GAP:
+                groups[-1].append((role, tensor))
+                continue
+        groups.append([(role, tensor)])
+    at = 0
+    extents, places = [], {}
+    for group in groups:
+        first, last = group[0][1], group[-1][1]
+        extent = Extent(first.file, first.offset, last.offset + last.nbytes, at, tuple(t for _, t in group))
+        for role, tensor in group:
+            offset = at + tensor.offset - extent.lo
+            places[role] = Place(offset, tensor.nbytes, tensor.dtype, tensor.shape, tensor.size)
+        at += extent.hi - extent.lo
+        extents.append(extent)
+    return Record(at, tuple(extents), places)
+
+
+def compressed(record: Record, inside: Compressed) -> Record:
+    """The record of one extent as it is stored: ``inside`` is read to the end of a slot, and decompressed from there
+    to its beginning. The slot ends a page behind the record, so that this does not overtake itself (codec.py)."""
+    (extent,) = record.extents
+    nbytes = -(-max(inside.raw, inside.nbytes) // ALIGNMENT) * ALIGNMENT + ALIGNMENT
+    stored = replace(extent, stop=extent.start + inside.nbytes)
+    stored = replace(stored, at=nbytes - (stored.hi - stored.lo))
+    return Record(nbytes, (stored,), record.places, record.seal, inside)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint. Raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a model folder in Hugging Face layout has one") from None
+    except OSError as error:  # such as one that this user may not read
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected readable JSON, found: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+class Header(NamedTuple):
+    """What one safetensors file says of itself. ``begin``: where its tensors' bytes begin; ``metadata``: free text."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    begin: int
+
+
+class Checkpoint:
+    """All tensors of a model folder. ``tensors``: name -> TensorInfo; ``headers``: of each file."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        self.headers: dict[Path, Header] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self._read_index(index)
+            return
+        files = [folder / "model.safetensors"]
+        if not files[0].exists():
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{folder}: expected model.safetensors, or model.safetensors.index.json and its shards; found neither"
+            )
+        for file in files:
+            for name, tensor in self._header(file).tensors.items():
+                if name in self.tensors:
+                    raise CheckpointError(f"{file}: tensor {name} is also in {self.tensors[name].file.name}")
+                self.tensors[name] = tensor
+
+    def _read_index(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index}: expected a 'weight_map' of tensor names to file names")
+        headers: dict[str, dict[str, TensorInfo]] = {}
+        for shard in sorted(set(weight_map.values())):
+            if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+                raise CheckpointError(f"{index}: names the shard {shard!r}, which is not a file of its own folder")
+            if not (index.parent / shard).exists():
+                raise CheckpointError(
+                    f"{index.parent / shard}: missing shard, named by {index.name}; download it again"
+                )
+            headers[shard] = self._header(index.parent / shard).tensors
+        for name, shard in weight_map.items():
+            if name not in headers[shard]:
+                raise CheckpointError(f"{index}: says that {name} is in {shard}; it is not there")
+            self.tensors[name] = headers[shard][name]
+
+    def _header(self, file: Path) -> Header:
+        self.headers[file] = read_header(file)
+        return self.headers[file]
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
+        """The tensor called ``name``. Raises CheckpointError if it is missing or not of ``shape``."""
+        found = self.tensors.get(name)
+        if found is None:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing ({len(self.tensors)} tensors found)")
+        if shape is not None and found.shape != shape:
+            raise CheckpointError(f"{found.file}: {name} has shape {list(found.shape)}, expected {list(shape)}")
+        return found
+
+
+def read_header(file: Path) -> Header:
+    """What one safetensors file declares, checked against the file. Raises CheckpointError."""
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{file}: not a safetensors file, or truncated: announces a header of {length} bytes, has {size}"
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from error
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: safetensors header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: safetensors header is {type(header).__name__}, expected an object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{file}: header: expected texts under __metadata__, found {str(metadata)[:200]}")
+    begin = 8 + length
+    tensors = {name: _tensor(file, name, entry, begin, size) for name, entry in header.items()}
+    tensors_inside = _inside(file, tensors, metadata.get(INSIDE, "{}"))
+    previous: TensorInfo | None = None
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if previous is not None and tensor.offset < previous.offset + previous.nbytes:
+            raise CheckpointError(
+                f"{file}: header lies: {tensor.name} at offset {tensor.offset} overlaps {previous.name}, "
+                f"which ends at {previous.offset + previous.nbytes}"
+            )
+        previous = tensor
+    return Header(tensors | tensors_inside, metadata, begin)
+
+
+def _inside(file: Path, tensors: Mapping[str, TensorInfo], text: str) -> dict[str, TensorInfo]:
+    """The tensors inside compressed records. ``text``: JSON, tensor of the file -> [checksum of the record, name ->
+    [dtype, shape]]."""
+    found: dict[str, TensorInfo] = {}
+    try:
+        for outer, (checksum, entries) in json.loads(text).items():
+            stored, raw, parts = tensors[outer], 0, []
+            for name, (dtype, shape) in entries.items():
+                numbers = all(type(number) is int and number >= 0 for number in shape)
+                if not numbers or name in tensors or name in found:
+                    raise ValueError(f"{name}: {dtype} {shape}")
+                nbytes = math.prod(shape) * ITEM_SIZE[dtype]
+                parts.append(TensorInfo(name, file, stored.offset + raw, nbytes, dtype, tuple(shape)))
+                raw += nbytes
+            inside = Compressed(
+                stored.offset, stored.nbytes, tuple((part.nbytes, ITEM_SIZE[part.dtype]) for part in parts), checksum
+            )
+            least, most = least_and_most(inside.runs)
+            if not 0 < least <= stored.nbytes <= most or stored.offset % ALIGNMENT or not isinstance(checksum, str):
+                raise ValueError(f"{outer}: {stored.nbytes} bytes at {stored.offset} for {raw}, {checksum}")
+            found |= {part.name: replace(part, inside=inside) for part in parts}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{file}: header: {INSIDE} is malformed ({error}); pack the model again") from error
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} stands twice")
+        found[name] = value
+    return found
+
+
+def _tensor(file: Path, name: str, entry: Any, begin: int, size: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, start, stop)
+        well_formed = isinstance(dtype, str) and len(shape) <= 64
+        well_formed &= all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    except (KeyError, TypeError, ValueError):
+        well_formed = False
+    if not well_formed:
+        raise CheckpointError(f"{file}: header entry of {name} is malformed: {str(entry)[:200]}")
+    if dtype not in ITEM_SIZE:
+        raise UnsupportedModelError(f"{file}: {name} has dtype {dtype}; supported are {', '.join(ITEM_SIZE)}")
+    nbytes = math.prod(shape) * ITEM_SIZE[dtype]
+    if stop - start != nbytes:
+        raise CheckpointError(
+            f"{file}: header lies: {name} {dtype}{list(shape)} takes {nbytes} bytes, its offsets span {stop - start}"
+        )
+    if begin + stop > size:
+        raise CheckpointError(
+            f"{file}: truncated, or its header lies: {name} ends at byte {begin + stop}, the file has {size}; "
+            "download it again"
+        )
+    return TensorInfo(name, file, begin + start, nbytes, dtype, shape)

@@ -1,0 +1,258 @@
+"""Packing: weights as they are stored, in; a folder of packed files, out, whole or not at all.
+
+Everything is written into a folder beside the one that was asked for, which gets its name at the end. A file that has
+its own name there is finished; one in which a pack was killed is written again. A few matrices at a time are in memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tierlm.checkpoints.ahead import ahead
+from tierlm.checkpoints.checkpoint import Place, TensorInfo
+from tierlm.checkpoints.codec import Run
+from tierlm.checkpoints.formats import MAKERS, view
+from tierlm.checkpoints.layouts import Layout, StoredWeight, TileLayout
+from tierlm.checkpoints.packed import RecordShape, file_size, in_file_order, write_file
+from tierlm.checkpoints.reader import read_pieces
+from tierlm.config import format_size
+from tierlm.errors import StorageError, UsageError
+from tierlm.files import whole, write_whole
+from tierlm.kernels import Weight, widen
+
+DESCRIPTION = "tierlm.json"  # what was packed, and how
+INDEX = "model.safetensors.index.json"
+SLICE_VALUES = 2**18  # of a matrix that are converted at a time: what that takes stays in the processor's cache
+SLICE_ROWS = 128  # a slice is of a multiple of these: the scales of no layout span more
+AHEAD = 4  # matrices, or pieces of them, that are read before they are converted, and made before they are written
+SPARE = 64 * 2**20  # bytes that are left free on the disk
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """One weight and the layout that it is to have."""
+
+    weight: StoredWeight
+    target: Layout
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {self.weight.name + ending: part for ending, part in self.target.parts(self.weight.shape).items()}
+
+    def convert(self, parts: Sequence[Tensor]) -> dict[str, memoryview]:
+        """The bytes of its tensors by name, made from the weight's own ``parts`` by way of float32."""
+        shape = self.weight.shape
+        data, *scales = parts
+        stored = Weight(data, scales[0] if scales else None, (shape[0], shape[1]))
+        step = max(SLICE_ROWS, SLICE_VALUES // shape[1] // SLICE_ROWS * SLICE_ROWS)
+        edges = [(at, min(at + step, shape[0])) for at in range(0, shape[0], step)]
+        made = [MAKERS[self.target.name](widen(stored, *rows)) for rows in edges]
+        found = [torch.cat([weight.data for weight in made])]
+        if made[0].scale is not None:
+            found.append(torch.cat([weight.scale for weight in made if weight.scale is not None]))
+        return {name: _bytes(part) for name, part in zip(self.tensors(), found, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The tensor ``name`` of a weight that is converted; ``parts``: what that is made from, at the weight's first."""
+
+    name: str
+    packing: Packing
+    parts: Sequence[Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRecord:
+    """The weights that are to be read as one. ``compress``, ``block``: see RecordShape."""
+
+    name: str
+    packings: Sequence[Packing]
+    compress: bool = False
+    block: int = 0
+
+    def shape(self) -> RecordShape:
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for packing in self.packings:
+            tensors |= packing.tensors()
+        return RecordShape(self.name, in_file_order(tensors), self.compress, self.block)
+
+    @property
+    def floats(self) -> bool:
+        """Whether it is of floats and nothing else, whose exponents take less room than they have."""
+        return not any(isinstance(packing.target, TileLayout) for packing in self.packings)
+
+    def read(self) -> Iterator[memoryview | Wanted]:
+        """The record's tensors in the order of the file: the bytes of what keeps its layout, and what the rest is to
+        be made from."""
+        owner = {name: packing for packing in self.packings for name in packing.tensors()}
+        begun: set[str] = set()
+        for name in self.shape().tensors:
+            packing = owner[name]
+            weight = packing.weight
+            if packing.target == weight.layout:
+                yield from read_pieces(weight.parts[name.removeprefix(weight.name)])
+                continue
+            parts = None if weight.name in begun else [_read(part) for part in weight.parts.values()]
+            begun.add(weight.name)
+            yield Wanted(name, packing, parts)
+
+
+def read_records(records: Iterable[PackedRecord]) -> Generator[memoryview | Wanted, None, None]:
+    """All there is to read, in the order in which it is written."""
+    for record in records:
+        yield from record.read()
+
+
+def converted(items: Generator[memoryview | Wanted, None, None]) -> Generator[memoryview, None, None]:
+    """The bytes to be written: ``items``, with what is wanted made."""
+    made: dict[str, memoryview] = {}
+    with closing(items):
+        for item in items:
+            if isinstance(item, memoryview):
+                yield item
+                continue
+            if item.parts is not None:
+                made |= item.packing.convert(item.parts)
+            yield made.pop(item.name)
+
+
+def raw_bytes(record: PackedRecord) -> tuple[bytes, list[Run]]:
+    """A record as it is before it is compressed, and the sizes of its items."""
+    return b"".join(converted(read_records([record]))), record.shape().runs
+
+
+def pack(
+    files: Mapping[str, Sequence[PackedRecord]],
+    beside: Mapping[str, bytes],
+    out: Path,
+    description: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> None:
+    """Write ``files`` (name -> records) into the new folder ``out``, and ``beside`` them other files' contents.
+
+    Reading, converting and writing go on side by side.
+
+    ``description``: of what is "packed" and of its "source"; a pack that was interrupted goes on where it has the same.
+    ``progress`` is called with the bytes written so far, and in total. Raises UsageError, StorageError.
+    """
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out}: exists already; a pack is written to a new folder: choose another, or remove it")
+    metadata = {
+        "tierlm.packed": json.dumps(description["packed"]),
+        "tierlm.source": description["source"]["fingerprint"],
+    }
+    with _unfinished(out, description) as folder:
+        shapes = {name: [record.shape() for record in records] for name, records in files.items()}
+        sizes = {name: file_size(each, metadata) for name, each in shapes.items()}
+        done = sum(size for name, size in sizes.items() if (folder / name).exists())
+        total = sum(sizes.values())
+        _check_room(folder, out, total - done + sum(map(len, beside.values())))
+        missing = [name for name in files if not (folder / name).exists()]
+
+        def counted(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+            nonlocal done
+            for chunk in chunks:
+                yield chunk
+                done += chunk.nbytes
+                if progress is not None:
+                    progress(done, total)
+
+        reads = ahead(read_records(record for name in missing for record in files[name]), AHEAD)
+        with closing(ahead(converted(reads), AHEAD)) as chunks:
+            stream = counted(chunks)
+            for name in missing:
+                write_file(folder / name, shapes[name], metadata, stream)
+        total = sum((folder / name).stat().st_size for name in files)
+        weight_map = {tensor: name for name, each in shapes.items() for shape in each for tensor in shape.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        try:
+            for name, content in beside.items():
+                with whole(folder / name) as file:
+                    file.write(content)
+            write_whole(folder / INDEX, json.dumps(index, indent=1))
+            os.rename(folder, out)
+        except OSError as error:
+            raise StorageError(f"{out}: cannot be written: {error.strerror or error}", file=str(out)) from error
+
+
+def unfinished(out: Path) -> Any:
+    """The description of a pack to ``out`` that was interrupted; None if there is none, or it cannot be read."""
+    with suppress(OSError, ValueError):
+        return json.loads((_beside(out) / DESCRIPTION).read_text(encoding="utf-8"))
+    return None
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".unfinished")
+
+
+@contextmanager
+def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder that is to become ``out``, and nobody else's meanwhile."""
+    folder = _beside(out)
+    note = folder / DESCRIPTION
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UsageError(f"{folder}: expected a folder that can be written to: {error.strerror}") from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        text = json.dumps(description, indent=1) + "\n"
+        if note.exists() or any(folder.glob("*.safetensors")):
+            if not note.exists() or note.read_text(encoding="utf-8") != text:
+                raise UsageError(
+                    f"{folder}: an unfinished pack of another model, of other settings, or of files that have changed "
+                    "since; remove it, or choose another folder"
+                )
+        else:
+            write_whole(note, text)
+        try:
+            yield folder
+        except BaseException:
+            if not any(folder.glob("*.safetensors")):  # there is nothing to go on with
+                note.unlink()
+                with suppress(OSError):  # something else is in it
+                    folder.rmdir()
+            raise
+    except BlockingIOError:
+        raise UsageError(f"{folder}: another pack is writing to it") from None
+    finally:
+        os.close(held)
+
+
+def _check_room(folder: Path, out: Path, needed: int) -> None:
+    for left in folder.glob("*.unfinished"):  # of a pack that was killed; it is written again
+        left.unlink()
+    free = shutil.disk_usage(folder).free
+    if needed + SPARE > free:
+        raise StorageError(
+            f"{out}: needs {format_size(needed)} and {format_size(SPARE)} to spare, its disk has {format_size(free)} "
+            "free; make room, or choose a folder on another disk",
+            file=str(out),
+        )
+
+
+def _read(tensor: TensorInfo) -> Tensor:
+    """A tensor, in memory of its own."""
+    data = torch.empty(tensor.nbytes, dtype=torch.uint8)
+    for _ in read_pieces(tensor, data.numpy().data):
+        pass
+    return view(data, Place(0, tensor.nbytes, tensor.dtype, tensor.shape))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,179 @@
+"""What a budget will do for a model on a machine: its plan, the speed to expect, and what more of each would bring."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tierlm.config import format_size
+from tierlm.errors import BudgetError
+from tierlm.planning.cost import (
+    Machine,
+    Seconds,
+    Work,
+    cached_share,
+    decode_seconds,
+    load_seconds,
+    prefill_seconds,
+    skewed_hits,
+    streamed_bytes,
+    uniform_hits,
+)
+from tierlm.planning.plan import Plan, Sizes, TierPlan, make_plan
+
+GIB = 2**30
+PROCESS = 256 * 2**20  # bytes of interpreter and libraries, which the engine measures: 242 MiB with torch 2.13 for CPUs
+OS_SHARE = 0.9  # of a machine's memory; what is above is missed by the system and by other programs
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: budgets in bytes, lengths in tokens."""
+
+    ram: int
+    vram: int | None
+    context: int
+    prompt: int
+    chunk: int
+    process: int = PROCESS
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What to expect under one assumption about routing. Rates in tokens a second, times in seconds."""
+
+    hit_rate: float
+    decode: float
+    step: Seconds
+    prefill: float
+    prompt: Seconds
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """``worst``: routing that no cache helps with beyond its size. ``typical``: of trained models, or as recorded.
+    ``low`` and ``high``: the range of decode tokens/s, from the slower of both without any overlap to the typical one
+    with perfect overlap.
+
+    ``first_token``: seconds from the request; ``load`` and ``start``: before it, once. ``more``: decode tokens/s with
+    more of something. ``warnings``: cliffs that are near.
+    """
+
+    plan: Plan
+    worst: Speed
+    typical: Speed
+    low: float
+    high: float
+    load: float
+    start: float
+    first_token: float
+    streamed: int
+    more: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+
+def forecast(
+    sizes: Sizes,
+    work: Work,
+    machine: Machine,
+    question: Question,
+    ram_free: int | None = None,
+    recorded: Callable[[float], float] | None = None,
+) -> Forecast:
+    """Answer a question. ``ram_free``: what this machine has, if the budget is meant for it. ``recorded``: the typical
+    hit rate at a share of all experts, in the place of the assumed one. Raises BudgetError."""
+
+    def plan_for(ram: int, vram: int | None) -> Plan:
+        return make_plan(sizes, ram=ram, vram=vram, process=question.process, min_slots=work.experts_per_token or 1)
+
+    def skewed(share: float) -> float:
+        return skewed_hits(share, work)
+
+    usual = recorded or skewed
+    plan = plan_for(question.ram, question.vram)
+    worst = _speed(plan, sizes, work, machine, question, uniform_hits)
+    typical = _speed(plan, sizes, work, machine, question, usual)
+    streamed = streamed_bytes(plan, sizes.trunk)
+    load = load_seconds(machine, sum(sizes.trunk[key] for tier in _tiers(plan) for key in tier.trunk), work.stored[1])
+
+    def decode(machine: Machine, ram: int, vram: int | None) -> float | None:
+        try:
+            other = plan_for(ram, vram)
+        except BudgetError:
+            return None
+        return _speed(other, sizes, work, machine, question, usual).decode
+
+    ram, vram = question.ram, question.vram
+    faster: dict[str, tuple[Machine, int, int | None]] = {
+        "1 GiB more ram": (machine, ram + GIB, vram),
+        "8 GiB more ram": (machine, ram + 8 * GIB, vram),
+        "a disk twice as fast": (dataclasses.replace(machine, disk=2 * machine.disk), ram, vram),
+    }
+    if vram is None or machine.accelerator is None:
+        twice = {name: 2 * rate for name, rate in machine.weights.items()}
+        faster["arithmetic twice as fast"] = dataclasses.replace(machine, weights=twice), ram, vram
+    else:
+        card = dataclasses.replace(machine.accelerator, link=2 * machine.accelerator.link)
+        faster["1 GiB more vram"] = machine, ram, vram + GIB
+        faster["a link twice as fast"] = dataclasses.replace(machine, accelerator=card), ram, vram
+    more = {name: speed for name, what in faster.items() if (speed := decode(*what)) is not None}
+    alone = typical.step
+    return Forecast(
+        plan=plan,
+        worst=worst,
+        typical=typical,
+        low=1 / max(_serial(worst.step), _serial(alone)),
+        high=1 / max(alone.compute + alone.overhead, alone.disk, alone.link),
+        load=load,
+        start=machine.start,
+        first_token=typical.prompt.total,
+        streamed=streamed[0],
+        more=more,
+        warnings=tuple(_warnings(plan, work, question, streamed, ram_free)),
+    )
+
+
+def _speed(
+    plan: Plan, sizes: Sizes, work: Work, machine: Machine, question: Question, hit_rate: Callable[[float], float]
+) -> Speed:
+    above, everywhere = cached_share(plan, work)
+    hits = hit_rate(above), hit_rate(everywhere)
+    streamed = streamed_bytes(plan, sizes.trunk)
+    step = decode_seconds(work, machine, hits, streamed, question.prompt)
+    slot_bytes = plan.ram.expert_slots * sizes.expert
+    # The first prompt finds every slot empty, and no memory of activations.
+    workspace = sizes.workspace * min(1.0, question.prompt / min(question.chunk, question.context))
+    prompt = prefill_seconds(work, machine, 0.0, streamed, question.prompt, question.chunk, slot_bytes, workspace)
+    return Speed(hits[1], 1 / step.total, step, question.prompt / prompt.total, prompt)
+
+
+def _serial(step: Seconds) -> float:
+    return step.compute + step.overhead + step.disk + step.link
+
+
+def _tiers(plan: Plan) -> list[TierPlan]:
+    return [tier for tier in (plan.ram, plan.vram) if tier is not None]
+
+
+def _warnings(plan: Plan, work: Work, question: Question, streamed: tuple[int, int], ram_free: int | None) -> list[str]:
+    """What a little less, or a little more, of a budget would turn into a fall."""
+    found = []
+    if streamed[0]:
+        found.append(
+            f"trunks of {format_size(streamed[0])} do not fit and are read again for every token: the first thing that "
+            "more ram is good for"
+        )
+    token = work.moe_layers * work.experts_per_token
+    slots = sum(tier.expert_slots for tier in _tiers(plan))
+    if slots < token:
+        found.append(
+            f"{slots} expert slots are fewer than the {token} experts of one token: most of them are gone again before "
+            "the next token wants them"
+        )
+    if ram_free is not None and question.ram > OS_SHARE * ram_free:
+        found.append(
+            f"{format_size(ram_free)} are free here: a budget of {format_size(question.ram)} leaves less than a tenth "
+            "of it for the system and other programs, and may be killed or make them slow"
+        )
+    return found

@@ -1,0 +1,62 @@
+"""From what the user calls a model to its config, without its weights: published models are known by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tierlm.checkpoints.checkpoint import read_json
+from tierlm.checkpoints.hub import DEMO
+from tierlm.errors import CheckpointError
+
+# name -> hub ids; where the dimensions are from, and a second place that they were compared with; the config
+DATA = Path(__file__).with_name("known.json")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model's config, and where it was found; ``folder``: the model's own, where its weights are there too."""
+
+    name: str
+    config: Mapping[str, Any]
+    where: str
+    folder: Path | None = None
+
+
+def known_models() -> dict[str, Any]:
+    """The published models whose dimensions come with the package, by name."""
+    found: dict[str, Any] = json.loads(DATA.read_text(encoding="utf-8"))
+    return found
+
+
+def find_config(model: str) -> Named:
+    """The config of ``model``: "demo", a folder, a ``config.json``, a known name or hub id, or another hub id, of which
+    the config alone is downloaded. Raises CheckpointError."""
+    path = DEMO if model == "demo" else Path(model)
+    if path.is_dir():
+        config = read_json(path / "config.json")
+        whole = any(path.glob("*.safetensors"))
+        return Named(path.resolve().name, config, str(path / "config.json"), path if whole else None)
+    if path.is_file():
+        return Named(path.stem, read_json(path), str(path))
+    known = known_models()
+    for name, entry in known.items():
+        if model.lower() in (name.lower(), *(hub.lower() for hub in entry["hub"])):
+            return Named(name, entry["config"], f"known as {name}")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is None:
+        raise CheckpointError(
+            f"{model}: no such folder or file, and no known model; give a model folder, a config.json, a hub id, or "
+            f"one of {', '.join(known)}"
+        )
+    from huggingface_hub import hf_hub_download  # slow to import, rarely needed
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        file = Path(hf_hub_download(model, "config.json"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {error}") from error
+    return Named(model, read_json(file), str(file))

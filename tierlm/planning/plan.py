@@ -1,0 +1,151 @@
+"""What a budget means for a model: which trunks stay, how many expert slots each tier gets, and the floor. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tierlm.config import format_size
+from tierlm.errors import BudgetError
+from tierlm.spec import ModelSpec, TrunkKey
+
+AUTO_RAM = 0.8  # of what is free, where the budget says auto
+MAX_LOGITS = 64 * 2**20  # bytes set aside for what a call for logits returns
+SLACK = 48 * 2**20  # bytes of ram for what cannot be counted: thread stacks, allocator rounding, library scratch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The bytes of a model's parts. ``trunk``: per streamed unit; ``expert``: of the largest expert record;
+    ``resident``: always resident small tensors; ``kv`` and ``workspace``: of this run's context and prefill chunk."""
+
+    trunk: Mapping[TrunkKey, int]
+    expert: int
+    experts: int  # in the whole model
+    resident: int
+    kv: int
+    workspace: int
+    logits: int  # of the result of one call for logits, in ram
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """One tier: what is resident in it, the two slots through which the other trunks stream, and the expert slots.
+
+    ``floor`` is the least this tier runs with, ``parts`` what the plan uses, in bytes by name.
+    """
+
+    trunk: tuple[TrunkKey, ...]
+    ring: int  # bytes of each of the two slots of the ring; 0: nothing streams
+    expert_slots: int
+    floor: int
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one budget means for one model. ``vram`` is None where the compute tier is ``ram``."""
+
+    ram: TierPlan
+    vram: TierPlan | None
+
+
+def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:
+    """Peak bytes of activations for a step of ``chunk`` tokens: the largest of attention and MoE, float32.
+
+    Attention: queries, their rotated copy, outputs, and one group of heads' scores, keys and values
+    (models/attention.py caps the group).
+    MoE: one output per token and choice, weighted copy, the rows of one expert. Both: a few [chunk, hidden].
+    """
+    common = 6 * chunk * spec.hidden
+    heads = spec.heads * (2 * (spec.nope_dim + spec.rope_dim) + 2 * spec.value_dim + spec.kv_rank)
+    scores = 3 * min(spec.heads * chunk * context, max(2**23, chunk * context))  # raw, masked, softmax
+    expanded = context * (spec.latent_dim + min(spec.heads * (spec.nope_dim + spec.value_dim), 2**18 // spec.kv_rank))
+    attention = chunk * (heads + 2 * spec.latent_dim) + scores + expanded
+    moe = chunk * (2 * spec.experts_per_token * spec.hidden + 3 * spec.expert_width + 4 * spec.experts)
+    dense = chunk * 3 * max(spec.dense_width, spec.shared_experts * spec.expert_width)
+    return 4 * (common + max(attention, moe + dense) + 4 * spec.vocab + 2**21)
+
+
+def make_plan(
+    sizes: Sizes,
+    *,
+    ram: int,
+    vram: int | None,
+    process: int,
+    min_slots: int,
+    ram_slots: int | None = None,
+    vram_slots: int | None = None,
+    resident_trunks: int | None = None,
+) -> Plan:
+    """Divide a budget. Trunk first, since every token uses all of it; experts get what is left.
+
+    ``process``: bytes that the interpreter and its libraries hold already. ``min_slots``: one token's experts of one
+    layer. ``ram_slots``, ``vram_slots`` and ``resident_trunks`` hold these at or below a number. Raises BudgetError
+    below the floor.
+    """
+    state = {"KV cache": sizes.kv, "activations": sizes.workspace, "routers and norms": sizes.resident}
+    host = {"interpreter and libraries": process, "slack": SLACK, "logits": sizes.logits}
+    everything = list(sizes.trunk)
+    if vram is None:
+        return Plan(
+            _plan_tier("ram", ram, host | state, sizes, everything, min_slots, ram_slots, resident_trunks), None
+        )
+    compute = _plan_tier("vram", vram, state, sizes, everything, min_slots, vram_slots, resident_trunks)
+    streamed = [key for key in everything if key not in compute.trunk]
+    # The ring of the host also carries what is loaded into vram once, so it takes the largest trunk of all.
+    below = _plan_tier("ram", ram, host, sizes, streamed, 1, ram_slots, resident_trunks, through=everything)
+    return Plan(below, compute)
+
+
+def _plan_tier(
+    tier: str,
+    budget: int,
+    fixed: Mapping[str, int],
+    sizes: Sizes,
+    trunk: list[TrunkKey],
+    min_slots: int,
+    max_slots: int | None,
+    max_trunks: int | None,
+    through: list[TrunkKey] | None = None,
+) -> TierPlan:
+    """Plan one tier that serves ``trunk``; ``through``: other trunks that pass through its ring while loading."""
+    largest_first = sorted(trunk, key=lambda key: (-sizes.trunk[key], key))
+    streaming = max((sizes.trunk[key] for key in through or ()), default=0)
+
+    def need(resident: int) -> tuple[int, int]:
+        """Bytes of the ``resident`` largest trunks, and of one ring slot for the rest."""
+        rest = largest_first[resident:]
+        ring = max(sizes.trunk[rest[0]] if rest else 0, streaming)
+        return sum(sizes.trunk[key] for key in largest_first[:resident]), ring
+
+    slots = min(min_slots, sizes.experts, max_slots or min_slots)
+    least = slots * sizes.expert
+    counts = range(min(len(trunk), len(trunk) if max_trunks is None else max_trunks) + 1)
+    held, ring = min((need(n) for n in counts), key=_bytes)
+    parts = {**fixed, "trunk": held + 2 * ring, "experts": least}
+    floor = sum(parts.values())
+    if budget < floor:
+        dominant = max(parts, key=lambda name: parts[name])
+        listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
+        raise BudgetError(
+            f"{tier} budget of {format_size(budget)} is below the floor of {format_size(floor)}; what dominates is "
+            f"{dominant} with {format_size(parts[dominant])} ({listed}). Raise the {tier} budget"
+            + (", or lower the context" if parts.get("KV cache", 0) > floor // 8 else ""),
+            tier=tier,
+            floor=floor,
+            given=budget,
+            dominant=dominant,
+        )
+    room = budget - sum(fixed.values()) - least
+    resident = max(n for n in counts if _bytes(need(n)) <= room)
+    held, ring = need(resident)
+    expert_slots = slots + (room - held - 2 * ring) // sizes.expert if sizes.experts else 0
+    expert_slots = min(expert_slots, sizes.experts, max_slots or sizes.experts)
+    used = {**fixed, "trunk": held + 2 * ring, "experts": expert_slots * sizes.expert}
+    return TierPlan(tuple(sorted(largest_first[:resident])), ring, expert_slots, floor, used)
+
+
+def _bytes(pair: tuple[int, int]) -> int:
+    """Bytes of resident trunks and a ring of two slots."""
+    return pair[0] + 2 * pair[1]

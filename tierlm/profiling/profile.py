@@ -1,0 +1,238 @@
+"""What a machine's tiers have been measured to give, kept as JSON, and the rates that the cost model takes from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tierlm.errors import UsageError
+from tierlm.files import user_cache, write_whole
+from tierlm.planning.cost import BITS, Accelerator, Machine
+
+VERSION = 2
+ENGINE_SIZES = tuple(size * 2**20 for size in (1, 4, 8))  # bytes of a request, as checkpoints/probe.py chooses them
+ENGINE_DEPTHS = (4, 8, 16)
+
+# Where nothing was measured: a desktop with two channels of memory and an NVMe disk of the third generation.
+ASSUMED_DISK, ASSUMED_LATENCY = 3e9, 1e-3
+ASSUMED_WEIGHT_BYTES = 20e9  # bytes of weights a second that one row is multiplied with: half of the memory's rate
+ASSUMED_PRODUCTS = 15e9  # multiply-adds a second and core of a large float32 product: a third of AVX2's peak
+ASSUMED_BESIDE = (0.8, 0.8)
+ASSUMED_LAYER, ASSUMED_RECORD, ASSUMED_TOUCH, ASSUMED_START = 1e-3, 3e-4, (0.5e-9, 1e-9), 3.0
+LIKE_BF16 = "bf16's, by the bytes of a weight"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of several rounds, in bytes or operations a second."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MemoryRate:
+    """A cache or the RAM of a node: ``capacity`` in bytes, rates of ``threads`` cores of node ``cpus`` on memory of
+    node ``node``. A copy counts the bytes read and those written."""
+
+    name: str
+    capacity: int
+    cpus: int
+    node: int
+    threads: int
+    read: Spread
+    write: Spread
+    copy: Spread
+
+
+@dataclass(frozen=True)
+class DiskRate:
+    """``depth`` reads of ``request_bytes`` at a time. ``percentiles``: seconds of a read, 50, 90 and 99 %.
+
+    ``device_share``: bytes that the block device counted, of those read; None where it has no counter.
+    ``from_ram``: why this is not the disk's figure, or "".
+    """
+
+    path: str
+    device: str
+    reader: str  # direct | mmap
+    pattern: str  # random | sequential
+    request_bytes: int
+    depth: int
+    rate: Spread
+    percentiles: tuple[float, float, float]
+    device_share: float | None
+    from_ram: str = ""
+
+
+@dataclass(frozen=True)
+class KernelRate:
+    """Gated MLPs of weights that no cache holds: multiply-adds a second with ``rows`` rows."""
+
+    format: str
+    rows: int
+    threads: int
+    rate: Spread
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All that was measured. Rates in bytes a second, capacities in bytes. ``disk_capacity``: by path.
+
+    ``beside``: shares of the arithmetic's and the disk's speed that are left when both are at work, of one row;
+    ``beside_many``: of the rows of a prefill. ``links``: host to
+    device and back, pinned and pageable, and the device's memory, by name. ``unpack``: decompressed bytes a second.
+    ``missing``: what was not measured, and why.
+    """
+
+    when: str
+    processor: str
+    cores: int
+    ram: int
+    ram_limit: int  # what this process may use
+    memory: Sequence[MemoryRate] = ()
+    disks: Sequence[DiskRate] = ()
+    disk_capacity: Mapping[str, int] = field(default_factory=dict)
+    kernels: Sequence[KernelRate] = ()
+    links: Mapping[str, Spread] = field(default_factory=dict)
+    device_memory: int = 0
+    unpack: Mapping[str, Spread] = field(default_factory=dict)
+    beside: tuple[float, float] | None = None
+    beside_many: tuple[float, float] | None = None
+    layer: float | None = None
+    record: float | None = None
+    touch: tuple[float, float] | None = None
+    start: float | None = None
+    missing: Sequence[str] = ()
+    version: int = VERSION
+
+    def write(self, file: Path) -> None:
+        """Keep it as JSON. Raises OSError."""
+        write_whole(file, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    def engine_disk(self) -> tuple[float, float] | None:
+        """Bytes a second and the latency of the fastest disk, read as the engine reads: the median over random direct
+        reads of ENGINE_SIZES at ENGINE_DEPTHS, since the best of many samples is luck; the seconds of one that is
+        alone. None where no disk's own figures are known."""
+        found: list[tuple[float, float]] = []
+        for path in self.disk_capacity:
+            real = [r for r in self.disks if r.path == path and r.pattern == "random" and not r.from_ram]
+            direct = [rate for rate in real if rate.reader == "direct"] or real
+            sized = [rate for rate in direct if rate.request_bytes in ENGINE_SIZES] or direct
+            usual = [rate for rate in sized if rate.depth in ENGINE_DEPTHS] or sized
+            if usual:
+                alone = min(sized, key=lambda rate: (rate.depth, rate.request_bytes))
+                found.append((spread([rate.rate.median for rate in usual]).median, alone.percentiles[0]))
+        return max(found, default=None)
+
+
+def default_file() -> Path | None:
+    """Where ``tierlm profile`` leaves its result for ``tierlm plan``; None where the user has no cache folder."""
+    cache = user_cache()
+    return None if cache is None else cache / "profile.json"
+
+
+def read_profile(file: Path) -> Profile:
+    """What ``Profile.write`` has kept. Raises UsageError for a file that is not one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("version") != VERSION:
+            raise ValueError(f"version {found.get('version')!r}, expected {VERSION}")
+        found["memory"] = [MemoryRate(**_with_spreads(row, "read", "write", "copy")) for row in found["memory"]]
+        found["disks"] = [
+            DiskRate(**(_with_spreads(row, "rate") | {"percentiles": tuple(row["percentiles"])}))
+            for row in found["disks"]
+        ]
+        found["kernels"] = [KernelRate(**_with_spreads(row, "rate")) for row in found["kernels"]]
+        for name in ("links", "unpack"):
+            found[name] = {key: Spread(**value) for key, value in found[name].items()}
+        for name in ("beside", "beside_many", "touch"):
+            found[name] = tuple(found[name]) if found.get(name) else None
+        return Profile(**found)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{file}: expected what `tierlm profile --json` writes, found: {error}") from error
+
+
+def machine_of(profile: Profile | None, vram: bool) -> Machine:
+    """The rates of a profile, and assumptions in the place of what it lacks; None: assumptions alone.
+
+    ``vram``: whether a card computes. ``origins`` has a format's under its name.
+    """
+    origins: dict[str, str] = {}
+    measured = "measured" if profile is None else f"measured {profile.when}"
+
+    def known(name: str, value: Any, otherwise: Any) -> Any:
+        origins[name] = "assumed" if value is None else measured
+        return otherwise if value is None else value
+
+    disk = None if profile is None else profile.engine_disk()
+    cores = profile.cores if profile is not None else len(os.sched_getaffinity(0))
+    rates: dict[str, dict[int, float]] = {}
+    for kernel in () if profile is None else profile.kernels:
+        rates.setdefault(kernel.format, {})[kernel.rows] = kernel.rate.median
+    like = rates.get("bf16")
+    weights, products = {}, {}
+    for format, bits in BITS.items():
+        by_rows = rates.get(format)
+        if by_rows is not None:
+            weights[format], origins[format] = by_rows[min(by_rows)], measured
+        elif like is not None:
+            weights[format], origins[format] = like[min(like)] * BITS["bf16"] / bits, LIKE_BF16
+        else:
+            weights[format], origins[format] = ASSUMED_WEIGHT_BYTES * 8 / bits, "assumed"
+        # As many rows as one, at the least.
+        by_rows = by_rows or like or {64: ASSUMED_PRODUCTS * cores}
+        products[format] = {rows: max(rate, weights[format]) for rows, rate in by_rows.items()}
+    return Machine(
+        disk=known("disk", disk and disk[0], ASSUMED_DISK),
+        latency=known("latency", disk and disk[1], ASSUMED_LATENCY),
+        weights=weights,
+        products=products,
+        beside=known("beside", profile and profile.beside, ASSUMED_BESIDE),
+        beside_many=known("beside_many", profile and profile.beside_many, ASSUMED_BESIDE),
+        layer=known("layer", profile and profile.layer, ASSUMED_LAYER),
+        record=known("record", profile and profile.record, ASSUMED_RECORD),
+        touch=known("touch", profile and profile.touch, ASSUMED_TOUCH),
+        start=known("start", profile and profile.start, ASSUMED_START),
+        accelerator=_accelerator(profile, origins) if vram else None,
+        origins=origins,
+    )
+
+
+def _accelerator(profile: Profile | None, origins: dict[str, str]) -> Accelerator | None:
+    """The card of a profile. One that is only asked about is as reference hardware of the middle is."""
+    links = {} if profile is None else profile.links
+    if "pinned to device" in links and "device memory" in links and "device products" in links:
+        origins["accelerator"] = "measured"
+        speeds = [links[name].median for name in ("device memory", "pinned to device", "device products")]
+        return Accelerator(*speeds)
+    origins["accelerator"] = "assumed: 400 GB/s, PCIe 4.0 x16"
+    return Accelerator(memory=400e9, link=25e9, products=20e12)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, least and most."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return Spread(median, ordered[0], ordered[-1])
+
+
+def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """The values that 50, 90 and 99 % do not exceed."""
+    ordered = sorted(seconds)
+    at = [ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.9, 0.99)]
+    return at[0], at[1], at[2]
+
+
+def _with_spreads(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {**row, **{name: Spread(**row[name]) for name in names}}

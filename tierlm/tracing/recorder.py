@@ -1,0 +1,72 @@
+"""Writes down which experts a running model chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tierlm.tracing.trace import TraceInfo
+from tierlm.tracing.tracefile import TraceWriter
+
+AHEAD = 3  # guesses of a gate are recorded from 0, 1 and 2 layers before
+GUESSED = 4  # times as many experts as a token chooses: how far a ranking of guesses goes
+
+Array = npt.NDArray[Any]
+
+
+class Recorder:
+    """Made for one run; told by the decoder of each step's begin and end, and by the MoE layers of their choices.
+
+    ``chosen``: experts of a token. ``scores``: whether the routers' scores and the gates' guesses are written as well,
+    which costs an evaluation of each gate for each of AHEAD. A step that fails leaves nothing. Raises OSError.
+    """
+
+    def __init__(self, file: Path, info: TraceInfo, moe_layers: int, chosen: int, scores: bool):
+        self.info, self.scores = info, scores
+        self.guessed = min(info.experts, GUESSED * chosen)
+        self._shape = (moe_layers, chosen)
+        self._writer = TraceWriter(file, info)
+        self._sequences: dict[int, int] = {}  # by the place in the KV cache: the number of the sequence there
+        self._count = self._step = 0
+        self._rows: dict[str, Array] = {}
+
+    def begin(self, sequences: Sequence[tuple[int, int, int]], prefill: bool) -> None:
+        """A step of some sequences: of each its place in the KV cache, the tokens there already, and the new ones."""
+        numbers: list[int] = []
+        for place, held, new in sequences:
+            if not held:
+                self._sequences[place] = self._count
+                self._count += 1
+            numbers += [self._sequences[place]] * new
+        tokens, (layers, chosen) = len(numbers), self._shape
+        self._rows = {"experts": np.full((tokens, layers, chosen), -1, np.int16)}
+        self._rows |= {"sequences": np.array(numbers, np.int32), "steps": np.full(tokens, self._step, np.int32)}
+        self._rows["prefill"] = np.full(tokens, prefill)
+        if self.scores:
+            self._rows["scores"] = np.zeros((tokens, layers, self.info.experts), np.float16)
+            self._rows["guesses"] = np.full((tokens, layers, AHEAD, self.guessed), -1, np.int16)
+
+    def choose(self, layer: int, experts: Array, scores: Array | None = None) -> None:
+        """``layer`` has chosen ``experts`` [T, k], in the router's order; ``scores`` [T, E] if they are wanted."""
+        at = layer - self.info.first_layer
+        self._rows["experts"][:, at] = experts
+        if scores is not None:
+            self._rows["scores"][:, at] = scores
+
+    def guess(self, layer: int, ahead: int, ranked: Array) -> None:
+        """The gate of ``layer`` ranks ``ranked`` [T, guessed] first, ``ahead`` layers before it runs."""
+        self._rows["guesses"][:, layer - self.info.first_layer, ahead] = ranked
+
+    def end(self) -> None:
+        """The step is through."""
+        self._writer.add(**self._rows)
+        self._rows = {}
+        self._step += 1
+
+    def close(self) -> None:
+        """Bring the trace to the disk."""
+        self._writer.close()

@@ -1,0 +1,154 @@
+"""tierlm's own trace file: a zip of numpy arrays (an npz), written in blocks, in bounded memory, whole or not at all.
+
+Members: for each block b of tokens ``b/experts.npy``, ``b/sequences.npy``, ``b/steps.npy``, ``b/prefill.npy``, and on
+request ``b/scores.npy`` and ``b/guesses.npy``, shapes and dtypes as in ``tracing.trace.Trace``; and last
+``trace.json``: format, version, tokens, blocks, and the fields of TraceInfo. ``numpy.load`` opens it as well.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tierlm.errors import TraceError
+from tierlm.files import whole
+from tierlm.tracing.trace import BLOCK, Trace, TraceInfo
+
+FORMAT, VERSION = "tierlm-trace", 1
+BLOCK_BYTES = 4 * 2**20  # that wait to be written, at most, but for one step
+HEAD = "trace.json"
+DTYPES = {"experts": "<i2", "sequences": "<i4", "steps": "<i4", "prefill": "|b1", "scores": "<f2", "guesses": "<i2"}
+OPTIONAL = ("scores", "guesses")
+
+Array = npt.NDArray[Any]
+
+
+class TraceWriter:
+    """Writes ``file``, which is there once ``close`` has returned. Raises OSError."""
+
+    def __init__(self, file: Path, info: TraceInfo):
+        self.info = info
+        self.tokens = 0
+        self._pending: list[dict[str, Array]] = []
+        self._blocks = self._waiting = 0
+        self._open = ExitStack()
+        self._zip = zipfile.ZipFile(self._open.enter_context(whole(file)), "w", zipfile.ZIP_DEFLATED)
+
+    def add(self, **parts: Array) -> None:
+        """The next tokens: the arrays of a Trace, with the same optional ones each time."""
+        self._pending.append(parts)
+        self._waiting += sum(rows.nbytes for rows in parts.values())
+        if self._waiting >= BLOCK_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        """Bring it to the disk. A trace without a token is not written."""
+        if self._waiting:
+            self._flush()
+        if not self.tokens:
+            self.drop()
+            return
+        head = {"format": FORMAT, "version": VERSION, "tokens": self.tokens, "blocks": self._blocks}
+        with self._open, self._zip as archive:
+            archive.writestr(HEAD, json.dumps(head | asdict(self.info)))
+
+    def drop(self) -> None:
+        """Leave nothing behind."""
+        self._pending = []
+        try:
+            with self._open:
+                self._zip.close()
+                raise _Dropped
+        except _Dropped:
+            pass
+
+    def _flush(self) -> None:
+        for name in self._pending[0]:
+            rows = np.concatenate([parts[name] for parts in self._pending]).astype(DTYPES[name])
+            with self._zip.open(f"{self._blocks}/{name}.npy", "w") as member:
+                np.lib.format.write_array(member, rows, allow_pickle=False)
+        self.tokens += sum(len(parts["experts"]) for parts in self._pending)
+        self._blocks += 1
+        self._pending, self._waiting = [], 0
+
+
+class _Dropped(Exception):
+    """Ends the writing of a file that shall not come to be."""
+
+
+def write_trace(file: Path, trace: Trace) -> None:
+    """Write a trace that is in memory. Raises OSError."""
+    writer = TraceWriter(file, trace.info)
+    for start in range(0, len(trace), BLOCK):
+        parts = {name: getattr(trace, name) for name in DTYPES}
+        writer.add(**{name: part[start : start + BLOCK] for name, part in parts.items() if part is not None})
+    writer.close()
+
+
+def read_own(archive: zipfile.ZipFile, where: str, scores: bool) -> Trace:
+    """The trace in an open file; ``scores``: with its optional parts. Raises TraceError."""
+    try:
+        head: Any = json.loads(archive.read(HEAD))
+        if head["format"] != FORMAT or head["version"] != VERSION:
+            raise TraceError(
+                f"{where}: expected {FORMAT} version {VERSION}, found {head['format']} version {head['version']}: "
+                f"read it with the tierlm that wrote it"
+            )
+        tokens, blocks = int(head["tokens"]), int(head["blocks"])
+        order = tuple(tuple(int(expert) for expert in row) for row in head["order"])
+        counts = {name: int(head[name]) for name in ("layers", "first_layer", "experts", "record_bytes")}
+        info = TraceInfo(str(head["model"]), **counts, order=order)
+    except (KeyError, ValueError, TypeError, *BROKEN) as error:
+        raise TraceError(f"{where}: {HEAD}: not the head of a trace: {error!r}") from error
+    found: dict[str, list[Array]] = {}
+    for block in range(blocks):
+        for name, dtype in DTYPES.items():
+            member = f"{block}/{name}.npy"
+            if name in OPTIONAL and (not scores or member not in archive.namelist()):
+                continue
+            rows = read_member(archive, member, where)
+            if rows.dtype != np.dtype(dtype):
+                raise TraceError(f"{where}: {member}: expected {np.dtype(dtype)}, found {rows.dtype}")
+            found.setdefault(name, []).append(rows)
+    try:
+        joined: dict[str, Any] = {name: np.concatenate(rows) for name, rows in found.items()}
+        if len(joined.get("experts", ())) != tokens or joined["experts"].ndim != 3:
+            raise ValueError(f"expected {tokens} tokens x layers x choices, found {joined['experts'].shape}")
+        return Trace(info, **joined)
+    except (KeyError, ValueError, TypeError, TraceError) as error:
+        raise TraceError(f"{where}: {error}") from error
+
+
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+
+
+def read_member(archive: zipfile.ZipFile, name: str, where: str) -> Array:
+    """An array of numbers out of an open npz; what its header says is compared with its size before memory is taken.
+    Raises TraceError."""
+    try:
+        size = archive.getinfo(name).file_size
+        with archive.open(name) as member:
+            shape, fortran, dtype = _header(member)
+            count = int(np.prod(shape, dtype=object)) if shape else 1
+            if dtype.kind not in "iufb" or fortran or count * dtype.itemsize != size - member.tell():
+                raise ValueError(f"{shape} of {dtype} does not take {size - member.tell()} bytes, or not plain numbers")
+            return np.frombuffer(member.read(), dtype).reshape(shape)
+    except KeyError:
+        raise TraceError(f"{where}: expected an array {name.removesuffix('.npy')!r}, found none") from None
+    except (ValueError, TypeError, SyntaxError, *BROKEN) as error:
+        at = archive.getinfo(name).header_offset
+        raise TraceError(f"{where}: {name}, at offset {at}: {error}: truncated or damaged") from error
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(member)

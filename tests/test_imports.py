@@ -105,7 +105,7 @@ def late():
     from tierlm.checkpoints import reader
 """
     expected = ["llm", "", "cli", "stats", "memory.store", "memory", "memory.transfer", "policies", "runtime"]
-    assert sorted(imports_of(source, ["memory"])) == sorted([*expected, "text", "weights"])
+    assert sorted(imports_of(source, ["memory"])) == sorted([*expected, "text", "checkpoints"])
 
 
 def test_floors_are_a_table_of_what_is_below() -> None:

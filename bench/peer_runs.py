@@ -89,15 +89,18 @@ def run_tierlm_cold(request: Request) -> dict[str, Any]:
 
 
 def run_tierlm(request: Request, heat: bool = True) -> dict[str, Any]:
-    """The engine below the text, which would hold back tokens that are no whole character."""
+    """Below the text, which would hold back tokens that are no whole character."""
     from tierlm import LLM, Budget, SamplingParams
 
     clock = Clock(request.model, request.started)
     params = SamplingParams(max_new_tokens=request.tokens, ignore_eos=True)
     with LLM.load(request.model, budget=Budget(request.ram), context=CONTEXT, heat=heat) as llm:
         clock.loaded(request.pause)
-        for sequence in llm._runtime.engine.generate([request.prompt], params):
-            clock.token(sequence.ids[-1])
+        scheduler = llm._runtime.scheduler
+        sequence = scheduler.submit(request.prompt, params)
+        while not sequence.ended:
+            for token in scheduler.advance([sequence])[0].ids:
+                clock.token(token)
         stats = llm.stats()
     return clock.result() | {"hit_rate": stats.hit_rate, "notes": list(stats.notes)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -98,7 +99,8 @@ def test_one_byte_above_the_floor_of_vram_works(toy_v3: tuple[Path, Any]) -> Non
 
 def test_logits_that_do_not_fit_are_refused(toy_v3: tuple[Path, Any]) -> None:
     with LLM.load(toy_v3[0], budget=Budget("8GiB"), prefill_chunk=2) as llm:
-        llm._runtime.ram_budget = sum(llm._runtime.plan.ram.parts.values())  # nothing left over
+        nothing_left = sum(llm._runtime.plan.ram.parts.values())
+        llm._runtime = dataclasses.replace(llm._runtime, ram_budget=nothing_left)
         with pytest.raises(BudgetError, match="ask for at most 2 tokens"):
             llm.logits([3, 4, 5])
         assert llm.logits([3, 4]).shape == (2, 131)

@@ -21,6 +21,7 @@ FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
     [{"report"}],
     [{"llm", "stats"}],
+    [{"loading"}],
     [{"runtime"}],
     [{"engine"}, {"text"}],
     [{"models"}],

@@ -42,7 +42,7 @@ def faulty(folder: Path, **options: Any) -> Iterator[tuple[LLM, FaultyReader]]:
     with LLM.load(folder, budget=RAM, ram_slots=5, **options) as llm:
         runtime = llm._runtime
         disk: Any = runtime.experts[-1].source
-        disk.reader = runtime.reader = FaultyReader(runtime.reader)
+        disk.reader = FaultyReader(runtime.reader)
         yield llm, disk.reader
 
 

@@ -27,13 +27,13 @@ def reference(model: Any, ids: list[int]) -> Tensor:
 
 def decoded_logits(llm: LLM, ids: list[int], prompt: int) -> Tensor:
     """Logits of ``ids`` by a prefill of ``prompt`` tokens and then one step per token, [1 + steps, vocab]."""
-    runtime = llm._runtime
-    runtime.cache.clear()
-    span = runtime.cache.reserve(len(ids))
-    rows = [runtime.engine.prefill(ids[:prompt], span)]
-    for token in ids[prompt:]:
-        rows.append(runtime.decoder.forward([Segment([token], span)], prefill=False)[0])
-    return torch.stack(rows)
+    scheduler, chunk = llm._runtime.scheduler, llm._runtime.scheduler.chunk
+    decoder, span = scheduler.decoder, scheduler.cache.reserve(len(ids))
+    for start in range(0, prompt, chunk):
+        first = decoder.forward([Segment(ids[start : min(start + chunk, prompt)], span)], prefill=True)
+    rows = [decoder.forward([Segment([token], span)], prefill=False)[0] for token in ids[prompt:]]
+    scheduler.cache.release(span)
+    return torch.stack([first[0], *rows])
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:

@@ -83,22 +83,22 @@ def test_slots_are_given_up_and_taken_back_and_the_tokens_stay_the_same(toy_v3: 
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     with LLM.load(folder, budget=Budget("2GiB"), context=256, heat=False) as llm:
         expected = llm.generate([[5, 6, 7]], params)[0].ids
-        assert llm._runtime.pressure is None, "a budget that was named is kept"
+        assert llm._runtime.relief is None, "a budget that was named is kept"
     machine = Machine()
     with LLM.load(folder, budget=Budget("auto"), context=256, heat=False) as llm:
         runtime = llm._runtime
         tier, whole = runtime.experts[-1], len(runtime.experts[-1].slots)
-        assert runtime.pressure is not None
+        assert runtime.relief is not None
         llm.generate([[5, 6, 7]], params)
         size = tier.slots[0].size
         filled = sum(slot.filled for slot in tier.slots)
-        runtime.pressure = Pressure(RESERVE * size, machine.read, machine.clock)
+        runtime.relief.pressure = Pressure(RESERVE * size, machine.read, machine.clock)
         machine.available = 0
         assert llm.generate([[5, 6, 7]], params)[0].ids == expected
         least = runtime.catalog.spec.experts_per_token
         assert len(tier.slots) == least and tier.retired == whole - least
         assert len(tier.entries) <= least
-        assert runtime._shrunk >= (filled - least) * (size - 2 * 4096) > 0
+        assert runtime.relief.shrunk >= (filled - least) * (size - 2 * 4096) > 0
         assert any("short of memory" in note for note in llm.stats().notes)
         machine.available = 2 * RESERVE * size
         assert llm.generate([[5, 6, 7]], params)[0].ids == expected

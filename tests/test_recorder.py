@@ -33,8 +33,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 
 def test_steps_sequences_and_phases(recorded: Trace) -> None:
-    expected = [(0, 0, True)] * 8 + [(1, 0, True)] * 2 + [(2, 1, True)]
-    expected += [(3 + step, sequence, False) for step in range(4) for sequence in (0, 1)] + [(7, 2, True)] * 3
+    expected = [(0, 0, True)] * 8 + [(1, 0, True)] * 2 + [(1, 1, True)]  # prompts share a chunk
+    expected += [(2 + step, sequence, False) for step in range(4) for sequence in (0, 1)] + [(6, 2, True)] * 3
     found = zip(recorded.steps.tolist(), recorded.sequences.tolist(), recorded.prefill.tolist(), strict=True)
     assert list(found) == expected
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from tierlm.checkpoints.hub import find_model
-from tierlm.config import Budget, RuntimeOptions, SamplingParams
-from tierlm.engine.generate import Running
-from tierlm.errors import CheckpointError, PromptError, StorageError, UsageError
+from tierlm.config import Budget, RuntimeOptions, SamplingParams, format_size
+from tierlm.engine.sequence import Progress
+from tierlm.engine.sequence import Sequence as TokenSequence
+from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
+from tierlm.loading import load_runtime
 from tierlm.runtime import Runtime
-from tierlm.stats import Counters, Stats, collect
+from tierlm.stats import Stats, collect
 from tierlm.text import Message, TextCodec, TextStream
 
 Prompt = str | Sequence[int]
@@ -46,11 +47,13 @@ class Result:
 
 
 class LLM:
-    """A loaded model. Made by ``LLM.load``; a context manager. Not for use from several threads at once."""
+    """A loaded model. Made by ``LLM.load``; a context manager.
+
+    Many requests may be alive at once, from one thread or several: each gets the tokens that it gets alone.
+    """
 
     def __init__(self, runtime: Runtime, folder: Path):
         self._runtime, self._folder = runtime, folder
-        self._counters = Counters()
         self._codec: TextCodec | None = None
         self._closed = False
 
@@ -73,7 +76,7 @@ class LLM:
             raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
         chosen = RuntimeOptions(**options)
         folder = find_model(model)
-        return cls(Runtime(folder, budget or Budget(), chosen, progress), folder)
+        return cls(load_runtime(folder, budget or Budget(), chosen, progress), folder)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Result]:
         """Generate for one prompt or several, text or ids; the results in the order of the prompts.
@@ -84,27 +87,39 @@ class LLM:
         params = params or SamplingParams()
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         several: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
-        ids = [self._ids(prompt) for prompt in several]
-        streams = [self._text_stream(prompt, params) for prompt in several]
-        ended = {sequence.index: sequence for sequence, _ in self._run(ids, streams, params)}
-        return [
-            Result(prompt, ended[i].ids, stream.text if stream else None, ended[i].finish or "", ended[i].error)
-            for i, (prompt, stream) in enumerate(zip(ids, streams, strict=True))
-        ]
+        prepared = [self._prepare(prompt, params) for prompt in several]  # all are checked before one is queued
+        scheduler = self._runtime.scheduler
+        requests = [_Request(scheduler.submit(ids, params), text) for ids, text in prepared]
+        try:
+            while alive := [request for request in requests if request.finish is None]:
+                progress = scheduler.advance([request.sequence for request in alive])
+                for request, new in zip(alive, progress, strict=True):
+                    request.add(new)
+        finally:
+            for request in requests:
+                request.sequence.cancel()
+        if len(requests) == 1 and requests[0].error is not None:
+            raise requests[0].error
+        return [request.result() for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Generate for one prompt, yielding text as it comes: whole characters, and nothing of a stop text.
 
         For a prompt of ids and a model without tokenizer the texts are empty. Raises as ``generate``.
         """
-        params = params or SamplingParams()
-        ids, stream = self._ids(prompt), self._text_stream(prompt, params)
-        pending: list[int] = []
-        for sequence, text in self._run([ids], [stream], params):
-            pending.append(sequence.ids[-1])
-            if text or sequence.finish or stream is None:
-                yield Piece(text, pending, sequence.finish)
-                pending = []
+        params, scheduler = params or SamplingParams(), self._runtime.scheduler
+        ids, text_stream = self._prepare(prompt, params)
+        request, shown = _Request(scheduler.submit(ids, params), text_stream), 0
+        try:
+            while request.finish is None:
+                text = request.add(*scheduler.advance([request.sequence]))
+                if request.error is not None:
+                    raise request.error
+                if text or request.finish or request.text is None:
+                    yield Piece(text, request.ids[shown:], request.finish)
+                    shown = len(request.ids)
+        finally:
+            request.sequence.cancel()
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, through the checkpoint's
@@ -114,13 +129,25 @@ class LLM:
         yield from self.stream(ids, params)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after every token of ``ids``, float32 [T, vocab]: for perplexity, or comparison with a reference."""
-        self._open()
-        return self._runtime.logits(self._ids(ids))
+        """Logits after every token of ``ids``, float32 [T, vocab]: for perplexity, or comparison with a reference.
+
+        Raises PromptError, StorageError, and BudgetError for too large a result.
+        """
+        ids, runtime = self._ids(ids), self._runtime
+        per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
+        if len(ids) * per_token > room:
+            raise BudgetError(
+                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, of the ram budget "
+                f"{format_size(room)} are left: ask for at most {room // per_token} tokens at a time",
+                floor=runtime.ram_budget - room + len(ids) * per_token,
+                given=runtime.ram_budget,
+                dominant="logits",
+            )
+        return runtime.scheduler.logits(ids)
 
     def stats(self) -> Stats:
         """What has happened since the model was loaded."""
-        return collect(self._runtime, self._counters)
+        return collect(self._runtime)
 
     @property
     def codec(self) -> TextCodec:
@@ -130,7 +157,8 @@ class LLM:
         return self._codec
 
     def close(self) -> None:
-        """Stop all transfers, free the memory, close the files. May be called twice."""
+        """Stop all transfers, free the memory, close the files. May be called twice. A step that runs in another thread
+        is waited for; requests that are alive then raise UsageError."""
         if not self._closed:
             self._closed = True
             self._runtime.close()
@@ -143,12 +171,10 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _open(self) -> None:
-        if self._closed:
-            raise UsageError("this model is closed")
-
     def _ids(self, prompt: Prompt) -> list[int]:
         """A prompt as ids, checked against the vocabulary and the context."""
+        if self._closed:
+            raise UsageError("this model is closed")
         spec, context = self._runtime.catalog.spec, self._runtime.context
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
@@ -162,41 +188,40 @@ class LLM:
             )
         return ids
 
-    def _text_stream(self, prompt: Prompt, params: SamplingParams) -> TextStream | None:
+    def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:
+        """Ids to run, and what makes text of those that come; None where there is no tokenizer."""
+        ids = self._ids(prompt)
         try:
-            return TextStream(self.codec, tuple(params.stop))
+            return ids, TextStream(self.codec, tuple(params.stop))
         except CheckpointError:
             if isinstance(prompt, str) or params.stop:
                 raise
-            return None  # ids in, ids out
+            return ids, None  # ids in, ids out
 
-    def _run(
-        self, ids: Sequence[list[int]], streams: Sequence[TextStream | None], params: SamplingParams
-    ) -> Iterator[tuple[Running, str]]:
-        """Each new token's sequence, and the text that it makes certain. Counts time in the engine only."""
-        self._open()
-        counters, runtime = self._counters, self._runtime
-        events = runtime.engine.generate(ids, params)
-        asked = mark = time.perf_counter()
-        meter, first = runtime.meter(), True
-        for sequence in events:
-            now, spent = time.perf_counter(), runtime.meter()
-            if len(sequence.ids) > 1:
-                counters.decode.add(1, now - mark, spent - meter)
-            else:
-                counters.prefill.add(len(sequence.prompt), now - mark, spent - meter)
-                counters.requests += 1
-            if first:
-                counters.first_token, first = now - asked, False
-            yield sequence, self._text(sequence, streams[sequence.index], params)
-            runtime.follow_pressure()
-            mark, meter = time.perf_counter(), runtime.meter()
 
-    def _text(self, sequence: Running, stream: TextStream | None, params: SamplingParams) -> str:
-        if stream is None:
-            return ""
-        ended = sequence.finish == "stop" or sequence.error is not None
-        text = "" if ended else stream.push(sequence.ids[-1])  # a stop id is not text
-        if stream.stopped:
-            sequence.finish = "stop"
-        return text + stream.flush() if sequence.finish else text
+class _Request:
+    """A sequence, and the text that its tokens make. ``ids``: the new ones, up to where the text ends."""
+
+    def __init__(self, sequence: TokenSequence, text: TextStream | None):
+        self.sequence, self.text = sequence, text
+        self.ids: list[int] = []
+        self.finish: str | None = None
+        self.error: StorageError | None = None
+
+    def add(self, new: Progress) -> str:
+        """Take up new tokens; the text that they make certain."""
+        self.error, found = new.error, ""
+        for at, token in enumerate(new.ids, 1):
+            self.ids.append(token)
+            if self.text is not None and not (new.finish == "stop" and at == len(new.ids)):  # a stop id is not text
+                found += self.text.push(token)
+                if self.text.stopped:
+                    self.finish = "stop"
+                    self.sequence.cancel()
+                    return found + self.text.flush()
+        self.finish = new.finish
+        return found + self.text.flush() if self.text is not None and self.finish else found
+
+    def result(self) -> Result:
+        text = None if self.text is None else self.text.text
+        return Result(list(self.sequence.prompt), self.ids, text, self.finish or "", self.error)

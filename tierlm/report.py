@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 
 from tierlm.config import format_size
+from tierlm.engine.counters import Phase
 from tierlm.memory.tiers import TierStats
-from tierlm.stats import Phase, Stats
+from tierlm.stats import Stats
 
 
 def table(stats: Stats) -> Table:

@@ -103,6 +103,11 @@ class Record:
     seal: Seal | None = None
     inside: Compressed | None = None
 
+    @property
+    def begin(self) -> tuple[str, int]:
+        """Where it begins on the disk, for reads in order."""
+        return str(self.extents[0].file), self.extents[0].start
+
 
 def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
     """Lay out the record of ``tensors`` (role -> tensor). Tensors that lie together in a file become one read."""

@@ -21,14 +21,14 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
-    def choose(self, logits: Tensor, seen: Sequence[int]) -> int:
+    def choose(self, logits: Tensor, *seen: Sequence[int]) -> int:
         """The next token from float32 [vocab]. ``seen``: prompt and generated ids, for the repetition penalty.
 
         In the order of `transformers`: penalty, temperature, top-k, top-p, min-p.
         """
         params = self.params
-        if params.repetition_penalty != 1.0 and seen:
-            index = torch.tensor(sorted(set(seen)))
+        if params.repetition_penalty != 1.0 and any(seen):
+            index = torch.tensor(sorted(set().union(*seen)))
             values = logits[index]
             penalised = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
             logits = logits.scatter(0, index, penalised)

@@ -1,4 +1,4 @@
-"""The latent KV cache of the running sequences (MLA): one latent and one rotated key a token and layer."""
+"""The KV cache: what attention keeps of every token, by layer, in spans that belong to sequences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from tierlm.errors import PromptError
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Span:
     """One sequence's place in the cache: ``start``, ``capacity`` and ``length`` in tokens."""
 
@@ -25,27 +25,29 @@ class KvCache:
     def __init__(self, layers: int, capacity: int, latent_dim: int, dtype: torch.dtype, device: torch.device):
         self.capacity = capacity
         self._values = torch.empty(layers, capacity, latent_dim, dtype=dtype, device=device)
-        self._used = 0
+        self._spans: list[Span] = []  # in order of their starts
 
-    @property
-    def free(self) -> int:
-        """Tokens that can still be reserved."""
-        return self.capacity - self._used
+    def can_reserve(self, tokens: int) -> bool:
+        """Whether ``tokens`` fit in one piece beside the other sequences."""
+        return self._gap(tokens) is not None
 
     def reserve(self, tokens: int) -> Span:
-        """A span for one sequence. Raises PromptError if it does not fit beside the others."""
-        if tokens > self.free:
-            raise PromptError(f"{tokens} tokens do not fit the context: {self.free} of {self.capacity} are free")
-        span = Span(self._used, tokens)
-        self._used += tokens
+        """A span for one sequence, until ``release``. Raises PromptError where ``can_reserve`` says no."""
+        place = self._gap(tokens)
+        if place is None:
+            free = self.capacity - sum(span.capacity for span in self._spans)
+            raise PromptError(f"{tokens} tokens do not fit the context: {free} of {self.capacity} are free")
+        index, start = place
+        span = Span(start, tokens)
+        self._spans.insert(index, span)
         return span
 
-    def clear(self) -> None:
-        """Forget all sequences."""
-        self._used = 0
+    def release(self, span: Span) -> None:
+        """Give the room of a sequence to others."""
+        self._spans.remove(span)
 
     def layer(self, layer: int) -> Tensor:
-        """All of one layer's, [capacity, kv_rank + rope_dim], for who appends to spans on his own."""
+        """One layer's values of all spans, [capacity, kv_rank + rope_dim], for kernels that write spans directly."""
         return self._values[layer]
 
     def append(self, layer: int, span: Span, latent: Tensor) -> Tensor:
@@ -58,3 +60,12 @@ class KvCache:
         rows = self._values[layer, span.start : span.start + end]
         rows[span.length :] = latent
         return rows.float()
+
+    def _gap(self, tokens: int) -> tuple[int, int] | None:
+        """The first gap that holds ``tokens``: before which span, and where it starts."""
+        start = 0
+        for index, span in enumerate(self._spans):
+            if span.start - start >= tokens:
+                return index, start
+            start = span.start + span.capacity
+        return (len(self._spans), start) if self.capacity - start >= tokens else None

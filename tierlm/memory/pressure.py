@@ -1,6 +1,6 @@
-"""Whether this machine is short of memory, and how much of a budget that was chosen for it should be given back.
+"""Whether this machine is short of memory, and what is done about it under a budget that was chosen for it.
 
-Decisions are a pure function of readings, so that they can be tested with readings that are made up. No torch.
+Decisions are a pure function of readings, so that they can be tested with readings that are made up.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tierlm.config import format_size
 from tierlm.host import available_ram
+from tierlm.memory.tiers import Tier
 
 INTERVAL = 0.5  # seconds between two looks
 STALLED = 0.10  # share of the last ten seconds in which something waited for memory, from which on there is too little
@@ -58,6 +60,30 @@ class Pressure:
         if reading.stalled > STALLED:  # with plenty, something waits in a cgroup of its own: nothing here would help
             return 0 if plenty else -max(int(held * STEP), short)
         return -short if plenty else 0
+
+
+class PressureRelief:
+    """Shrinks ``tier`` while others need its memory, down to ``least`` slots, and grows it again after."""
+
+    def __init__(self, pressure: Pressure, tier: Tier, least: int):
+        self.pressure, self.tier, self.least = pressure, tier, least
+        self.shrunk = self.grown = 0  # bytes
+
+    def follow(self) -> None:
+        """Look, now and then, and act: between two steps, when nothing is leased."""
+        tier = self.tier
+        change = self.pressure.change(sum(slot.size for slot in tier.slots if slot.filled))
+        if change < 0:
+            self.shrunk += tier.shrink(-change, self.least)
+        elif change > 0 and tier.retired:
+            self.grown += tier.grow(change)
+
+    def notes(self) -> list[str]:
+        """What was done, in words."""
+        if not self.shrunk:
+            return []
+        done = f"{format_size(self.shrunk)} of slots were given up, {format_size(self.grown)} taken again"
+        return [f"this machine was short of memory: {done}"]
 
 
 def _stalled(file: Path) -> float:

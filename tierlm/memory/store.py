@@ -104,12 +104,7 @@ class Store:
 
     def in_order(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """``keys`` as they lie on the disk."""
-
-        def place(key: ExpertKey) -> tuple[str, int]:
-            first = self.records(key).extents[0]
-            return str(first.file), first.start
-
-        return sorted(keys, key=place)
+        return sorted(keys, key=lambda key: self.records(key).begin)
 
     def _measure(self) -> None:
         """Take what the disk has delivered since the last time into the time of a read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from tierlm.kernels import gated_mlp, linear
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.memory.trunks import Trunks
 from tierlm.models.attention import Attention, Rows
+from tierlm.models.embedding import Embedding
 from tierlm.models.layers import rms_norm
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.spec import ModelSpec, TrunkKey
@@ -28,12 +29,12 @@ class Segment:
 
 
 class Decoder:
-    """``embed``: ids -> float32 [T, hidden]. ``head``: the trunk keys of the lm_head's blocks, in order of rows."""
+    """``head``: the trunk keys of the lm_head's blocks, in order of rows."""
 
     def __init__(
         self,
         spec: ModelSpec,
-        embed: Callable[[Sequence[int]], Tensor],
+        embedding: Embedding,
         gates: Weights,
         trunks: Trunks,
         head: Sequence[TrunkKey],
@@ -43,7 +44,14 @@ class Decoder:
         timeline: Timeline | None = None,
     ):
         self.timeline = timeline
-        self.spec, self.embed, self.gates, self.trunks, self.head, self.moe = spec, embed, gates, trunks, head, moe
+        self.spec, self.embedding, self.gates, self.trunks, self.head, self.moe = (
+            spec,
+            embedding,
+            gates,
+            trunks,
+            head,
+            moe,
+        )
         self.attention = Attention(spec, cache, device)
 
     @torch.inference_mode()
@@ -53,7 +61,7 @@ class Decoder:
         Returns logits, float32 on the CPU: of each sequence's last token [len(steps), vocab]; or of every new token,
         written into ``out`` [T, vocab] where that is given. If it raises, the sequences stand where they stood.
         """
-        hidden = self.embed([i for step in steps for i in step.ids])  # [T, hidden]
+        hidden = self.embedding.read([i for step in steps for i in step.ids])  # [T, hidden]
         segments: list[Rows] = []
         for step in steps:
             start = segments[-1].stop if segments else 0

@@ -70,3 +70,7 @@ class Recorder:
     def close(self) -> None:
         """Bring the trace to the disk."""
         self._writer.close()
+
+    def drop(self) -> None:
+        """Leave nothing behind."""
+        self._writer.drop()

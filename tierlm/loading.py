@@ -1,0 +1,325 @@
+"""Loads a model under a budget: everything is checked first, then opened; an error leaves nothing open."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tierlm.checkpoints.codec import load_zstandard
+from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
+from tierlm.checkpoints.formats import Weights, weights_of
+from tierlm.checkpoints.mirrors import open_disks
+from tierlm.checkpoints.reader import Reader, split
+from tierlm.checkpoints.rows import Rows
+from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions
+from tierlm.engine.scheduler import Scheduler
+from tierlm.errors import UsageError
+from tierlm.files import user_cache
+from tierlm.host import available_ram, process_ram
+from tierlm.kernels import native
+from tierlm.memory.disk import Disk
+from tierlm.memory.heat import Heat
+from tierlm.memory.kvcache import KvCache
+from tierlm.memory.meter import Meter
+from tierlm.memory.pressure import Pressure, PressureRelief
+from tierlm.memory.slots import Slot, allocate, can_give_back
+from tierlm.memory.store import Store
+from tierlm.memory.ticket import Priority
+from tierlm.memory.tiers import Source, Tier
+from tierlm.memory.transfer import Transfer
+from tierlm.memory.trunks import Trunks
+from tierlm.models.catalog import GATES, Catalog
+from tierlm.models.decoder import Decoder
+from tierlm.models.embedding import Embedding
+from tierlm.models.moe import MixtureOfExperts
+from tierlm.models.outline import sizes_of
+from tierlm.models.routing import Routers
+from tierlm.planning.plan import AUTO_RAM, Plan, TierPlan, make_plan
+from tierlm.policies import make_policy
+from tierlm.policies.eviction import TierInfo
+from tierlm.policies.prediction import Predictor
+from tierlm.policies.predictors import make_predictor
+from tierlm.policies.recency import Lru
+from tierlm.runtime import Runtime
+from tierlm.spec import ExpertKey
+from tierlm.timeline import Timeline
+from tierlm.tracing.recorder import Recorder
+from tierlm.tracing.trace import TraceInfo
+
+COPY_THREADS = 2  # to vram
+AUTO_VRAM = 0.9  # the share of what is free
+KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HOST = torch.device("cpu")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A load that can be done, as far as can be known without opening or allocating anything."""
+
+    catalog: Catalog
+    options: RuntimeOptions
+    device: torch.device
+    context: int
+    predictor: Predictor
+    plan: Plan
+    ram_budget: int
+    auto: bool  # the budget was chosen for what is free
+
+
+def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress: Progress | None = None) -> Runtime:
+    """The parts of the model in ``folder``, trunks resident as far as they are to be.
+
+    ``progress`` is called with trunk bytes loaded, and in total. Raises UsageError, BudgetError, CheckpointError,
+    StorageError, and then leaves no thread running and no file open.
+    """
+    began = time.perf_counter()
+    request = _check(folder, budget, options)
+    catalog, plan, spec = request.catalog, request.plan, request.catalog.spec
+    with ExitStack() as undo:
+        timeline = None if options.timeline is None else Timeline()
+        recorder = None if options.trace is None else _open_recorder(Path(options.trace), request)
+        if recorder is not None:
+            undo.callback(recorder.drop)
+        reader, profile, transfer, notes = _open_disk(request, timeline)
+        undo.callback(_stop, transfer, reader)
+        cache = user_cache()
+        heat_file = cache / "heat" / f"{catalog.fingerprint}.json" if options.heat and cache else None
+        heat = Heat() if heat_file is None else Heat.read(heat_file, catalog.experts())
+        disk = Disk(reader, catalog.record, transfer, profile.request_bytes)
+        resident = _load_resident(request, disk, transfer)
+        experts = _expert_tiers(request, disk, transfer)
+        trunk_tiers = _trunk_tiers(request, disk, transfer)
+        trunks = _load_trunks(request, trunk_tiers, progress or (lambda done, total: None))
+        store = Store(experts[0], catalog.record, options.io_timeout, heat, options.exact)
+        if options.heat:
+            hottest = heat.hottest()
+            store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
+        kv = KvCache(spec.layers, request.context, spec.latent_dim, KV_DTYPES[options.kv_dtype], request.device)
+        moe = MixtureOfExperts(spec, Routers(spec, resident), store, request.predictor, timeline, recorder)
+        table = catalog.embedding
+        embedding = Embedding(Rows(table, catalog.seals_of(table)), table, request.device)
+        decoder = Decoder(spec, embedding, resident, trunks, catalog.head, kv, moe, request.device, timeline)
+        relief = _relief(request, experts[-1])
+        meter = Meter(store, trunks, transfer)
+        runtime = Runtime(
+            catalog=catalog,
+            options=options,
+            device=request.device,
+            context=request.context,
+            plan=plan,
+            ram_budget=request.ram_budget,
+            reader=reader,
+            disk_profile=profile,
+            transfer=transfer,
+            experts=experts,
+            trunk_tiers=trunk_tiers,
+            store=store,
+            decoder=decoder,
+            scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk),
+            heat=heat,
+            heat_file=heat_file,
+            recorder=recorder,
+            timeline=timeline,
+            relief=relief,
+            loading_notes=(*notes, *_platform_notes(request)),
+            load_seconds=time.perf_counter() - began,
+        )
+        undo.pop_all()
+    return runtime
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is the accelerator where there is one. Raises UsageError."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or HOST
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here: {reason}") from error
+    if device.type == "meta":
+        raise UsageError("device 'meta' holds no data")
+    return device
+
+
+def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
+    """Everything that can be wrong with a load before anything is opened."""
+    device, catalog = find_device(options.device), Catalog(folder)
+    spec = catalog.spec
+    if catalog.compressed:
+        load_zstandard()
+    if options.context is not None and options.context > spec.max_position:
+        raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
+    context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
+    predictor = make_predictor(options.predictor, spec.experts_per_token)
+    make_policy(options.policy, TierInfo(spec.layers, 1))
+    for name, file in (("timeline", options.timeline), ("trace", options.trace)):
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise UsageError(f"{name}: {Path(file).absolute().parent}: no such folder")
+    sizes = sizes_of(catalog, context, options.prefill_chunk, KV_DTYPES[options.kv_dtype].itemsize)
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own memory is there before it is counted
+    held = process_ram()
+    ram = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
+    vram = budget.vram
+    if vram is None and device.type != "cpu":
+        vram = int(torch.get_device_module(device).mem_get_info(device)[0] * AUTO_VRAM)
+    plan = make_plan(
+        sizes,
+        ram=ram,
+        vram=vram,
+        process=held,
+        min_slots=spec.experts_per_token,
+        ram_slots=options.ram_slots,
+        vram_slots=options.vram_slots,
+        resident_trunks=options.resident_trunks,
+    )
+    return Request(catalog, options, device, context, predictor, plan, ram, budget.ram is None)
+
+
+def _open_recorder(file: Path, request: Request) -> Recorder:
+    """Of a trace, with the order in which a prefill reads. Raises UsageError."""
+    catalog, spec = request.catalog, request.catalog.spec
+    if not spec.moe_layers:
+        raise UsageError("trace: this model has no experts, so that there is no routing to record")
+    layers = [[ExpertKey(layer, expert) for expert in range(spec.experts)] for layer in spec.moe_layers]
+    order = tuple(
+        tuple(key.expert for key in sorted(keys, key=lambda key: catalog.record(key).begin)) for keys in layers
+    )
+    size = max(catalog.size(key) for key in catalog.experts())
+    name = catalog.checkpoint.folder.resolve().name
+    info = TraceInfo(name, spec.layers, spec.dense_layers, spec.experts, size, order)
+    try:
+        return Recorder(file, info, len(layers), spec.experts_per_token, request.options.trace_scores)
+    except OSError as error:
+        raise UsageError(f"trace: {file}: cannot be written: {error.strerror}") from error
+
+
+def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, DiskProfile, Transfer, list[str]]:
+    """What reads the model's files: a reader, what its disks like, threads; and notes."""
+    options, catalog = request.options, request.catalog
+    mirrors = [Path(folder) for folder in options.mirrors]
+    reader, profile, notes = open_disks(
+        catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache())
+    )
+    try:
+        threads = options.transfer_threads or _transfer_threads(request, profile)
+        return reader, profile, Transfer(threads, timeline, profile.request_bytes), notes
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _transfer_threads(request: Request, profile: DiskProfile) -> int:
+    """Enough to read this model's experts as fast as the disk goes, and to copy to vram meanwhile."""
+    sizes = [profile.request_bytes]
+    if experts := request.catalog.experts():
+        extents = request.catalog.record(experts[0]).extents
+        sizes = [part.hi - part.lo for extent in extents for part in split(extent, profile.request_bytes)]
+    copying = 0 if request.plan.vram is None else COPY_THREADS
+    return profile.depth_of(sum(sizes) // len(sizes)) + copying
+
+
+def _stop(transfer: Transfer, reader: Reader) -> None:
+    if transfer.close():
+        reader.close()
+
+
+def _load_resident(request: Request, disk: Disk, transfer: Transfer) -> Weights:
+    """The small tensors that are always resident, on the device that computes."""
+    record = request.catalog.record(GATES)
+    slot = Slot(allocate(record.nbytes, HOST))
+    ticket, _ = disk.fetch(GATES, slot, Priority.DEMAND, streaming=False)
+    transfer.wait_any([ticket], request.options.io_timeout)
+    if ticket.error is not None:
+        raise ticket.error
+    return weights_of(slot.buffer.to(request.device), record)
+
+
+def _tier_plans(request: Request) -> list[tuple[str, TierPlan, torch.device]]:
+    """From the disk up."""
+    found = [("ram", request.plan.ram, HOST)]
+    if request.plan.vram is not None:
+        found.append(("vram", request.plan.vram, request.device))
+    return found
+
+
+def _expert_tiers(request: Request, disk: Disk, transfer: Transfer) -> tuple[Tier, ...]:
+    """The tiers of the routed experts, the one that computes first."""
+    catalog, name = request.catalog, request.options.policy
+    experts = catalog.experts()
+    size = max(map(catalog.size, experts), default=0)
+    tiers: list[Tier] = []
+    for tier, plan, device in _tier_plans(request):
+        slots = plan.expert_slots
+        unneeded = slots >= len(experts) and name == "default"  # nothing ever leaves, so there is nothing to learn
+        policy = make_policy("lru" if unneeded else name, TierInfo(catalog.spec.layers, slots, catalog.size))
+        source: Source = tiers[-1] if tiers else disk
+        tiers.append(Tier(tier, _slots([size] * slots, device), source, transfer, policy, catalog.size))
+    return tuple(reversed(tiers))
+
+
+def _trunk_tiers(request: Request, disk: Disk, transfer: Transfer) -> tuple[Tier, ...]:
+    """The tiers of the trunks, the one that computes first."""
+    catalog = request.catalog
+    tiers: list[Tier] = []
+    for tier, plan, device in _tier_plans(request):
+        sizes = [catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
+        policy = Lru(TierInfo(catalog.spec.layers, len(sizes), catalog.size))
+        source: Source = tiers[-1] if tiers else disk
+        tiers.append(Tier(tier, _slots(sizes, device), source, transfer, policy, catalog.size))
+    return tuple(reversed(tiers))
+
+
+def _load_trunks(request: Request, tiers: Sequence[Tier], progress: Progress) -> Trunks:
+    """Bring in the trunks that stay, from the lowest tier up; those of the tier that computes."""
+    catalog, options = request.catalog, request.options
+    plans = _tier_plans(request)
+    total = sum(catalog.size(key) for _, plan, _ in plans for key in plan.trunk)
+    done = 0
+    for tier, (_, plan, _) in zip(reversed(tiers), plans, strict=True):
+        trunks = Trunks(tier, plan.trunk, catalog.trunks, catalog.record, options.io_timeout, options.exact)
+        for size in trunks.load():
+            done += size
+            progress(done, total)
+    return trunks
+
+
+def _slots(sizes: Sequence[int], device: torch.device) -> list[Slot]:
+    """Slots of some sizes in one slab, one behind the other."""
+    slab: Tensor = allocate(sum(sizes), device)
+    ends = itertools.accumulate(sizes)
+    return [Slot(slab[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _relief(request: Request, ram: Tier) -> PressureRelief | None:
+    """A budget that was named is kept; one that was chosen for what is free gives way to others."""
+    if not request.auto or not can_give_back():
+        return None
+    reserve = int(request.ram_budget * (1 - AUTO_RAM) / AUTO_RAM)
+    return PressureRelief(Pressure(reserve), ram, request.catalog.spec.experts_per_token)
+
+
+def _platform_notes(request: Request) -> list[str]:
+    notes = []
+    if request.catalog.ignored:
+        notes.append(f"{len(request.catalog.ignored)} tensors of multi-token prediction layers are not used")
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        notes.append("torch was imported before tierlm: its idle threads spin on cores that reads need")
+    if native.load() is None:
+        what = "the compiled kernels and reads were not built (no C++ compiler)"
+        notes.append(f"{what}: torch and Python do their work, more slowly")
+    if request.plan.vram is not None and request.device.type == "cpu":
+        notes.append("no accelerator: vram is a second slab of host memory, beside the ram budget")
+    return notes

@@ -102,6 +102,7 @@ class Runtime:
         threads = options.transfer_threads or self._transfer_threads()
         self.transfer = Transfer(threads, self.timeline, self.disk_profile.request_bytes)
         self.recorder: Recorder | None = None
+        self._rows: Rows | None = None
         self._notes = [*disks, *self._platform_notes()]
         try:
             self._build(progress or (lambda done, total: None))
@@ -163,6 +164,8 @@ class Runtime:
         file."""
         if self.transfer.close():
             self.reader.close()
+        if self._rows is not None:
+            self._rows.close()
         try:
             if self._heat_file is not None and self.heat.uses:
                 self.heat.write(self._heat_file)
@@ -219,8 +222,8 @@ class Runtime:
     def _build(self, progress: Callable[[int, int], None]) -> None:
         catalog, plan, options, spec = self.catalog, self.plan, self.options, self.catalog.spec
         disk = Disk(self.reader, catalog.record, self.transfer, self.disk_profile.request_bytes)
-        gates = self._load_gates(disk)
         self._rows = Rows(catalog.embedding, catalog.seals_of(catalog.embedding))
+        gates = self._load_gates(disk)
         host = torch.device("cpu")
         self.experts = [self._expert_tier("ram", plan.ram, disk, host)]
         trunk_tiers = [self._trunk_tier("ram", plan.ram, disk, host)]
@@ -291,6 +294,7 @@ class Runtime:
     def _embed(self, ids: Sequence[int]) -> Tensor:
         """The embeddings of some tokens, float32 [T, hidden], read row by row: the table itself is never loaded."""
         table = self.catalog.embedding
+        assert self._rows is not None  # made before the decoder, which calls this
         rows = torch.frombuffer(bytearray(self._rows.read(ids)), dtype=DTYPES[table.dtype])
         return rows.view(len(ids), -1).to(self.device, torch.float32)
 

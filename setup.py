@@ -8,7 +8,7 @@ def library(folder: str, *flags: str) -> Extension:
     return Extension(
         f"{folder.replace('/', '.')}._native",
         sorted(str(file) for file in Path(folder).glob("*.cpp")),
-        depends=sorted(str(file) for file in Path(folder).glob("*.h")),
+        depends=["tierlm/layout.h", *sorted(str(file) for file in Path(folder).glob("*.h"))],
         extra_compile_args=["-O3", "-std=c++17", *flags],
         extra_link_args=[flag for flag in flags if flag in ("-fopenmp", "-pthread")],
         language="c++",

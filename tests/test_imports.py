@@ -31,9 +31,15 @@ FLOORS: list[list[set[str]]] = [
     [{"checkpoints"}, {"policies"}],
     [{"spec"}, {"config"}, {"timeline"}, {"host"}],
     [{"kernels"}, {"errors"}, {"files"}, {"demo"}],
+    [{"library"}],
 ]
 # Less than their floor would allow.
-ONLY = {"text": {"text", "checkpoints", "errors"}, "kernels": {"kernels"}, "errors": set[str](), "spec": set[str]()}
+ONLY = {
+    "text": {"text", "checkpoints", "errors"},
+    "kernels": {"kernels", "library"},
+    "errors": set[str](),
+    "spec": set[str](),
+}
 
 TORCHLESS = ["spec", "config", "errors", "checkpoints.checkpoint", "models.deepseek", "models.catalog"]
 TORCHLESS_FOLDERS = ["policies", "planning", "profiling", "tracing"]

@@ -392,7 +392,7 @@ def test_a_loaded_model_uses_and_reports_the_profile(
             disk: Any = runtime.experts[-1].source
             assert disk.request_bytes == runtime.disk_profile.request_bytes
             small = runtime.catalog.record(runtime.catalog.experts()[0]).nbytes
-            assert len(runtime.transfer._threads) == runtime.disk_profile.depth_of(small)
+            assert len(runtime.transfer.threads._threads) == runtime.disk_profile.depth_of(small)
             assert (runtime.disk_profile == DiskProfile()) == (mode == "off")
             assert mode == "off" or cache.get(padded / "padding.safetensors") == runtime.disk_profile
             notes.append(next(note for note in llm.stats().notes if note.startswith("disk ")))
@@ -404,9 +404,9 @@ def test_a_loaded_model_uses_and_reports_the_profile(
 def test_the_number_of_threads_can_be_set(toy_v3: tuple[Path, Any]) -> None:
     for asked, threads in ((3, 3), (None, 8)):
         with LLM.load(toy_v3[0], budget=Budget("8GiB"), transfer_threads=asked) as llm:
-            assert len(llm._runtime.transfer._threads) == threads
+            assert len(llm._runtime.transfer.threads._threads) == threads
     with LLM.load(toy_v3[0], budget=Budget("8GiB", vram="1GiB")) as llm:
-        assert len(llm._runtime.transfer._threads) == 10  # two that copy
+        assert len(llm._runtime.transfer.threads._threads) == 10  # two that copy
 
 
 def test_an_interrupted_probe_leaves_no_file_open(

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from made_files import content
 
 from tierlm.checkpoints.checkpoint import ALIGNMENT, Extent, TensorInfo
+from tierlm.checkpoints.checksum import Seal, checksum
 from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, open_reader, split
-from tierlm.checkpoints.rows import read_rows
+from tierlm.checkpoints.rows import Rows
 from tierlm.errors import StorageError, UsageError
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=60)
@@ -292,26 +294,29 @@ def test_rows_come_in_the_order_asked_for(
     table = TensorInfo("embed", file, offset, count * stride, "U8", (count, stride))
     rows = data.draw(st.lists(st.integers(0, count - 1), max_size=12))
     expected = [content(offset + count * stride)[offset + r * stride : offset + (r + 1) * stride] for r in rows]
-    assert read_rows(table, rows) == b"".join(expected)
-    assert read_rows(table, iter(rows)) == b"".join(expected)
+    with closing(Rows(table)) as opened:
+        assert opened.read(rows) == b"".join(expected)
 
 
 def test_rows_with_repeats(make_file: Callable[[int], Path]) -> None:
     table = TensorInfo("embed", make_file(1_000), 200, 800, "BF16", (40, 10))
     one = {row: content(1_000)[200 + 20 * row : 220 + 20 * row] for row in (0, 3, 39)}
-    assert read_rows(table, [39, 3, 39, 0, 3]) == one[39] + one[3] + one[39] + one[0] + one[3]
-    assert read_rows(table, []) == b""
+    with closing(Rows(table)) as rows:
+        assert rows.read([39, 3, 39, 0, 3]) == one[39] + one[3] + one[39] + one[0] + one[3]
+        assert rows.read([]) == b""
 
 
 @pytest.mark.parametrize("left", [0, 220, 221, 239])
 def test_rows_of_a_truncated_file(make_file: Callable[[int], Path], left: int) -> None:
+    """In place, while it is open."""
     file = make_file(1_000)
     table = TensorInfo("embed", file, 200, 800, "BF16", (40, 10))
-    os.truncate(file, left)
-    if left:
-        assert read_rows(table, [0, 0]) == 2 * content(1_000)[200:220]
-    with pytest.raises(StorageError, match="expected 20 bytes") as caught:
-        read_rows(table, [0, 1] if left else [0])
+    with closing(Rows(table)) as rows:
+        os.truncate(file, left)
+        if left:
+            assert rows.read([0, 0]) == 2 * content(1_000)[200:220]
+        with pytest.raises(StorageError, match="expected 20 bytes") as caught:
+            rows.read([0, 1] if left else [0])
     error = caught.value
     assert (error.file, error.tensor, error.offset) == (str(file), "embed", 220 if left else 200)
     assert str(file) in str(error) and "embed" in str(error) and str(error.offset) in str(error)
@@ -320,15 +325,30 @@ def test_rows_of_a_truncated_file(make_file: Callable[[int], Path], left: int) -
 def test_rows_of_a_missing_file(tmp_path: Path) -> None:
     table = TensorInfo("embed", tmp_path / "gone", 200, 800, "BF16", (40, 10))
     with pytest.raises(StorageError, match="embed") as caught:
-        read_rows(table, [1])
+        Rows(table)
     assert caught.value.file == str(tmp_path / "gone")
 
 
-def test_rows_leave_no_file_open(make_file: Callable[[int], Path]) -> None:
+@pytest.mark.parametrize("how", ["replaced", "deleted"])
+def test_rows_of_a_file_that_loses_its_name(make_file: Callable[[int], Path], tmp_path: Path, how: str) -> None:
+    """The file that was opened is read to the end, checked blocks included."""
+    file = make_file(1_000)
+    table = TensorInfo("embed", file, 200, 800, "U8", (40, 20))
+    seal = Seal("embed", file, 200, 800, checksum(content(1_000)[200:]))
+    with closing(Rows(table, [seal])) as rows:
+        if how == "replaced":
+            (tmp_path / "other").write_bytes(bytes(1_000))
+            os.replace(tmp_path / "other", file)
+        else:
+            file.unlink()
+        assert rows.read([0, 39]) == content(1_000)[200:220] + content(1_000)[980:]
+
+
+def test_rows_close_their_file(make_file: Callable[[int], Path]) -> None:
     table = TensorInfo("embed", make_file(1_000), 0, 1_000, "U8", (10, 100))
-    read_rows(table, [1, 2])
-    assert not is_open(table.file)
-    os.truncate(table.file, 10)
-    with pytest.raises(StorageError):
-        read_rows(table, [1, 2])
+    rows = Rows(table)
+    rows.read([1, 2])
+    assert is_open(table.file)
+    rows.close()
+    rows.close()
     assert not is_open(table.file)

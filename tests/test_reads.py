@@ -14,109 +14,29 @@ import sys
 import threading
 import time
 import weakref
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_files import PROFILE, SIDE_BY_SIDE, content, edges_of
+from made_jobs import DEMAND, PREFETCH, WAIT, WARM_UP, Held, Shelf, call, reads_of
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, Record, TensorInfo, build_record
-from tierlm.checkpoints.reader import DirectReader
+from tierlm.checkpoints.checkpoint import ALIGNMENT
+from tierlm.checkpoints.reader import Request, split
 from tierlm.errors import StorageError
 from tierlm.memory import compiled
 from tierlm.memory.compiled import Reads
-from tierlm.memory.disk import Disk
-from tierlm.memory.slots import Slot, allocate
-from tierlm.memory.ticket import Job, PlainRead, Priority, Ticket
-from tierlm.memory.transfer import Transfer
-from tierlm.spec import ExpertKey, Key
+from tierlm.memory.ticket import Priority, Ticket
+from tierlm.spec import ExpertKey
 from tierlm.timeline import Timeline
-
-WAIT = 20.0
-DEMAND, PREFETCH, WARM_UP = Priority
 
 pytestmark = [
     pytest.mark.skipif(compiled.load() is None, reason="not built: there was no C++ compiler"),
     pytest.mark.usefixtures("direct"),
 ]
-
-
-class Held(Transfer):
-    """Holds the reads' threads when they announce, until ``gate`` opens."""
-
-    def __init__(self, threads: int = 1, timeline: Timeline | None = None, merged_bytes: int = 0):
-        self.gate, self.inside = threading.Event(), threading.Semaphore(0)
-        self.gate.set()
-        super().__init__(threads, timeline, merged_bytes)
-
-    def collect(self) -> None:
-        super().collect()
-        if isinstance(threading.current_thread(), threading._DummyThread):  # one that Python did not make
-            self.inside.release()
-            assert self.gate.wait(WAIT)
-
-
-@dataclass
-class Shelf:
-    """A file of records that follow each other, and slots into which a disk reads them."""
-
-    file: Path
-    edges: Sequence[int]
-    transfer: Held
-    request_bytes: int = 2**20
-    slots: list[Slot] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.records = [
-            build_record({"w": TensorInfo(f"w{i}", self.file, start, stop - start, "U8", (stop - start,))})
-            for i, (start, stop) in enumerate(itertools.pairwise(self.edges))
-        ]
-        self.slots = [Slot(allocate(record.nbytes, torch.device("cpu"))) for record in self.records]
-        self.reader = DirectReader()
-        self.disk = Disk(self.reader, self.record, self.transfer, self.request_bytes)
-
-    def record(self, key: Key) -> Record:
-        assert isinstance(key, ExpertKey)
-        return self.records[key.expert]
-
-    def fetch(self, i: int, priority: Priority = DEMAND) -> Ticket:
-        ticket = self.disk.fetch(ExpertKey(0, i), self.slots[i], priority, False)[0]
-        assert ticket.read is not None  # it is not Python's
-        return ticket
-
-    def expected(self, i: int) -> bytes:
-        return content(self.edges[-1])[self.edges[i] : self.edges[i + 1]]
-
-    def bytes_of(self, i: int) -> bytes:
-        place = self.records[i].places["w"]
-        return self.slots[i].buffer[place.offset : place.offset + place.nbytes].numpy().tobytes()
-
-    def hold(self, threads: int = 1) -> None:
-        """Until ``transfer.gate`` opens, ``threads`` are in an announcement."""
-        self.transfer.gate.clear()
-        nothing = Job("nothing", 0, lambda: None, RuntimeError)
-        self.scratch = allocate(threads * ALIGNMENT, torch.device("cpu"))
-        fd = self.reader.descriptor(self.file)
-        assert fd is not None
-        for i in range(threads):
-            words = array("q", [fd, 0, 1, ALIGNMENT, i * ALIGNMENT])
-            self.transfer.read(PlainRead(words, self.scratch.data_ptr(), list, "hold"), last=nothing)
-            assert self.transfer.inside.acquire(timeout=WAIT)
-
-    def finish(self, *tickets: Ticket) -> None:
-        for ticket in tickets:
-            self.transfer.wait_any([ticket], WAIT)
-
-    def close(self) -> None:
-        self.transfer.gate.set()
-        assert self.transfer.close(WAIT)
-        self.reader.close()
 
 
 @pytest.fixture
@@ -162,15 +82,6 @@ def test_bytes_of_the_file(
     assert link.bytes == nbytes and link.seconds > 0 and link.cpu > 0 and shelf.transfer.backlog() == 0
     assert sum(map(sum, reads_of(timeline))) == sum(record.nbytes for record in shelf.records)
     shelf.close()
-
-
-def reads_of(timeline: Timeline) -> list[list[int]]:
-    """The bytes of what was read in one go: what began and ended together."""
-    together: dict[tuple[float, float], list[int]] = {}
-    for track, _, name, began, ended, details in timeline._spans:
-        if track == "disk->ram" and name != "hold":
-            together.setdefault((began, ended), []).append(details["bytes"])
-    return list(together.values())
 
 
 def test_small_records_side_by_side_take_fewer_reads(tmp_path: Path) -> None:
@@ -279,7 +190,7 @@ def test_cancelled_before_it_begins(watched: tuple[Shelf, Timeline]) -> None:
     shelf, timeline = watched
     shelf.hold()
     tickets = [shelf.fetch(i, PREFETCH) for i in range(3)]
-    above = shelf.transfer.submit([Job("up", 1, lambda: None, RuntimeError)], after=tickets[1])
+    above = shelf.transfer.submit([call(lambda: None)], after=tickets[1])
     assert shelf.transfer.cancel(tickets[1]) and tickets[1].cancelled and tickets[1].done
     assert above.done and above.cancelled
     assert not shelf.transfer.cancel(tickets[1])
@@ -313,8 +224,7 @@ def test_a_ticket_that_has_begun_is_not_cancelled(tmp_path: Path) -> None:
     shelf = Shelf(file, [0, 3 * 8192], Held(1), 8192)
     ticket = shelf.fetch(0)
     reads = shelf.transfer.reads
-    assert reads is not None
-    while not reads.unfinished(ticket.number) and not reads.count:
+    while (part := reads.unfinished(ticket)) is not None and not part.request.lo and not reads.count:
         pass
     assert not shelf.transfer.cancel(ticket)
     shelf.finish(ticket)
@@ -329,12 +239,12 @@ def test_a_last_job_and_what_waits_for_the_ticket(shelf: Shelf) -> None:
     """Both begin although nobody asks, and only once the bytes are there."""
     seen: list[bytes] = []
     over = threading.Event()
-    last = Job("last", 1, lambda: seen.append(shelf.bytes_of(0)), RuntimeError)
+    last = call(lambda: seen.append(shelf.bytes_of(0)))
     shelf.hold()
     words = shelf.disk._split(ExpertKey(0, 0), shelf.records[0])[1]
     assert words is not None
-    ticket = shelf.transfer.read(PlainRead(words, shelf.slots[0].buffer.data_ptr(), list, "w"), last=last)
-    above = shelf.transfer.submit([Job("up", 1, over.set, RuntimeError)], after=ticket)
+    ticket = shelf.transfer.submit(shelf.read(words, shelf.slots[0]), last=last)
+    above = shelf.transfer.submit([call(over.set)], after=ticket)
     assert seen == []
     shelf.transfer.gate.set()
     assert over.wait(WAIT)
@@ -344,13 +254,11 @@ def test_a_last_job_and_what_waits_for_the_ticket(shelf: Shelf) -> None:
 
 def test_after_a_ticket_that_ended_unnoticed(shelf: Shelf) -> None:
     ticket = shelf.fetch(0)
-    reads = shelf.transfer.reads
-    assert reads is not None
-    while not reads.count:
+    while not shelf.transfer.reads.count:
         pass
     assert not ticket.done  # nobody has looked
     over = threading.Event()
-    shelf.transfer.submit([Job("up", 1, over.set, RuntimeError)], after=ticket)
+    shelf.transfer.submit([call(over.set)], after=ticket)
     assert ticket.done and over.wait(WAIT)
 
 
@@ -373,30 +281,31 @@ def test_a_failed_read_is_told_as_python_tells_it(shelf: Shelf) -> None:
 def test_a_read_that_fails_once_is_none(shelf: Shelf) -> None:
     """Python's second attempt counts."""
     fd = os.open(shelf.file, os.O_WRONLY)  # which cannot be read
-    words = array("q", [fd, 0, 1, ALIGNMENT, 0])
-    ran: list[str] = []
-    job = Job("disk->ram", ALIGNMENT, lambda: ran.append("again"), RuntimeError)
-    ticket = shelf.transfer.read(PlainRead(words, shelf.slots[0].buffer.data_ptr(), lambda: [job], "w"))
-    above = shelf.transfer.submit([Job("up", 1, lambda: ran.append("above"), RuntimeError)], after=ticket)
+    extent = shelf.records[0].extents[0]
+    read = shelf.read([fd, 0, 1, ALIGNMENT, 0], shelf.slots[0], [Request(extent, extent.lo, extent.hi)])
+    ticket = shelf.transfer.submit(read)
+    seen: list[bytes] = []
+    above = shelf.transfer.submit([call(lambda: seen.append(shelf.bytes_of(0)))], after=ticket)
     shelf.finish(above)
-    assert ran == ["again", "above"] and ticket.error is None
+    assert seen == [shelf.expected(0)] and ticket.error is None
     os.close(fd)
 
 
 def test_a_failure_skips_the_rest_of_the_ticket(shelf: Shelf) -> None:
     """Which Python reads again; the reads behind it are none of its business."""
     bad, good = os.open(shelf.file, os.O_WRONLY), shelf.reader.descriptor(shelf.file)
-    assert good is not None and shelf.transfer.reads is not None
-    base = shelf.slots[0].buffer.data_ptr()
-    words = array("q", [bad, 0, 1, ALIGNMENT, 0, good, ALIGNMENT, 1, ALIGNMENT, ALIGNMENT])
-    again = Job("again", 0, lambda: None, RuntimeError)
+    assert good is not None
+    words = [bad, 0, 1, ALIGNMENT, 0, good, ALIGNMENT, 1, ALIGNMENT, ALIGNMENT]
+    again = split(shelf.records[0].extents[0], 2 * ALIGNMENT)
     shelf.hold()
-    ticket = shelf.transfer.read(PlainRead(words, base, lambda: [again, again], "w"))
+    ticket = shelf.transfer.submit(shelf.read(words, shelf.slots[0], again))
     behind = shelf.fetch(1)
     shelf.transfer.gate.set()
     shelf.finish(ticket, behind)
     assert ticket.error is None and shelf.bytes_of(1) == shelf.expected(1)
-    assert shelf.transfer.reads.account().bytes == ALIGNMENT + shelf.records[1].nbytes  # of the one that held as well
+    assert len(again) == 2 and shelf.bytes_of(0) == shelf.expected(0)
+    outside = shelf.transfer.reads.links()["disk->ram"].bytes
+    assert outside == ALIGNMENT + shelf.records[1].nbytes  # of the one that held as well
     os.close(bad)
 
 
@@ -485,7 +394,7 @@ def test_threads_and_memory_are_gone_after_closing(tmp_path: Path) -> None:
         assert len(reading()) >= 4
         shelf.finish(*(shelf.fetch(i) for i in range(8)))
         shelf.close()
-        assert shelf.transfer.reads is not None
+        assert isinstance(shelf.transfer.reads, Reads)
         made.append(weakref.ref(shelf.transfer.reads))
     until = time.monotonic() + WAIT
     while reading() and time.monotonic() < until:
@@ -504,13 +413,13 @@ def test_python_may_end_without_closing(tmp_path: Path) -> None:
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_reads import Job, Shelf
+from made_jobs import Shelf, call
 from pathlib import Path
 from tierlm.memory.transfer import Transfer
 shelf = Shelf(Path({str(file)!r}), range(0, 64 * 2**20 + 1, 2**20), Transfer(8))
 for i in range(64):
     ticket = shelf.fetch(i)
-    shelf.transfer.submit([Job("up", 1, lambda: None, RuntimeError)], after=ticket)
+    shelf.transfer.submit([call(lambda: None)], after=ticket)
 print("done")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
@@ -535,7 +444,7 @@ def test_nothing_is_lost_under_load(tmp_path: Path) -> None:
                 shelf.transfer.gate.set()
             tickets.append(shelf.fetch(i, chance.choice(list(Priority))))
             if chance.random() < 0.3:
-                job = Job("up", 1, lambda i=i: ran.append(i), RuntimeError)  # type: ignore[misc]
+                job = call(lambda i=i: ran.append(i))  # type: ignore[misc]
                 above[i] = shelf.transfer.submit([job], after=tickets[i])
             if chance.random() < 0.3:
                 shelf.transfer.promote(tickets[chance.randrange(i + 1)])
@@ -548,5 +457,5 @@ def test_nothing_is_lost_under_load(tmp_path: Path) -> None:
         assert ticket.error is None
         assert shelf.bytes_of(i) == (b"\0" * 5000 if ticket.cancelled else shelf.expected(i))
     assert sorted(ran) == [i for i in above if not tickets[i].cancelled]
-    assert any(ticket.cancelled for ticket in tickets) and not shelf.transfer._reading
+    assert any(ticket.cancelled for ticket in tickets) and not shelf.transfer.reads._tickets
     shelf.close()

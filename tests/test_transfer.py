@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from made_jobs import Call
 
 from tierlm.memory.ticket import Job, Priority, Ticket
 from tierlm.memory.transfer import Transfer
@@ -23,7 +24,7 @@ class Broken(Exception):
 
 
 class Stalled(Exception):
-    """What ``Job.stalled`` makes."""
+    """The error of a job that stalls."""
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Bench:
             if then is not None:
                 then()
 
-        return Job(link, nbytes, run, lambda what: Stalled(f"{name} {what}"))
+        return Call(link, nbytes, name, run, lambda what: Stalled(f"{name} {what}"))
 
     def submit(self, *names: str, prefetched: bool = False, after: Ticket | None = None) -> Ticket:
         priority = Priority.PREFETCH if prefetched else Priority.DEMAND

@@ -105,9 +105,10 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             hottest = heat.hottest()
             store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         kv = KvCache(spec.layers, request.context, spec.latent_dim, KV_DTYPES[options.kv_dtype], request.device)
+        rows = Rows(catalog.embedding, catalog.seals_of(catalog.embedding))
+        undo.callback(rows.close)
         moe = MixtureOfExperts(spec, Routers(spec, resident), store, request.predictor, timeline, recorder)
-        table = catalog.embedding
-        embedding = Embedding(Rows(table, catalog.seals_of(table)), table, request.device)
+        embedding = Embedding(rows, catalog.embedding, request.device)
         decoder = Decoder(spec, embedding, resident, trunks, catalog.head, kv, moe, request.device, timeline)
         relief = _relief(request, experts[-1])
         meter = Meter(store, trunks, transfer)

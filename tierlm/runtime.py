@@ -72,6 +72,7 @@ class Runtime:
         self.scheduler.close()
         if self.transfer.close():
             self.reader.close()
+        self.decoder.embedding.close()
         if self.heat_file is not None and self.heat.uses:
             _keep(self.heat.write, self.heat_file)
         if self.recorder is not None:

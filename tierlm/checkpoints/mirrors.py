@@ -52,15 +52,6 @@ class MirrorReader(Reader):
 
         self._from_a_copy(request.extent.file, len(buffer), read)
 
-    def adjoin(self, one: Request, following: Request) -> bool:
-        return all(reader.adjoin(one, following) for reader in self._readers)
-
-    def read_together(self, requests: Sequence[Request], buffers: Sequence[memoryview]) -> None:
-        def read(copy: Copy) -> None:
-            copy.volume.reader.read_together([_of(copy.file, request) for request in requests], buffers)
-
-        self._from_a_copy(requests[0].extent.file, sum(map(len, buffers)), read)
-
     def repair(self, request: Request, buffer: memoryview, check: Callable[[Path], None]) -> None:
         def read(copy: Copy) -> None:
             copy.volume.reader.read(_of(copy.file, request), buffer)

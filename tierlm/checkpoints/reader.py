@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,16 +82,6 @@ class Reader(ABC):
         """The descriptor of ``file``, if ``preadv`` on it does what ``read`` does; None if only ``read`` will do."""
         return None
 
-    def adjoin(self, one: Request, following: Request) -> bool:
-        """Whether ``read_together`` reads these two in one go, which then costs less than two reads."""
-        return False
-
-    def read_together(self, requests: Sequence[Request], buffers: Sequence[memoryview]) -> None:
-        """Read requests that each adjoin the one before, as ``read`` does each. After an error, which may name any of
-        them, nothing is known of the buffers."""
-        for request, buffer in zip(requests, buffers, strict=True):
-            self.read(request, buffer)
-
     def repair(self, request: Request, buffer: memoryview, check: Callable[[Path], None]) -> None:
         """Read what turned out to be wrong from another copy of its file, until ``check``, called with the name of the
         copy, raises no StorageError. Raises what it raised where there is no other copy."""
@@ -134,27 +124,6 @@ class DirectReader(Reader):
             return self._files.get(file)
         except OSError:  # which ``read`` will tell of
             return None
-
-    def adjoin(self, one: Request, following: Request) -> bool:
-        """Neighbours that are not aligned share a page."""
-        return one.hi - following.lo in (0, ALIGNMENT) and one.extent.file == following.extent.file
-
-    def read_together(self, requests: Sequence[Request], buffers: Sequence[memoryview]) -> None:
-        """One read into several buffers. A shared page is read into the first of its two, and copied to the other."""
-        first, pairs = requests[0], list(itertools.pairwise(zip(requests, buffers, strict=True)))
-        targets = [buffers[0], *(buffer[one.hi - request.lo :] for (one, _), (request, buffer) in pairs)]
-        wanted = max(request.stop for request in requests) - first.lo
-        try:
-            fd = self._files.get(first.extent.file)
-            got = os.preadv(fd, targets, first.lo)
-        except OSError as error:
-            raise failure(first, first.lo, error.strerror or str(error)) from error
-        if got < wanted:
-            short = next(request for request in requests if request.stop > first.lo + got)
-            raise failure(short, first.lo + got, f"expected {wanted} bytes from {first.lo}, found {got}")
-        for (one, filled), (request, buffer) in pairs:
-            shared = one.hi - request.lo
-            buffer[:shared] = filled[len(filled) - shared :]
 
     def close(self) -> None:
         self._files.close()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tierlm.checkpoints.checkpoint import Extent, TensorInfo
 from tierlm.checkpoints.checksum import Seal, checksum
-from tierlm.checkpoints.reader import Request, failure, read_pieces
+from tierlm.checkpoints.reader import Request, failure
 
 BLOCK = 2**17  # bytes of rows that share a seal: they are read together when the first of them is
 
@@ -19,43 +19,45 @@ def block_of_rows(tensor: TensorInfo) -> int:
 
 
 class Rows:
-    """The rows of ``tensor``, of two dimensions. ``seals``: of blocks of its bytes, each of which is compared when one
-    of its rows is first read; larger ones, of stores that were packed without blocks, are left alone."""
+    """The rows of ``tensor``, of two dimensions, read through the page cache, with read-ahead off.
+
+    The file is open from the beginning to ``close``: whatever becomes of its name, it is the same file. ``seals``: of
+    blocks of the tensor's bytes, each of which is compared when one of its rows is first read; larger ones, of stores
+    that were packed without blocks, are left alone. All but ``close`` raise StorageError.
+    """
 
     def __init__(self, tensor: TensorInfo, seals: Iterable[Seal] = ()):
-        self._tensor, self._block = tensor, block_of_rows(tensor)
+        self._tensor, self._stride, self._block = tensor, tensor.nbytes // tensor.shape[0], block_of_rows(tensor)
         self._unchecked = {seal.offset: seal for seal in seals if seal.nbytes <= self._block}
+        self._extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
+        try:
+            self._stream = open(tensor.file, "rb", buffering=0)  # noqa: SIM115
+            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        except OSError as error:
+            raise self._failure(tensor.offset, error.strerror or str(error)) from error
 
     def read(self, rows: Sequence[int]) -> bytes:
-        """Some rows, one after another. Raises StorageError."""
-        stride = self._tensor.nbytes // self._tensor.shape[0]
-        for at in sorted({row * stride // self._block * self._block for row in rows}):
+        """Some rows, one after another; each is read once."""
+        for at in sorted({row * self._stride // self._block * self._block for row in rows}) if self._unchecked else ():
             if (seal := self._unchecked.get(self._tensor.offset + at)) is not None:
-                part = TensorInfo(seal.name, seal.file, seal.offset, seal.nbytes, "U8", (seal.nbytes,))
-                seal.check(checksum(b"".join(read_pieces(part))))
+                seal.check(checksum(self._read(seal.offset, seal.nbytes)))
                 del self._unchecked[seal.offset]
-        return read_rows(self._tensor, rows)
+        first = self._tensor.offset
+        found = {row: self._read(first + row * self._stride, self._stride) for row in sorted(set(rows))}
+        return b"".join(found[row] for row in rows)
 
+    def close(self) -> None:
+        """Close the file. May be called again."""
+        self._stream.close()
 
-def read_rows(tensor: TensorInfo, rows: Iterable[int]) -> bytes:
-    """Some rows of a tensor of two dimensions, one after another.
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        try:
+            found = os.pread(self._stream.fileno(), nbytes, offset)
+        except OSError as error:
+            raise self._failure(offset, error.strerror or str(error)) from error
+        if len(found) != nbytes:
+            raise self._failure(offset, f"expected {nbytes} bytes, found {len(found)}")
+        return found
 
-    A few KiB a row, through the page cache, with read-ahead off. Raises StorageError.
-    """
-    stride = tensor.nbytes // tensor.shape[0]
-    found: dict[int, bytes] = {}
-    rows = list(rows)
-    extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
-    try:
-        with open(tensor.file, "rb", buffering=0) as stream:
-            fd = stream.fileno()
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-            for row in sorted(set(rows)):
-                offset = tensor.offset + row * stride
-                found[row] = os.pread(fd, stride, offset)
-                if len(found[row]) != stride:
-                    request = Request(extent, offset, offset + stride)
-                    raise failure(request, offset, f"expected {stride} bytes, found {len(found[row])}")
-    except OSError as error:
-        raise failure(Request(extent, tensor.offset, tensor.offset), tensor.offset, error.strerror or "") from error
-    return b"".join(found[row] for row in rows)
+    def _failure(self, offset: int, what: str) -> Exception:
+        return failure(Request(self._extent, offset, offset), offset, what)

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "../layout.h"
 #include "activations.h"
 #include "team.h"
 
@@ -50,6 +51,11 @@ uint16_t to_bfloat16(float x) {
 }
 
 }  // namespace
+
+LAYOUT(Attention, FIELD(query_a), FIELD(query_b), FIELD(key_value_a), FIELD(key_value_b), FIELD(output), FIELD(norm),
+       FIELD(query_norm), FIELD(latent_norm), FIELD(next_norm), FIELD(heads), FIELD(nope), FIELD(rope), FIELD(value),
+       FIELD(interleaved), FIELD(cache_format), FIELD(cache), FIELD(places), FIELD(cosine), FIELD(sine),
+       FIELD(hidden), FIELD(sum), FIELD(normed), FIELD(rows))
 
 // Each output is computed by one thread in one fixed order, so that results depend on the operands alone.
 extern "C" void tierlm_attention(int threads, const Attention* call, double eps, double inner_eps, double scale) {

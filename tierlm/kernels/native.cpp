@@ -1,5 +1,6 @@
 // The library's plain C interface, called through ctypes. No dependency but the compiler.
 
+#include "../layout.h"
 #include "activations.h"
 #include "team.h"
 
@@ -18,6 +19,8 @@ void round_part(const float* x, Rounded* rounded, int64_t rows, int64_t ins, int
 }
 
 }  // namespace
+
+LAYOUT(Matrix, FIELD(format), FIELD(data), FIELD(scale), FIELD(outs), FIELD(ins))
 
 extern "C" {
 
@@ -53,6 +56,7 @@ struct Expert {
     float* y;  // [rows, hidden]
     int64_t rows;
 };
+LAYOUT(Expert, FIELD(x), FIELD(gate), FIELD(up), FIELD(down), FIELD(y), FIELD(rows))
 
 // And what it needs on the way.
 struct Inside : Expert {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tierlm.kernels import structs
 from tierlm.kernels.weight import Weight
+from tierlm.library import check_layout, find_library
 
 MAX_ROWS = 64  # above it, where activations are float32, widening a tile and a matrix product are faster
 
@@ -21,6 +22,8 @@ class Native:
 
     def __init__(self, file: Path):
         library = ctypes.CDLL(str(file))
+        for struct in structs.ALL:
+            check_layout(library, struct)
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         self._linear, self._widen = library.tierlm_linear, library.tierlm_widen
         self._mlps = library.tierlm_gated_mlps
@@ -62,7 +65,7 @@ class Native:
         """Several ``y = down(silu(gate(x)) * up(x))`` at once.
 
         A job: x and y, contiguous float32 [T, hidden], and gate, up (both [width, hidden]) and down [hidden, width].
-        y is written.
+        y is written. Packed as structs.Expert.
         """
         words: list[int] = []
         for x, y, (gate, up, down) in jobs:
@@ -89,11 +92,11 @@ class Native:
         return out
 
     def attention(self, words: Sequence[int], eps: float, inner_eps: float, scale: float) -> None:
-        """``words``: struct Attention of kernels/attention.cpp, as kernels/attention.py makes it."""
+        """``words``: of structs.Attention, as kernels/attention.py packs it."""
         self._attention(torch.get_num_threads(), _words(words), eps, inner_eps, scale)
 
     def route(self, words: Sequence[int], count: int, eps: float, scale: float) -> None:
-        """``words``: of ``count`` structs Router of kernels/routing.cpp, as kernels/routing.py makes them."""
+        """``words``: of ``count`` structs.Router, as kernels/routing.py packs them."""
         self._route(_words(words), count, eps, scale)
 
     def combine(self, pointers: Sequence[int], places: Sequence[int], shape: Sequence[int]) -> None:
@@ -104,11 +107,8 @@ class Native:
 @cache
 def load() -> Native | None:
     """The compiled kernels, or None where they were not built: without a compiler, torch does their work."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        file = Path(__file__).parent / f"_native{suffix}"
-        if file.exists():
-            return Native(file)
-    return None
+    file = find_library(Path(__file__).parent)
+    return None if file is None else Native(file)
 
 
 def kernels_for(weight: Weight) -> Native | None:
@@ -117,5 +117,5 @@ def kernels_for(weight: Weight) -> Native | None:
 
 
 def _words(words: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    """A struct of C whose fields are all numbers or pointers of 64 bits."""
+    """Structs of kernels/structs.py, field by field."""
     return (ctypes.c_int64 * len(words))(*words)

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../layout.h"
 #include "activations.h"
 #include "team.h"
 
@@ -81,6 +82,9 @@ void route(const Router& r, float eps, float scale) {
 }
 
 }  // namespace
+
+LAYOUT(Router, FIELD(gate), FIELD(bias), FIELD(norm), FIELD(softmax), FIELD(groups), FIELD(groups_chosen),
+       FIELD(normalize), FIELD(chosen), FIELD(x), FIELD(rows), FIELD(weights), FIELD(experts))
 
 // By one thread: a router is small, and waking the others takes longer.
 extern "C" void tierlm_route(const Router* routers, int64_t count, double eps, double scale) {

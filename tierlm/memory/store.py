@@ -9,11 +9,11 @@ from types import TracebackType
 
 from tierlm.checkpoints.checkpoint import Record
 from tierlm.checkpoints.formats import Weights
+from tierlm.memory.executor import LinkStats
 from tierlm.memory.heat import Heat
 from tierlm.memory.slots import Entry
 from tierlm.memory.ticket import DISK, Priority
 from tierlm.memory.tiers import Source, Tier
-from tierlm.memory.transfer import LinkStats
 from tierlm.policies.prefetch import Prefetch
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import span
@@ -123,7 +123,9 @@ class Store:
             return
         tickets = tickets or self.tier.in_flight()
         if not tickets:
-            raise RuntimeError(f"{self.tier.name}: no slot can be had, and nothing is on its way: a bug of tierlm")
+            raise RuntimeError(
+                f"{self.tier.name}: no slot can be had, and nothing is on its way: this is a bug in tierlm"
+            )
         began = time.perf_counter()
         try:
             with span(self.tier.transfer.timeline, "wait", self.tier.name):

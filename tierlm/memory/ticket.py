@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Protocol
 
-DISK = "disk->ram"  # the link of all that is read from files
+if TYPE_CHECKING:
+    from tierlm.memory.executor import Executor
+
+DISK = "disk->ram"  # the link of everything that is read from files
 
 
 class Priority(IntEnum):
@@ -18,59 +21,66 @@ class Priority(IntEnum):
     WARM_UP = 2
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One piece of a transfer: ``run`` moves ``nbytes`` over ``link`` ("disk->ram", ...) and raises if it cannot.
+class State(Enum):
+    """How far a ticket is. A ticket stays in the last three."""
 
-    ``stalled`` makes the error that says which read it is that does not come back. ``what`` names it in a timeline.
-    """
+    WAITING = "waiting"  # for the ticket before it, or for a thread
+    BEGUN = "begun"  # its executor may know this before the ticket does
+    ARRIVED = "arrived"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True, eq=False)
+class Job(ABC):
+    """Work for one thread: moves ``nbytes`` over ``link`` ("disk->ram", ...). ``what`` names it in a timeline."""
 
     link: str
     nbytes: int
-    run: Callable[[], None]
-    stalled: Callable[[str], Exception]
-    what: str = ""
-
-    def follows(self, jobs: Sequence[Job]) -> bool:
-        """Whether this job, behind ``jobs`` of the same link, can be done with them in one go."""
-        return False
-
-    def run_with(self, others: Sequence[Job]) -> None:
-        """Do this job and ``others``, each of which follows those before it. After an error each is run alone."""
-        raise NotImplementedError
-
-
-@dataclass(slots=True, eq=False)
-class PlainRead:
-    """A transfer that is nothing but reads of files into one slot of the host's memory.
-
-    ``requests``: as ``compiled.Reads.submit`` has them, to the address ``base``. ``jobs``: makes jobs that do the same;
-    asked where a read fails or stalls, since they know what to say. ``what`` names the transfer in a timeline.
-    """
-
-    requests: array[int]
-    base: int
-    jobs: Callable[[], Sequence[Job]]
     what: str
+
+    @abstractmethod
+    def run(self) -> None:
+        """Do it, in a thread of an executor. Any exception is the ticket's error."""
+
+    @abstractmethod
+    def stalled(self, why: str) -> Exception:
+        """The error that names this job as the one that does not come back."""
+
+
+class Jobs(Protocol):
+    """The jobs of a ticket, which run in any order and side by side: a list of ``Job``, or a ``Read``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Job: ...
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A transfer under way. ``done`` once every job of it has ended; then ``error`` says whether one failed.
+    """A transfer under way. Only ``Transfer`` and executors change it.
 
-    ``last``: a job that is to begin, ahead of all others, once the rest are through without error.
+    ``jobs``: what ``executor`` has, or is to get. ``after``: the ticket that must arrive first. ``last``: a job that
+    begins, ahead of all others, once ``jobs`` are through without error. ``error``: the first one; it may be set before
+    the ticket is done, while other jobs are still under way.
     """
 
-    jobs: Sequence[Job]
+    jobs: Jobs
     priority: Priority
     after: Ticket | None = None
     last: Job | None = None
-    pending: int = 0
-    begun: bool = False  # some thread has taken up a job
-    done: bool = False
-    cancelled: bool = False
+    state: State = State.WAITING
     error: BaseException | None = None
-    unfinished: set[int] = field(default_factory=set)
+    executor: Executor | None = None  # none while it waits for ``after``, and none once it is done
     dependents: list[Ticket] = field(default_factory=list)
-    number: int = 0  # of the ticket among the compiled reads, as long as it is theirs
-    read: PlainRead | None = None
+    number: int = 0  # its name in memory/compiled
+    unfinished: set[int] | None = None  # in memory/threads: places in ``jobs``
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing of it is left to do, for whatever reason."""
+        return self.state is not State.WAITING and self.state is not State.BEGUN
+
+    @property
+    def cancelled(self) -> bool:
+        return self.state is State.CANCELLED

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from tierlm.errors import StorageError
+from tierlm.memory.jobs import CopyUp
 from tierlm.memory.slots import Entry, Slot
-from tierlm.memory.ticket import Job, Priority, Ticket
+from tierlm.memory.ticket import Priority, Ticket
 from tierlm.memory.transfer import Transfer
 from tierlm.policies.eviction import Policy
 from tierlm.spec import Key
@@ -86,7 +83,6 @@ class Tier:
         self._kept: frozenset[Key] = frozenset()
         self._guesses: dict[Key, Entry] = {}  # that nobody has demanded yet
         self._streaming = 0
-        self._stream: torch.Stream | None = None  # for copies to the tier above
 
     def demand(self, key: Key, *, streaming: bool = False) -> Entry | None:
         """The entry of ``key`` for use now, pinned and counted, resident or on its way; None if it must be started.
@@ -162,28 +158,8 @@ class Tier:
             entry.pins += 1
             if entry.prefetched:  # the tier above keeps account of this guess
                 self._claim(entry)
-        below, size = entry.slot, self.size_of(key)
-
-        def run() -> None:
-            slot.wait()
-            self._copy_up(slot.buffer[:size], below.buffer[:size])
-
-        def stalled(what: str) -> StorageError:
-            return StorageError(f"copying {key} from {self.name}: {what}")
-
-        job = Job(f"{self.name}->vram", size, run, stalled, str(tuple(key)))
-        return self.transfer.submit([job], priority=priority, after=entry.ticket), entry
-
-    def _copy_up(self, target: Tensor, source: Tensor) -> None:
-        """In a transfer thread: copy, on a stream of its own where there are streams, and wait for it."""
-        if target.device.type == "cpu":
-            target.copy_(source)
-            return
-        if self._stream is None:
-            self._stream = torch.Stream(target.device)
-        torch.accelerator.set_stream(self._stream)  # of this thread only
-        target.copy_(source, non_blocking=True)
-        self._stream.synchronize()
+        copy = CopyUp(f"{self.name}->vram", self.size_of(key), str(tuple(key)), entry.slot.buffer, slot)
+        return self.transfer.submit([copy], priority=priority, after=entry.ticket), entry
 
     def settle(self) -> None:
         """Take note of what has arrived, and of what has failed."""

@@ -22,3 +22,7 @@ class Embedding:
         """float32 [T, hidden]. Raises StorageError."""
         rows = torch.frombuffer(bytearray(self._rows.read(ids)), dtype=self._dtype)
         return rows.view(len(ids), -1).to(self._device, torch.float32)
+
+    def close(self) -> None:
+        """Close the file. May be called again."""
+        self._rows.close()

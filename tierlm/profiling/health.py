@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 import os
 import resource
 import shutil
@@ -17,6 +16,7 @@ from tierlm.checkpoints.reader import open_reader
 from tierlm.config import format_size
 from tierlm.files import user_cache
 from tierlm.host import available_ram, total_ram
+from tierlm.library import find_library
 from tierlm.profiling.storage import MEMORY_FILE_SYSTEMS, file_system
 
 REMOTE = ("nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "glusterfs", "sshfs", "fuse.sshfs")
@@ -121,13 +121,11 @@ def check_machine(folder: Path = Path("/sys")) -> list[Finding]:
 
 
 def _kernels() -> Finding:
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        file = KERNELS / f"_native{suffix}"
-        if file.exists():
-            try:
-                ctypes.CDLL(str(file))
-            except OSError as error:
-                return Finding("broken", "kernels", f"{file.name} does not load: {error}", "install tierlm again here")
-            return Finding("ok", "kernels", f"compiled ({file.name})")
+    if (file := find_library(KERNELS)) is not None:
+        try:
+            ctypes.CDLL(str(file))
+        except OSError as error:
+            return Finding("broken", "kernels", f"{file.name} does not load: {error}", "install tierlm again here")
+        return Finding("ok", "kernels", f"compiled ({file.name})")
     todo = "install a C++ compiler, then tierlm again"
     return Finding("note", "kernels", "not compiled: torch does their work, several times slower", todo)

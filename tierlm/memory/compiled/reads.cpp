@@ -1,5 +1,5 @@
-// Reads of files by threads that never need Python's interpreter: the queue of tierlm/memory/transfer.py, for reads
-// alone. What fails here is only said to have failed: Python reads it again, and finds out why.
+// Reads of files by threads that never need Python's interpreter: an executor of
+// tierlm/memory/transfer.py. What fails here is only said to have failed: Python reads it again, and finds out why.
 
 #include <pthread.h>
 #include <sys/uio.h>
@@ -19,6 +19,8 @@
 #include <thread>
 #include <vector>
 
+#include "../../layout.h"
+
 namespace {
 
 constexpr int PRIORITIES = 3, DEMAND = 0;
@@ -31,7 +33,7 @@ double seconds(clockid_t clock) {
     return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
-// As Python passes it: of `length` bytes, `wanted` have to come; they land `at` bytes into the record.
+// As Python passes it (compiled/__init__.py): of `length` bytes, `wanted` have to come; they land `at` bytes into the record.
 struct Request {
     int64_t file, offset, wanted, length, at;
 };
@@ -148,8 +150,8 @@ class Reads {
             work.wait(lock, [&] { return closed || (queue = next()); });
             if (closed) break;
             const std::vector<Read*> reads = take(*queue);
-            const bool guess = reads[0]->ticket->priority != DEMAND, skip = reads[0]->ticket->failed;
-            spare -= guess;
+            const bool spared = reads[0]->ticket->priority != DEMAND, skip = reads[0]->ticket->failed;
+            spare -= spared;
             const double began = seconds(CLOCK_MONOTONIC), cpu_began = seconds(CLOCK_THREAD_CPUTIME_ID);
             if (!active++) since = began;
             lock.unlock();
@@ -160,7 +162,7 @@ class Reads {
             const double now = seconds(CLOCK_MONOTONIC);
             cpu += seconds(CLOCK_THREAD_CPUTIME_ID) - cpu_began;
             if (!--active) busy += now - since;
-            if (guess) {
+            if (spared) {
                 ++spare;
                 work.notify_one();
             }
@@ -216,14 +218,16 @@ public:
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
 
-    int64_t submit(int priority, const Request* requests, size_t count, char* base, bool announced) {
+    int64_t submit(int priority, const Request* requests, size_t count, char* base, bool announced, bool first) {
         std::unique_ptr<Ticket> ticket(new Ticket{0, priority, announced});
         ticket->pending = count;
         for (size_t i = 0; i < count; ++i) ticket->reads.push_back({requests[i], base + requests[i].at, ticket.get()});
         const std::lock_guard<std::mutex> lock(mutex);
         ticket->number = ++last_number;
+        std::deque<Read*>& queue = queues[priority];
+        auto place = first ? queue.begin() : queue.end();
         for (Read& read : ticket->reads) {
-            queues[priority].push_back(&read);
+            place = queue.insert(place, &read) + 1;
             work.notify_one();
         }
         tickets[last_number] = std::move(ticket);
@@ -319,14 +323,17 @@ public:
 
 }  // namespace
 
+LAYOUT(Request, FIELD(file), FIELD(offset), FIELD(wanted), FIELD(length), FIELD(at))
+
 extern "C" {
 
 Reads* tierlm_reads_open(int threads, int spare, int64_t merged_bytes, int64_t* over, void (*announce)()) {
     return new Reads(threads, spare, merged_bytes, over, announce);
 }
 
-int64_t tierlm_reads_submit(Reads* reads, int priority, const Request* requests, int64_t count, char* base, int announced) {
-    return reads->submit(priority, requests, size_t(count), base, announced);
+int64_t tierlm_reads_submit(Reads* reads, int priority, const Request* requests, int64_t count, char* base, int announced,
+                            int first) {
+    return reads->submit(priority, requests, size_t(count), base, announced, first);
 }
 
 void tierlm_reads_promote(Reads* reads, int64_t number) { reads->promote(number); }

@@ -7,13 +7,13 @@ twin. Without a compiler, or for a policy without a twin, ``tracing.replay`` ask
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from tierlm.library import find_library
 from tierlm.policies.belady import Belady
 from tierlm.policies.eviction import Policy
 from tierlm.policies.frequency import Lfu, LfuAgeing, LruK
@@ -68,7 +68,7 @@ def replay(policy: Policy, demands: Demands, experts: int, places: Counts | None
         *(array.ctypes for array in (missed, behind)),
     )
     if error:
-        raise RuntimeError("no slot can be had: a bug of tierlm, or fewer than one slot")
+        raise RuntimeError("no slot can be had: fewer than one slot, or this is a bug in tierlm")
     return missed, behind[: int(missed[prefill].sum())]
 
 
@@ -88,18 +88,16 @@ def _parameters(policy: Policy) -> tuple[float, ...]:
 @cache
 def load() -> ctypes.CDLL | None:
     """The library, or None where it was not built."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        file = Path(__file__).parent / f"_native{suffix}"
-        if file.exists():
-            library = ctypes.CDLL(str(file))
-            pointer = ctypes.c_void_p
-            library.tierlm_replay.argtypes = [
-                ctypes.c_char_p,
-                *[pointer] * 3,
-                ctypes.c_int64,
-                *[pointer] * 2,
-                *[ctypes.c_int] * 3,
-                *[pointer] * 2,
-            ]
-            return library
-    return None
+    file = find_library(Path(__file__).parent)
+    if file is None:
+        return None
+    library, pointer = ctypes.CDLL(str(file)), ctypes.c_void_p
+    library.tierlm_replay.argtypes = [
+        ctypes.c_char_p,
+        *[pointer] * 3,
+        ctypes.c_int64,
+        *[pointer] * 2,
+        *[ctypes.c_int] * 3,
+        *[pointer] * 2,
+    ]
+    return library

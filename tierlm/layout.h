@@ -1,0 +1,18 @@
+// Where the fields of a struct lie, for Python to compare with what it passes: tierlm/library.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct Field {
+    const char* name;  // null at the end, where `offset` is the struct's size
+    int64_t offset;
+};
+
+#define FIELD(name) {#name, int64_t(offsetof(Struct, name))}
+#define LAYOUT(type, ...)                                                                \
+    extern "C" const Field* tierlm_layout_##type() {                                     \
+        using Struct = type;                                                             \
+        static const Field fields[] = {__VA_ARGS__, {nullptr, int64_t(sizeof(Struct))}}; \
+        return fields;                                                                   \
+    }

@@ -1,0 +1,34 @@
+"""The libraries that were compiled from C++, to be called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from pathlib import Path
+
+
+def find_library(folder: Path) -> Path | None:
+    """The library of a folder's C++, or None where it was not built: there was no compiler."""
+    files = (folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((file for file in files if file.exists()), None)
+
+
+class Field(ctypes.Structure):
+    """struct Field of layout.h."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("offset", ctypes.c_int64)]
+
+
+def check_layout(library: ctypes.CDLL, struct: type[ctypes.Structure]) -> None:
+    """Compare ``struct`` with the one of the same name in C++, which has a LAYOUT (layout.h): names and places of its
+    fields, and its size. Raises ImportError if they differ: Python would pass wrong words."""
+    layout = library[f"tierlm_layout_{struct.__name__}"]
+    layout.restype = ctypes.POINTER(Field)
+    found: dict[str, int] = {}
+    fields = layout()
+    while (field := fields[len(found)]).name:
+        found[field.name.decode()] = field.offset
+    expected = {name: getattr(struct, name).offset for name, *_ in struct._fields_}
+    if found != expected or field.offset != ctypes.sizeof(struct):
+        differs = f"expected {expected}, {ctypes.sizeof(struct)} bytes, found {found}, {field.offset} bytes"
+        raise ImportError(f"{library._name}: struct {struct.__name__}: {differs}: build tierlm's C++ again")

@@ -1,0 +1,178 @@
+"""The executor that performs any job: threads of Python."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from tierlm.memory.executor import Executor, LinkStats
+from tierlm.memory.ticket import Job, Priority, State, Ticket
+from tierlm.timeline import Timeline
+
+Item = tuple[Ticket, int, Job]  # the job, and its place among those of its ticket
+
+
+class Threads(Executor):
+    """``count`` threads, of which ``spare`` may turn to prefetch and warm-up. A thread calls ``announce`` when it
+    has ended a ticket."""
+
+    def __init__(self, count: int, spare: int, announce: Callable[[], None], timeline: Timeline | None = None):
+        self._spare, self._announce, self._timeline = spare, announce, timeline
+        self._lock = threading.Lock()
+        self._work, self._changed = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._waiting: dict[Priority, deque[Item]] = {priority: deque() for priority in Priority}
+        self._ended: deque[Ticket] = deque()
+        self._links: dict[str, LinkStats] = {}
+        self._count = 0
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"tierlm-transfer-{i}", daemon=True) for i in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, ticket: Ticket, *, first: bool) -> None:
+        jobs = range(len(ticket.jobs))
+        ticket.unfinished = set(jobs)
+        items = [(ticket, index, ticket.jobs[index]) for index in jobs]
+        with self._lock:
+            if self._closed:
+                return
+            if first:
+                self._waiting[ticket.priority].extendleft(reversed(items))
+            else:
+                self._waiting[ticket.priority].extend(items)
+            self._work.notify(len(items))
+
+    def announce(self, ticket: Ticket) -> None:
+        """Nothing to do: every end is announced."""
+
+    def promote(self, ticket: Ticket) -> None:
+        with self._lock:
+            moved = self._remove(ticket)
+            self._waiting[Priority.DEMAND].extend(moved)
+            self._work.notify(len(moved))  # a prefetch may have had no thread
+
+    def cancel(self, ticket: Ticket) -> bool:
+        with self._lock:
+            if ticket.state is not State.WAITING:
+                return False
+            self._remove(ticket)
+            return True
+
+    def unfinished(self, ticket: Ticket) -> Job | None:
+        with self._lock:
+            return ticket.jobs[min(ticket.unfinished)] if ticket.unfinished else None
+
+    def ended(self) -> Iterator[tuple[Ticket, bool]]:
+        while self._ended:
+            ticket = self._ended.popleft()
+            yield ticket, ticket.error is None
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    def wait(self, seen: int, timeout: float) -> None:
+        with self._lock:
+            self._changed.wait_for(lambda: self._count != seen, timeout)
+
+    def wake(self) -> None:
+        with self._lock:
+            self._count += 1
+            self._changed.notify_all()
+
+    def links(self) -> dict[str, LinkStats]:
+        now = time.perf_counter()
+        with self._lock:
+            return {
+                name: LinkStats(link.bytes, link.seconds + (now - link.since if link.active else 0.0), link.cpu)
+                for name, link in self._links.items()
+            }
+
+    def backlog(self) -> int:
+        with self._lock:
+            return sum(job.nbytes for _, _, job in self._waiting[Priority.DEMAND])
+
+    def close(self, timeout: float) -> bool:
+        with self._lock:
+            self._closed = True
+            for queue in self._waiting.values():
+                queue.clear()
+            self._work.notify_all()
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _remove(self, ticket: Ticket) -> list[Item]:
+        """Take the jobs of ``ticket`` off the queues."""
+        found = []
+        for priority, queue in self._waiting.items():
+            if own := [item for item in queue if item[0] is ticket]:
+                found += own
+                self._waiting[priority] = deque(item for item in queue if item[0] is not ticket)
+        return found
+
+    def _run(self) -> None:
+        while (taken := self._take()) is not None:
+            self._perform(*taken)
+            taken = None
+
+    def _take(self) -> tuple[bool, Item] | None:
+        """Wait for a job whose turn it is: whether it takes a spare thread, and the job. None at the end."""
+        with self._lock:
+            while not self._closed:
+                for priority, queue in self._waiting.items():
+                    spare = priority is not Priority.DEMAND
+                    if queue and (self._spare or not spare):
+                        self._spare -= spare
+                        ticket, _, job = item = queue.popleft()
+                        ticket.state = State.BEGUN
+                        link = self._links.setdefault(job.link, LinkStats())
+                        if not link.active:
+                            link.since = time.perf_counter()
+                        link.active += 1
+                        return spare, item
+                self._work.wait()
+            return None
+
+    def _perform(self, spare: bool, item: Item) -> None:
+        ticket, index, job = item
+        began, cpu = time.perf_counter(), time.thread_time()
+        error = _error_of(job) if ticket.error is None else ticket.error
+        ended, cpu = time.perf_counter(), time.thread_time() - cpu
+        if self._timeline is not None:
+            priority = ticket.priority.name.lower()
+            self._timeline.add(job.link, job.what, began, ended, bytes=job.nbytes, priority=priority)
+        with self._lock:
+            link = self._links[job.link]
+            link.active -= 1
+            link.cpu += cpu
+            if not link.active:
+                link.seconds += ended - link.since
+            if error is None:
+                link.bytes += job.nbytes
+            ticket.error = ticket.error or error
+            if spare:
+                self._spare += 1
+                self._work.notify()
+            assert ticket.unfinished is not None
+            ticket.unfinished.discard(index)
+            if ticket.unfinished:
+                return
+            self._ended.append(ticket)
+            self._count += 1
+            self._changed.notify_all()
+        self._announce()
+
+
+def _error_of(job: Job) -> BaseException | None:
+    """Run ``job``. Whatever it raises is returned: the thread lives on, and the waiter gets it."""
+    try:
+        job.run()
+    except BaseException as error:
+        return error
+    return None

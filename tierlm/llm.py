@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tierlm.checkpoints.hub import find_model
-from tierlm.config import Budget, RuntimeOptions, SamplingParams
+from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams
 from tierlm.engine.generate import Running
 from tierlm.errors import CheckpointError, PromptError, StorageError, UsageError
 from tierlm.runtime import Runtime
 from tierlm.stats import Counters, Stats, collect
 from tierlm.text import Message, TextCodec, TextStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Prompt = str | Sequence[int]
 
@@ -61,7 +64,7 @@ class LLM:
         *,
         budget: Budget | None = None,
         progress: Callable[[int, int], None] | None = None,
-        **options: Any,
+        **options: Unpack[LoadOptions],
     ) -> LLM:
         """Load a model: a folder in Hugging Face layout, a hub id, or "demo". Nothing is converted or written.
 

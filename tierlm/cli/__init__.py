@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer import Option
 
 from tierlm.cli.generation import chat, run
 from tierlm.cli.health import doctor
@@ -38,7 +39,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")]
+Version = Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")]
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""What the user asks for: a budget, how to sample, how to run. Frozen, validated where they are made."""
+"""What the user asks for: a budget, how to sample, how to run. Frozen, and validated on creation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parse_size(value: int | float | str, name: str = "size") -> int:
         number = float(match[1]) * _UNITS[match[2].lower()]
     else:
         number = value
-    if not 0 <= number < 2**63:  # not a number compares as false too
+    if not 0 <= number < 2**63:  # NaN compares as false
         raise UsageError(f"{name}: expected a finite size of at least 0 bytes, found {value!r}")
     return int(number)
 
@@ -49,9 +49,9 @@ class Budget:
     """What the whole process may use, in bytes.
 
     ``ram`` counts everything in host memory: interpreter, torch, trunk, KV, staging and cache. "auto" means four
-    fifths of what is free when the model loads, memory cgroups included. ``vram`` is the accelerator's; without an
-    accelerator it is a second slab in host memory that plays one, on top of ``ram``. None: no such tier, unless the
-    machine has an accelerator, of which nine tenths of the free memory are then used.
+    fifths of what is free when the model loads, memory cgroups included. ``vram`` is the accelerator's memory. Without
+    an accelerator it is a second slab in host memory, on top of ``ram``. None: no such tier; with an accelerator, nine
+    tenths of its free memory.
     """
 
     ram: int | None
@@ -64,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, and when to stop. ``temperature`` 0 is greedy; the seed is each prompt's own."""
+    """How the next token is chosen, and when to stop. ``temperature`` 0 is greedy. Each prompt starts from the seed."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -87,28 +87,28 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How to run. The defaults are right for most; none of them changes the tokens except ``prefill_chunk``,
-    whose effect is of rounding only, ``kv_dtype`` and ``exact``.
+    """How to run. The defaults suit most. Only ``kv_dtype``, ``exact`` and ``prefill_chunk`` (by rounding) may change
+    the tokens.
 
-    ``ram_slots``, ``vram_slots`` and ``resident_trunks`` hold the number of expert slots, and of trunks that stay in a
-    tier, at or below what the budget allows: for experiments.
+    ``ram_slots``, ``vram_slots`` and ``resident_trunks`` limit the expert slots and the trunks that stay in a tier,
+    below what the budget allows: for experiments.
     """
 
     device: str = "auto"
     policy: str = "default"
     predictor: str = "gate"
     reader: str = "auto"
-    context: int | None = None  # tokens of KV reserved, over all running sequences; None: min(model's own, 4096)
+    context: int | None = None  # tokens of KV reserved, over all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
     kv_dtype: str = "float32"
-    exact: bool = False  # int8 and int4 weights times activations in float32, not rounded to int8: slower
-    transfer_threads: int | None = None  # reads at a time; None: as many as the disk likes
-    probe: str = "auto"  # of a disk at its first use; "refresh": measure again; "off": take what suits most
+    exact: bool = False  # multiply int8 and int4 weights by float32 activations, not rounded to int8: slower
+    transfer_threads: int | None = None  # reads at a time; None: what suits the disk
+    probe: str = "auto"  # a disk is probed at its first use; "refresh": measure again; "off": use defaults
     mirrors: Sequence[str | Path] = ()  # folders with copies of the model's files, on other disks
     heat: bool = True  # remember which experts are used most, and warm up with those the next time
     timeline: str | Path | None = None  # a file for a trace of events, written when the model is closed
     trace: str | Path | None = None  # a file for what the routers choose, written when the model is closed
-    trace_scores: bool = False  # with the routers' scores and the gates' predictions
+    trace_scores: bool = False  # with the routers' scores and predictions
     io_timeout: float = 60.0  # seconds without a finished read before a demand gives up
     ram_slots: int | None = None
     vram_slots: int | None = None

@@ -37,9 +37,9 @@ def run(
     stats: ShowStats = False,
     json_file: Json = None,
 ) -> None:
-    """Continue a prompt, printing text as it comes. Ctrl-C ends it with what there is."""
+    """Continue a prompt and print text as it comes. Ctrl-C stops and keeps the text so far."""
     if json_file not in (None, STDOUT) and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise UsageError(f"{json_file}: cannot be written: a file in an existing folder is needed")
+        raise UsageError(f"{json_file}: cannot be written: expected a file in an existing folder")
     if prompt == "-":
         prompt = sys.stdin.read()
     quiet = json_file == STDOUT
@@ -56,13 +56,13 @@ def run(
 def chat(
     model: Model,
     *,
-    system: Annotated[str | None, Option(help="An instruction that stands before the conversation.")] = None,
+    system: Annotated[str | None, Option(help="An instruction before the conversation.")] = None,
     budget: Annotated[Budget, Memory()],
     params: Annotated[SamplingParams, Sampling(max_new_tokens=512)],
     options: Annotated[LoadOptions, Loading()],
     stats: ShowStats = False,
 ) -> None:
-    """Talk to a model through its own chat template. Ctrl-C ends an answer, Ctrl-D (or an empty line) the talk."""
+    """Talk to a model through its own chat template. Ctrl-C ends an answer; Ctrl-D or an empty line ends the talk."""
     messages = [{"role": "system", "content": system}] if system else []
     with _load(model, budget, options) as llm:
         while line := _ask():
@@ -92,7 +92,7 @@ def _show(pieces: Iterable[Piece], quiet: bool = False) -> tuple[str, list[int],
             if not quiet:
                 print(piece.text, end="", flush=True)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C, while cleaning up, ends it at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
         Console(stderr=True).print("\n[dim]interrupted[/dim]")
     if not quiet:
         print(flush=True)

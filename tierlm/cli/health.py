@@ -25,7 +25,7 @@ def doctor(
     model: Annotated[str, Argument(help="A model folder, or 'demo'.")] = "demo",
     as_json: Annotated[bool, Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Look for what is wrong or slow with a model and this machine, and say what to do. Exit code 1: it cannot run."""
+    """Find what is wrong or slow with a model on this machine, and say what to do. Exit code 1: it cannot run."""
     from tierlm.models.catalog import Catalog
     from tierlm.planning.known import find_config
     from tierlm.profiling.health import Finding, check_files, check_limits, check_machine
@@ -66,7 +66,7 @@ def doctor(
 
 
 def _budget(catalog: Catalog) -> Finding:
-    """Whether the model runs in what --ram auto would take."""
+    """Whether the model runs in the budget of --ram auto."""
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
     from tierlm.host import available_ram
     from tierlm.models.outline import sizes_of

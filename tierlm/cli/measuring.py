@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tierlm.profiling.profile import Profile, Spread
 
 DISK_SECONDS = 24.0  # over all paths
-TORCH = 480 * 2**20  # bytes that torch, weights to multiply with and the embedded model take together
+TORCH = 480 * 2**20  # bytes of torch, the weights to multiply with and the embedded model
 
 
 def profile(
@@ -39,9 +39,9 @@ def profile(
     model: Annotated[str, Option(help="The model whose lines of tokens/s the plot has.")] = "DeepSeek-V3",
     format: Annotated[str | None, Option(help="Its format; default: as published.")] = None,
 ) -> None:
-    """Measure caches, RAM, disks, kernels and an accelerator, in less than a minute. `tierlm plan` uses what it finds.
+    """Measure caches, RAM, disks, kernels and an accelerator in less than a minute. `tierlm plan` uses the result.
 
-    Large files of a folder are read where they are; where there are none, one is written and removed again.
+    Large files of a folder are read in place. If there are none, one is written and removed again.
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -50,12 +50,12 @@ def profile(
     paths = path or [Path()]
     for file in filter(None, (json_file, plot)):
         if not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: cannot be written: {file.absolute().parent} is no folder")
+            raise UsageError(f"{file}: cannot be written: {file.absolute().parent} is not a folder")
         with writing(file):  # now, rather than when all has been measured
             tempfile.TemporaryFile(dir=file.absolute().parent).close()
     for folder in paths:
         if not folder.is_dir():
-            raise UsageError(f"{folder}: expected a folder on the disk that is to be measured")
+            raise UsageError(f"{folder}: expected a folder on the disk to measure")
     console = Console(stderr=True)
     columns = (TextColumn("measuring {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -86,7 +86,7 @@ def profile(
         named = find_config(model)
         outline = Outline(named.config, named.where, format)
         draw(plot, found, f"{named.name} {outline.format}", work_of(outline), outline.used_bytes)
-    if not found.disks:  # what was asked for
+    if not found.disks:  # the main purpose failed
         raise typer.Exit(1)
 
 

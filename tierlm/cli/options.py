@@ -1,4 +1,4 @@
-"""Options that several commands share, each written once: a group of them becomes one object of the public API."""
+"""Options that several commands share. A group of options becomes one object of the public API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Model = Annotated[str, Argument(help="A folder in Hugging Face layout, a hub id,
 
 @dataclass(frozen=True)
 class Group:
-    """Options that stand together. Its fields are annotated for typer; a field's value is the option's default."""
+    """Options that belong together. The fields are annotated for typer; a field's value is the option's default."""
 
     def make(self) -> Any:
         """The object that a command gets in place of the options."""
@@ -103,9 +103,9 @@ class Loading(Group):
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command in whose signature each parameter ``Annotated[made, group]`` is replaced by the options of the group.
+    """Replace each parameter ``Annotated[made, group]`` of a command by the options of the group.
 
-    typer reads the options from the new signature; the command gets what ``group.make`` returns.
+    typer reads the options from the new signature. The command gets what ``group.make`` returns.
     """
     groups: dict[str, Group] = {}
     options: list[inspect.Parameter] = []

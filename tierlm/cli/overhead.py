@@ -1,4 +1,4 @@
-"""What the engine takes beside its arithmetic: the seconds of a layer, of an expert, and of the start."""
+"""What the engine costs beside its arithmetic: seconds of a layer, of an expert, and of the start."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import subprocess
 import sys
 import time
 
-# Of the embedded model: tokens that are made, and of a prompt that uses all experts; layers; experts of all layers.
+# The embedded model: new tokens, tokens of a prompt that uses all experts, layers, experts of all layers; rounds.
 DEMO_TOKENS, DEMO_PROMPT, DEMO_LAYERS, DEMO_RECORDS, DEMO_ROUNDS = 24, 64, 7, 6 * 32, 3
 
 
 def engine_seconds() -> tuple[float, float]:
-    """Seconds of a layer in a decode step, and of an expert in a prefill, when the weights are next to nothing: the
-    embedded model, all of it resident.
+    """Seconds of a layer in a decode step, and of an expert in a prefill, when the weights are tiny: the embedded
+    model, all resident.
 
     A decode step is timed after as much other arithmetic as its layers have in a large model. Weights that go through
-    the caches drive the interpreter out, and a step then takes several times as long. Within a step a layer finds in
-    the caches what the one before it has used, so this is a little less than what a large model's layer takes.
+    the caches evict the interpreter, and a step then takes much longer. Within a step, a layer finds the caches as the
+    layer before left them, so the figure is a little lower than for a layer of a large model.
     """
     from tierlm.config import Budget, SamplingParams
     from tierlm.llm import LLM

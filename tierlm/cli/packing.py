@@ -1,4 +1,4 @@
-"""``tierlm pack`` and ``tierlm verify``: a checkpoint as a packed store, and whether one is what it was."""
+"""``tierlm pack`` and ``tierlm verify``: write a packed store, and check one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def pack(
     trunk: Trunk = "int8",
     codec: Codec = "none",
 ) -> None:
-    """Write a model as a packed store: one aligned, checksummed read an expert, in fewer bits if you like.
+    """Write a model as a packed store: each expert is one aligned, checksummed read, in fewer bits if you like.
 
-    The model's own files are only read. When interrupted, the same command goes on where it was.
+    The model's own files are only read. After an interruption, the same command continues where it stopped.
     """
     from tierlm.checkpoints.hub import find_model
     from tierlm.models.packing import pack_model
@@ -42,16 +42,16 @@ def pack(
         with progress("packing") as update:
             pack_model(find_model(model), out, experts=experts, trunk=trunk, codec=codec, progress=update, say=say)
     except KeyboardInterrupt:
-        console.print("[dim]interrupted; what is finished is kept: the same command goes on from there[/dim]")
+        console.print("[dim]interrupted; finished files are kept: the same command goes on from there[/dim]")
         raise typer.Exit(1) from None
     size = sum(file.stat().st_size for file in out.iterdir())
     console.print(Text(f"{out}: {format_size(size)}"))
 
 
 def verify(model: Model) -> None:
-    """Read all files of a model: a packed store's records are compared with their checksums.
+    """Read all files of a model, and compare the records of a packed store with their checksums.
 
-    Exit code 1 if anything is wrong; each damaged record is named.
+    Exit code 1 if anything is wrong. Each damaged record is named.
     """
     from tierlm.checkpoints.hub import find_model
     from tierlm.checkpoints.verify import damage

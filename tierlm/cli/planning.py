@@ -1,5 +1,4 @@
-"""``tierlm plan``: what a budget will do for a model, before it is downloaded. ``profile`` and ``doctor`` measure and
-look at the machine. None of them imports torch before it needs a kernel."""
+"""``tierlm plan``: what a budget will do for a model, before it is downloaded. No torch."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def plan(
     trace: Annotated[Path | None, Option(help="Recorded routing, instead of what is assumed of it.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a budget means for a model on a machine: bytes, slots, tokens a second. No weights are needed."""
+    """Predict what a budget means for a model on a machine: bytes, slots, tokens a second. No weights are needed."""
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
     from tierlm.host import available_ram
     from tierlm.models.outline import sizes_of, work_of
@@ -71,7 +70,7 @@ def plan(
     if as_json:
         emit(answer.as_json() | {"routing": routing})
         return
-    console = Console(width=max(WIDTH, Console().width), emoji=False)  # whose table takes its time
+    console = Console(width=max(WIDTH, Console().width), emoji=False)  # emoji tables are slow to load
     console.print(pairs(answer.bytes(), f"{name}, {answer.format}"))
     console.print(pairs(answer.plan(), "plan"))
     console.print(pairs(answer.speed(routing), f"predicted; rates: {source}"))
@@ -81,7 +80,7 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-    """A forecast and what it was made from, as rows of tables and as JSON."""
+    """A forecast and its inputs, as rows of tables and as JSON."""
 
     name: str
     records: Records
@@ -222,7 +221,7 @@ class _Answer:
 
 
 def _records(model: str, format: str | None) -> tuple[str, Records]:
-    """The records of a model, exactly where its files are there and are to be used as they are."""
+    """The records of a model, from its files if they exist and keep their format, else from its config."""
     from tierlm.models.catalog import Catalog
     from tierlm.models.outline import Outline
     from tierlm.planning.known import find_config
@@ -234,7 +233,7 @@ def _records(model: str, format: str | None) -> tuple[str, Records]:
 
 
 def _recorded(file: Path | None, work: Work) -> tuple[Callable[[float], float] | None, str]:
-    """The hit rates of a trace, if there is one, and what routing is expected, in words."""
+    """The hit rates of a trace, if there is one, and the expected routing in words."""
     if file is None:
         return None, ASSUMED_ROUTING
     from tierlm.planning.recorded import RecordedHits
@@ -245,7 +244,7 @@ def _recorded(file: Path | None, work: Work) -> tuple[Callable[[float], float] |
 
 
 def _machine(file: Path | None, bandwidth: str | None, card: bool) -> tuple[Machine, str]:
-    """The rates to predict with, and where they are from in words."""
+    """The rates to predict with, and their source in words."""
     from tierlm.profiling.profile import default_file, machine_of, read_profile
 
     remembered = default_file()
@@ -258,6 +257,6 @@ def _machine(file: Path | None, bandwidth: str | None, card: bool) -> tuple[Mach
     if bandwidth is not None:
         given = parse_size(bandwidth, "disk bandwidth")
         if not given:
-            raise UsageError("disk bandwidth: expected more than nothing")
+            raise UsageError("disk bandwidth: expected more than 0 bytes a second")
         machine = dataclasses.replace(machine, disk=float(given), origins={**machine.origins, "disk": "given"})
     return machine, source

@@ -1,4 +1,4 @@
-"""``tierlm trace`` and ``tierlm simulate``: what a run demanded, and what another policy would have made of it."""
+"""``tierlm trace`` and ``tierlm simulate``: what a run demanded, and how another policy would have done."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def record(
     params: Annotated[SamplingParams, Sampling()],
     options: Annotated[LoadOptions, Loading()],
 ) -> None:
-    """Continue prompts, one after the other, and write down which experts every token chose."""
+    """Continue prompts, one after the other, and record which experts every token chose."""
     from tierlm.llm import LLM
 
     try:
@@ -58,7 +58,7 @@ def record(
 
 @trace.command()
 def info(file: File, as_json: Json = False) -> None:
-    """What is in a trace. Refuses, naming the line or offset, what is not one."""
+    """Describe a trace. A file that is not a trace is refused, with the line or offset."""
     from tierlm.tracing.traceforms import read_trace
 
     found = read_trace(file, scores=True)
@@ -113,8 +113,8 @@ def simulate(
     output: Annotated[Path | None, Option("--output", "-o", help="Where a tuned policy is written.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What a policy and a predictor would have made of a trace on a machine. The cache is empty at first, and what it
-    misses then is counted. Without --cache-fraction and --ram a quarter of the experts have slots."""
+    """Replay a trace with a policy and a predictor on a machine. The cache starts empty, and its first misses count.
+    Without --cache-fraction and --ram a quarter of the experts have slots."""
     from tierlm.policies.predictors import PREDICTORS, make_predictor
     from tierlm.tracing.replay import open_policy
     from tierlm.tracing.simulate import simulate as run
@@ -134,7 +134,7 @@ def simulate(
     result = run(found, open_policy(policy, found, slots), chosen, slots, machine)
     numbers = {"policy": policy, "predictor": predictor, "cache_fraction": slots / found.records, **result.as_json()}
     share = f"{slots} of {found.records} experts, {slots / found.records:.1%}"
-    defaulted = " (nothing was said: a quarter)" if cache_fraction is None and ram is None else ""
+    defaulted = " (by default: a quarter)" if cache_fraction is None and ram is None else ""
     demands = f"of {result.demanded} demands; {result.missed} misses, {result.late_hits} late hits"
     per_token = format_size(result.bytes_read / result.tokens)
     rows = {
@@ -180,7 +180,7 @@ def _machine(
 
 
 def _slots(found: Trace, fraction: float | None, ram: str | None, nbytes: int) -> int:
-    """The slots that are asked for; at least one token's experts of one layer. Raises UsageError."""
+    """The number of slots: at least one token's experts of one layer. Raises UsageError."""
     if fraction is not None and ram is not None:
         raise UsageError("--cache-fraction and --ram say the same: give one of them")
     if fraction is not None and not 0 < fraction <= 1:

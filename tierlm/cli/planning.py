@@ -257,6 +257,6 @@ def _machine(file: Path | None, bandwidth: str | None, card: bool) -> tuple[Mach
     if bandwidth is not None:
         given = parse_size(bandwidth, "disk bandwidth")
         if not given:
-            raise UsageError("disk bandwidth: expected more than 0 bytes a second")
+            raise UsageError("disk bandwidth: expected more than nothing")
         machine = dataclasses.replace(machine, disk=float(given), origins={**machine.origins, "disk": "given"})
     return machine, source

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import select
@@ -13,14 +15,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from toys import edit_config, make_toy
 from typer.testing import CliRunner
 
-from tierlm import LLM, __version__, cli
+from tierlm import LLM, Budget, RuntimeOptions, SamplingParams, __version__, cli
+from tierlm.cli.generation import chat, run
+from tierlm.cli.options import Loading, Memory, Sampling, grouped
+from tierlm.cli.tracing import record
+from tierlm.config import LoadOptions
 
 VOCAB = 300
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -189,12 +196,58 @@ def test_prompt_from_standard_input(original: Path) -> None:
 def test_stats_are_printed_beside_the_text(model: str, tierlm: Any) -> None:
     outcome = tierlm("run", model, "-p", "the fox", "-n", "3", "--context", "64", "--stats")
     assert outcome.code == 0 and "expert hit rate" in outcome.err and "hit rate" not in outcome.out
+    assert all(word in " ".join(outcome.err.split()) for word in ("late hits", "misses", "prefetched", "by warm-up"))
 
 
 def test_chat_answers_and_ends_with_its_input(original: Path) -> None:
     words = ["chat", str(original), "-n", "3", "--context", "64", "--system", "be brief"]
     outcome = CliRunner().invoke(cli.app, words, input="hello\nagain\n")
     assert outcome.exit_code == 0 and outcome.stdout.count("> ") == 3
+
+
+def test_options_not_given_are_the_defaults_of_the_api() -> None:
+    assert Memory().make() == Budget()
+    assert Sampling().make() == SamplingParams()
+    assert RuntimeOptions(**Loading().make()) == RuntimeOptions()
+
+
+def test_grouped_options_become_objects() -> None:
+    got: list[Any] = []
+
+    @grouped
+    def command(
+        model: str,
+        *,
+        first: Annotated[str, typer.Option()] = "a",
+        budget: Annotated[Budget, Memory()],
+        params: Annotated[SamplingParams, Sampling(max_new_tokens=512, seed=7)],
+        options: Annotated[LoadOptions, Loading()],
+    ) -> None:
+        got.extend((model, first, budget, params, options))
+
+    app = typer.Typer()
+    app.command()(command)
+    words = (
+        "m --ram 1GiB --top-k 3 --stop x --stop y --mirror one --probe --no-heat --timeline t.json --exact --context 9"
+    )
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+    *names, budget, params, options = got
+    assert names == ["m", "a"] and budget == Budget("1GiB")
+    assert params == SamplingParams(512, top_k=3, seed=7, stop=("x", "y"))
+    assert RuntimeOptions(**options) == RuntimeOptions(
+        mirrors=("one",), probe="refresh", heat=False, timeline=Path("t.json"), exact=True, context=9
+    )
+
+
+def test_run_chat_and_record_have_the_same_options() -> None:
+    def names(command: Any) -> set[str]:
+        return set(inspect.signature(command).parameters)
+
+    shared = {field.name for group in (Memory, Sampling, Loading) for field in dataclasses.fields(group)}
+    assert names(run) - shared == {"model", "prompt", "stats", "json_file"} and shared < names(run)
+    assert names(chat) - shared == {"model", "system", "stats"} and shared < names(chat)
+    assert names(record) - shared == {"model", "prompts", "output", "scores"} and shared < names(record)
 
 
 # --- what does not

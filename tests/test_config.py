@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierlm.config import Budget, RuntimeOptions, SamplingParams, format_size, parse_size
+from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size, parse_size
 from tierlm.errors import TierlmError, UsageError
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=100)
@@ -152,6 +152,7 @@ BAD_SAMPLING: list[tuple[str, Any]] = [
     *(("seed", value) for value in (1.0, "1", True, NAN, 2**64, -(2**63) - 1)),
     *(("stop", value) for value in ("", [""], ["a", ""], [1], [None], [b"a"], None, 5)),
     *(("stop_ids", value) for value in ([-1], [1.0], ["1"], [None], [True], "12", None, 5)),
+    *(("ignore_eos", value) for value in (None, 1, "yes")),
 ]
 
 
@@ -207,6 +208,10 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     *(("ram_slots", value) for value in (0, -1, 1.5, "4", True)),
     *(("vram_slots", value) for value in (0, -1, 1.5, "4", True)),
     *(("resident_trunks", value) for value in (-1, 1.5, "4", True)),
+    *((field, value) for field in ("device", "policy", "predictor") for value in (None, 1, True)),
+    *((field, value) for field in ("exact", "heat", "trace_scores") for value in (None, 1, "yes")),
+    *((field, value) for field in ("timeline", "trace") for value in ("", 1, b"file", True)),
+    ("trace_scores", True),
 ]
 
 
@@ -244,3 +249,8 @@ def test_mirrors_become_a_tuple() -> None:
 def test_options_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RuntimeOptions().reader = "mmap"  # type: ignore[misc]
+
+
+def test_keywords_of_load_are_the_options() -> None:
+    assert get_type_hints(LoadOptions) == get_type_hints(RuntimeOptions)
+    assert not LoadOptions.__required_keys__

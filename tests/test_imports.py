@@ -19,7 +19,6 @@ ROOT = Path(tierlm.__file__).parent
 # other. A part is a file or a folder of tierlm/.
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
-    [{"report"}],
     [{"llm", "stats"}],
     [{"loading"}],
     [{"runtime"}],
@@ -89,6 +88,15 @@ def test_imports_point_downwards(file: Path) -> None:
     may = allowed(part_of(module_of(file)))
     wrong = [name for name in imports_of(file.read_text(encoding="utf-8"), package) if part_of(name) not in may]
     assert not wrong, f"{file.relative_to(ROOT)} may import {sorted(may)}, and imports {wrong}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.parent.name == "cli"], ids=module_of)
+def test_the_command_line_uses_nothing_private(file: Path) -> None:
+    """Of others: a name with an underscore in front, as an attribute or imported."""
+    tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    names = [name for node in tree for name in ([node.attr] if isinstance(node, ast.Attribute) else
+             [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else [])]  # fmt: skip
+    assert not [name for name in names if name.startswith("_") and not name.endswith("__")]
 
 
 def test_every_part_stands_on_one_floor() -> None:

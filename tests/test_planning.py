@@ -151,6 +151,23 @@ def test_where_torch_has_no_room_the_rest_is_measured(
     assert any("300.00 MiB of RAM are free" in missing for missing in found.missing)
 
 
+def test_the_engine_is_timed_with_other_weights_between_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierlm.cli import overhead
+
+    runs = 0
+
+    class Stream:
+        def run(self) -> None:
+            nonlocal runs
+            runs += 1
+
+    monkeypatch.setattr(arithmetic, "Stream", Stream)
+    monkeypatch.setattr(overhead, "DEMO_TOKENS", 3)
+    layer, record = overhead.engine_seconds()
+    assert 2 * overhead.DEMO_LAYERS <= runs <= 3 * overhead.DEMO_LAYERS, "before each step, as much as all layers have"
+    assert layer > 0 and record >= 0
+
+
 def test_plan_and_doctor_start_without_torch() -> None:
     """A plan is asked for before anything is installed on a card, and answered at once."""
     script = "import sys; sys.argv = ['tierlm', 'plan', 'DeepSeek-V3', '--ram', '64GiB', '--json']\n"

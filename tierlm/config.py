@@ -1,12 +1,13 @@
-"""What the user asks for: a budget, how to sample, how to run. Frozen, validated where they are made."""
+"""What the user asks for: a budget, how to sample, how to run. Frozen, and validated on creation."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict
 
 from tierlm.errors import UsageError
 
@@ -29,7 +30,7 @@ def parse_size(value: int | float | str, name: str = "size") -> int:
         number = float(match[1]) * _UNITS[match[2].lower()]
     else:
         number = value
-    if not 0 <= number < 2**63:  # not a number compares as false too
+    if not 0 <= number < 2**63:  # NaN compares as false
         raise UsageError(f"{name}: expected a finite size of at least 0 bytes, found {value!r}")
     return int(number)
 
@@ -48,9 +49,9 @@ class Budget:
     """What the whole process may use, in bytes.
 
     ``ram`` counts everything in host memory: interpreter, torch, trunk, KV, staging and cache. "auto" means four
-    fifths of what is free when the model loads, memory cgroups included. ``vram`` is the accelerator's; without an
-    accelerator it is a second slab in host memory that plays one, on top of ``ram``. None: no such tier, unless the
-    machine has an accelerator, of which nine tenths of the free memory are then used.
+    fifths of what is free when the model loads, memory cgroups included. ``vram`` is the accelerator's memory. Without
+    an accelerator it is a second slab in host memory, on top of ``ram``. None: no such tier; with an accelerator, nine
+    tenths of its free memory.
     """
 
     ram: int | None
@@ -63,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, and when to stop. ``temperature`` 0 is greedy; the seed is each prompt's own."""
+    """How the next token is chosen, and when to stop. ``temperature`` 0 is greedy. Each prompt starts from the seed."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -79,80 +80,68 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("stop", "stop_ids"):
             _require(isinstance(getattr(self, name), Sequence), name, "a sequence", self)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
-        _require(_is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", "an integer >= 1", self)
-        _require(_finite(self.temperature) and self.temperature >= 0, "temperature", "a number >= 0", self)
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", "an integer >= 0 (0 is off)", self)
-        _require(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self)
-        _require(_finite(self.min_p) and 0 <= self.min_p < 1, "min_p", "a number in [0, 1)", self)
-        _require(
-            _finite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "a number > 0", self
-        )
-        seed_fits = self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**64)
-        _require(seed_fits, "seed", "an integer of 64 bits or None", self)
-        _require(all(isinstance(s, str) and s for s in stop), "stop", "texts of at least one character", self)
-        _require(all(_is_int(i) and i >= 0 for i in self.stop_ids), "stop_ids", "token ids", self)
+        _check(self, _SAMPLING)
 
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How to run. The defaults are right for most; none of them changes the tokens except ``prefill_chunk``,
-    whose effect is of rounding only, ``kv_dtype`` and ``exact``.
+    """How to run. The defaults suit most. Only ``kv_dtype``, ``exact`` and ``prefill_chunk`` (by rounding) may change
+    the tokens.
 
-    ``ram_slots``, ``vram_slots`` and ``resident_trunks`` hold the number of expert slots, and of trunks that stay in a
-    tier, at or below what the budget allows: for experiments.
+    ``ram_slots``, ``vram_slots`` and ``resident_trunks`` limit the expert slots and the trunks that stay in a tier,
+    below what the budget allows: for experiments.
     """
 
     device: str = "auto"
     policy: str = "default"
     predictor: str = "gate"
     reader: str = "auto"
-    context: int | None = None  # tokens of KV reserved, over all running sequences; None: min(model's own, 4096)
+    context: int | None = None  # tokens of KV reserved, over all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
     kv_dtype: str = "float32"
-    exact: bool = False  # int8 and int4 weights times activations in float32, not rounded to int8: slower
-    transfer_threads: int | None = None  # reads at a time; None: as many as the disk likes
-    probe: str = "auto"  # of a disk at its first use; "refresh": measure again; "off": take what suits most
+    exact: bool = False  # multiply int8 and int4 weights by float32 activations, not rounded to int8: slower
+    transfer_threads: int | None = None  # reads at a time; None: what suits the disk
+    probe: str = "auto"  # a disk is probed at its first use; "refresh": measure again; "off": use defaults
     mirrors: Sequence[str | Path] = ()  # folders with copies of the model's files, on other disks
-    heat: bool = True  # remember which experts are used most, and load those in the background the next time
+    heat: bool = True  # remember which experts are used most, and warm up with those the next time
     timeline: str | Path | None = None  # a file for a trace of events, written when the model is closed
     trace: str | Path | None = None  # a file for what the routers choose, written when the model is closed
-    trace_scores: bool = False  # with the routers' scores and the guesses of gates
+    trace_scores: bool = False  # with the routers' scores and predictions
     io_timeout: float = 60.0  # seconds without a finished read before a demand gives up
     ram_slots: int | None = None
     vram_slots: int | None = None
     resident_trunks: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("device", "policy", "predictor"):
-            _require(isinstance(getattr(self, name), str), name, "a name", self)
-        several = isinstance(self.mirrors, Sequence) and not isinstance(self.mirrors, str)
-        named = several and all(isinstance(folder, (str, Path)) and str(folder) for folder in self.mirrors)
-        _require(named, "mirrors", "a sequence of folders", self)
+        _check(self, _OPTIONS)
         object.__setattr__(self, "mirrors", tuple(self.mirrors))
-        for name in ("heat", "exact"):
-            _require(isinstance(getattr(self, name), bool), name, "True or False", self)
-        for name in ("timeline", "trace"):
-            value = getattr(self, name)
-            named = value is None or (isinstance(value, (str, Path)) and bool(str(value)))
-            _require(named, name, "a file name or None", self)
-        scores = isinstance(self.trace_scores, bool) and (self.trace is not None or not self.trace_scores)
-        _require(scores, "trace_scores", "True or False, and True only with a trace", self)
-        _require(self.reader in ("auto", "direct", "mmap"), "reader", "auto, direct or mmap", self)
-        _require(self.kv_dtype in ("float32", "bfloat16"), "kv_dtype", "float32 or bfloat16", self)
-        _require(_is_int(self.prefill_chunk) and self.prefill_chunk >= 1, "prefill_chunk", "an integer >= 1", self)
-        _require(self.probe in ("auto", "refresh", "off"), "probe", "auto, refresh or off", self)
-        threads = self.transfer_threads
-        fits = threads is None or (_is_int(threads) and 1 <= threads <= 256)
-        _require(fits, "transfer_threads", "1 to 256 or None", self)
-        _require(_finite(self.io_timeout) and self.io_timeout > 0, "io_timeout", "seconds > 0", self)
-        for name in ("context", "ram_slots", "vram_slots"):
-            value = getattr(self, name)
-            _require(value is None or (_is_int(value) and value >= 1), name, "an integer >= 1 or None", self)
-        value = self.resident_trunks
-        _require(value is None or (_is_int(value) and value >= 0), "resident_trunks", "an integer >= 0 or None", self)
+        _require(self.trace is not None or not self.trace_scores, "trace_scores", "False without a trace", self)
+
+
+class LoadOptions(TypedDict, total=False):
+    """The fields of ``RuntimeOptions`` as keywords of ``LLM.load``, for editors and type checkers."""
+
+    device: str
+    policy: str
+    predictor: str
+    reader: str
+    context: int | None
+    prefill_chunk: int
+    kv_dtype: str
+    exact: bool
+    transfer_threads: int | None
+    probe: str
+    mirrors: Sequence[str | Path]
+    heat: bool
+    timeline: str | Path | None
+    trace: str | Path | None
+    trace_scores: bool
+    io_timeout: float
+    ram_slots: int | None
+    vram_slots: int | None
+    resident_trunks: int | None
 
 
 def _is_int(value: object) -> bool:
@@ -161,6 +150,50 @@ def _is_int(value: object) -> bool:
 
 def _finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, (str, Path)) and bool(str(value))
+
+
+# Fields, what is expected of them in words, and as a predicate.
+_Checks = tuple[tuple[str, str, Callable[[Any], bool]], ...]
+_SAMPLING: _Checks = (
+    ("max_new_tokens", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
+    ("temperature", "a number >= 0", lambda v: _finite(v) and v >= 0),
+    ("top_k", "an integer >= 0 (0 is off)", lambda v: _is_int(v) and v >= 0),
+    ("top_p", "a number in (0, 1]", lambda v: _finite(v) and 0 < v <= 1),
+    ("min_p", "a number in [0, 1)", lambda v: _finite(v) and 0 <= v < 1),
+    ("repetition_penalty", "a number > 0", lambda v: _finite(v) and v > 0),
+    ("seed", "an integer of 64 bits or None", lambda v: v is None or (_is_int(v) and -(2**63) <= v < 2**64)),
+    ("stop", "texts of at least one character", lambda v: all(isinstance(text, str) and text for text in v)),
+    ("stop_ids", "token ids", lambda v: all(_is_int(token) and token >= 0 for token in v)),
+    ("ignore_eos", "True or False", lambda v: isinstance(v, bool)),
+)
+_OPTIONS: _Checks = (
+    ("device policy predictor", "a name", lambda v: isinstance(v, str)),
+    ("reader", "auto, direct or mmap", ("auto", "direct", "mmap").__contains__),
+    ("probe", "auto, refresh or off", ("auto", "refresh", "off").__contains__),
+    ("kv_dtype", "float32 or bfloat16", ("float32", "bfloat16").__contains__),
+    ("exact heat trace_scores", "True or False", lambda v: isinstance(v, bool)),
+    ("prefill_chunk", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
+    ("context ram_slots vram_slots", "an integer >= 1 or None", lambda v: v is None or (_is_int(v) and v >= 1)),
+    ("resident_trunks", "an integer >= 0 or None", lambda v: v is None or (_is_int(v) and v >= 0)),
+    ("transfer_threads", "1 to 256 or None", lambda v: v is None or (_is_int(v) and 1 <= v <= 256)),
+    ("io_timeout", "seconds > 0", lambda v: _finite(v) and v > 0),
+    ("timeline trace", "a file name or None", lambda v: v is None or _is_path(v)),
+    (
+        "mirrors",
+        "a sequence of folders",
+        lambda v: isinstance(v, Sequence) and not isinstance(v, str) and all(map(_is_path, v)),
+    ),
+)
+
+
+def _check(owner: object, checks: _Checks) -> None:
+    for names, expected, holds in checks:
+        for name in names.split():
+            _require(holds(getattr(owner, name)), name, expected, owner)
 
 
 def _require(holds: bool, field: str, expected: str, owner: object) -> None:

@@ -1,18 +1,18 @@
-"""Every error that tierlm raises on purpose.
+"""All errors that tierlm raises on purpose.
 
 ::
 
     TierlmError                 (exit code 1)
-    ├── UsageError              what was asked cannot mean anything, on any machine (exit code 2); also a ValueError
+    ├── UsageError              a request that is wrong on any machine (exit code 2); also a ValueError
     │   └── PromptError         a prompt that is empty, or longer than the context
-    ├── BudgetError             the model does not run in this budget: says the floor, the budget, what dominates
-    ├── CheckpointError         a file of the model is missing, malformed, or lies
-    │   └── UnsupportedModelError   a well-formed model of an architecture or format that is not implemented
-    ├── StorageError            while the model was running a read failed, returned short, stalled, or brought other
-    │                           bytes than were packed; or a packed store could not be written
+    ├── BudgetError             the model does not run in this budget: names the floor, the budget, what dominates
+    ├── CheckpointError         a file of the model is missing, malformed, or contradicts another
+    │   └── UnsupportedModelError   a well-formed model whose architecture or format is not implemented
+    ├── StorageError            a read failed, returned short, stalled, or brought other bytes than were packed;
+    │                           or a packed store could not be written
     └── TraceError              a recorded trace is incomplete, malformed, or contradicts itself
 
-A message says what was expected, what was found, where, and what to do.
+A message says what was expected, what was found, where, and what to do about it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TierlmError(Exception):
 
 
 class UsageError(TierlmError, ValueError):
-    """An argument or option that cannot mean anything."""
+    """An argument or option without a valid meaning."""
 
     exit_code = 2
 
@@ -51,7 +51,7 @@ class CheckpointError(TierlmError):
 
 
 class UnsupportedModelError(CheckpointError):
-    """A model that is well-formed, of a kind that is not implemented."""
+    """A well-formed model of a kind that is not implemented."""
 
 
 class StorageError(TierlmError):
@@ -63,4 +63,4 @@ class StorageError(TierlmError):
 
 
 class TraceError(TierlmError):
-    """A trace that is incomplete, malformed, or contradicts itself; says the line or the offset."""
+    """A trace that is incomplete, malformed, or contradicts itself. Names the line or the offset."""

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tierlm.checkpoints.hub import find_model
-from tierlm.config import Budget, RuntimeOptions, SamplingParams, format_size
+from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
 from tierlm.engine.sequence import Progress
 from tierlm.engine.sequence import Sequence as TokenSequence
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
@@ -19,6 +19,9 @@ from tierlm.loading import load_runtime
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
 from tierlm.text import Message, TextCodec, TextStream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Prompt = str | Sequence[int]
 
@@ -64,7 +67,7 @@ class LLM:
         *,
         budget: Budget | None = None,
         progress: Callable[[int, int], None] | None = None,
-        **options: Any,
+        **options: Unpack[LoadOptions],
     ) -> LLM:
         """Load a model: a folder in Hugging Face layout, a hub id, or "demo". Nothing is converted or written.
 

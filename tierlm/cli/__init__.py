@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer import Option
 
 from tierlm.cli.generation import chat, run
 from tierlm.cli.health import doctor
@@ -18,7 +19,7 @@ from tierlm.cli.planning import plan
 from tierlm.cli.tracing import simulate, trace
 from tierlm.errors import TierlmError
 
-INTERRUPTED = 130  # the exit code that typer has for Ctrl-C
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,13 +33,13 @@ app.add_typer(trace, name="trace")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib import metadata  # which reads mail headers to know it
+        from importlib import metadata  # slow to import
 
         print(f"tierlm {metadata.version('tierlm')}")
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")]
+Version = Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")]
 
 
 @app.callback()
@@ -47,16 +48,16 @@ def options(version: Version = False) -> None:
 
 
 def main() -> None:
-    """The console script. Every error that is raised on purpose becomes one line and its exit code."""
+    """The console script. An error raised on purpose becomes one line and its exit code."""
     try:
         app()
     except TierlmError as error:
         Console(stderr=True).print(f"[red]error:[/red] {type(error).__name__}:", Text(str(error)), soft_wrap=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # such as a folder that may not be entered
+    except OSError as error:  # for example a folder without permission
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
         sys.exit(1)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
+from tierlm.cli.output import emit, pairs
 from tierlm.config import format_size
 from tierlm.errors import BudgetError, CheckpointError, TierlmError
 
@@ -22,10 +22,10 @@ COLOURS = {"ok": "green", "note": "yellow", "broken": "red"}
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(help="A model folder, or 'demo'.")] = "demo",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    model: Annotated[str, Argument(help="A model folder, or 'demo'.")] = "demo",
+    as_json: Annotated[bool, Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Look for what is wrong or slow with a model and this machine, and say what to do. Exit code 1: it cannot run."""
+    """Find what is wrong or slow with a model on this machine, and say what to do. Exit code 1: it cannot run."""
     from tierlm.models.catalog import Catalog
     from tierlm.planning.known import find_config
     from tierlm.profiling.health import Finding, check_files, check_limits, check_machine
@@ -52,9 +52,9 @@ def doctor(
     findings += check_machine()
     broken = any(finding.level == "broken" for finding in findings)
     if as_json:
-        print(json.dumps({"fit": not broken, "findings": [dataclasses.asdict(f) for f in findings]}, indent=1))
+        emit({"fit": not broken, "findings": [dataclasses.asdict(finding) for finding in findings]})
     else:
-        table = Table(show_header=False, box=None)
+        table = pairs(())
         for finding in findings:
             said = Text(finding.what)
             if finding.todo:
@@ -66,7 +66,7 @@ def doctor(
 
 
 def _budget(catalog: Catalog) -> Finding:
-    """Whether the model runs in what --ram auto would take."""
+    """Whether the model runs in the budget of --ram auto."""
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
     from tierlm.host import available_ram
     from tierlm.models.outline import sizes_of

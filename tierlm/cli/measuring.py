@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
+from typer import Option
 
+from tierlm.cli.output import writing
 from tierlm.cli.overhead import engine_seconds, start_seconds
 from tierlm.config import format_size
 from tierlm.errors import UsageError
@@ -25,39 +27,35 @@ if TYPE_CHECKING:
     from tierlm.profiling.profile import Profile, Spread
 
 DISK_SECONDS = 24.0  # over all paths
-TORCH = 480 * 2**20  # bytes that torch, weights to multiply with and the embedded model take together
+TORCH = 480 * 2**20  # bytes of torch, the weights to multiply with and the embedded model
 
 
 def profile(
     path: Annotated[
-        list[Path] | None, typer.Option("--path", help="A folder on a disk to measure; several times; default: here.")
+        list[Path] | None, Option("--path", help="A folder on a disk to measure; several times; default: here.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the profile here as well.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw bandwidth against capacity to this file.")] = None,
-    model: Annotated[str, typer.Option(help="The model whose lines of tokens/s the plot has.")] = "DeepSeek-V3",
-    format: Annotated[str | None, typer.Option(help="Its format; default: as published.")] = None,
+    json_file: Annotated[Path | None, Option("--json", help="Write the profile here as well.")] = None,
+    plot: Annotated[Path | None, Option(help="Draw bandwidth against capacity to this file.")] = None,
+    model: Annotated[str, Option(help="The model whose lines of tokens/s the plot has.")] = "DeepSeek-V3",
+    format: Annotated[str | None, Option(help="Its format; default: as published.")] = None,
 ) -> None:
-    """Measure caches, RAM, disks, kernels and an accelerator, in less than a minute. `tierlm plan` uses what it finds.
+    """Measure caches, RAM, disks, kernels and an accelerator in less than a minute. `tierlm plan` uses the result.
 
-    Large files of a folder are read where they are; where there are none, one is written and removed again.
+    Large files of a folder are read in place. If there are none, one is written and removed again.
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     from tierlm.profiling.profile import default_file
 
     paths = path or [Path()]
-    for file in (json_file, plot):
-        if file is None:
-            continue
+    for file in filter(None, (json_file, plot)):
         if not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: cannot be written: {file.absolute().parent} is no folder")
-        try:  # now, rather than when all has been measured
+            raise UsageError(f"{file}: cannot be written: {file.absolute().parent} is not a folder")
+        with writing(file):  # now, rather than when all has been measured
             tempfile.TemporaryFile(dir=file.absolute().parent).close()
-        except OSError as error:
-            raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
     for folder in paths:
         if not folder.is_dir():
-            raise UsageError(f"{folder}: expected a folder on the disk that is to be measured")
+            raise UsageError(f"{folder}: expected a folder on the disk to measure")
     console = Console(stderr=True)
     columns = (TextColumn("measuring {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -69,18 +67,17 @@ def profile(
 
         found = _measure([folder.resolve() for folder in paths], step)
     _show(found)
-    remembered = default_file() if found.disks else None  # or it would take the place of one that has disks
-    if not found.disks:
+    remembered = default_file()
+    if not found.disks:  # it would take the place of one that has disks
         console.print("not remembered: no disk was measured")
-    for file in (remembered, json_file):
-        if file is None:
-            continue
+    elif remembered is not None:
         try:
-            found.write(file)
+            found.write(remembered)
         except OSError as error:
-            if file == json_file:
-                raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
-            console.print(f"not remembered: {file}: {error.strerror}")
+            console.print(f"not remembered: {remembered}: {error.strerror}")
+    if json_file is not None:
+        with writing(json_file):
+            found.write(json_file)
     if plot is not None:
         from tierlm.models.outline import Outline, work_of
         from tierlm.planning.known import find_config
@@ -89,7 +86,7 @@ def profile(
         named = find_config(model)
         outline = Outline(named.config, named.where, format)
         draw(plot, found, f"{named.name} {outline.format}", work_of(outline), outline.used_bytes)
-    if not found.disks:  # what was asked for
+    if not found.disks:  # the main purpose failed
         raise typer.Exit(1)
 
 
@@ -157,7 +154,6 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         missing.append("links to a device: there is no accelerator")
     layer, record = engine_seconds()
     done()
-    start = start_seconds()
     return replace(
         measured,
         kernels=kernels,
@@ -168,7 +164,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         beside_many=beside_many,
         layer=layer,
         record=record,
-        start=start,
+        start=start_seconds(),
     )
 
 
@@ -182,21 +178,16 @@ def _processor() -> str:
 
 def _show(found: Profile) -> None:
     console = Console(width=max(112, Console().width))
-    title = (
-        f"{found.processor}, {found.cores} cores, {format_size(found.ram)}, {format_size(found.ram_limit)} of it free"
-    )
-    memory = Table(title=title, title_justify="left", box=None)
-    for column in ("", "read GB/s", "write GB/s", "copy GB/s"):
-        memory.add_column(column)
+    free = f"{format_size(found.ram)}, {format_size(found.ram_limit)} of it free"
+    title = f"{found.processor}, {found.cores} cores, {free}"
+    memory = Table("", "read GB/s", "write GB/s", "copy GB/s", title=title, title_justify="left", box=None)
     several = len({rate.node for rate in found.memory}) > 1
     for rate in found.memory:
         what = f"{rate.name} {format_size(rate.capacity)}" if rate.capacity else rate.name
         what += f", {rate.threads} core" + "s" * (rate.threads > 1)
         what += f", node {rate.cpus} on node {rate.node}" if several else ""
         memory.add_row(what, *map(_gb, (rate.read, rate.write, rate.copy)))
-    for name, speed in found.links.items():
-        memory.add_row(name, _gb(speed))
-    for name, speed in found.unpack.items():
+    for name, speed in {**found.links, **found.unpack}.items():
         memory.add_row(name, _gb(speed))
     console.print(memory)
     for path in dict.fromkeys(rate.path for rate in found.disks):
@@ -206,19 +197,15 @@ def _show(found: Profile) -> None:
                 label = f"; from RAM: {disk.from_ram}" if disk.from_ram else ""
                 what = f" {disk.reader} {disk.pattern} {format_size(disk.request_bytes)} x {disk.depth}"
                 console.print(Text(f"{what}: {_gb(disk.rate)} GB/s{label}", style="yellow" if label else ""))
-    kernels = Table(title="kernels, G multiply-adds/s", title_justify="left", box=None)
-    kernels.add_column("")
-    rows = sorted({rate.rows for rate in found.kernels})
-    for count in rows:
-        kernels.add_column(f"{count} row" + "s" * (count > 1))
+    rows = [f"{count} row" + "s" * (count > 1) for count in sorted({rate.rows for rate in found.kernels})]
+    kernels = Table("", *rows, title="kernels, G multiply-adds/s", title_justify="left", box=None)
     for name in dict.fromkeys(rate.format for rate in found.kernels):
         kernels.add_row(name, *(_gb(rate.rate) for rate in found.kernels if rate.format == name))
     console.print(kernels)
     for what, shares in (("one row's", found.beside), ("many rows'", found.beside_many)):
         if shares is not None:
-            console.print(
-                f" side by side {what} arithmetic keeps {shares[0]:.0%} of its speed, the disk {shares[1]:.0%}"
-            )
+            kept = f"keeps {shares[0]:.0%} of its speed, the disk {shares[1]:.0%}"
+            console.print(f" side by side {what} arithmetic {kept}")
     if found.touch is not None:
         huge, ordinary = (1e9 * seconds for seconds in found.touch)
         console.print(f" first touch of memory {huge:.2f} s/GB in huge pages, {ordinary:.2f} in ordinary ones")
@@ -236,20 +223,18 @@ def _disk_table(found: Profile, path: str) -> Table:
     device = next(rate.device for rate in found.disks if rate.path == path)
     counted = [rate.device_share for rate in cells if rate.device_share is not None and not rate.from_ram]
     proof = f"the device delivered {min(counted):.0%} or more of the bytes" if counted else "not counted at a device"
-    table = Table(title=f"{path}: {device}; random direct reads, GB/s (median ms); {proof}", title_justify="left")
-    table.add_column("size x depth")
+    title = f"{path}: {device}; random direct reads, GB/s (median ms); {proof}"
     depths = sorted({rate.depth for rate in cells})
-    for depth in depths:
-        table.add_column(str(depth), justify="right")
+    table = Table(
+        "size x depth", *(Column(str(depth), justify="right") for depth in depths), title=title, title_justify="left"
+    )
+    shown = {
+        (rate.request_bytes, rate.depth): f"{rate.rate.median / 1e9:.2f}{'*' if rate.from_ram else ''} "
+        f"({1e3 * rate.percentiles[0]:.1f})"
+        for rate in cells
+    }
     for size in sorted({rate.request_bytes for rate in cells}):
-        by_depth = {rate.depth: rate for rate in cells if rate.request_bytes == size}
-        shown = []
-        for depth in depths:
-            cell = by_depth.get(depth)
-            mark = "*" if cell is not None and cell.from_ram else ""
-            text = "" if cell is None else f"{cell.rate.median / 1e9:.2f}{mark} ({1e3 * cell.percentiles[0]:.1f})"
-            shown.append(text)
-        table.add_row(format_size(size), *shown)
+        table.add_row(format_size(size), *(shown.get((size, depth), "") for depth in depths))
     if any(rate.from_ram for rate in cells):
         table.caption = "* " + next(rate.from_ram for rate in cells if rate.from_ram)
     return table

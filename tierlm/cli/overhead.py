@@ -1,4 +1,4 @@
-"""What the engine takes beside its arithmetic: the seconds of a layer, of an expert, and of the start."""
+"""What the engine costs beside its arithmetic: seconds of a layer, of an expert, and of the start."""
 
 from __future__ import annotations
 
@@ -6,57 +6,48 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tierlm.checkpoints.formats import Weights
-    from tierlm.memory.trunks import Trunks
-    from tierlm.profiling.arithmetic import Stream
-    from tierlm.spec import TrunkKey
-
-# Of the embedded model: tokens that are made, and of a prompt that uses all experts; layers; experts of all layers.
+# The embedded model: new tokens, tokens of a prompt that uses all experts, layers, experts of all layers; rounds.
 DEMO_TOKENS, DEMO_PROMPT, DEMO_LAYERS, DEMO_RECORDS, DEMO_ROUNDS = 24, 64, 7, 6 * 32, 3
 
 
-class _AfterOthers:
-    """Trunks that are handed out after as much arithmetic as a layer of a large model has."""
-
-    def __init__(self, trunks: Trunks, stream: Stream):
-        self._trunks, self._stream = trunks, stream
-
-    def get(self, key: TrunkKey) -> Weights:
-        self._stream.run()
-        return self._trunks.get(key)
-
-
 def engine_seconds() -> tuple[float, float]:
-    """Seconds that a layer's decode step takes, and a prefill for each expert, when the weights are next to nothing:
-    the embedded model, all of it resident. A decode step is timed with caches that other weights have gone through, as
-    in a large model: there, all that is not arithmetic takes several times as long."""
+    """Seconds of a layer in a decode step, and of an expert in a prefill, when the weights are tiny: the embedded
+    model, all resident.
+
+    A decode step is timed after as much other arithmetic as its layers have in a large model. Weights that go through
+    the caches evict the interpreter, and a step then takes much longer. Within a step, a layer finds the caches as the
+    layer before left them, so the figure is a little lower than for a layer of a large model.
+    """
     from tierlm.config import Budget, SamplingParams
     from tierlm.llm import LLM
     from tierlm.profiling.arithmetic import Stream
 
-    prompt = [list(range(2, 2 + DEMO_PROMPT))]
     with LLM.load("demo", budget=Budget("2GiB"), context=256, heat=False, probe="off") as llm:
+        stream = Stream()
 
-        def spent(prompts: list[list[int]], tokens: int) -> tuple[float, float]:
-            """Seconds of the prefill, and of the decode step of a token."""
+        def spent(prompt: list[int], tokens: int, layers: int = 0) -> tuple[float, float]:
+            """Seconds of the prefill and of a decode step, with the arithmetic of ``layers`` before each step.
+
+            The statistics count time in the engine only: not what happens between two tokens.
+            """
             before = llm.stats()
-            llm.generate(prompts, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
+            for _ in llm.stream(prompt, SamplingParams(max_new_tokens=tokens, ignore_eos=True)):
+                for _ in range(layers):
+                    stream.run()
             after = llm.stats()
-            made = max(1, after.decode.tokens - before.decode.tokens)
-            return after.prefill.compute - before.prefill.compute, (after.decode.compute - before.decode.compute) / made
+            steps = max(1, after.decode.tokens - before.decode.tokens)
+            return (
+                after.prefill.compute - before.prefill.compute,
+                (after.decode.compute - before.decode.compute) / steps,
+            )
 
+        prompt = list(range(2, 2 + DEMO_PROMPT))
         spent(prompt, DEMO_TOKENS)  # the first time, memory is new as well
-        warm = spent([[5]], DEMO_TOKENS)[1]
+        warm = spent([5], DEMO_TOKENS)[1]
         prefill = statistics.median(spent(prompt, 1)[0] for _ in range(DEMO_ROUNDS))
-        decoder, stream = llm._runtime.decoder, Stream()
-        decoder.trunks = _AfterOthers(decoder.trunks, stream)  # type: ignore[assignment]
-        spent([[5]], 2)
-        already = stream.seconds
-        step = spent([[5]], DEMO_TOKENS)[1] - (stream.seconds - already) / DEMO_TOKENS
-    return max(warm, step) / DEMO_LAYERS, max(0.0, prefill - warm) / DEMO_RECORDS
+        cold = spent([5], DEMO_TOKENS, DEMO_LAYERS)[1]
+    return max(warm, cold) / DEMO_LAYERS, max(0.0, prefill - warm) / DEMO_RECORDS
 
 
 def start_seconds() -> float | None:

@@ -1,17 +1,18 @@
-"""``tierlm trace`` and ``tierlm simulate``: what a run demanded, and what another policy would have made of it."""
+"""``tierlm trace`` and ``tierlm simulate``: what a run demanded, and how another policy would have done."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from typer import Argument, Option
 
-from tierlm.config import Budget, SamplingParams, format_size, parse_size
+from tierlm.cli.options import Loading, Memory, Model, Sampling, grouped
+from tierlm.cli.output import emit, pairs, writing
+from tierlm.config import Budget, LoadOptions, SamplingParams, format_size, parse_size
 from tierlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,30 +22,25 @@ if TYPE_CHECKING:
 RECORD_BYTES = 8 * 2**20  # where a trace does not say: an expert of DeepSeek-V2-Lite in fp8
 FRACTION = 0.25  # of the experts in the cache, where nothing is said
 
-File = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace: tierlm's own, jsonl or npz.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-Policy = Annotated[str, typer.Option(help="Eviction: default, a name, belady, module:Class, or a .json file.")]
-Tune = Annotated[
-    int | None, typer.Option(metavar="TRIALS", help="Search the policy's parameters on the first half of the trace.")
-]
+File = Annotated[Path, Argument(metavar="TRACE", help="A trace: tierlm's own, jsonl or npz.")]
+Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 
 trace = typer.Typer(no_args_is_help=True, help="Record what a model's routers choose; look at it; convert it.")
 
 
 @trace.command()
+@grouped
 def record(
-    model: Annotated[str, typer.Argument(help="A folder in Hugging Face layout, a hub id, or 'demo'.")],
-    prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The trace to write.")],
-    scores: Annotated[bool, typer.Option("--scores", help="Also all experts' scores, and what gates guess.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="New tokens a prompt, at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens to reserve KV memory for.")] = None,
-    ram: Annotated[str, typer.Option(help="Host memory for the whole process, such as 8GiB.")] = "auto",
+    model: Model,
+    *,
+    prompts: Annotated[Path, Option(help="A text file, one prompt a line.")],
+    output: Annotated[Path, Option("--output", "-o", help="The trace to write.")],
+    scores: Annotated[bool, Option("--scores", help="Also the scores of all experts, and what gates predict.")] = False,
+    budget: Annotated[Budget, Memory()],
+    params: Annotated[SamplingParams, Sampling()],
+    options: Annotated[LoadOptions, Loading()],
 ) -> None:
-    """Continue prompts, one after the other, and write down which experts every token chose."""
+    """Continue prompts, one after the other, and record which experts every token chose."""
     from tierlm.llm import LLM
 
     try:
@@ -53,8 +49,8 @@ def record(
         raise UsageError(f"{prompts}: expected a text file with a prompt a line: {error}") from error
     if not lines:
         raise UsageError(f"{prompts}: expected a prompt a line, found none")
-    params = SamplingParams(max_new_tokens, temperature, seed=seed)
-    with LLM.load(model, budget=Budget(ram), context=context, trace=output, trace_scores=scores) as llm:
+    options["trace"], options["trace_scores"] = output, scores
+    with LLM.load(model, budget=budget, **options) as llm:
         for line in lines:
             llm.generate(line, params)
     info(output)
@@ -62,7 +58,7 @@ def record(
 
 @trace.command()
 def info(file: File, as_json: Json = False) -> None:
-    """What is in a trace. Refuses, naming the line or offset, what is not one."""
+    """Describe a trace. A file that is not a trace is refused, with the line or offset."""
     from tierlm.tracing.traceforms import read_trace
 
     found = read_trace(file, scores=True)
@@ -79,50 +75,46 @@ def info(file: File, as_json: Json = False) -> None:
         "record_bytes": found.info.record_bytes,
         "scores": found.scores is not None,
     }
-    if as_json:
-        print(json.dumps(rows))
-        return
-    _print({name.replace("_", " "): value for name, value in rows.items()})
+    _print(rows, [(name.replace("_", " "), value) for name, value in rows.items()], as_json)
 
 
 @trace.command()
 def convert(
     file: File,
-    output: Annotated[Path, typer.Argument(help="The file to write.")],
-    form: Annotated[str, typer.Option("--to", help="tierlm, jsonl, npz, or oracle (libCacheSim's).")] = "tierlm",
+    output: Annotated[Path, Argument(help="The file to write.")],
+    form: Annotated[str, Option("--to", help="tierlm, jsonl, npz, or oracle (libCacheSim's).")] = "tierlm",
 ) -> None:
     """Write a trace in another form."""
     from tierlm.tracing.traceforms import convert as write
     from tierlm.tracing.traceforms import read_trace
 
-    try:
-        write(read_trace(file, scores=form == "tierlm"), output, form)
-    except OSError as error:
-        raise UsageError(f"{output}: cannot be written: {error.strerror}") from error
+    found = read_trace(file, scores=form == "tierlm")
+    with writing(output):
+        write(found, output, form)
 
 
 def simulate(
     file: File,
     policy: Annotated[
-        str, typer.Option(help="Eviction: default, a name, belady, module:Class, or a .json file.")
+        str, Option(help="Eviction: default, a name, belady, module:Class, or a .json file.")
     ] = "default",
-    predictor: Annotated[str, typer.Option(help="Prefetch: none, gate, previous, frequency, ...")] = "none",
-    cache_fraction: Annotated[float | None, typer.Option(help="Slots, as a share of all experts.")] = None,
-    ram: Annotated[str | None, typer.Option(help="Slots, as the memory for experts alone, such as 4GiB.")] = None,
-    record_bytes: Annotated[str | None, typer.Option(help="Bytes of an expert; default: the trace's, or 8MiB.")] = None,
-    disk_bandwidth: Annotated[str, typer.Option(help="Bytes a second of the disk.")] = "1.4GB",
-    disk_latency: Annotated[float, typer.Option(help="Milliseconds of a read before its bytes come.")] = 0.1,
-    disk_depth: Annotated[int, typer.Option(help="Reads at a time.")] = 8,
-    layer_ms: Annotated[float, typer.Option(help="Milliseconds a token computes in a layer beside its experts.")] = 0.5,
-    expert_ms: Annotated[float | None, typer.Option(help="And in an expert; default: its bytes at 10 GB/s.")] = None,
+    predictor: Annotated[str, Option(help="Prefetch: none, gate, previous, frequency, ...")] = "none",
+    cache_fraction: Annotated[float | None, Option(help="Slots, as a share of all experts.")] = None,
+    ram: Annotated[str | None, Option(help="Slots, as the memory for experts alone, such as 4GiB.")] = None,
+    record_bytes: Annotated[str | None, Option(help="Bytes of an expert; default: the trace's, or 8MiB.")] = None,
+    disk_bandwidth: Annotated[str, Option(help="Bytes a second of the disk.")] = "1.4GB",
+    disk_latency: Annotated[float, Option(help="Milliseconds of a read before its bytes come.")] = 0.1,
+    disk_depth: Annotated[int, Option(help="Reads at a time.")] = 8,
+    layer_ms: Annotated[float, Option(help="Milliseconds a token computes in a layer beside its experts.")] = 0.5,
+    expert_ms: Annotated[float | None, Option(help="And in an expert; default: its bytes at 10 GB/s.")] = None,
     tune: Annotated[
-        int | None, typer.Option(metavar="TRIALS", help="Search the policy's parameters on the first part.")
+        int | None, Option(metavar="TRIALS", help="Search the policy's parameters on the first part.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where a tuned policy is written.")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="Where a tuned policy is written.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What a policy and a predictor would have made of a trace on a machine. The cache is empty at first, and what it
-    misses then is counted. Without --cache-fraction and --ram a quarter of the experts have slots."""
+    """Replay a trace with a policy and a predictor on a machine. The cache starts empty, and its first misses count.
+    Without --cache-fraction and --ram a quarter of the experts have slots."""
     from tierlm.policies.predictors import PREDICTORS, make_predictor
     from tierlm.tracing.replay import open_policy
     from tierlm.tracing.simulate import simulate as run
@@ -138,35 +130,35 @@ def simulate(
     if tune is not None and output is not None:
         _tune(found, policy, slots, tune, output, as_json)
         return
-    guesses = make_predictor(predictor, found.experts.shape[2])
-    result = run(found, open_policy(policy, found, slots), guesses, slots, machine)
+    chosen = make_predictor(predictor, found.experts.shape[2])
+    result = run(found, open_policy(policy, found, slots), chosen, slots, machine)
     numbers = {"policy": policy, "predictor": predictor, "cache_fraction": slots / found.records, **result.as_json()}
-    if as_json:
-        print(json.dumps(numbers))
-        return
     share = f"{slots} of {found.records} experts, {slots / found.records:.1%}"
-    defaulted = " (nothing was said: a quarter)" if cache_fraction is None and ram is None else ""
-    demands = f"of {result.demanded} demands; {result.missed} missed, {result.late_hits} late"
+    defaulted = " (by default: a quarter)" if cache_fraction is None and ram is None else ""
+    demands = f"of {result.demanded} demands; {result.missed} misses, {result.late_hits} late hits"
     per_token = format_size(result.bytes_read / result.tokens)
     rows = {
         "policy, predictor": f"{policy}, {predictor}",
         "slots": share + defaulted,
         "hit rate": f"{result.hit_rate:.1%} {demands}",
-        "guessed": f"{result.guessed}: {result.useful} useful, {result.wasted} wasted, {result.cancelled} cancelled",
+        "prefetched": f"{result.guessed}: {result.useful} useful, {result.wasted} wasted, {result.cancelled} cancelled",
         "read": f"{format_size(result.bytes_read)}, {per_token} a token",
         "waited": f"{result.stall_seconds / result.seconds:.0%} of {result.seconds:.2f} s",
         "tokens/s": f"{result.tokens_per_second:.2f}",
         "machine": f"{format_size(nbytes)} an expert, computed in {machine.expert_seconds * 1e3:.3g} ms, "
         f"{layer_ms:g} ms a layer beside; disk {disk_bandwidth}/s",
     }
-    _print(rows, f"{file.name}: {len(found)} tokens, cold start included")
+    _print(numbers, rows.items(), as_json, f"{file.name}: {len(found)} tokens, cold start included")
 
 
-def _print(rows: Mapping[str, object], title: str | None = None) -> None:
-    table = Table(show_header=False, box=None, title=title)
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    Console().print(table)
+def _print(
+    found: Mapping[str, object], rows: Iterable[tuple[str, object]], as_json: bool, title: str | None = None
+) -> None:
+    """Either ``found`` as JSON or ``rows`` as a table."""
+    if as_json:
+        emit(found)
+    else:
+        Console().print(pairs(rows, title))
 
 
 def _machine(
@@ -188,7 +180,7 @@ def _machine(
 
 
 def _slots(found: Trace, fraction: float | None, ram: str | None, nbytes: int) -> int:
-    """The slots that are asked for; at least one token's experts of one layer. Raises UsageError."""
+    """The number of slots: at least one token's experts of one layer. Raises UsageError."""
     if fraction is not None and ram is not None:
         raise UsageError("--cache-fraction and --ram say the same: give one of them")
     if fraction is not None and not 0 < fraction <= 1:
@@ -208,15 +200,10 @@ def _tune(found: Trace, policy: str, slots: int, trials: int, output: Path, as_j
     from tierlm.tracing.tune import tune
 
     tuned = tune(found, policy, slots, trials)
-    try:
+    with writing(output):
         write_policy(output, tuned.policy, tuned.parameters)
-    except OSError as error:
-        raise UsageError(f"{output}: cannot be written: {error.strerror}") from error
     numbers = {"policy": tuned.policy, "parameters": tuned.parameters, "slots": slots, "trials": trials}
     numbers |= {"train": tuned.train, "test": tuned.test, "test_untuned": tuned.untuned, "file": str(output)}
-    if as_json:
-        print(json.dumps(numbers))
-        return
     rows = {
         "hit rate there": f"{tuned.train:.2%}",
         "on the rest, tuned": f"{tuned.test:.2%}",
@@ -224,4 +211,4 @@ def _tune(found: Trace, policy: str, slots: int, trials: int, output: Path, as_j
         "parameters": ", ".join(f"{name} {value:.4g}" for name, value in tuned.parameters.items()) or "the defaults",
         "written to": output,
     }
-    _print(rows, f"{policy}: {trials} trials on the first {tuned.split} tokens")
+    _print(numbers, rows.items(), as_json, f"{policy}: {trials} trials on the first {tuned.split} tokens")

@@ -76,12 +76,11 @@ def measure_beside(files: Sequence[Path], rows: int, seconds: float = 1.0) -> tu
 
 
 class Stream:
-    """As much arithmetic as a layer of a large model has for one token. ``seconds``: that it has taken so far."""
+    """As much arithmetic as a layer of a large model has for one token."""
 
     def __init__(self) -> None:
         self._experts = _experts("int4")
         self._turn = itertools.cycle(range(0, len(self._experts) - TOGETHER + 1, TOGETHER))
-        self.seconds = 0.0
 
     def run(self) -> None:
         """Go through the next experts: what was in the caches no longer is."""
@@ -89,10 +88,9 @@ class Stream:
 
         from tierlm.kernels import gated_mlps
 
-        began, at = time.perf_counter(), next(self._turn)
+        at = next(self._turn)
         x, outputs = torch.ones(1, HIDDEN), torch.empty(TOGETHER, 1, HIDDEN)
         gated_mlps([(x, y, e) for y, e in zip(outputs, self._experts[at : at + TOGETHER], strict=True)])
-        self.seconds += time.perf_counter() - began
 
 
 def measure_unpacking() -> dict[str, Spread]:

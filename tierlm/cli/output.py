@@ -1,0 +1,56 @@
+"""What commands print: JSON for programs, tables and progress for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tierlm.errors import UsageError
+from tierlm.files import write_whole
+
+STDOUT = Path("-")
+
+
+def emit(found: Mapping[str, object], file: Path = STDOUT) -> None:
+    """Write ``found`` as JSON to a file, or to standard output. Raises UsageError if the file cannot be written."""
+    text = json.dumps(found, indent=1, default=str)
+    if file == STDOUT:
+        print(text)
+        return
+    with writing(file):
+        write_whole(file, text + "\n")
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Raise UsageError, naming ``file``, where the system refuses to write it."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
+
+
+def pairs(rows: Iterable[tuple[str, object]], title: str | None = None) -> Table:
+    """A table of names and values."""
+    table = Table(show_header=False, title=title, title_justify="left", box=None)
+    for name, value in rows:
+        table.add_row(name, str(value))
+    return table
+
+
+@contextmanager
+def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes done and in total, with speed and remaining time, on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    size = DownloadColumn(binary_units=True)
+    columns = (TextColumn(what), BarColumn(), size, TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

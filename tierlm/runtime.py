@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tierlm.checkpoints.codec import load_zstandard
 from tierlm.checkpoints.disk_profile import ProfileCache
-from tierlm.checkpoints.formats import DTYPES, Weights, weights_of
 from tierlm.checkpoints.mirrors import open_disks
 from tierlm.checkpoints.reader import split
 from tierlm.checkpoints.rows import Rows
+from tierlm.checkpoints.views import DTYPES, Weights, weights_of
 from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.generate import Engine
 from tierlm.errors import BudgetError, UsageError

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tierlm.checkpoints.formats import Weights
+    from tierlm.checkpoints.views import Weights
     from tierlm.memory.trunks import Trunks
     from tierlm.profiling.arithmetic import Stream
     from tierlm.spec import TrunkKey

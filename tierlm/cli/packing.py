@@ -14,8 +14,8 @@ from rich.text import Text
 from tierlm.cli.generation import Model
 from tierlm.config import format_size
 
-Experts = Annotated[str, typer.Option(help="Layout of the routed experts: int4, int8, fp8, bf16, f16, f32, or keep.")]
-Trunk = Annotated[str, typer.Option(help="Layout of attention, shared and dense MLPs, and lm_head; as for experts.")]
+Experts = Annotated[str, typer.Option(help="Format of the routed experts: int4, int8, fp8, bf16, f16, f32, or keep.")]
+Trunk = Annotated[str, typer.Option(help="Format of attention, shared and dense MLPs, and lm_head; as for experts.")]
 Codec = Annotated[str, typer.Option(help="none; zstd: floats, without loss; auto: zstd if it keeps up with the disk.")]
 
 

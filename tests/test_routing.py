@@ -102,7 +102,8 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
 
         @contextmanager
         def acquire(self, layer: int, needed: list[int], streaming: bool) -> Iterator[Any]:
-            yield [[(expert, {role: Weight(data, "f32") for role, data in zip(roles, mlps[expert], strict=True)}) for expert in needed]]
+            found = {expert: [Weight(data, "f32") for data in mlps[expert]] for expert in needed}
+            yield [[(expert, dict(zip(roles, found[expert], strict=True))) for expert in needed]]
 
     found = Routers(spec, {"1.gate": gate})
     moe = MixtureOfExperts(spec, found, Store(), NoPredictor(spec.experts_per_token))  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ def experts_of(slab: torch.Tensor) -> list[tuple[Weight, Weight, Weight]]:
     size = HIDDEN * WIDTH
     shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
     return [
-        tuple(Weight(slab[(at + i) * size : (at + i + 1) * size].view(shape)) for i, shape in enumerate(shapes))
+        tuple(Weight(slab[(at + i) * size : (at + i + 1) * size].view(shape), "bf16") for i, shape in enumerate(shapes))
         for at in range(0, slab.numel() // size - 2, 3)
     ]  # type: ignore[return-value]
 

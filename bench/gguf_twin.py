@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tierlm.checkpoints.checkpoint import Checkpoint, TensorInfo, read_json
-from tierlm.checkpoints.formats import DTYPES
+from tierlm.checkpoints.views import DTYPES
 from tierlm.kernels import Weight, widen
 from tierlm.models import family_of
 from tierlm.models.deepseek import embedding_name, head_name
@@ -122,7 +122,7 @@ def _part(checkpoint: Checkpoint, name: str, half: str, spec: ModelSpec) -> Tens
     """One tensor of the folder, bfloat16 or float32, or the asked half of kv_b_proj, [heads, ...]."""
     tensor = _read(checkpoint.tensor(name))
     if tensor.dtype == torch.float8_e4m3fn:
-        tensor = widen(Weight(tensor, _read(checkpoint.tensor(name + "_scale_inv")))).bfloat16()
+        tensor = widen(Weight(tensor, "fp8", _read(checkpoint.tensor(name + "_scale_inv")))).bfloat16()
     if not half:
         return tensor
     heads = tensor.view(spec.heads, spec.nope_dim + spec.value_dim, spec.kv_rank)

@@ -38,9 +38,9 @@ SECONDS = 0.4  # of a round
 
 def copies_of(matrix: torch.Tensor, format: str, copies: int) -> list[Weight]:
     """One matrix in ``copies`` places."""
-    made = Weight(matrix.bfloat16()) if format == "bf16" else quantise(matrix, format)
+    made = Weight(matrix.bfloat16(), "bf16") if format == "bf16" else quantise(matrix, format)
     scales = [None if made.scale is None else made.scale.clone() for _ in range(copies)]
-    return [Weight(made.data.clone(), scale, made.size) for scale in scales]
+    return [Weight(made.data.clone(), made.format, scale, made.shape) for scale in scales]
 
 
 def choices(generator: torch.Generator, tokens: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ def rate(work: Callable[[], object], amount: float) -> float:
 
 def memory_speed(slab: torch.Tensor) -> float:
     """Bytes a second of reading ``slab``, float32 [n], with all threads: the faster of two ways."""
-    one, matrix = torch.ones(1, 2**13), Weight(slab.view(-1, 2**13))
+    one, matrix = torch.ones(1, 2**13), Weight(slab.view(-1, 2**13), "f32")
     ways: list[Callable[[], object]] = [slab.sum, lambda: linear(one, matrix)]
     return max(rate(way, slab.nbytes) for way in ways)
 

@@ -22,10 +22,10 @@ CEILING = 0.9  # the largest probability asked for; a bias that makes a choice c
 def choose(spec: ModelSpec, logits: Tensor, bias: Tensor) -> Tensor:
     """The experts, int64 [n, k], that the router picks for ``logits`` [n, experts], biased where its kind has a bias:
     V3's correction bias acts on the scores, V2 has none, and the logits themselves are shifted."""
-    eye = Weight(torch.eye(spec.experts))
+    eye = Weight(torch.eye(spec.experts), "f32")
     if spec.router.score == "softmax":
         return Routers(spec, {"0.gate": eye}).route(logits + bias, 0)[1]
-    return Routers(spec, {"0.gate": eye, "0.bias": Weight(bias)}).route(logits, 0)[1]
+    return Routers(spec, {"0.gate": eye, "0.bias": Weight(bias, "f32")}).route(logits, 0)[1]
 
 
 def zipf(spec: ModelSpec, skew: float) -> Tensor:

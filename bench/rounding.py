@@ -16,9 +16,10 @@ from ggml import BLOCKS, Ggml
 from rich.console import Console
 from rich.table import Table
 
-from tierlm.kernels.quantised import GROUP, dequantise, quantise, rounded
-
-BITS = {"int8": 8.5, "int4": 4.5}
+from tierlm.formats import FORMATS
+from tierlm.formats.tiles import GROUP
+from tierlm.kernels import quantise, widen
+from tierlm.kernels.quantised import rounded
 
 
 def nearest(values: torch.Tensor) -> torch.Tensor:
@@ -36,7 +37,7 @@ def through_ggml(ggml: Ggml, type: str, values: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     values = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
     ggml = Ggml(1)
-    made = {f"tierlm {format}": (BITS[format], dequantise(quantise(values, format))) for format in ("int8", "int4")}
+    made = {f"tierlm {format}": (FORMATS[format].bits, widen(quantise(values, format))) for format in ("int8", "int4")}
     made["int4, nearest"] = (4.5, nearest(values))
     made["bf16"] = (16.0, values.bfloat16().float())
     for type, (per, size) in BLOCKS.items():

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import tierlm.demo
-from tierlm.kernels.weight import BLOCK
+from tierlm.formats.fp8_block import BLOCK
 from tierlm.models import family_of
 from tierlm.models.deepseek import embedding_name, head_name
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.toys import COMMON
-from tierlm.checkpoints.formats import MAKERS, Weights
-from tierlm.kernels import Weight
+from tierlm.checkpoints.views import Weights
+from tierlm.kernels import Weight, quantise
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.models import attention, deepseek
 from tierlm.models.attention import Attention, Rows
@@ -33,10 +33,10 @@ def weights_for(spec: ModelSpec, format: str) -> tuple[Weights, Weight]:
     found: dict[str, Weight] = {}
     for role, (_, shape) in deepseek.trunk_tensors(spec, TrunkKey(0)).items():
         if len(shape) == 1:
-            found[role] = Weight((1 + 0.2 * torch.randn(shape)).bfloat16())
+            found[role] = Weight((1 + 0.2 * torch.randn(shape)).bfloat16(), "bf16")
         else:
-            found[role] = MAKERS[format](0.15 * torch.randn(shape))
-    return found, Weight(1 + 0.2 * torch.randn(spec.hidden))
+            found[role] = quantise(0.15 * torch.randn(shape), format)
+    return found, Weight(1 + 0.2 * torch.randn(spec.hidden), "f32")
 
 
 def run(spec: ModelSpec, format: str, lengths: list[tuple[int, int]], dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm import BudgetError, UsageError
-from tierlm.models.outline import FORMATS, Outline, sizes_of, work_of
+from tierlm.models.outline import Outline, sizes_of, work_of
 from tierlm.planning.cost import (
-    BITS,
     Accelerator,
     Formats,
     Machine,
@@ -151,11 +150,6 @@ def test_cliffs_are_told() -> None:
     assert "less than a tenth" in warning
     with pytest.raises(BudgetError, match="below the floor"):
         forecast(SIZES, WORK, MACHINE, ask(GIB // 2))
-
-
-def test_assumed_bits_are_those_of_the_formats() -> None:
-    for name, format in FORMATS.items():
-        assert BITS[name] == pytest.approx(format.experts, rel=0.01)
 
 
 def test_rates_say_where_they_are_from(tmp_path: Path) -> None:

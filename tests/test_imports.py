@@ -29,19 +29,21 @@ FLOORS: list[list[set[str]]] = [
     [{"tracing"}],
     [{"checkpoints"}, {"policies"}],
     [{"spec"}, {"config"}, {"timeline"}, {"host"}],
-    [{"kernels"}, {"errors"}, {"files"}, {"demo"}],
+    [{"kernels"}],
+    [{"formats"}, {"errors"}, {"files"}, {"demo"}],
     [{"library"}],
 ]
 # Less than their floor would allow.
 ONLY = {
     "text": {"text", "checkpoints", "errors"},
-    "kernels": {"kernels", "library"},
+    "kernels": {"kernels", "formats", "library"},
+    "formats": {"formats", "errors"},
     "errors": set[str](),
     "spec": set[str](),
 }
 
 TORCHLESS = ["spec", "config", "errors", "checkpoints.checkpoint", "models.deepseek", "models.catalog"]
-TORCHLESS_FOLDERS = ["policies", "planning", "profiling", "tracing"]
+TORCHLESS_FOLDERS = ["formats", "policies", "planning", "profiling", "tracing"]
 
 FILES = sorted(file for file in ROOT.rglob("*.py") if file != ROOT / "__init__.py")
 

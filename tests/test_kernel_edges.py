@@ -97,8 +97,8 @@ def test_a_sum_at_its_largest() -> None:
     """All numbers at the ends of their range, where sums of 16 bits are fullest."""
     for sign in (1.0, -1.0):
         x = sign * torch.full((5, 64), 127.0)
-        four = Weight(torch.full((1, 2, 128), 0xFF, dtype=torch.uint8), torch.ones(1, 2, 8).half(), (8, 64))
-        low = Weight(torch.zeros(1, 2, 128, dtype=torch.uint8), torch.ones(1, 2, 8).half(), (8, 64))
-        eight = Weight(torch.full((1, 2, 256), -127, dtype=torch.int8), torch.ones(1, 2, 8).half(), (8, 64))
+        four = Weight(torch.full((1, 2, 128), 0xFF, dtype=torch.uint8), "int4", torch.ones(1, 2, 8).half(), (8, 64))
+        low = Weight(torch.zeros(1, 2, 128, dtype=torch.uint8), "int4", torch.ones(1, 2, 8).half(), (8, 64))
+        eight = Weight(torch.full((1, 2, 256), -127, dtype=torch.int8), "int8", torch.ones(1, 2, 8).half(), (8, 64))
         for weight, number in ((four, 7), (low, -8), (eight, -127)):
             assert linear(x, weight).eq(sign * 127 * 64 * number).all()

@@ -26,9 +26,9 @@ def some_weight(outs: int, ins: int, format: str, seed: int = 0) -> Weight:
     if format.split()[0] in TILES:
         return replace(quantise(data, format.split()[0]), exact=format.endswith("exact"))
     if format != "fp8":
-        return Weight(data.to(FLOATS[format]))
+        return Weight(data.to(FLOATS[format]), format)
     scale = 0.1 + torch.rand(-(-outs // 128), -(-ins // 128), generator=generator)
-    return Weight((60 * data).to(FLOATS[format]), scale)
+    return Weight((60 * data).to(FLOATS[format]), format, scale)
 
 
 def taken(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -54,20 +54,21 @@ def test_equal_to_float64(format: str, rows: int, outs: int, ins: int) -> None:
         assert ((found - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_every_finite_value_is_widened_exactly(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("format", ["f16", "bf16", "fp8"])
+def test_every_finite_value_is_widened_exactly(format: str) -> None:
     """All bit patterns, subnormals included, one to an output: times one, they come out as they are."""
+    dtype = FLOATS[format]
     size = 256 if dtype.itemsize == 1 else 65536
     values = torch.arange(size).to(torch.uint8 if dtype.itemsize == 1 else torch.uint16).view(dtype).float()
     values = values[values.isfinite()].to(dtype)
     scale = torch.ones(-(-len(values) // 128), 1) if dtype.itemsize == 1 else None
-    found = linear(torch.ones(1, 1), Weight(values[:, None].contiguous(), scale))[0]
+    found = linear(torch.ones(1, 1), Weight(values[:, None].contiguous(), format, scale))[0]
     assert torch.equal(found, values.float())
     wide = values[: len(values) // 16 * 16].view(-1, 16)  # and through the vector path
     picked = torch.zeros(1, 16)
     picked[0, 5] = 1.0
     scale = torch.ones(-(-len(wide) // 128), 1) if dtype.itemsize == 1 else None
-    assert torch.equal(linear(picked, Weight(wide.contiguous(), scale))[0], wide[:, 5].float())
+    assert torch.equal(linear(picked, Weight(wide.contiguous(), format, scale))[0], wide[:, 5].float())
 
 
 @pytest.mark.parametrize("format", PRODUCTS)
@@ -118,13 +119,14 @@ def test_what_the_kernels_do_not_know_goes_to_torch() -> None:
     slab = torch.zeros(4096, dtype=torch.uint8)
     inside = slab[128 : 128 + 2 * 30 * 20].view(torch.bfloat16).view(30, 20)  # a view into a slot is known
     inside.copy_(torch.randn(30, 20, generator=torch.Generator().manual_seed(3)))
-    assert native.kernels_for(Weight(inside)) is not None
-    assert native.kernels_for(Weight(inside.t())) is None
-    assert native.kernels_for(Weight(inside.double())) is None
-    assert native.kernels_for(Weight(inside.to(torch.float8_e4m3fn))) is None
+    assert native.kernels_for(Weight(inside, "bf16")) is not None
+    assert native.kernels_for(Weight(inside.t(), "bf16")) is None
+    assert native.kernels_for(Weight(inside.double(), "bf16")) is None
+    assert native.kernels_for(Weight(inside.to(torch.float8_e4m3fn), "fp8")) is None
     rows = torch.randn(20, 3, generator=torch.Generator().manual_seed(5)).t()  # not contiguous
-    assert torch.allclose(linear(rows, Weight(inside)), linear(rows.contiguous(), Weight(inside)), atol=1e-5)
-    assert torch.allclose(linear(rows, Weight(inside.t().contiguous().t())), rows @ inside.float().t(), atol=1e-5)
+    weight, turned = Weight(inside, "bf16"), Weight(inside.t().contiguous().t(), "bf16")
+    assert torch.allclose(linear(rows, weight), linear(rows.contiguous(), weight), atol=1e-5)
+    assert torch.allclose(linear(rows, turned), rows @ inside.float().t(), atol=1e-5)
 
 
 def some_mlp(hidden: int, width: int, format: str, seed: int = 0) -> tuple[Weight, Weight, Weight]:
@@ -152,8 +154,8 @@ def test_gated_mlp_is_silu_of_gate_times_up_then_down(format: str, rows: int, hi
 
 def test_silu_at_its_ends_and_of_what_is_no_number() -> None:
     values = torch.tensor([-80.0, -20.0, -1.0, -0.0, 1e-38, 1.0, 88.0, 200.0, 1e4, float("nan")])
-    one = Weight(torch.ones(1, 1))
-    found = gated_mlp(values[:, None], one, Weight(torch.full((1, 1), 1.0)), one)[:, 0]
+    one = Weight(torch.ones(1, 1), "f32")
+    found = gated_mlp(values[:, None], one, Weight(torch.full((1, 1), 1.0), "f32"), one)[:, 0]
     exact = values.double().sigmoid() * values.double() ** 2
     small = exact.abs() < 1e-30
     assert torch.allclose(found[~small].double(), exact[~small].float().double(), rtol=1e-5, equal_nan=True)

@@ -13,9 +13,10 @@ from tierlm import LLM, Budget, CheckpointError, UnsupportedModelError, UsageErr
 from tierlm.checkpoints.hub import DEMO
 from tierlm.host import process_ram
 from tierlm.models.catalog import GATES, Catalog
-from tierlm.models.outline import FORMATS, Outline, expanded_kv, sizes_of, work_of
+from tierlm.models.outline import Outline, expanded_kv, sizes_of, work_of
 from tierlm.models.packing import pack_model
 from tierlm.planning.known import find_config, known_models
+from tierlm.planning.mixtures import MIXTURES
 from tierlm.planning.plan import SLACK, make_plan
 
 # Billions of parameters, all and active, as the models' cards have them. (Active ones are counted with and without
@@ -62,10 +63,10 @@ def test_bytes_agree_with_published_checkpoints() -> None:
 
 
 def test_the_parts_sum_to_the_whole() -> None:
-    for format in FORMATS:
+    for format in MIXTURES:
         of = outline("DeepSeek-V2-Lite", format)
         parts = sum(of.size(key) for key in [*of.trunks, *of.experts(), GATES])
-        embedding = of.spec.vocab * of.spec.hidden * FORMATS[format].wide / 8
+        embedding = of.spec.vocab * of.spec.hidden * MIXTURES[format].bits[2] / 8
         assert parts + embedding == pytest.approx(of.used_bytes, rel=0.003)
 
 
@@ -73,7 +74,7 @@ def test_formats_of_files_and_of_configs(tmp_path: Path) -> None:
     assert Catalog(DEMO).formats == ("bf16", "bf16", "bf16")
     pack_model(DEMO, tmp_path / "packed", experts="int4", trunk="int8")
     assert work_of(Catalog(tmp_path / "packed")).formats == ("int4", "int8", "int8")
-    for format in FORMATS:
+    for format in MIXTURES:
         assert outline("DeepSeek-V3", format).formats.experts == format
     assert outline("DeepSeek-V3", "int4").formats == ("int4", "int8", "int8")
     assert work_of(outline("DeepSeek-V3")).formats == ("fp8", "fp8", "bf16")

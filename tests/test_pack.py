@@ -27,12 +27,11 @@ from tierlm import LLM, Budget, CheckpointError, StorageError, UsageError
 from tierlm.checkpoints import packed
 from tierlm.checkpoints.ahead import ahead
 from tierlm.checkpoints.checkpoint import ALIGNMENT, ITEM_SIZE, TensorInfo, read_header
-from tierlm.checkpoints.formats import DTYPES, MAKERS, Weights, weights_of
-from tierlm.checkpoints.layouts import LAYOUTS, layout_of
 from tierlm.checkpoints.packed import PADDING, RecordShape, in_file_order, read_seals, write_file
 from tierlm.checkpoints.reader import read_pieces
 from tierlm.checkpoints.verify import damage
-from tierlm.kernels import Weight, linear, widen
+from tierlm.checkpoints.views import Weights, weights_of
+from tierlm.kernels import quantise, widen
 from tierlm.models.catalog import GATES, Catalog
 from tierlm.models.packing import pack_model
 from tierlm.spec import ExpertKey, Key, TrunkKey
@@ -162,7 +161,7 @@ def test_fp8_is_kept_and_becomes_others_by_way_of_float32(
                 continue
             assert kept[role].format == "fp8" and made[role].format == target
             assert torch.equal(widen(kept[role]), widen(weight))
-            assert torch.equal(widen(made[role]), widen(MAKERS[target](widen(weight))))
+            assert torch.equal(widen(made[role]), widen(quantise(widen(weight), target)))
             assert made[role].shape == weight.shape
 
 
@@ -576,40 +575,3 @@ def test_a_header_that_lies_is_refused(change: Callable[[dict[str, Any]], Any], 
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     with pytest.raises(CheckpointError, match=words):
         Catalog(copy)
-
-
-# --- layouts: one registry of shapes, one of arithmetic
-
-ERRORS = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-10, "fp8": 2**-4, "int8": 0.01, "int4": 0.15}
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (24, 48), (131, 48), (200, 129), (256, 160)])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_hold_what_their_makers_make(name: str, shape: tuple[int, int]) -> None:
-    torch.manual_seed(1)
-    matrix = torch.randn(shape)
-    made = MAKERS[name](matrix)
-    parts = [made.data] if made.scale is None else [made.data, made.scale]
-    expected = [(DTYPES[dtype], stored) for dtype, stored in LAYOUTS[name].parts(shape).values()]
-    assert [(part.dtype, tuple(part.shape)) for part in parts] == expected
-    assert layout_of(LAYOUTS[name].dtype, shape) is LAYOUTS[name]
-    wide = widen(made)
-    assert wide.shape == matrix.shape
-    assert (wide - matrix).norm() <= ERRORS[name] * matrix.norm()
-    x = torch.randn(3, shape[1])
-    product = linear(x, made)
-    assert (product - x @ wide.T).norm() <= 0.02 * (x @ wide.T).norm() + 1e-5
-    if shape[0] > 128:  # slices of rows give the same
-        upper = MAKERS[name](matrix[:128])
-        assert torch.equal(widen(upper), wide[:128])
-
-
-def test_registries_agree() -> None:
-    assert MAKERS.keys() == LAYOUTS.keys() == ERRORS.keys()
-    assert layout_of("F8_E4M3", (5,)) is None and layout_of("U8", (5,)) is None and layout_of("I64", (5, 5)) is None
-
-
-def test_weights_of_zeros() -> None:
-    for name, make in MAKERS.items():
-        made = make(torch.zeros(40, 40))
-        assert isinstance(made, Weight) and torch.equal(widen(made), torch.zeros(40, 40)), name

@@ -342,9 +342,9 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         draw(tmp_path / "absent" / "p.png", profile, "m", work_of(outline), outline.used_bytes)
 
 
-@pytest.mark.parametrize("format", arithmetic.FORMATS)
+@pytest.mark.parametrize("format", arithmetic.MEASURED)
 def test_kernels_are_measured_in_memory_like_slots(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "FORMATS", (format,))
+    monkeypatch.setattr(arithmetic, "MEASURED", (format,))
     monkeypatch.setattr(arithmetic, "ROWS", (1, 3))
     for name, value in (("HIDDEN", 64), ("WIDTH", 32), ("RESIDENT", 2**16), ("SECONDS", 1e-4)):
         monkeypatch.setattr(arithmetic, name, value)

@@ -1,14 +1,16 @@
-"""int8 and int4 weights: the layout, the rounding, and what is lost."""
+"""int8 and int4 weights: the order in a tile, the rounding, and what is lost."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tierlm.kernels.quantised import TILE_BYTES, dequantise, layout, quantise, quantise_reference, rounded
-from tierlm.kernels.weight import Weight
+from tierlm.formats import FORMATS
+from tierlm.kernels import Weight, quantise
+from tierlm.kernels.linear import widen_reference
+from tierlm.kernels.quantised import quantise_reference, rounded
 
-FORMATS = list(TILE_BYTES)
+TILES = ["int8", "int4"]
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,16 +22,16 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_byte_is_where_the_layout_says(format: str) -> None:
-    """Random bytes in random places, against the layout's own words."""
+@pytest.mark.parametrize("format", TILES)
+def test_every_byte_is_where_the_format_says(format: str) -> None:
+    """Random bytes in random places, against the format's own words."""
     outs, ins = 21, 70
-    (blocks, groups, size), scales = layout(format, outs, ins)
+    (_, (blocks, groups, size)), (_, scales) = FORMATS[format].parts((outs, ins)).values()
     generator = torch.Generator().manual_seed(1)
     data = torch.randint(0, 256, (blocks, groups, size), generator=generator, dtype=torch.uint8)
     data = data.view(torch.int8) if format == "int8" else data
     scale = torch.rand(scales, generator=generator).half()
-    found = dequantise(Weight(data, scale, (outs, ins)))
+    found = widen_reference(Weight(data, format, scale, (outs, ins)))
     assert found.shape == (outs, ins)
     for row in range(outs):
         for column in range(ins):
@@ -45,10 +47,10 @@ def test_every_byte_is_where_the_layout_says(format: str) -> None:
 @pytest.mark.parametrize(("format", "most"), [("int8", 0.0056), ("int4", 0.082)])
 def test_what_quantising_a_gaussian_loses(format: str, most: float) -> None:
     exact = gaussian(64, 1024)
-    assert error(dequantise(quantise(exact, format)), exact) < most
+    assert error(widen_reference(quantise(exact, format)), exact) < most
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", TILES)
 @pytest.mark.parametrize("shape", [(1, 1), (8, 32), (21, 70), (64, 512)])
 def test_compiled_and_reference_make_the_same_weight(format: str, shape: tuple[int, int]) -> None:
     """But for sums in another order, by which of two scales that are equally good may win."""
@@ -59,8 +61,8 @@ def test_compiled_and_reference_make_the_same_weight(format: str, shape: tuple[i
     same = (found.data == reference.data).all(-1) & (found.scale == reference.scale).all(-1)
     assert same.float().mean() > 0.8
     for row, exact_row in enumerate(exact):
-        lost = (dequantise(reference)[row] - exact_row).norm()
-        assert (dequantise(found)[row] - exact_row).norm() <= lost * 1.01 + 1e-9
+        lost = (widen_reference(reference)[row] - exact_row).norm()
+        assert (widen_reference(found)[row] - exact_row).norm() <= lost * 1.01 + 1e-9
 
 
 def test_searching_the_scale_beats_taking_the_largest_value_in_every_group() -> None:
@@ -68,32 +70,32 @@ def test_searching_the_scale_beats_taking_the_largest_value_in_every_group() -> 
     groups = exact.view(64, -1, 32)
     scale = groups.abs().amax(-1, keepdim=True) / 7
     plain = (groups / scale).round() * scale
-    searched = dequantise(quantise(exact, "int4")).view_as(groups)
+    searched = widen_reference(quantise(exact, "int4")).view_as(groups)
     lost, least = (plain - groups).square().sum(-1), (searched - groups).square().sum(-1)
     assert (least <= lost * 1.05).all()  # scales of 16 bits, and steps of a search
     assert least.sum() < 0.75 * lost.sum()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", TILES)
 def test_what_is_on_the_grid_stays(format: str) -> None:
-    once = dequantise(quantise(gaussian(16, 64), format))
-    assert error(dequantise(quantise(once, format)), once) < 1e-3
+    once = widen_reference(quantise(gaussian(16, 64), format))
+    assert error(widen_reference(quantise(once, format)), once) < 1e-3
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", TILES)
 def test_zeros_outliers_and_the_smallest_values(format: str) -> None:
     weight = torch.zeros(8, 96)
     weight[1, 5] = -1e6  # beyond what a float16 scale reaches times what a number reaches, in int4
     weight[2, 40] = 1e-12  # below the smallest scale
     weight[3, 70] = 3.0
-    found = dequantise(quantise(weight, format))
+    found = widen_reference(quantise(weight, format))
     assert found.isfinite().all()
     assert found[0].eq(0).all() and found[2].eq(0).all()
     assert found[1, 5] <= -65504 * 7
     assert found[3, 70] == pytest.approx(3.0, rel=1e-3) and found[3].count_nonzero() == 1
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", TILES)
 def test_padding_is_zero_and_slices_of_rows_give_the_same_tiles(format: str) -> None:
     exact = gaussian(21, 70)
     whole = quantise(exact, format)
@@ -101,7 +103,7 @@ def test_padding_is_zero_and_slices_of_rows_give_the_same_tiles(format: str) -> 
     assert torch.equal(whole.data, torch.cat([part.data for part in parts]))
     assert whole.scale is not None
     assert torch.equal(whole.scale, torch.cat([part.scale for part in parts if part.scale is not None]))
-    padded = dequantise(Weight(whole.data, whole.scale))
+    padded = widen_reference(Weight(whole.data, format, whole.scale, (24, 96)))
     assert padded.shape == (24, 96)
     assert padded[21:].eq(0).all() and padded[:, 70:].eq(0).all()
 

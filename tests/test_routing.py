@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from tests.toys import COMMON, TOYS
-from tierlm.checkpoints.formats import MAKERS
-from tierlm.kernels import Weight, combined, native
+from tierlm.kernels import Weight, combined, native, quantise
 from tierlm.kernels.routing import FEW_ROWS
 from tierlm.models import routing
 from tierlm.models.deepseek import read_spec
@@ -26,10 +25,10 @@ def routers(toy: str, format: str) -> Routers:
     kind, own = TOYS[toy]
     spec = read_spec({**COMMON, **own, "model_type": f"deepseek_{kind}"}, "here")
     torch.manual_seed(5)
-    gates = {"1.norm": Weight((1 + 0.2 * torch.randn(spec.hidden)).bfloat16())}
-    gates["1.gate"] = MAKERS[format](0.5 * torch.randn(spec.experts, spec.hidden))
+    gates = {"1.norm": Weight((1 + 0.2 * torch.randn(spec.hidden)).bfloat16(), "bf16")}
+    gates["1.gate"] = quantise(0.5 * torch.randn(spec.experts, spec.hidden), format)
     if kind == "v3":
-        gates["1.bias"] = Weight(0.3 * torch.randn(spec.experts))
+        gates["1.bias"] = Weight(0.3 * torch.randn(spec.experts), "f32")
     return Routers(spec, gates)
 
 
@@ -93,7 +92,7 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
     """Memory that is not written to holds anything: here, as torch makes it on request, no numbers."""
     spec = replace(routers("v2", "f32").spec, shared_experts=0)
     torch.manual_seed(6)
-    gate = Weight(torch.randn(spec.experts, spec.hidden))
+    gate = Weight(torch.randn(spec.experts, spec.hidden), "f32")
     shapes = (24, spec.hidden), (24, spec.hidden), (spec.hidden, 24)
     mlps = [[0.1 * torch.randn(shape) for shape in shapes] for _ in range(spec.experts)]
     roles = ("gate_proj", "up_proj", "down_proj")
@@ -103,7 +102,8 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
 
         @contextmanager
         def acquire(self, layer: int, needed: list[int], streaming: bool) -> Iterator[Any]:
-            yield [[(expert, dict(zip(roles, map(Weight, mlps[expert]), strict=True))) for expert in needed]]
+            found = {expert: [Weight(data, "f32") for data in mlps[expert]] for expert in needed}
+            yield [[(expert, dict(zip(roles, found[expert], strict=True))) for expert in needed]]
 
     found = Routers(spec, {"1.gate": gate})
     moe = MixtureOfExperts(spec, found, Store(), NoPredictor(spec.experts_per_token))  # type: ignore[arg-type]

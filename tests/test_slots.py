@@ -19,7 +19,7 @@ def record(*offsets: int) -> Record:
 @cache
 def places_at(*offsets: int) -> dict[str, Place]:
     """The same mapping for the same layout, as a catalog has it."""
-    return {f"matrix{i}": Place(offset, 24, "F32", (2, 3)) for i, offset in enumerate(offsets)}
+    return {f"matrix{i}": Place(offset, 24, "F32", (2, 3), "f32") for i, offset in enumerate(offsets)}
 
 
 def test_weights_are_of_what_is_there_however_the_file_aligns_it() -> None:

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tierlm.checkpoints.checkpoint import Record, TensorInfo, build_record
-from tierlm.checkpoints.formats import Weights
 from tierlm.checkpoints.reader import Reader, Request, failure
+from tierlm.checkpoints.views import Weights
 from tierlm.errors import StorageError
 from tierlm.memory.disk import Disk
 from tierlm.memory.slots import Entry, Slot
@@ -134,7 +134,7 @@ def record_of(key: Key) -> Record:
     name = "-".join(map(str, key))
 
     def tensor(role: str, part: int, offset: int) -> TensorInfo:
-        return TensorInfo(f"{name}.{role}", Path(f"/shelf/{name}-{part}"), offset, 64, "F32", (4, 4))
+        return TensorInfo(f"{name}.{role}", Path(f"/shelf/{name}-{part}"), offset, 64, "F32", (4, 4), "f32")
 
     return build_record(
         {"gate_proj": tensor("gate_proj", 0, 128), "up_proj": tensor("up_proj", 0, 200)}

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tierlm.checkpoints.codec import load_zstandard
 from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
-from tierlm.checkpoints.formats import Weights, weights_of
 from tierlm.checkpoints.mirrors import open_disks
 from tierlm.checkpoints.reader import Reader, split
 from tierlm.checkpoints.rows import Rows
+from tierlm.checkpoints.views import Weights, weights_of
 from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions
 from tierlm.engine.scheduler import Scheduler
 from tierlm.errors import UsageError

@@ -31,8 +31,9 @@ ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 class TensorInfo:
     """Where one tensor lies: bytes ``offset`` to ``offset + nbytes`` of ``file``, row-major.
 
-    ``size``: the shape of the matrix that it stands for, where that is another (layouts.py). ``inside``: the compressed
-    record that it is in; then ``offset`` is as if that, where it begins, were not compressed.
+    ``format``, ``size``: of the weight whose data it is, the format and the shape; empty for scales, and before it is
+    known. ``inside``: the compressed record that it is in; then ``offset`` is as if that, where it begins, were not
+    compressed.
     """
 
     name: str
@@ -41,7 +42,8 @@ class TensorInfo:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
-    size: tuple[int, ...] | None = None
+    format: str = ""
+    size: tuple[int, ...] = ()
     inside: Compressed | None = None
 
     def rows(self, start: int, stop: int) -> TensorInfo:
@@ -86,7 +88,8 @@ class Place:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
-    size: tuple[int, ...] | None = None
+    format: str = ""
+    size: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
         extent = Extent(first.file, first.offset, last.offset + last.nbytes, at, tuple(t for _, t in group))
         for role, tensor in group:
             offset = at + tensor.offset - extent.lo
-            places[role] = Place(offset, tensor.nbytes, tensor.dtype, tensor.shape, tensor.size)
+            places[role] = Place(offset, tensor.nbytes, tensor.dtype, tensor.shape, tensor.format, tensor.size)
         at += extent.hi - extent.lo
         extents.append(extent)
     return Record(at, tuple(extents), places)

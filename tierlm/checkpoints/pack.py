@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,20 @@ from torch import Tensor
 from tierlm.checkpoints.ahead import ahead
 from tierlm.checkpoints.checkpoint import Place, TensorInfo
 from tierlm.checkpoints.codec import Run
-from tierlm.checkpoints.formats import MAKERS, view
-from tierlm.checkpoints.layouts import Layout, StoredWeight, TileLayout
 from tierlm.checkpoints.packed import RecordShape, file_size, in_file_order, write_file
 from tierlm.checkpoints.reader import read_pieces
+from tierlm.checkpoints.stored import StoredWeight
+from tierlm.checkpoints.views import view
 from tierlm.config import format_size
 from tierlm.errors import StorageError, UsageError
 from tierlm.files import whole, write_whole
-from tierlm.kernels import Weight, widen
+from tierlm.formats import FORMATS, Part
+from tierlm.kernels import Weight, quantise, widen
 
 DESCRIPTION = "tierlm.json"  # what was packed, and how
 INDEX = "model.safetensors.index.json"
 SLICE_VALUES = 2**18  # of a matrix that are converted at a time: what that takes stays in the processor's cache
-SLICE_ROWS = 128  # a slice is of a multiple of these: the scales of no layout span more
+SLICE_ROWS = 128  # a slice is of a multiple of these, and of the rows of a block
 AHEAD = 4  # matrices, or pieces of them, that are read before they are converted, and made before they are written
 SPARE = 64 * 2**20  # bytes that are left free on the disk
 
@@ -43,22 +45,24 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """One weight and the layout that it is to have."""
+    """One weight and the format that it is to have."""
 
     weight: StoredWeight
-    target: Layout
+    target: str
 
-    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {self.weight.name + ending: part for ending, part in self.target.parts(self.weight.shape).items()}
+    def tensors(self) -> dict[str, Part]:
+        parts = FORMATS[self.target].parts(self.weight.shape)
+        return {self.weight.name + ending: part for ending, part in parts.items()}
 
     def convert(self, parts: Sequence[Tensor]) -> dict[str, memoryview]:
         """The bytes of its tensors by name, made from the weight's own ``parts`` by way of float32."""
         shape = self.weight.shape
         data, *scales = parts
-        stored = Weight(data, scales[0] if scales else None, (shape[0], shape[1]))
-        step = max(SLICE_ROWS, SLICE_VALUES // shape[1] // SLICE_ROWS * SLICE_ROWS)
+        stored = Weight(data, self.weight.format, scales[0] if scales else None, shape)
+        unit = lcm(SLICE_ROWS, FORMATS[self.target].block[0])
+        step = max(unit, SLICE_VALUES // shape[1] // unit * unit)
         edges = [(at, min(at + step, shape[0])) for at in range(0, shape[0], step)]
-        made = [MAKERS[self.target.name](widen(stored, *rows)) for rows in edges]
+        made = [quantise(widen(stored, *rows), self.target) for rows in edges]
         found = [torch.cat([weight.data for weight in made])]
         if made[0].scale is not None:
             found.append(torch.cat([weight.scale for weight in made if weight.scale is not None]))
@@ -84,7 +88,7 @@ class PackedRecord:
     block: int = 0
 
     def shape(self) -> RecordShape:
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        tensors: dict[str, Part] = {}
         for packing in self.packings:
             tensors |= packing.tensors()
         return RecordShape(self.name, in_file_order(tensors), self.compress, self.block)
@@ -92,17 +96,17 @@ class PackedRecord:
     @property
     def floats(self) -> bool:
         """Whether it is of floats and nothing else, whose exponents take less room than they have."""
-        return not any(isinstance(packing.target, TileLayout) for packing in self.packings)
+        return all(FORMATS[packing.target].floats for packing in self.packings)
 
     def read(self) -> Iterator[memoryview | Wanted]:
-        """The record's tensors in the order of the file: the bytes of what keeps its layout, and what the rest is to
+        """The record's tensors in the order of the file: the bytes of what keeps its format, and what the rest is to
         be made from."""
         owner = {name: packing for packing in self.packings for name in packing.tensors()}
         begun: set[str] = set()
         for name in self.shape().tensors:
             packing = owner[name]
             weight = packing.weight
-            if packing.target == weight.layout:
+            if packing.target == weight.format:
                 yield from read_pieces(weight.parts[name.removeprefix(weight.name)])
                 continue
             parts = None if weight.name in begun else [_read(part) for part in weight.parts.values()]

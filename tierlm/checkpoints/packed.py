@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 from tierlm.checkpoints.checkpoint import ALIGNMENT, INSIDE, ITEM_SIZE, MAX_HEADER, Header
 from tierlm.checkpoints.checksum import DIGITS, Checksums, Seal, checksum
 from tierlm.checkpoints.codec import Run, compress, least_and_most
-from tierlm.checkpoints.layouts import Shape
 from tierlm.errors import CheckpointError, StorageError
+from tierlm.formats import Shape
 
 VERSION = "1"
 PADDING = "tierlm.padding."

@@ -128,8 +128,8 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         )
         return measured
     from tierlm.profiling.arithmetic import (
-        FORMATS,
         MANY,
+        MEASURED,
         ROWS,
         measure_beside,
         measure_kernels,
@@ -137,7 +137,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         measure_unpacking,
     )
 
-    kernels = measure_kernels(step("kernels", len(FORMATS) * len(ROWS)))
+    kernels = measure_kernels(step("kernels", len(MEASURED) * len(ROWS)))
     done = step("side by side", 5)
     beside = beside_many = None
     for rate in [rate for rate in disks if rate.reader == "direct" and not rate.from_ram][:1]:

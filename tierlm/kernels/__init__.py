@@ -2,6 +2,7 @@
 
 from tierlm.kernels.attention import LatentAttention, fused_mla_decode
 from tierlm.kernels.linear import can_absorb, from_latent, gated_mlp, gated_mlps, into_latent, linear, widen
+from tierlm.kernels.quantised import quantise
 from tierlm.kernels.routing import RouterCall, Rules, combined, route_few
 from tierlm.kernels.weight import Weight
 
@@ -18,6 +19,7 @@ __all__ = [
     "gated_mlps",
     "into_latent",
     "linear",
+    "quantise",
     "route_few",
     "widen",
 ]

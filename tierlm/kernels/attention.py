@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tierlm.kernels import native
 from tierlm.kernels.linear import can_absorb
-from tierlm.kernels.weight import FORMATS, NUMBERS, VECTORS, Weight
+from tierlm.kernels.weight import VECTORS, Weight
+
+CACHES = {torch.float32: 0, torch.bfloat16: 1}  # what a cache may hold, as product.h numbers it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ def fused_mla_decode(
     words: list[int] = []
     for weight in (*matrices, *norms):
         words += (0,) * 5 if weight is None else weight.operand
-    words += (shape.heads, shape.nope, shape.rope, shape.value, shape.interleaved, NUMBERS[FORMATS[cache.dtype]])
+    words += (shape.heads, shape.nope, shape.rope, shape.value, shape.interleaved, CACHES[cache.dtype])
     words += [tensor.data_ptr() for tensor in (cache, places, *angles, hidden, total, normed)]
     library.attention([*words, hidden.shape[0]], shape.eps, shape.inner_eps, shape.scale)
     return total, normed

@@ -1,10 +1,10 @@
-"""Products with weights as they are stored: float32, bfloat16, float16, float8 with block scales, int8, int4.
+"""Products with weights as they are stored.
 
 Activations are float32, and so is the arithmetic; but products with int8 and int4 round the activations to int8 in
 groups of 32, and add up whole numbers within a group, unless the weight is ``exact``. A few rows go to the compiled
 kernels, which widen in registers; so do any number of rounded ones. For many in float32, on a CPU without 16-bit matrix
 instructions, widening a tile that stays in cache and multiplying in float32 is several times faster than torch's
-bfloat16 product.
+bfloat16 product. Formats without compiled kernels always take this way.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tierlm.formats import FORMATS
+from tierlm.formats.tiles import LANES
 from tierlm.kernels import native
-from tierlm.kernels.quantised import dequantise, rounded
-from tierlm.kernels.weight import BLOCK, LANES, Weight
+from tierlm.kernels.quantised import rounded
+from tierlm.kernels.weight import Weight
 
 TILE_VALUES = 2**20  # float32 values of one widened tile: 4 MiB
+TILE_ROWS = 128  # a tile is of a multiple of these: no block of a format has more
 ROWS_AT_ONCE = 512  # of several experts in one call of the kernels
 ABSORB_ROWS = 8  # rows up to which the kernels carry queries and values through kv_b without widening it
 
@@ -28,29 +31,15 @@ Job = tuple[Tensor, Tensor, tuple[Weight, Weight, Weight]]  # x, y, and gate, up
 
 def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:
     """Rows ``start`` to ``stop`` as float32 [stop - start, ...]; a view where they are float32 already."""
-    if weight.scale is None:
-        return weight.data[start:stop].float()  # torch does this as fast as anybody
-    extra = start % (LANES if weight.quantised else BLOCK)  # begin where a tile, or a block of scales, does
-    part = _rows(weight, weight.scale, start - extra, weight.shape[0] if stop is None else stop)
-    kernels = native.kernels_for(part)
+    total, extra = weight.shape[0], start % FORMATS[weight.format].block[0]  # begin where a block does
+    part = weight.rows(start - extra, total if stop is None else min(stop, total))
+    kernels = native.kernels_for(part) if part.scale is not None else None  # torch is as fast at floats alone
     return (kernels.widen(part) if kernels is not None else widen_reference(part))[extra:]
 
 
 def widen_reference(weight: Weight) -> Tensor:
-    """``widen`` of all rows of a scaled weight, in torch alone."""
-    if weight.quantised:
-        return dequantise(weight)
-    assert weight.scale is not None
-    wide = weight.scale.repeat_interleave(BLOCK, dim=0).repeat_interleave(BLOCK, dim=1)
-    return weight.data.float().mul_(wide[: weight.shape[0], : weight.shape[1]])
-
-
-def _rows(weight: Weight, scale: Tensor, start: int, stop: int) -> Weight:
-    """Rows of a scaled weight from ``start``, where a tile or a block of scales begins."""
-    if not weight.quantised:
-        return Weight(weight.data[start:stop], scale[start // BLOCK :])
-    tiles = slice(start // LANES, -(-stop // LANES))
-    return Weight(weight.data[tiles], scale[tiles], (stop - start, weight.shape[1]), weight.exact)
+    """``widen`` of all rows, in torch alone."""
+    return FORMATS[weight.format].widen(weight.data, weight.scale, weight.shape)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -70,12 +59,11 @@ def linear_reference(x: Tensor, weight: Weight) -> Tensor:
     """``linear`` by matrix products of torch, a widened tile at a time."""
     if weight.rounds:
         x = rounded(x)
-    if weight.scale is None and weight.data.dtype == x.dtype:
-        return functional.linear(x, weight.data)
-    if x.device.type != "cpu" and weight.scale is None:
-        return functional.linear(x.to(weight.data.dtype), weight.data).float()
+    data = weight.data
+    if weight.scale is None and data.is_floating_point() and (data.dtype == x.dtype or x.device.type != "cpu"):
+        return functional.linear(x.to(data.dtype), data).float()
     outs, ins = weight.shape
-    tile = max(BLOCK, TILE_VALUES // ins // BLOCK * BLOCK)
+    tile = max(TILE_ROWS, TILE_VALUES // ins // TILE_ROWS * TILE_ROWS)
     out = x.new_empty(x.shape[0], outs)
     for start in range(0, outs, tile):
         stop = min(start + tile, outs)
@@ -121,7 +109,7 @@ def _runs(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
 
 def can_absorb(kv_b: Weight, rows: int, nope: int, value: int) -> bool:
     """Whether ``into_latent`` and ``from_latent`` take this many rows through ``kv_b`` as it is stored."""
-    whole = not kv_b.quantised or (nope % LANES == 0 and value % LANES == 0)  # no head begins within a tile
+    whole = not kv_b.tiled or (nope % LANES == 0 and value % LANES == 0)  # no head begins within a tile
     return rows <= ABSORB_ROWS and whole and native.kernels_for(kv_b) is not None
 
 

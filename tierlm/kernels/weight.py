@@ -1,75 +1,63 @@
-"""A matrix as it is stored."""
+"""A matrix as it is stored, and which formats the compiled kernels know."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-BLOCK = 128  # rows and columns that share one scale, DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2
-LANES = 8  # rows of an int8 or int4 weight that lie interleaved, one in each lane of a vector
-GROUP = 32  # columns of a row that share one scale in int8 and int4
+from tierlm.formats import FORMATS, Shape
+from tierlm.formats.dtypes import torch_dtypes
 
-FORMATS = {
-    torch.float32: "f32",
-    torch.bfloat16: "bf16",
-    torch.float16: "f16",
-    torch.float8_e4m3fn: "fp8",
-    torch.int8: "int8",
-    torch.uint8: "int4",
-}
 NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}  # of the formats, in kernels/product.h
-EXACT = {"int8": 6, "int4": 7}
+EXACT = {"int8": 6, "int4": 7}  # of those in tiles, with activations as they are
 VECTORS = ("f32", "bf16", "f16")  # formats that norms and biases may have for the compiled kernels
+
+DTYPES = torch_dtypes()
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A matrix [out, in] (or a vector [out]) in its stored format.
 
-    ``data``: [out, in] in f32, bf16, f16 or fp8; in int8 and int4 the tiles of kernels/quantised.py.
-    ``scale``: float32 [ceil(out / 128), ceil(in / 128)] that multiplies blocks of 128 x 128, for fp8; float16
-    [ceil(out / 8), ceil(in / 32), 8] for int8 and int4; else None.
-    ``size``: the logical (out, in) of an int8 or int4 weight, needed only where its tiles are padded.
-    ``exact``: products with an int8 or int4 weight take the activations in float32, not rounded to int8.
-    ``format``: one of ``FORMATS``, or the dtype's own name; ``quantised``: int8 or int4, in tiles; ``plain``: a matrix
-    that the compiled kernels take as it lies; ``operand``: struct Matrix of kernels/team.h, a vector being one row.
-    These four are found once, since every product asks.
+    ``data``, ``scale``: the tensors that the format has for a weight of ``shape``; () if that is the shape of ``data``.
+    ``exact``: products take the activations in float32 where the format would round them to int8.
+    ``rounds``: products round the activations; ``tiled``: rows lie interleaved; ``plain``: a matrix that the compiled
+    kernels take as it lies; ``operand``: struct Matrix of kernels/team.h, a vector being one row. These four are found
+    once, since every product asks.
     """
 
     data: Tensor
+    format: str
     scale: Tensor | None = None
-    size: tuple[int, int] | None = None
+    shape: Shape = ()
     exact: bool = False
-    format: str = field(init=False, repr=False, compare=False)
-    quantised: bool = field(init=False, repr=False, compare=False)
+    rounds: bool = field(init=False, repr=False, compare=False)
+    tiled: bool = field(init=False, repr=False, compare=False)
     plain: bool = field(init=False, repr=False, compare=False)
     operand: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        data, scale, quantised = self.data, self.scale, self.data.dtype in (torch.int8, torch.uint8)
-        known = data.device.type == "cpu" and data.dtype in FORMATS and data.dim() == (3 if quantised else 2)
-        scaled = scale is None if data.dtype.itemsize > 1 else scale is not None and scale.is_contiguous()
-        format = FORMATS.get(data.dtype, str(data.dtype))
-        object.__setattr__(self, "format", format)
-        object.__setattr__(self, "quantised", quantised)
-        object.__setattr__(self, "plain", known and scaled and data.is_contiguous())
-        number = (EXACT if self.exact and quantised else NUMBERS).get(format, -1)
-        outs, ins = self.shape if len(self.shape) == 2 else (1, data.numel())
+        data, scale, format = self.data, self.scale, self.format
+        shape = self.shape or tuple(data.shape)
+        number = EXACT.get(format, -1) if self.exact else -1
+        number = NUMBERS.get(format, -1) if number < 0 else number
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "rounds", FORMATS[format].rounds and not self.exact)
+        object.__setattr__(self, "tiled", format in EXACT)
+        object.__setattr__(self, "plain", number >= 0 and len(shape) == 2 and self._lies_as_expected())
+        outs, ins = shape if len(shape) == 2 else (1, data.numel())
         pointers = data.data_ptr(), 0 if scale is None else scale.data_ptr()
         object.__setattr__(self, "operand", (number, *pointers, outs, ins))
 
-    @property
-    def rounds(self) -> bool:
-        """Whether products with it take the activations rounded to int8."""
-        return self.quantised and not self.exact
+    def _lies_as_expected(self) -> bool:
+        parts = [self.data] if self.scale is None else [self.data, self.scale]
+        found = [(part.dtype, part.shape) for part in parts if part.device.type == "cpu" and part.is_contiguous()]
+        return found == [(DTYPES[dtype], shape) for dtype, shape in FORMATS[self.format].parts(self.shape).values()]
 
-    @property
-    def shape(self) -> torch.Size:
-        """The logical shape."""
-        if self.size is not None:
-            return torch.Size(self.size)
-        if self.quantised:
-            return torch.Size((self.data.shape[0] * LANES, self.data.shape[1] * GROUP))
-        return self.data.shape
+    def rows(self, start: int, stop: int) -> Weight:
+        """Rows ``start``, where a block of the format begins, to ``stop``."""
+        known, total = FORMATS[self.format], self.shape[0]
+        scale = None if self.scale is None else known.rows(self.scale, total, start, stop)
+        data = known.rows(self.data, total, start, stop)
+        return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact)

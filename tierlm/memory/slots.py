@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tierlm.checkpoints.checkpoint import Place, Record
-from tierlm.checkpoints.formats import Weights, misaligned, weights_of
 from tierlm.checkpoints.reader import host_memory
+from tierlm.checkpoints.views import Weights, misaligned, weights_of
 from tierlm.memory.ticket import Ticket
 from tierlm.spec import Key
 

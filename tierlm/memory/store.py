@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from tierlm.checkpoints.checkpoint import Record
-from tierlm.checkpoints.formats import Weights
+from tierlm.checkpoints.views import Weights
 from tierlm.memory.executor import LinkStats
 from tierlm.memory.heat import Heat
 from tierlm.memory.slots import Entry

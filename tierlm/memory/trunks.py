@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from tierlm.checkpoints.checkpoint import Record
-from tierlm.checkpoints.formats import Weights
+from tierlm.checkpoints.views import Weights
 from tierlm.memory.slots import Entry
 from tierlm.memory.store import Store
 from tierlm.memory.ticket import Priority

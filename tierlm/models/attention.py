@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tierlm.checkpoints.formats import Weights
+from tierlm.checkpoints.views import Weights
 from tierlm.kernels import (
     LatentAttention,
     Weight,

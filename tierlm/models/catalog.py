@@ -11,14 +11,13 @@ from typing import Any
 
 from tierlm.checkpoints.checkpoint import Checkpoint, Place, Record, TensorInfo, build_record, compressed, read_json
 from tierlm.checkpoints.checksum import Seal
-from tierlm.checkpoints.layouts import LAYOUTS, SCALE, StoredWeight, layout_of
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
+from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight, float_dtypes
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import family_of
 from tierlm.planning.cost import Formats
 from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
 
-FLOATS = ("F32", "BF16", "F16")
 HEAD_BLOCK_BYTES = 64 * 2**20  # the lm_head is used in blocks of rows of this size, so that it streams like a trunk
 GATES = TrunkKey(-1)  # the small tensors that are always resident
 
@@ -65,11 +64,11 @@ class Catalog:
 
     @property
     def formats(self) -> Formats:
-        """The layouts of the routed experts' matrices, of the trunks' and of the lm_head's."""
+        """The formats of the routed experts' matrices, of the trunks' and of the lm_head's."""
         spec, family = self.spec, self.family
-        trunk = self._layout(family.trunk_tensors(spec, TrunkKey(0)))
-        experts = [self._layout(family.expert_tensors(spec, key)) for key in self.experts()[:1]]
-        return Formats((experts or [trunk])[0], trunk, self.head_weights[0].layout.name)
+        trunk = self._format(family.trunk_tensors(spec, TrunkKey(0)))
+        experts = [self._format(family.expert_tensors(spec, key)) for key in self.experts()[:1]]
+        return Formats((experts or [trunk])[0], trunk, self.head_weights[0].format)
 
     @property
     def sealed(self) -> bool:
@@ -108,7 +107,7 @@ class Catalog:
         if isinstance(key, ExpertKey):
             tensors = self._tensors(self.family.expert_tensors(self.spec, key))
         elif key.layer >= self.spec.layers:
-            tensors = _by_role({"lm_head": self.head_weights[key.layer - self.spec.layers]})
+            tensors = by_role({"lm_head": self.head_weights[key.layer - self.spec.layers]})
         else:
             tensors = self._tensors(self.family.trunk_tensors(self.spec, key))
         record = build_record(tensors)
@@ -136,28 +135,15 @@ class Catalog:
         return record
 
     def stored(self, name: str, shape: tuple[int, ...]) -> StoredWeight:
-        """The weight called ``name``, in whichever layout it has. Raises CheckpointError, UnsupportedModelError."""
-        tensor = self.checkpoint.tensor(name)
-        layout = layout_of(tensor.dtype, shape)
-        if layout is None:
-            raise UnsupportedModelError(
-                f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(FLOATS)}, and for matrices "
-                f"{', '.join(each.dtype for each in LAYOUTS.values() if each.matrices_only)} with their scales"
-            )
-        parts = {}
-        for ending, (dtype, expected) in layout.parts(shape).items():
-            part = self.checkpoint.tensor(name + ending, expected)
-            if part.dtype != dtype:
-                raise UnsupportedModelError(f"{part.file}: {part.name} is {part.dtype}; {dtype} is supported")
-            parts[ending] = part if expected == shape else replace(part, size=shape)
-        return StoredWeight(name, shape, layout, parts)
+        """The weight called ``name``, in whichever format it has. Raises CheckpointError, UnsupportedModelError."""
+        return find_weight(self.checkpoint, name, shape)
 
     def _tensors(self, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
-        return _by_role({role: self.stored(*named) for role, named in shapes.items()})
+        return by_role({role: self.stored(*named) for role, named in shapes.items()})
 
-    def _layout(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    def _format(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
         """Of the largest of them."""
-        return self.stored(*max(tensors.values(), key=lambda named: math.prod(named[1]))).layout.name
+        return self.stored(*max(tensors.values(), key=lambda named: math.prod(named[1]))).format
 
     def _head_blocks(self, name: str) -> list[StoredWeight]:
         """The lm_head, cut into blocks of rows: as it was packed, or as its size demands."""
@@ -172,17 +158,16 @@ class Catalog:
         head = self._plain(name, (vocab, hidden))
         step = max(1, HEAD_BLOCK_BYTES // (head.nbytes // vocab))
         blocks = [(at, min(at + step, vocab)) for at in range(0, vocab, step)]
-        layout = layout_of(head.dtype, head.shape)
-        assert layout is not None
+        format = self.stored(name, (vocab, hidden)).format
         return [
-            StoredWeight(row_block(name, *rows), (rows[1] - rows[0], hidden), layout, {"": head.rows(*rows)})
+            StoredWeight(row_block(name, *rows), (rows[1] - rows[0], hidden), format, {"": head.rows(*rows)})
             for rows in blocks
         ]
 
     def _plain(self, name: str, shape: tuple[int, int]) -> TensorInfo:
-        tensor = self.checkpoint.tensor(name, shape)
-        if tensor.dtype not in FLOATS:
-            raise UnsupportedModelError(f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(FLOATS)}")
+        tensor, known = self.checkpoint.tensor(name, shape), float_dtypes()
+        if tensor.dtype not in known or len(self.stored(name, shape).parts) > 1:
+            raise UnsupportedModelError(f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(known)}")
         if tensor.inside is not None:
             raise UnsupportedModelError(f"{tensor.file}: {name} is compressed; where rows are read, it may not be")
         return tensor
@@ -196,12 +181,3 @@ class Catalog:
         if not all(isinstance(i, int) for i in eos):
             raise CheckpointError(f"{folder}: eos_token_id: expected token ids, found {eos!r}")
         return tuple(dict.fromkeys(eos))
-
-
-def _by_role(weights: Mapping[str, StoredWeight]) -> dict[str, TensorInfo]:
-    """The tensors of some roles' weights, and their scales where they have any, as ``role.scale``."""
-    return {
-        role + SCALE if ending else role: part
-        for role, weight in weights.items()
-        for ending, part in weight.parts.items()
-    }

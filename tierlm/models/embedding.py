@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tierlm.checkpoints.checkpoint import TensorInfo
-from tierlm.checkpoints.formats import DTYPES
 from tierlm.checkpoints.rows import Rows
+from tierlm.checkpoints.views import DTYPES
 
 
 class Embedding:

@@ -7,8 +7,8 @@ from collections import Counter
 
 from torch import Tensor
 
-from tierlm.checkpoints.formats import Weights, expert_ffns
-from tierlm.kernels import combined
+from tierlm.checkpoints.views import Weights
+from tierlm.kernels import combined, gated_mlps
 from tierlm.memory.store import Store
 from tierlm.models.routing import Routers
 from tierlm.policies.prediction import Predictor
@@ -68,7 +68,7 @@ class MixtureOfExperts:
                     rows = x if x.shape[0] == 1 else x[[pair // chosen for pair in mine]]
                     jobs.append((rows, outputs[ends[expert] - len(mine) : ends[expert]], record))
                 with span(self.timeline, "compute", f"{len(jobs)} experts of {layer}"):
-                    expert_ffns(jobs)
+                    gated_mlps([(x, y, (w["gate_proj"], w["up_proj"], w["down_proj"])) for x, y, w in jobs])
                 jobs = []
         places = [0] * experts.numel()
         for place, pair in enumerate(itertools.chain.from_iterable(pairs[expert] for expert in needed)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -16,34 +15,10 @@ from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.errors import UnsupportedModelError, UsageError
 from tierlm.models import FAMILIES, planned
 from tierlm.models.catalog import GATES, HEAD_BLOCK_BYTES
-from tierlm.planning.cost import BITS, Formats, Work
+from tierlm.planning.cost import Formats, Work
+from tierlm.planning.mixtures import MIXTURES
 from tierlm.planning.plan import MAX_LOGITS, Sizes, workspace_bytes
 from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
-
-
-@dataclass(frozen=True)
-class Format:
-    """Bits of a weight, its share of the scales included: of experts, of the other matrices, of embedding and head.
-    Vectors, routers and biases take 16 everywhere."""
-
-    experts: float
-    trunk: float
-    wide: float
-
-
-BLOCK_FP8 = 8 + 32 / 128**2  # a float32 for each block of 128 x 128
-GROUP_INT8, GROUP_INT4 = 8 + 16 / 32, 4 + 16 / 32  # a float16 for each group of 32
-# GGUF's mixture: Q4_K (4.5), and Q6_K (6.5625) for half of the down projections and for the head (llama.cpp,
-# llama_tensor_get_type).
-Q4_K, Q6_K = 4.5, 6.5625
-FORMATS = {
-    "bf16": Format(16, 16, 16),
-    "fp8": Format(BLOCK_FP8, BLOCK_FP8, 16),
-    "int8": Format(GROUP_INT8, GROUP_INT8, GROUP_INT8),
-    "int4": Format(GROUP_INT4, GROUP_INT8, GROUP_INT8),
-    "mxfp4": Format(4 + 8 / 32, 16, 16),  # as gpt-oss is published
-    "q4_k_m": Format(Q4_K + (Q6_K - Q4_K) / 6, Q4_K, (Q4_K + Q6_K) / 2),
-}
 
 
 class Records(Protocol):
@@ -64,7 +39,7 @@ class Records(Protocol):
 
 
 class Outline:
-    """The records of a ``config.json``. ``format``: one of FORMATS; None: as the config says that it is published.
+    """The records of a ``config.json``. ``format``: one of MIXTURES; None: as the config says that it is published.
 
     Raises UnsupportedModelError, CheckpointError, UsageError.
     """
@@ -79,11 +54,12 @@ class Outline:
         self.family = families[model_type]
         self.spec: ModelSpec = self.family.read_spec(config, where)
         self.format = format or published_format(config)
-        if self.format not in FORMATS:
-            raise UsageError(f"format: expected one of {', '.join(FORMATS)}, found {self.format!r}")
-        self._bits = FORMATS[self.format]
+        if self.format not in MIXTURES:
+            raise UsageError(f"format: expected one of {', '.join(MIXTURES)}, found {self.format!r}")
+        self._mixture = MIXTURES[self.format]
+        self._expert_bits, self._trunk_bits, self._embedding_bits, self._head_bits = self._mixture.bits
         spec = self.spec
-        row = math.ceil(spec.hidden * self._bits.wide / 8)
+        row = math.ceil(spec.hidden * self._head_bits / 8)
         rows = max(1, HEAD_BLOCK_BYTES // row)
         self._blocks: list[int] = [min(rows, spec.vocab - at) * row for at in range(0, spec.vocab, rows)]
         self.trunks = [TrunkKey(number) for number in range(spec.layers + len(self._blocks))]
@@ -107,17 +83,16 @@ class Outline:
 
     @property
     def formats(self) -> Formats:
-        """Each as the one of nearly the same bits: its kernels' rate is what counts."""
-        bits = self._bits.experts, self._bits.trunk, self._bits.wide
-        return Formats(*(min(FORMATS, key=lambda name: abs(BITS[name] - each)) for each in bits))
+        return Formats(self._mixture.experts, self._mixture.trunk, self._mixture.head)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the tensors that a run uses."""
-        spec, wide = self.spec, self._wide_bytes
+        spec = self.spec
         layers = sum(self._bytes(TrunkKey(layer)) for layer in range(spec.layers))
         experts = len(spec.moe_layers) * spec.experts * self._bytes(ExpertKey(spec.layers - 1, 0))
-        return layers + experts + wide * (1 if spec.tied_head else 2) + self._bytes(GATES)
+        wide = self._wide_bytes(self._head_bits) if spec.tied_head else self._embedding_and_head
+        return layers + experts + wide + self._bytes(GATES)
 
     @property
     def file_bytes(self) -> int:
@@ -125,21 +100,24 @@ class Outline:
         projection of its own (DeepSeek-V3 technical report, arXiv 2412.19437, 2.2)."""
         last = self.spec.layers - 1
         layer = self._bytes(TrunkKey(last)) + self.spec.experts * self._bytes(ExpertKey(last, 0))
-        extra = layer + 2 * self._wide_bytes + 4 * self.spec.hidden**2
+        extra = layer + self._embedding_and_head + 4 * self.spec.hidden**2
         return self.used_bytes + self._prediction_layers * extra
 
     @property
-    def _wide_bytes(self) -> int:
-        return math.ceil(self.spec.vocab * self.spec.hidden * self._bits.wide / 8)
+    def _embedding_and_head(self) -> int:
+        return self._wide_bytes(self._embedding_bits) + self._wide_bytes(self._head_bits)
+
+    def _wide_bytes(self, bits: float) -> int:
+        return math.ceil(self.spec.vocab * self.spec.hidden * bits / 8)
 
     def _bytes(self, key: Key) -> int:
         if isinstance(key, ExpertKey):
-            return _bytes(self.family.expert_tensors(self.spec, key), self._bits.experts)
+            return _bytes(self.family.expert_tensors(self.spec, key), self._expert_bits)
         if key == GATES:
             return _bytes(self.family.gate_tensors(self.spec), 16)
         if key.layer >= self.spec.layers:
             return self._blocks[key.layer - self.spec.layers]
-        return _bytes(self.family.trunk_tensors(self.spec, key), self._bits.trunk)
+        return _bytes(self.family.trunk_tensors(self.spec, key), self._trunk_bits)
 
 
 def sizes_of(records: Records, context: int, chunk: int, kv_item: int) -> Sizes:
@@ -192,7 +170,7 @@ def published_format(config: Mapping[str, Any]) -> str:
     """The format that a config says its checkpoint is in."""
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    return method if method in FORMATS else "bf16"
+    return method if method in MIXTURES else "bf16"
 
 
 def _bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], bits: float) -> int:

@@ -1,4 +1,4 @@
-"""What a packed store of a model consists of: its records, by file, and the layout that each weight is to have."""
+"""What a packed store of a model consists of: its records, by file, and the format that each weight is to have."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import xxhash
 from tierlm.checkpoints.checksum import ALGORITHM
 from tierlm.checkpoints.codec import load_zstandard, measure
 from tierlm.checkpoints.disk_profile import ProfileCache, disk_name
-from tierlm.checkpoints.layouts import LAYOUTS, TILE_COLUMNS, TILE_ROWS, StoredWeight
 from tierlm.checkpoints.pack import PackedRecord, Packing, Progress, pack, raw_bytes, unfinished
 from tierlm.checkpoints.packed import VERSION
 from tierlm.checkpoints.probe import find_profile
 from tierlm.checkpoints.reader import open_reader
 from tierlm.checkpoints.rows import block_of_rows
+from tierlm.checkpoints.stored import StoredWeight
 from tierlm.errors import UsageError
 from tierlm.files import user_cache
+from tierlm.formats import FORMATS
+from tierlm.formats.tiles import GROUP, LANES
 from tierlm.models.catalog import Catalog
 from tierlm.spec import ExpertKey, TrunkKey
 
@@ -55,7 +57,7 @@ def pack_model(
 ) -> None:
     """Write the model of ``folder`` as a packed store to ``out``, a new folder.
 
-    ``experts``, ``trunk``: the layouts of the routed experts' matrices, and of those that every token uses, by name, or
+    ``experts``, ``trunk``: the formats of the routed experts' matrices, and of those that every token uses, by name, or
     "keep". Norms, routers and the embedding stay as they are; layers for multi-token prediction are left out.
     ``codec``: "zstd" compresses the records of floats, "none" none; "auto" is the one that ``choose_codec`` finds.
     ``say`` is called with what became of the codec, in words. Raises UsageError, CheckpointError, StorageError.
@@ -63,8 +65,9 @@ def pack_model(
     if codec not in CODECS:
         raise UsageError(f"codec: expected one of {', '.join(CODECS)}, found {codec!r}")
     for what, name in (("experts", experts), ("trunk", trunk)):
-        if name not in (KEEP, *LAYOUTS):
-            raise UsageError(f"{what}: expected one of {KEEP}, {', '.join(LAYOUTS)}, found {name!r}")
+        known = [KEEP, *(format.name for format in FORMATS.values() if format.loadable)]
+        if name not in known:
+            raise UsageError(f"{what}: expected one of {', '.join(known)}, found {name!r}")
     if folder.resolve() in out.resolve().parents:
         raise UsageError(f"{out}: lies in the folder of the model, in which nothing is written; choose another")
     catalog = Catalog(folder)
@@ -80,7 +83,7 @@ def pack_model(
         if not count:
             raise UsageError(
                 "codec zstd: no record is of floats alone; int8 and int4 would gain little, and never are: "
-                "choose other layouts (--experts keep --trunk keep), or codec none"
+                "choose other formats (--experts keep --trunk keep), or codec none"
             )
         if say is not None:
             say(f"codec zstd: {count} of {total} records are compressed")
@@ -89,8 +92,8 @@ def pack_model(
     }
     config = json.loads(beside["config.json"])
     packings = (packing for records in files.values() for record in records for packing in record.packings)
-    if "quantization_config" in config and any(packing.target != packing.weight.layout for packing in packings):
-        del config["quantization_config"]  # it speaks of a layout that not all weights have any more
+    if "quantization_config" in config and any(packing.target != packing.weight.format for packing in packings):
+        del config["quantization_config"]  # it speaks of a format that not all weights have any more
         beside["config.json"] = json.dumps(config, indent=2).encode()
     pack(files, beside, out, describe(catalog, experts, trunk, codec), progress)
 
@@ -168,13 +171,13 @@ def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str
             digest = xxhash.xxh3_64_hexdigest(stream.read(header.begin))
         files[file.name] = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns, "header_xxh3_64": digest}
     source = {"name": catalog.checkpoint.folder.resolve().name, "fingerprint": catalog.fingerprint, "files": files}
-    packed = {"experts": experts, "trunk": trunk, "tile": [TILE_ROWS, TILE_COLUMNS], "checksum": ALGORITHM}
+    packed = {"experts": experts, "trunk": trunk, "tile": [LANES, GROUP], "checksum": ALGORITHM}
     if codec != "none":
         packed["codec"] = codec
     return {"version": VERSION, "packed": packed, "source": source}
 
 
 def _packing(weight: StoredWeight, target: str) -> Packing:
-    """A weight that has the layout already, and a vector, stay as they are."""
+    """A weight that has the format already, and a vector, stay as they are."""
     kept = target == KEEP or len(weight.shape) != 2
-    return Packing(weight, weight.layout if kept else LAYOUTS[target])
+    return Packing(weight, weight.format if kept else target)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tierlm.checkpoints.formats import Weights
+from tierlm.checkpoints.views import Weights
 from tierlm.kernels import RouterCall, Rules, Weight, linear, route_few
 from tierlm.models.layers import rms_norm
 from tierlm.spec import ModelSpec

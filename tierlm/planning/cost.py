@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tierlm.formats import FORMATS
 from tierlm.planning.plan import Plan
 from tierlm.spec import TrunkKey
 
-# Bits of a routed expert's weight, scales included, by how it is stored.
-BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "fp8": 8.0, "int8": 8.5, "int4": 4.5, "mxfp4": 4.25, "q4_k_m": 4.84}
-
 
 class Formats(NamedTuple):
-    """How weights are stored, each one of BITS: of the routed experts, of what every token uses, of the lm_head."""
+    """Names of formats: of the routed experts, of what every token uses, of the lm_head."""
 
     experts: str
     trunk: str
@@ -196,10 +194,10 @@ def decode_seconds(
         overhead = work.layers * machine.layer
         total = other + overhead + side_by_side(mixture, disk, machine.beside)
         return Seconds(total, mixture + other, overhead, disk, 0.0, disk_bytes)
-    bits = [BITS[name] for name in (stored.experts, stored.trunk, stored.head)]
+    bits = [FORMATS[name].bits for name in stored]
     mixture = (work.routed_weights * bits[0] + work.shared_weights * bits[1]) / 8 / card.memory
     other = (work.trunk_weights * bits[1] + work.head_weights * bits[2]) / 8 / card.memory
-    other += work.attention * context * BITS["f32"] / 8 / card.memory
+    other += work.attention * context * FORMATS["f32"].bits / 8 / card.memory
     link = (missed[0] * work.expert_bytes + streamed[1]) / card.link
     overhead = work.layers * card.launch
     total = other + overhead + max(mixture, disk, link)  # nothing of the host's is in a card's way

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.checkpoints.reader import host_memory
+from tierlm.formats import FORMATS
 from tierlm.host import available_ram
 from tierlm.profiling.profile import KernelRate, Spread, spread
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from tierlm.kernels import Weight
 
 HIDDEN, WIDTH, TOGETHER = 2048, 1408, 6  # a DeepSeek-V2-Lite expert, and how many of them a token uses
-FORMATS = ("bf16", "fp8", "int8", "int4")
+# Those that products are measured in: f32 and f16 are taken to be bound by memory as bf16 is.
+MEASURED = tuple(f.name for f in FORMATS.values() if f.loadable and f.name not in ("f32", "f16"))
 # Two over a multiple of four, as the rows of an expert are on average: the kernels take four at a time, and the rest
 # one by one. 62 is next to the most that those for floats take (kernels/native.py).
 ROWS = (1, 10, 34, 62, 256)
@@ -42,7 +44,7 @@ def measure_kernels(done: Callable[[], None] = lambda: None) -> list[KernelRate]
     import torch
 
     found = []
-    for name in FORMATS:
+    for name in MEASURED:
         experts = _experts(name)
         for rows in ROWS:
             speeds = [_products(experts, rows, SECONDS) for _ in range(ROUNDS + 1)]
@@ -160,12 +162,11 @@ def _experts(name: str) -> Experts:
     """Experts of one format in memory of huge pages, as slots are: the same one again and again."""
     import torch
 
-    from tierlm.checkpoints.formats import MAKERS
-    from tierlm.kernels import Weight
+    from tierlm.kernels import Weight, quantise
 
     generator = torch.Generator().manual_seed(0)
     shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
-    made = [MAKERS[name](torch.randn(shape, generator=generator).mul_(0.02)) for shape in shapes]
+    made = [quantise(torch.randn(shape, generator=generator).mul_(0.02), name) for shape in shapes]
     parts = [part for weight in made for part in (weight.data, weight.scale) if part is not None]
     size = sum(-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts)
     count = max(TOGETHER, min(RESIDENT, available_ram() // 4) // size)
@@ -179,7 +180,8 @@ def _experts(name: str) -> Experts:
         return place.copy_(part)
 
     def placed(weight: Weight) -> Weight:
-        return Weight(copy(weight.data), None if weight.scale is None else copy(weight.scale), weight.size)
+        scale = None if weight.scale is None else copy(weight.scale)
+        return Weight(copy(weight.data), name, scale, weight.shape)
 
     return [(placed(made[0]), placed(made[1]), placed(made[2])) for _ in range(count)]
 

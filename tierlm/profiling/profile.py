@@ -13,7 +13,8 @@ from typing import Any
 
 from tierlm.errors import UsageError
 from tierlm.files import user_cache, write_whole
-from tierlm.planning.cost import BITS, Accelerator, Machine
+from tierlm.formats import FORMATS
+from tierlm.planning.cost import Accelerator, Machine
 
 VERSION = 2
 ENGINE_SIZES = tuple(size * 2**20 for size in (1, 4, 8))  # bytes of a request, as checkpoints/probe.py chooses them
@@ -181,14 +182,14 @@ def machine_of(profile: Profile | None, vram: bool) -> Machine:
         rates.setdefault(kernel.format, {})[kernel.rows] = kernel.rate.median
     like = rates.get("bf16")
     weights, products = {}, {}
-    for format, bits in BITS.items():
+    for format, kind in FORMATS.items():
         by_rows = rates.get(format)
         if by_rows is not None:
             weights[format], origins[format] = by_rows[min(by_rows)], measured
         elif like is not None:
-            weights[format], origins[format] = like[min(like)] * BITS["bf16"] / bits, LIKE_BF16
+            weights[format], origins[format] = like[min(like)] * FORMATS["bf16"].bits / kind.bits, LIKE_BF16
         else:
-            weights[format], origins[format] = ASSUMED_WEIGHT_BYTES * 8 / bits, "assumed"
+            weights[format], origins[format] = ASSUMED_WEIGHT_BYTES * 8 / kind.bits, "assumed"
         # As many rows as one, at the least.
         by_rows = by_rows or like or {64: ASSUMED_PRODUCTS * cores}
         products[format] = {rows: max(rate, weights[format]) for rows, rate in by_rows.items()}

@@ -1,0 +1,59 @@
+"""A weight as it lies in files. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tierlm.checkpoints.checkpoint import Checkpoint, TensorInfo
+from tierlm.errors import UnsupportedModelError
+from tierlm.formats import FORMATS, Part, Shape, recognise
+
+SCALE = ".scale"  # the scales of a role's weight lie under the role's name with this ending
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight of ``shape`` in a format. ``parts``: what the format adds to its name -> where that tensor lies."""
+
+    name: str
+    shape: Shape
+    format: str
+    parts: Mapping[str, TensorInfo]
+
+
+def float_dtypes() -> list[str]:
+    """The dtypes of weights that need nothing beside them."""
+    return [format.dtype for format in FORMATS.values() if format.loadable and not format.matrices_only]
+
+
+def find_weight(checkpoint: Checkpoint, name: str, shape: Shape) -> StoredWeight:
+    """The weight called ``name``, in whichever format it has. Raises CheckpointError, UnsupportedModelError."""
+    tensor = checkpoint.tensor(name)
+
+    def find(ending: str) -> Part | None:
+        part = checkpoint.tensors.get(name + ending)
+        return None if part is None else (part.dtype, part.shape)
+
+    format = recognise(shape, find)
+    if format is None:
+        others = [each.dtype for each in FORMATS.values() if each.loadable and each.matrices_only]
+        raise UnsupportedModelError(
+            f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(float_dtypes())}, and for matrices "
+            f"{', '.join(others)} with their scales"
+        )
+    parts = {}
+    for ending, (dtype, expected) in format.parts(shape).items():
+        part = parts[ending] = checkpoint.tensor(name + ending, expected)
+        if part.dtype != dtype:
+            raise UnsupportedModelError(f"{part.file}: {part.name} is {part.dtype}; {dtype} is supported")
+    return StoredWeight(name, shape, format.name, parts)
+
+
+def by_role(weights: Mapping[str, StoredWeight]) -> dict[str, TensorInfo]:
+    """The tensors of some roles' weights, with what they stand for; their scales, if any, as ``role.scale``."""
+    return {
+        (role + SCALE if ending else role): part if ending else replace(part, format=weight.format, size=weight.shape)
+        for role, weight in weights.items()
+        for ending, part in weight.parts.items()
+    }

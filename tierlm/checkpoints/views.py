@@ -1,0 +1,42 @@
+"""The weights in a record's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tierlm.checkpoints.checkpoint import Place, Record
+from tierlm.checkpoints.stored import SCALE
+from tierlm.formats.dtypes import torch_dtypes
+from tierlm.kernels import Weight
+
+DTYPES = torch_dtypes()
+
+Weights = Mapping[str, Weight]
+
+
+def view(buffer: Tensor, place: Place) -> Tensor:
+    """The tensor at ``place`` inside a record's bytes (uint8 [n]); a view, unless the file misaligns it."""
+    data = buffer[place.offset : place.offset + place.nbytes]
+    dtype = DTYPES[place.dtype]
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).view(place.shape)
+
+
+def misaligned(buffer: Tensor, record: Record) -> bool:
+    """Whether some weight of ``record`` in ``buffer`` would be a copy, since its file misaligns it."""
+    start = buffer.storage_offset()
+    return any((start + place.offset) % DTYPES[place.dtype].itemsize for place in record.places.values())
+
+
+def weights_of(buffer: Tensor, record: Record, exact: bool = False) -> Weights:
+    """All weights of a record by role, as views into its bytes. ``exact``: see Weight."""
+    found: dict[str, Weight] = {}
+    for role, place in record.places.items():
+        if place.format:
+            scale = record.places.get(role + SCALE)
+            scales = None if scale is None else view(buffer, scale)
+            found[role] = Weight(view(buffer, place), place.format, scales, place.size, exact)
+    return found

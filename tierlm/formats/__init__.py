@@ -1,0 +1,43 @@
+"""Formats: how the values of a weight are stored, by name. No torch before values are converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tierlm.formats.floats import BF16, F16, F32
+from tierlm.formats.format import Format, Part, Shape
+from tierlm.formats.fp8_block import FP8
+from tierlm.formats.tiles import INT4, INT8
+
+__all__ = ["FORMATS", "Format", "Part", "Shape", "recognise"]
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        F32,
+        BF16,
+        F16,
+        FP8,
+        INT8,
+        INT4,
+        Format("mxfp4", (1, 32), 16 + 1),  # as gpt-oss is published: a scale of 8 bits for 32 values
+        Format("q4_k", (1, 256), 144),  # ggml-common.h, block_q4_K and block_q6_K
+        Format("q6_k", (1, 256), 210),
+        Format("q4_k_m", (6, 256), 5 * 144 + 210),  # an expert of that mixture: half of the down projection is q6_k
+    )
+}
+
+
+def recognise(shape: Shape, find: Callable[[str], Part | None]) -> Format | None:
+    """The format of a weight of ``shape``, by the tensors that it has in a file; None if none takes its dtype.
+
+    ``find``: ending of the weight's name -> that tensor, or None. Of formats that recognise it, the one of the most
+    tensors is meant; where none does, the first of its dtype, whose parts tell what is wrong.
+    """
+    main = find("")
+    dtype = None if main is None else main[0]
+    possible = [format for format in FORMATS.values() if format.dtype == dtype and format.takes(shape)]
+    if len(possible) > 1:
+        whole = [format for format in possible if format.recognises(shape, find)]
+        return max(whole or possible[:1], key=lambda format: len(format.parts(shape)))
+    return possible[0] if possible else None

@@ -1,0 +1,25 @@
+"""The dtypes of safetensors in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@cache
+def torch_dtypes() -> Mapping[str, torch.dtype]:
+    """By the name that safetensors has for them."""
+    import torch
+
+    return {
+        "F32": torch.float32,
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+    }

@@ -1,0 +1,33 @@
+"""Which formats a model's weights are in, as checkpoints are published and as `tierlm pack` makes them. No torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tierlm.formats import FORMATS
+
+
+class Mixture(NamedTuple):
+    """Names of formats: of the matrices of routed experts and of trunks, of the embedding, of the lm_head. Vectors,
+    routers and biases take 16 bits everywhere."""
+
+    experts: str
+    trunk: str
+    embedding: str
+    head: str
+
+    @property
+    def bits(self) -> tuple[float, float, float, float]:
+        """Of a weight of each."""
+        experts, trunk, embedding, head = (FORMATS[name].bits for name in self)
+        return experts, trunk, embedding, head
+
+
+MIXTURES = {
+    "bf16": Mixture("bf16", "bf16", "bf16", "bf16"),
+    "fp8": Mixture("fp8", "fp8", "bf16", "bf16"),
+    "int8": Mixture("int8", "int8", "int8", "int8"),
+    "int4": Mixture("int4", "int8", "int8", "int8"),
+    "mxfp4": Mixture("mxfp4", "bf16", "bf16", "bf16"),
+    "q4_k_m": Mixture("q4_k_m", "q4_k", "q4_k", "q6_k"),  # llama.cpp, llama_tensor_get_type
+}

@@ -14,7 +14,7 @@ class AtOnce(Executor):
     collects. What fails, fails the ticket."""
 
     def __init__(self) -> None:
-        self.count, self._ended, self._links = 0, deque[Ticket](), dict[str, LinkStats]()
+        self._count, self._ended, self._links = 0, deque[Ticket](), dict[str, LinkStats]()
 
     def submit(self, ticket: Ticket, *, first: bool) -> None:
         for index in range(len(ticket.jobs)):
@@ -33,8 +33,12 @@ class AtOnce(Executor):
             ticket = self._ended.popleft()
             yield ticket, ticket.error is None
 
+    @property
+    def count(self) -> int:
+        return self._count
+
     def wake(self) -> None:
-        self.count += 1
+        self._count += 1
 
     def links(self) -> dict[str, LinkStats]:
         return {name: LinkStats(link.bytes) for name, link in self._links.items()}

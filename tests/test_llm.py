@@ -97,6 +97,25 @@ def test_a_file_that_shrinks_while_running_is_a_short_read(toy_v3: tuple[Path, A
             assert llm.generate([[5, 6, 7]], TEN)[0].ids == expected
 
 
+@pytest.mark.parametrize("how", ["replaced", "deleted"])
+@pytest.mark.parametrize("reader", ["direct", "mmap"])
+def test_a_shard_that_loses_its_name_is_still_read(
+    how: str, reader: str, toy_v3: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """A file of the same size under its name has other bytes."""
+    for file in toy_v3[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = tmp_path / "model.safetensors"
+    with LLM.load(tmp_path, budget=RAM, ram_slots=5, reader=reader) as llm:
+        expected = llm.generate([[5, 6, 7]], TEN)[0].ids
+        if how == "replaced":
+            (tmp_path / "new").write_bytes(bytes(shard.stat().st_size))
+            (tmp_path / "new").replace(shard)
+        else:
+            shard.unlink()
+        assert llm.generate([[5, 6, 7]], TEN)[0].ids == expected
+
+
 def test_a_stalled_read_is_an_error_and_is_found_again_when_it_comes(toy_v3: tuple[Path, Any]) -> None:
     gate = threading.Event()
     with faulty(toy_v3[0], io_timeout=0.3) as (llm, reader):

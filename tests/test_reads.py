@@ -29,6 +29,7 @@ from tierlm.checkpoints.reader import Request, split
 from tierlm.errors import StorageError
 from tierlm.memory import compiled
 from tierlm.memory.compiled import Reads
+from tierlm.memory.jobs import Read
 from tierlm.memory.ticket import Priority, Ticket
 from tierlm.spec import ExpertKey
 from tierlm.timeline import Timeline
@@ -260,6 +261,18 @@ def test_after_a_ticket_that_ended_unnoticed(shelf: Shelf) -> None:
     over = threading.Event()
     shelf.transfer.submit([call(over.set)], after=ticket)
     assert ticket.done and over.wait(WAIT)
+
+
+def test_a_read_after_a_ticket_goes_before_the_queue(watched: tuple[Shelf, Timeline]) -> None:
+    shelf, timeline = watched
+    shelf.hold()
+    first, behind = shelf.fetch(0), shelf.fetch(2)
+    requests, words = shelf.disk._split(ExpertKey(0, 1), shelf.records[1])
+    read = Read(shelf.reader, requests, words, shelf.slots[1], ExpertKey(0, 1))
+    follows = shelf.transfer.submit(read, after=first)
+    shelf.transfer.gate.set()
+    shelf.finish(follows, behind)
+    assert order_of(dict(enumerate("abc")), timeline) == ["a", "b", "c"]
 
 
 # --- errors

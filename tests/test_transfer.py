@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from at_once import AtOnce
 from made_jobs import Call
 
-from tierlm.memory.ticket import Job, Priority, Ticket
+from tierlm.memory.ticket import Job, Priority, State, Ticket
 from tierlm.memory.transfer import Transfer
 
 WAIT = 60.0  # seconds; reached only by a test that fails
@@ -510,3 +511,33 @@ def test_a_ticket_is_not_cancelled_before_its_last_job(one: Bench) -> None:
     gate.set()
     one.transfer.wait_any([queued], WAIT)
     assert queued.done and not queued.cancelled and one.ran == ["a", "last"]
+
+
+# --- states, and an executor without threads
+
+
+def test_states_of_a_ticket(one: Bench) -> None:
+    held, gate = one.hold("held")
+    queued, dropped = one.submit("queued"), one.submit("dropped")
+    broken = one.transfer.submit([one.job("broken", fail(Broken()))])
+    behind = one.submit("behind", after=broken)
+    assert one.transfer.cancel(dropped)
+    found = [ticket.state for ticket in (held, queued, dropped, broken, behind)]
+    assert found == [State.BEGUN, State.WAITING, State.CANCELLED, State.WAITING, State.WAITING]
+    gate.set()
+    one.finish(held, queued, behind)
+    found = [ticket.state for ticket in (held, queued, dropped, broken, behind)]
+    assert found == [State.ARRIVED, State.ARRIVED, State.CANCELLED, State.FAILED, State.FAILED]
+
+
+def test_an_executor_without_threads() -> None:
+    before = threading.active_count()
+    bench = Bench(Transfer(1, executor=AtOnce()))
+    below = bench.transfer.submit([bench.job("a"), bench.job("b")], last=bench.job("last"))
+    assert bench.ran == ["a", "b"] and below.state is State.WAITING and threading.active_count() == before
+    above = bench.submit("above", after=below)
+    assert below.state is above.state is State.ARRIVED and bench.ran == ["a", "b", "last", "above"]
+    broken = bench.transfer.submit([bench.job("c", fail(Broken())), bench.job("d")])
+    bench.transfer.wait_any([broken], 0)
+    assert broken.state is State.FAILED and isinstance(broken.error, Broken)
+    assert bench.transfer.busy()["link"].bytes == 4 and bench.transfer.close()

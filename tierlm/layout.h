@@ -5,14 +5,14 @@
 #include <cstdint>
 
 struct Field {
-    const char* name;  // null at the end, where `offset` is the struct's size
-    int64_t offset;
+    const char* name;  // null for the struct itself, at the end
+    int64_t offset, size;
 };
 
-#define FIELD(name) {#name, int64_t(offsetof(Struct, name))}
-#define LAYOUT(type, ...)                                                                \
-    extern "C" const Field* tierlm_layout_##type() {                                     \
-        using Struct = type;                                                             \
-        static const Field fields[] = {__VA_ARGS__, {nullptr, int64_t(sizeof(Struct))}}; \
-        return fields;                                                                   \
+#define FIELD(name) {#name, int64_t(offsetof(Struct, name)), int64_t(sizeof(Struct::name))}
+#define LAYOUT(type, ...)                                                                   \
+    extern "C" const Field* tierlm_layout_##type() {                                        \
+        using Struct = type;                                                                \
+        static const Field fields[] = {__VA_ARGS__, {nullptr, 0, int64_t(sizeof(Struct))}}; \
+        return fields;                                                                      \
     }

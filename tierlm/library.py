@@ -16,19 +16,19 @@ def find_library(folder: Path) -> Path | None:
 class Field(ctypes.Structure):
     """struct Field of layout.h."""
 
-    _fields_ = [("name", ctypes.c_char_p), ("offset", ctypes.c_int64)]
+    _fields_ = [("name", ctypes.c_char_p), ("offset", ctypes.c_int64), ("size", ctypes.c_int64)]
 
 
 def check_layout(library: ctypes.CDLL, struct: type[ctypes.Structure]) -> None:
-    """Compare ``struct`` with the one of the same name in C++, which has a LAYOUT (layout.h): names and places of its
-    fields, and its size. Raises ImportError if they differ: Python would pass wrong words."""
+    """Compare ``struct`` with the one of the same name in C++, which has a LAYOUT (layout.h): its fields' names, places
+    and sizes, and its own size. Raises ImportError if they differ, since Python would pass wrong words."""
     layout = library[f"tierlm_layout_{struct.__name__}"]
     layout.restype = ctypes.POINTER(Field)
-    found: dict[str, int] = {}
-    fields = layout()
-    while (field := fields[len(found)]).name:
-        found[field.name.decode()] = field.offset
-    expected = {name: getattr(struct, name).offset for name, *_ in struct._fields_}
-    if found != expected or field.offset != ctypes.sizeof(struct):
-        differs = f"expected {expected}, {ctypes.sizeof(struct)} bytes, found {found}, {field.offset} bytes"
-        raise ImportError(f"{library._name}: struct {struct.__name__}: {differs}: build tierlm's C++ again")
+    fields, found = layout(), list[tuple[str, int, int]]()
+    while name := fields[len(found)].name:
+        found.append((name.decode(), fields[len(found)].offset, fields[len(found)].size))
+    places = [(name, getattr(struct, name)) for name, *_ in struct._fields_]
+    expected = [(name, place.offset, place.size) for name, place in places]
+    if found != expected or fields[len(found)].size != ctypes.sizeof(struct):
+        differs = f"expected fields {expected}, found {found}: build tierlm's C++ again"
+        raise ImportError(f"{library._name}: struct {struct.__name__}: {differs}")

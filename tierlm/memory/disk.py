@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from tierlm.checkpoints.checkpoint import Record
 from tierlm.checkpoints.reader import Reader, Request, split
-from tierlm.memory.jobs import Check, Decompression, Read
+from tierlm.memory.jobs import Read, Unseal
 from tierlm.memory.slots import Entry, Slot
-from tierlm.memory.ticket import Job, Priority, Ticket
+from tierlm.memory.ticket import Priority, Ticket
 from tierlm.memory.transfer import Transfer
 from tierlm.spec import Key
 
@@ -30,7 +30,9 @@ class Disk:
             words = None
         last = None
         if record.inside is not None or (record.seal is not None and key not in self._checked):
-            last = self._last(key, record, slot)
+            assert record.seal is not None  # the catalog has seen to it
+            link, nbytes = ("checksum", record.seal.nbytes) if record.inside is None else ("zstd", record.inside.raw)
+            last = Unseal(link, nbytes, str(tuple(key)), self.reader, record, record.seal, slot, key, self._checked)
         read = Read(self.reader, requests, words, slot, key)
         return self.transfer.submit(read, priority=priority, last=last), None
 
@@ -47,16 +49,6 @@ class Disk:
                 words.extend((descriptor, request.lo, wanted, nbytes, request.at))
         self._requests[key] = requests, words
         return requests, words
-
-    def _last(self, key: Key, record: Record, slot: Slot) -> Job:
-        """What has to be done to a record once it is read."""
-        seal, extent, what = record.seal, record.extents[0], str(tuple(key))
-        assert seal is not None  # the catalog has seen to it
-        whole = Request(extent, extent.lo, extent.hi)
-        check = Check("checksum", seal.nbytes, what, self.reader, whole, slot, seal, key, self._checked)
-        if record.inside is None:
-            return check
-        return Decompression("zstd", record.inside.raw, what, check, record.inside)
 
     def settle(self) -> None:
         """Nothing arrives at the disk, but what has left it may."""

@@ -1,4 +1,4 @@
-"""What transfers do: read a record, compare it with its seal, restore it, copy it up."""
+"""What transfers do: read a record, unseal it, copy it up."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from tierlm.checkpoints.checkpoint import Record
 from tierlm.checkpoints.checksum import Seal, checksum
-from tierlm.checkpoints.codec import Compressed
 from tierlm.checkpoints.reader import Reader, Request, failure
 from tierlm.errors import StorageError
 from tierlm.memory.slots import Slot
@@ -21,8 +23,8 @@ from tierlm.spec import Key
 
 @dataclass(slots=True, eq=False)
 class Read:
-    """All reads of one record into ``slot``, as ``Jobs``. memory/compiled takes them as they are, any other executor
-    one by one.
+    """All reads of one record into ``slot``, a job for each request. memory/compiled takes them as they are, any other
+    executor one by one.
 
     ``words``: struct Request of memory/compiled for each of ``requests``; None where only ``reader`` can perform them.
     """
@@ -61,56 +63,47 @@ class ReadPart(Job):
 
 
 @dataclass(slots=True, eq=False)
-class Check(Job):
-    """Compares the record of ``request``, which has been read, with its seal; if they differ, reads it from a mirror.
-    Adds ``key`` to ``checked``."""
+class Unseal(Job):
+    """Makes sure of a record that has been read: compares it with ``seal``, unless ``key`` is among ``checked``, and
+    restores it if it is compressed. A record that differs is read again from a mirror."""
 
     reader: Reader
-    request: Request
-    slot: Slot
+    record: Record
     seal: Seal
+    slot: Slot
     key: Key
     checked: set[Key]
 
     def run(self) -> None:
-        try:
-            self.compare(self.seal.file)
-        except StorageError:
-            self.reader.repair(self.request, buffer_of(self.request, self.slot), self.compare)
+        first, stored = self.key not in self.checked, self.record.inside
+        if first:
+            try:
+                self.compare(self.seal.file)
+            except StorageError:
+                extent = self.record.extents[0]
+                request = Request(extent, extent.lo, extent.hi)
+                self.reader.repair(request, buffer_of(request, self.slot), self.compare)
+        if stored is not None:
+            try:
+                stored.restore(self._packed(stored.nbytes), self.slot.buffer.numpy(), check=first)
+            except ValueError as error:
+                self.checked.discard(self.key)
+                why = f"{error}; it was damaged on the way, or packed wrongly: pack the model again"
+                raise self.stalled(why) from error
         self.checked.add(self.key)
 
     def compare(self, file: Path) -> None:
         """Raises StorageError, which names ``file``, where the record came from."""
-        at = self.request.extent.at
-        replace(self.seal, file=file).check(checksum(self.slot.buffer[at : at + self.seal.nbytes].numpy().data))
+        replace(self.seal, file=file).check(checksum(self._packed(self.seal.nbytes).data))
+
+    def _packed(self, nbytes: int) -> NDArray[np.uint8]:
+        at = self.record.extents[0].at
+        return self.slot.buffer.numpy()[at : at + nbytes]
 
     def stalled(self, why: str) -> Exception:
-        return StorageError(f"comparing {self.seal.name} of {self.seal.file} with its checksum: {why}")
-
-
-@dataclass(slots=True, eq=False)
-class Decompression(Job):
-    """Restores a compressed record in its slot. ``check`` goes first where the record has not been checked yet."""
-
-    check: Check
-    stored: Compressed
-
-    def run(self) -> None:
-        check = self.check
-        first = check.key not in check.checked
-        if first:
-            check.run()
-        at, buffer = check.request.extent.at, check.slot.buffer.numpy()
-        try:
-            self.stored.restore(buffer[at : at + self.stored.nbytes], buffer, check=first)
-        except ValueError as error:
-            check.checked.discard(check.key)
-            raise self.stalled(
-                f"{error}; it was damaged on the way, or packed wrongly: pack the model again"
-            ) from error
-
-    def stalled(self, why: str) -> Exception:
-        seal = self.check.seal
+        seal = self.seal
+        if self.record.inside is None:
+            return StorageError(f"comparing {seal.name} of {seal.file} with its checksum: {why}")
         what = f"{seal.file}: decompressing {seal.name}, {seal.nbytes} bytes at offset {seal.offset}: {why}"
         return StorageError(what, file=str(seal.file), tensor=seal.name, offset=seal.offset)
 

@@ -27,9 +27,8 @@ class Threads(Executor):
         self._links: dict[str, LinkStats] = {}
         self._count = 0
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"tierlm-transfer-{i}", daemon=True) for i in range(count)
-        ]
+        names = [f"tierlm-transfer-{i}" for i in range(count)]
+        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
         for thread in self._threads:
             thread.start()
 
@@ -38,12 +37,8 @@ class Threads(Executor):
         ticket.unfinished = set(jobs)
         items = [(ticket, index, ticket.jobs[index]) for index in jobs]
         with self._lock:
-            if self._closed:
-                return
-            if first:
-                self._waiting[ticket.priority].extendleft(reversed(items))
-            else:
-                self._waiting[ticket.priority].extend(items)
+            queue = self._waiting[ticket.priority]
+            queue.extendleft(reversed(items)) if first else queue.extend(items)
             self._work.notify(len(items))
 
     def announce(self, ticket: Ticket) -> None:
@@ -142,7 +137,12 @@ class Threads(Executor):
     def _perform(self, spare: bool, item: Item) -> None:
         ticket, index, job = item
         began, cpu = time.perf_counter(), time.thread_time()
-        error = _error_of(job) if ticket.error is None else ticket.error
+        error = ticket.error
+        if error is None:
+            try:
+                job.run()
+            except BaseException as failure:  # whatever it is, the thread lives on, and the waiter gets it
+                error = failure
         ended, cpu = time.perf_counter(), time.thread_time() - cpu
         if self._timeline is not None:
             priority = ticket.priority.name.lower()
@@ -167,12 +167,3 @@ class Threads(Executor):
             self._count += 1
             self._changed.notify_all()
         self._announce()
-
-
-def _error_of(job: Job) -> BaseException | None:
-    """Run ``job``. Whatever it raises is returned: the thread lives on, and the waiter gets it."""
-    try:
-        job.run()
-    except BaseException as error:
-        return error
-    return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tierlm.memory.executor import Executor
+    from tierlm.memory.jobs import Read
 
 DISK = "disk->ram"  # the link of everything that is read from files
 
@@ -48,24 +50,16 @@ class Job(ABC):
         """The error that names this job as the one that does not come back."""
 
 
-class Jobs(Protocol):
-    """The jobs of a ticket, which run in any order and side by side: a list of ``Job``, or a ``Read``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Job: ...
-
-
 @dataclass(slots=True, eq=False)
 class Ticket:
     """A transfer under way. Only ``Transfer`` and executors change it.
 
-    ``jobs``: what ``executor`` has, or is to get. ``after``: the ticket that must arrive first. ``last``: a job that
-    begins, ahead of all others, once ``jobs`` are through without error. ``error``: the first one; it may be set before
-    the ticket is done, while other jobs are still under way.
+    ``jobs``: what ``executor`` has, or is to get; they run in any order and side by side. ``after``: the ticket that
+    must arrive first. ``last``: a job that begins, ahead of all others, once ``jobs`` are through without error.
+    ``error``: the first one; it may be set before the ticket is done, while other jobs are still under way.
     """
 
-    jobs: Jobs
+    jobs: Sequence[Job] | Read
     priority: Priority
     after: Ticket | None = None
     last: Job | None = None

@@ -14,7 +14,7 @@ from tierlm.memory import compiled
 from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.jobs import Read
 from tierlm.memory.threads import Threads
-from tierlm.memory.ticket import DISK, Job, Jobs, Priority, State, Ticket
+from tierlm.memory.ticket import DISK, Job, Priority, State, Ticket
 from tierlm.timeline import Timeline
 
 INTERRUPTIBLE = 0.1  # seconds of waiting after which Python looks whether it has been interrupted
@@ -48,7 +48,7 @@ class Transfer:
 
     def submit(
         self,
-        jobs: Jobs,
+        jobs: Sequence[Job] | Read,
         *,
         priority: Priority = Priority.DEMAND,
         after: Ticket | None = None,

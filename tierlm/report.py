@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from tierlm.config import format_size
-from tierlm.memory.tiers import TierStats
+from tierlm.policies.residency import TierStats
 from tierlm.stats import Phase, Stats
 
 

@@ -43,6 +43,7 @@ from tierlm.models.routing import Routers
 from tierlm.planning.plan import AUTO_RAM, Plan, TierPlan, make_plan
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import TierInfo
+from tierlm.policies.lookahead import Lookahead
 from tierlm.policies.predictors import make_predictor
 from tierlm.policies.recency import Lru
 from tierlm.spec import ExpertKey
@@ -238,7 +239,8 @@ class Runtime:
                 done += size
                 progress(done, total)
         self.trunks = trunks[0]
-        self.store = Store(self.experts[0], catalog.record, options.io_timeout, self.heat, options.exact)
+        lookahead = Lookahead(self.predictor, spec.moe_layers)
+        self.store = Store(self.experts[0], catalog.record, lookahead, options.io_timeout, self.heat, options.exact)
         if options.heat:
             hottest = self.heat.hottest()
             self.store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
@@ -246,7 +248,7 @@ class Runtime:
         self.cache = KvCache(spec.layers, self.context, spec.latent_dim, kv_dtype, self.device)
         if options.trace is not None:
             self.recorder = self._open_recorder(Path(options.trace))
-        moe = MixtureOfExperts(spec, Routers(spec, gates), self.store, self.predictor, self.timeline, self.recorder)
+        moe = MixtureOfExperts(spec, Routers(spec, gates), self.store, self.timeline, self.recorder)
         self.decoder = Decoder(
             spec, self._embed, gates, self.trunks, catalog.head, self.cache, moe, self.device, self.timeline
         )

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tierlm.host import peak_ram
-from tierlm.memory.tiers import TierStats
+from tierlm.policies.residency import TierStats
 from tierlm.memory.transfer import LinkStats
 from tierlm.planning.plan import Plan
 from tierlm.runtime import Meter, Runtime

@@ -15,6 +15,7 @@ from tierlm.memory import compiled
 from tierlm.memory.compiled import Reads
 from tierlm.memory.queues import Queues
 from tierlm.memory.ticket import DISK, Job, PlainRead, Priority, Ticket
+from tierlm.policies.limits import spare_lanes
 from tierlm.timeline import Timeline
 
 INTERRUPTIBLE = 0.1  # seconds of waiting after which Python looks whether it has been interrupted
@@ -61,7 +62,7 @@ class Transfer:
         self.timeline = timeline
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        spare = min(threads, max(2, threads // 4))
+        spare = spare_lanes(threads)
         self._queues = Queues(threads, spare)
         self._closed = False
         self.links: dict[str, LinkStats] = {}

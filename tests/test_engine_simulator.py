@@ -19,8 +19,8 @@ from tierlm.policies import POLICIES
 from tierlm.policies.predictors import make_predictor
 from tierlm.policies.prefetch import Always
 from tierlm.timeline import Timeline
-from tierlm.tracing.replay import open_policy
-from tierlm.tracing.simulate import simulate
+from tierlm.tracing.replay import Replayed, open_policy, replay
+from tierlm.tracing.simulate import replay_tiers, simulate
 from tierlm.tracing.timing import AT_ONCE, Rates
 from tierlm.tracing.trace import Trace
 from tierlm.tracing.traceforms import read_trace
@@ -112,8 +112,16 @@ def test_the_simulator_counts_what_the_engine_does(
     if predictor == "gate":
         assert found[0]["useful"] and found[0]["wasted"]
     trace = read_trace(tmp_path / "trace", scores=True)
-    if len(slots) == 1 and predictor == "none":  # counted without events
-        counts = simulate(trace, open_policy(policy, trace, slots[0]), make_predictor("none", 1), slots[0], INSTANT)
-        assert (counts.missed, counts.late_hits) == (found[0]["misses"], 0)
+    if predictor == "none":
+        counted = replay_tiers(trace, [(open_policy(policy, trace, count), count) for count in slots])
+        assert counted == [Replayed(tier["hits"] + tier["misses"], tier["misses"]) for tier in found]
     else:
         assert run_simulator(trace, policy, predictor, slots) == found
+
+
+@pytest.mark.parametrize("policy", ["echo", "lru", "arc"])
+def test_one_tier_of_several_is_the_replay_of_one(policy: str) -> None:
+    trace = read_trace(Path(__file__).parent.parent / "bench" / "traces" / "demo.npz").part(0, 300)
+    for slots in (4, 40):
+        (found,) = replay_tiers(trace, [(open_policy(policy, trace, slots), slots)])
+        assert found == replay(trace, open_policy(policy, trace, slots), slots)

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tierlm.host import peak_ram
-from tierlm.policies.residency import TierStats
 from tierlm.memory.transfer import LinkStats
 from tierlm.planning.plan import Plan
+from tierlm.policies.residency import TierStats
 from tierlm.runtime import Meter, Runtime
 
 

@@ -196,6 +196,7 @@ class Tier:
         unless ``begun``, their time has not come yet, and they stay as they are."""
         self.source.cancel_stale(layer, wanted, begun=begun)
         if self.residency.prefetched:
+            self.settle()
             for entry in self.residency.stale(layer, wanted):
                 if not self._cancel(entry) and begun:
                     self.residency.waste(entry)

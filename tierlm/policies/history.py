@@ -85,8 +85,8 @@ class Transition(Predictor):
 
 
 class Ensemble(Predictor):
-    """The others together: each one's prediction weighs by its rank (reciprocal rank fusion, Cormack et al., SIGIR 2009) and
-    by how often its first ``width`` predictions have been right lately."""
+    """The others together: each one's prediction weighs by its rank (reciprocal rank fusion, Cormack et al., SIGIR
+    2009) and by how often its first ``width`` predictions have been right lately."""
 
     lookahead = 2
     RANK = 4.0  # the first rank counts for 1/4, the second for 1/5

@@ -4,19 +4,20 @@ and lookahead are the engine's own objects, over a clock of the simulation."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from tierlm.errors import UsageError
 from tierlm.policies.eviction import Policy
 from tierlm.policies.lookahead import Lookahead
-from tierlm.policies.prediction import Predictor
-from tierlm.policies.prefetch import Measured, Prefetch
+from tierlm.policies.prediction import NoPredictor, Predictor
+from tierlm.policies.prefetch import Always, Measured, Prefetch
 from tierlm.policies.residency import EntryState, Purpose, TierStats
 from tierlm.spec import ExpertKey
 from tierlm.tracing.link import Link
-from tierlm.tracing.replay import disk_places, expert_keys, find_misses
+from tierlm.tracing.replay import Replayed, disk_places, expert_keys, find_misses
 from tierlm.tracing.tiers import Entry, build_tiers
-from tierlm.tracing.timing import Rates, elapsed
+from tierlm.tracing.timing import AT_ONCE, Rates, elapsed
 from tierlm.tracing.trace import Step, Trace
 
 
@@ -101,13 +102,20 @@ def simulate(
     )
 
 
+def replay_tiers(trace: Trace, tiers: Sequence[tuple[Policy, int]]) -> list[Replayed]:
+    """What ``replay`` counts, of several tiers: (policy, slots) of each, the top first. Each policy is used up."""
+    machine = Rates(trace.info.record_bytes or 1, AT_ONCE, 0.0, 0.0)
+    run = _Run(trace, tiers, NoPredictor(trace.experts.shape[2]), machine, Always()).run()
+    return [Replayed(stats.hits + stats.late_hits + stats.misses, stats.misses) for stats in run.tiers]
+
+
 class _Run:
     """One simulation: memory/store.py and models/moe.py over a clock."""
 
     def __init__(
         self,
         trace: Trace,
-        tiers: list[tuple[Policy, int]],
+        tiers: Sequence[tuple[Policy, int]],
         predictor: Predictor,
         machine: Rates,
         prefetch: Prefetch | None,
@@ -136,8 +144,8 @@ class _Run:
                 result.decoded += step.tokens
                 result.decode_seconds += self.now - began
         result.seconds, result.reads = self.now, self.disk.begun
-        tier, stats = self.tier, self.tier.stats
-        result.tiers = (stats,) if tier.source is None else (stats, tier.source.stats)
+        stats = self.tier.stats
+        result.tiers = tuple(tier.stats for tier in self.tier.chain())
         result.demanded, result.missed = stats.hits + stats.late_hits + stats.misses, stats.misses
         result.late_hits, result.prefetched = stats.late_hits, stats.prefetched
         result.useful, result.wasted, result.cancelled = stats.useful, stats.wasted, stats.cancelled
@@ -197,9 +205,7 @@ class _Run:
         self.result.stall_seconds += there - self.now
         self.now = there
 
-    def _start(
-        self, layer: int, held: list[Entry], missing: list[ExpertKey], streaming: bool, turn_open: bool
-    ) -> bool:
+    def _start(self, layer: int, held: list[Entry], missing: list[ExpertKey], streaming: bool, turn_open: bool) -> bool:
         """Start as many of ``missing`` as there are slots for, and planned prefetches behind them. Returns whether the
         turn of ``layer`` is still open."""
         tier = self.tier

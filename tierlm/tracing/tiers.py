@@ -63,6 +63,9 @@ class SimulatedTier:
 
     def cancel_stale(self, layer: int, wanted: Collection[Key], now: float, *, begun: bool = True) -> None:
         """Drop the prefetches for ``layer`` that are not ``wanted``; of those that have begun, only if ``begun``."""
+        if not self.residency.prefetched:
+            return
+        self.settle(now)
         for entry in self.residency.stale(layer, wanted):
             loading = entry.state is EntryState.LOADING
             if loading and (not entry.queued or self.link.cancel(entry.key, now)):
@@ -73,10 +76,11 @@ class SimulatedTier:
 
     def settle(self, now: float) -> None:
         """Take note of what has arrived by ``now``."""
+        if self.source is not None:
+            self.source.settle(now)
         if not self.residency.loading:
             return
         if self.source is not None:
-            self.source.settle(now)
             for entry in self.residency.loading.values():
                 if not entry.queued and entry.source is not None and entry.source.state is EntryState.RESIDENT:
                     self._queue(entry, entry.source.there)
@@ -85,6 +89,10 @@ class SimulatedTier:
             entry.there = arrived[key]
             self._end_transfer(entry)
             self.residency.arrived(entry)
+
+    def chain(self) -> list[SimulatedTier]:
+        """This tier and those below it."""
+        return [self, *([] if self.source is None else self.source.chain())]
 
     def next_arrival(self) -> float:
         """When something arrives next, here or below; infinite: nothing is on its way."""

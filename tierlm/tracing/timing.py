@@ -14,7 +14,6 @@ from tierlm.tracing.link import Link, Speed
 from tierlm.tracing.replay import Misses
 from tierlm.tracing.trace import Trace
 
-
 AT_ONCE = Speed(math.inf, 0.0, 1)
 
 

@@ -49,7 +49,7 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
     turns = []
     options = {"predictor": case["predictor"], "context": 1024, "heat": False}
     with LLM.load(case["model"], budget=Budget(case["ram"]), **options) as llm:
-        prefetch = llm._runtime.store.prefetch
+        prefetch = llm._runtime.store.lookahead.prefetch
         follow = {"pace": Pace(), "near": Fixed(NEAR), "far": Fixed(FAR)}[case["follow"]]
         paces = {True: follow, False: Fixed(NONE)}
         llm.generate([list(range(5, 5 + PROMPT))], tokens(WARM))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm.policies.pace import CLEAR, FAR, NEAR, NONE, REVISIT, TRIAL, TURNS, WAYS, Pace
-from tierlm.policies.prefetch import MEMORY, Prefetch
+from tierlm.policies.prefetch import MEMORY, Measured
 from tierlm.spec import ExpertKey
 
 READ = 0.010  # seconds for one record
@@ -20,16 +20,15 @@ class Layers:
 
     def __init__(self, window: float, compute: float, absent: int, cpu: float = 0.0):
         self.now = 0.0
-        self.prefetch = Prefetch(lambda: self.now)
-        self.prefetch.read_seconds.add(READ)
-        self.prefetch.read_cpu.add(cpu)
+        self.prefetch = Measured(lambda: self.now)
+        self.prefetch.read(READ, cpu)
         self.window, self.compute, self.absent = window, compute, absent
 
     def step(self, right: int, backlog: float = 0.0, prefill: bool = False) -> list[ExpertKey]:
         """One pass through both; what was chosen to be read for B."""
         self.prefetch.turn(0, [])
         guessed = [ExpertKey(1, expert) for expert in range(4)]
-        chosen = self.prefetch.choose(1, guessed, 1, prefill, backlog)
+        chosen = self.prefetch.choose(1, guessed, 1, prefill, backlog / READ)
         self.now += self.window
         self.prefetch.turn(1, guessed[:right])
         self.now += self.compute
@@ -113,7 +112,7 @@ def test_what_is_chosen_is_guessed_in_order_and_fits(
 
 
 def test_how_far_is_looked_ahead_is_up_to_the_pace_but_for_a_prefill() -> None:
-    prefetch = Prefetch()
+    prefetch = Measured()
     for way, far in ((NONE, []), (NEAR, [1]), (FAR, [0, 1, 2])):
         prefetch.pace.way = way
         assert [ahead for ahead in range(3) if prefetch.due(ahead, False)] == far

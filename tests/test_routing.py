@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tierlm.models import routing
 from tierlm.models.deepseek import read_spec
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.routing import Routers
+from tierlm.policies.lookahead import Lookahead
 from tierlm.policies.prediction import GateLookahead, NoPredictor
 
 
@@ -98,7 +98,7 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
     roles = ("gate_proj", "up_proj", "down_proj")
 
     class Store:
-        prefetch = SimpleNamespace(due=lambda ahead, prefill: False)
+        lookahead = Lookahead(NoPredictor(spec.experts_per_token), [1])
 
         @contextmanager
         def acquire(self, layer: int, needed: list[int], streaming: bool) -> Iterator[Any]:
@@ -106,7 +106,7 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
             yield [[(expert, dict(zip(roles, found[expert], strict=True))) for expert in needed]]
 
     found = Routers(spec, {"1.gate": gate})
-    moe = MixtureOfExperts(spec, found, Store(), NoPredictor(spec.experts_per_token))  # type: ignore[arg-type]
+    moe = MixtureOfExperts(spec, found, Store())  # type: ignore[arg-type]
     hidden, x = torch.randn(2, 3, spec.hidden)
     weights, experts = found.route(x, 1)
     expected = hidden.clone()
@@ -123,13 +123,9 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
 
 
 def test_what_most_rows_guess_comes_first() -> None:
-    hints: list[list[int]] = []
-    store = SimpleNamespace(hint=lambda layer, keys, ahead, streaming: hints.append([key.expert for key in keys]))
-    spec = routers("v2", "f32").spec
-    moe = MixtureOfExperts(spec, None, store, GateLookahead(2))  # type: ignore[arg-type]
-    moe._hint(1, 1, True, torch.tensor([[3, 1], [1, 2], [1, 3]]))
-    moe._hint(1, 1, False, torch.tensor([[3, 1]]))
-    assert hints == [[1, 3, 2], [3, 1]]
+    lookahead = Lookahead(GateLookahead(2), [1])
+    assert [key.expert for key in lookahead.predict(1, [[3, 1], [1, 2], [1, 3]])] == [1, 3, 2]
+    assert [key.expert for key in lookahead.predict(1, [[3, 1]])] == [3, 1]
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -112,7 +112,7 @@ def test_latency_passes_side_by_side_up_to_the_depth() -> None:
         link = Link(Speed(2.0, 1.0, depth), 1)
         keys = [ExpertKey(0, expert) for expert in range(8)]
         for key in keys:
-            link.submit(key, 0.0, guess=False)
+            link.submit(key, 0.0, prefetch=False)
         link.run(1e9)
         assert max(link.done.values()) == pytest.approx(expected), depth
 
@@ -120,27 +120,27 @@ def test_latency_passes_side_by_side_up_to_the_depth() -> None:
 def test_demands_go_ahead_of_guesses_that_wait() -> None:
     link = Link(Speed(1.0, 0.0, 1), 1)
     first, guess, demand = (ExpertKey(0, expert) for expert in range(3))
-    link.submit(first, 0.0, guess=False)
-    link.submit(guess, 0.0, guess=True)
+    link.submit(first, 0.0, prefetch=False)
+    link.submit(guess, 0.0, prefetch=True)
     link.run(0.5)
-    link.submit(demand, 0.5, guess=False)
+    link.submit(demand, 0.5, prefetch=False)
     assert link.wait({demand}) == 2.0 and guess not in link.done
     assert link.wait({guess}) == 3.0
-    assert not link.cancel(guess)
+    assert not link.cancel(guess, 1.0)
 
 
 def test_right_guesses_turn_waiting_into_late_hits_or_hits(trace: Trace) -> None:
     plain, guessed = run(trace), run(trace, predictor="gate")
     assert guessed.missed < plain.missed and guessed.useful > 100
     assert guessed.seconds < plain.seconds and guessed.wasted < guessed.useful / 10
-    assert guessed.reads <= guessed.missed + guessed.guessed
+    assert guessed.reads <= guessed.missed + guessed.prefetched
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_every_predictor_runs_and_its_account_adds_up(predictor: str, trace: Trace) -> None:
     result = run(trace, predictor=predictor)
     assert result.demanded == run(trace).demanded
-    begun = result.guessed - result.cancelled
+    begun = result.prefetched - result.cancelled
     assert result.missed <= result.reads <= result.missed + begun
     assert result.useful + result.wasted <= begun
 

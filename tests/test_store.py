@@ -33,7 +33,10 @@ from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.policies import POLICIES, make_policy
 from tierlm.policies.eviction import TierInfo
-from tierlm.policies.prefetch import Prefetch
+from tierlm.policies.lookahead import Lookahead
+from tierlm.policies.prediction import Predictor
+from tierlm.policies.prefetch import Always
+from tierlm.policies.residency import Purpose, Residency
 from tierlm.spec import ExpertKey, Key, TrunkKey
 
 LAYERS, EXPERTS = 3, 6
@@ -152,14 +155,18 @@ def is_whole(weights: Weights, key: Key) -> bool:
     return all(bool((weights[role].data == value_of(key, part)).all()) for role, part in parts.items())
 
 
-class Eager(Prefetch):
-    """Finds every guess worth its read: what is tested here is what becomes of them."""
+class Told(Predictor):
+    """Predicts what it is told to."""
 
-    def choose(
-        self, layer: int, absent: Sequence[ExpertKey], ahead: int, prefill: bool, backlog: float
-    ) -> list[ExpertKey]:
-        super().choose(layer, absent, ahead, prefill, backlog)
-        return list(absent)
+    def __init__(self) -> None:
+        super().__init__(EXPERTS)
+        self.told: list[ExpertKey] = []
+
+    def observe(self, layer: int, experts: Sequence[int]) -> None:
+        """Learns nothing."""
+
+    def predict(self, layer: int) -> list[ExpertKey]:
+        return [key for key in self.told if key.layer == layer]
 
 
 class Bench:
@@ -177,14 +184,14 @@ class Bench:
             self.tiers.append(tier)
             source = tier
         self.top = self.tiers[-1]
-        self.store = Store(self.top, record_of, WAIT)
-        self.store.prefetch = Eager()
+        self.predictor = Told()
+        self.store = Store(self.top, record_of, Lookahead(self.predictor, range(layers), Always()), WAIT)
 
-    def hint(self, keys: Sequence[ExpertKey], streaming: bool = False) -> None:
-        """Hint at keys of any layers."""
+    def predict(self, keys: Sequence[ExpertKey], streaming: bool = False) -> None:
+        """Predict keys of any layers."""
+        self.predictor.told = list(keys)
         for layer in dict.fromkeys(key.layer for key in keys):
-            mine = [key for key in keys if key.layer == layer]
-            self.store.hint(layer, mine, ahead=1, streaming=streaming)
+            self.store.look_ahead(layer, 1, streaming)
 
     def close(self) -> None:
         self.shelf.close()
@@ -218,17 +225,13 @@ class Bench:
         assert self.shelf.violations == []
         above: Tier | None = None
         for tier in reversed(self.tiers):
-            held = [entry.slot for entry in tier.entries.values()]
-            assert len(held) <= len(tier.slots)
-            assert sorted(map(id, held + tier._free)) == sorted(map(id, tier.slots)), "a slot is lost, or given twice"
+            tier.check_integrity()
             sources = Counter(id(entry.source) for entry in above.entries.values()) if above else Counter[int]()
             for key, entry in tier.entries.items():
-                assert entry.key == key
                 assert entry.pins == sources[id(entry)], f"{key} in {tier.name}"
                 if entry.ticket is None:
                     self._check_bytes(entry)
-            assert set(tier.policy.victims()) == set(tier.entries)
-            stats, guesses = tier.stats, sum(entry.prefetched for entry in tier.entries.values())
+            stats, guesses = tier.stats, len(tier.residency.prefetched)
             if above is None:
                 assert stats.useful + stats.wasted + stats.cancelled + guesses == stats.prefetched
             else:  # a guess that the tier above takes over is in the account of that
@@ -241,6 +244,10 @@ class Bench:
         for extent, part in zip(record_of(entry.key).extents, (0, 1), strict=True):
             found = data[extent.at // 4 : (extent.at + extent.hi - extent.lo) // 4]
             assert (found == value_of(entry.key, part)).all(), f"{entry.key} is spoilt"
+
+
+def is_warm(residency: Residency[Entry], key: Key) -> bool:
+    return key not in residency.leaving and key not in residency.prefetched
 
 
 def has_arrived(entry: Entry) -> bool:
@@ -312,10 +319,10 @@ class Machine(RuleBasedStateMachine):
         streaming=st.booleans(),
         stop=st.none() | st.integers(0, 3),
         boom=st.booleans(),
-        hints=some_keys,
+        predicted=some_keys,
     )
     def acquire(
-        self, layer: int, experts: list[int], streaming: bool, stop: int | None, boom: bool, hints: list[ExpertKey]
+        self, layer: int, experts: list[int], streaming: bool, stop: int | None, boom: bool, predicted: list[ExpertKey]
     ) -> None:
         """All of them; or the first ``stop``, and then leave, or raise; with 0, what is held stays held."""
         assert self.bench is not None
@@ -324,7 +331,7 @@ class Machine(RuleBasedStateMachine):
         hangs = self.hung in wanted and self.hung not in bench.resident(top)
         everywhere = set().union(*(bench.resident(tier) for tier in bench.tiers))
         must_fail = {key for key in wanted if key in bench.shelf.failing and key not in everywhere}
-        warm = {key for key in bench.resident(top) if key not in top._leaving and not top.entries[key].prefetched}
+        warm = {key for key in bench.resident(top) if is_warm(top.residency, key)}
         before = demanded(top)
         seen: list[int] = []
         error: StorageError | None = None
@@ -333,7 +340,7 @@ class Machine(RuleBasedStateMachine):
             with bench.store.acquire(layer, experts, streaming=streaming) as leases:
                 if stop != 0:
                     bench.shelf.resume()
-                    self._iterate(leases, layer, seen, stop, boom, [] if streaming else hints)
+                    self._iterate(leases, layer, seen, stop, boom, [] if streaming else predicted)
         except StorageError as caught:
             error = caught
         except Boom:
@@ -354,12 +361,12 @@ class Machine(RuleBasedStateMachine):
                 assert len(warm - set(top.entries)) <= max(2, len(top.slots) // 8), "a prefill drove out warm records"
 
     def _iterate(
-        self, leases: Leases, layer: int, seen: list[int], stop: int | None, boom: bool, hints: list[ExpertKey]
+        self, leases: Leases, layer: int, seen: list[int], stop: int | None, boom: bool, predicted: list[ExpertKey]
     ) -> None:
         assert self.bench is not None
         for expert, weights in itertools.chain.from_iterable(leases):
             assert is_whole(weights, ExpertKey(layer, expert))
-            self.bench.hint(hints, streaming=len(hints) % 2 == 0)
+            self.bench.predict(predicted, streaming=len(predicted) % 2 == 0)
             assert is_whole(weights, ExpertKey(layer, expert)), "a leased record was given away"
             seen.append(expert)
             if len(seen) == stop:
@@ -367,23 +374,23 @@ class Machine(RuleBasedStateMachine):
                     raise Boom
                 break
 
-    @rule(hints=some_keys, streaming=st.booleans())
-    def hint(self, hints: list[ExpertKey], streaming: bool) -> None:
+    @rule(predicted=some_keys, streaming=st.booleans())
+    def predict(self, predicted: list[ExpertKey], streaming: bool) -> None:
         assert self.bench is not None
-        self.bench.hint(hints, streaming)
+        self.bench.predict(predicted, streaming)
 
-    @rule(hints=some_keys)
-    def warm(self, hints: list[ExpertKey]) -> None:
+    @rule(predicted=some_keys)
+    def warm(self, predicted: list[ExpertKey]) -> None:
         assert self.bench is not None
-        self.bench.store.warm(list(dict.fromkeys(hints)))
+        self.bench.store.warm(list(dict.fromkeys(predicted)))
 
     @rule(layer=layer_numbers, kept=st.sets(st.integers(0, EXPERTS - 1)))
     def cancel_stale(self, layer: int, kept: set[int]) -> None:
         assert self.bench is not None
         top = self.bench.top
-        top.cancel_stale(lambda key: key.layer == layer and key.expert not in kept)
+        top.cancel_stale(layer, set(keys(layer, *kept)))
         stale = [entry for key, entry in top.entries.items() if key.layer == layer and key.expert not in kept]
-        assert not any(entry.prefetched for entry in stale)
+        assert not any(entry.purpose is Purpose.PREFETCH for entry in stale)
 
     @rule()
     def settle(self) -> None:
@@ -434,7 +441,7 @@ class Machine(RuleBasedStateMachine):
         before, least = len(tier.slots), 1 if self.hung is None else 2
         tier.shrink(slots * SIZE, least)
         assert min(before, least) <= len(tier.slots) <= before
-        assert all(not slot.filled for slot in tier._retired)
+        assert all(not tier._slots[index].filled for index in tier.residency.retired)
 
     @rule(which=st.integers(0, 1), slots=st.integers(0, 8))
     def grow(self, which: int, slots: int) -> None:
@@ -519,7 +526,7 @@ def iterate_then(leases: Leases, count: int, then: Callable[[], None]) -> Iterat
 def test_demand_joins_a_prefetched_read(slots: tuple[int, ...]) -> None:
     with bench_of(*slots, threads=8) as bench:
         bench.shelf.pause()
-        bench.hint(keys(0, 1))
+        bench.predict(keys(0, 1))
         bench.shelf.wait_for_reads(2)  # both files of it are being read
         with bench.store.acquire(0, [1, 2]) as leases:
             bench.shelf.resume()
@@ -538,7 +545,7 @@ def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
     """A key that waits for a slot, and is hinted at meanwhile, gets one slot and is read once."""
     with bench_of(*slots) as bench:
         bench.shelf.hang(ExpertKey(0, 5))
-        bench.hint(keys(0, 5))
+        bench.predict(keys(0, 5))
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(0, [0, 1]) as leases:
             came = itertools.chain.from_iterable(leases)
@@ -547,7 +554,7 @@ def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
             for key, entry in bench.top.entries.items():
                 if key == ExpertKey(0, 5) and entry.ticket is not None:
                     bench.transfer.wait_any([entry.ticket], WAIT)
-            bench.hint(keys(0, 1))
+            bench.predict(keys(0, 1))
             assert [expert for expert, _ in came] == [1]
         bench.check()
         assert bench.shelf.reads[ExpertKey(0, 1), 0] == 1
@@ -557,7 +564,7 @@ def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
 def test_demand_goes_ahead_of_hints() -> None:
     with bench_of(8, threads=1) as bench:
         bench.shelf.pause()
-        bench.hint(keys(1, 0, 1, 2))
+        bench.predict(keys(1, 0, 1, 2))
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(0, [5]) as leases:
             bench.shelf.resume()
@@ -571,7 +578,7 @@ def test_demand_goes_ahead_of_hints() -> None:
 def test_hint_of_what_is_there_reads_nothing(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:
         bench.use(0, [1])
-        bench.hint(keys(0, 1, 1))
+        bench.predict(keys(0, 1, 1))
         bench.drain()
         assert sum(bench.shelf.reads.values()) == 2
         assert bench.top.stats.prefetched == 0
@@ -582,13 +589,13 @@ def test_guesses_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, ...])
     with bench_of(*slots) as bench:
         bench.use(2, range(slots[-1]))  # all slots are warm
         for _ in range(2):
-            bench.hint(keys(1, *range(EXPERTS)), streaming=True)
+            bench.predict(keys(1, *range(EXPERTS)), streaming=True)
             bench.drain()
         bench.use(0, range(EXPERTS), streaming=True)
         bench.check()
         for layer in (1, 0, 1, 0):  # the slots that the last layer has passed through are up for guesses now
             for _ in range(3):
-                bench.hint(keys(1 - layer, *range(EXPERTS)), streaming=True)
+                bench.predict(keys(1 - layer, *range(EXPERTS)), streaming=True)
                 bench.drain()
             bench.use(layer, range(EXPERTS), streaming=True)
             bench.check()
@@ -604,7 +611,7 @@ def test_hints_leave_warm_records_alone(slots: tuple[int, ...]) -> None:
         warm = set(bench.top.entries)
         assert len(warm) == count
         for _ in range(5):
-            bench.hint(keys(2, *range(EXPERTS)))
+            bench.predict(keys(2, *range(EXPERTS)))
             bench.drain()
         assert len(warm - set(bench.top.entries)) <= max(1, count // 8)
 
@@ -614,7 +621,7 @@ def test_stale_guesses_are_dropped(slots: tuple[int, ...]) -> None:
     """What has not begun is never read; what has begun leaves first."""
     with bench_of(*slots, threads=1) as bench:
         bench.shelf.pause()
-        bench.hint(keys(1, 0, 1, 2))
+        bench.predict(keys(1, 0, 1, 2))
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(1, [5]) as leases:
             bench.shelf.resume()
@@ -705,7 +712,7 @@ def test_a_guess_that_fails_is_read_again_for_the_demand_that_joined_it() -> Non
         key = ExpertKey(1, 2)
         bench.shelf.failing.add(key)
         bench.shelf.pause()
-        bench.hint([key])
+        bench.predict([key])
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(1, [2]) as leases:
             ticket = bench.top.entries[key].ticket
@@ -722,7 +729,7 @@ def test_guesses_that_took_over_the_streaming_slots_are_no_deadlock() -> None:
     with bench_of(17) as bench:
         bench.use(2, range(17))  # all slots are warm
         bench.use(0, range(EXPERTS), streaming=True)  # the streaming slots are the first to leave
-        bench.hint(keys(1, *range(EXPERTS)), streaming=True)
+        bench.predict(keys(1, *range(EXPERTS)), streaming=True)
         bench.drain()
         bench.use(0, range(20, 26), streaming=True)
         bench.check()
@@ -732,7 +739,7 @@ def test_guesses_that_took_over_the_streaming_slots_are_no_deadlock() -> None:
 def test_failed_guess_is_forgotten(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:
         bench.shelf.failing.add(ExpertKey(1, 2))
-        bench.hint(keys(1, 2))
+        bench.predict(keys(1, 2))
         bench.drain()
         assert ExpertKey(1, 2) not in bench.top.entries
         bench.shelf.failing.clear()

@@ -45,6 +45,7 @@ from tierlm.models.routing import Routers
 from tierlm.planning.plan import AUTO_RAM, Plan, TierPlan, make_plan
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import TierInfo
+from tierlm.policies.lookahead import Lookahead
 from tierlm.policies.prediction import Predictor
 from tierlm.policies.predictors import make_predictor
 from tierlm.policies.recency import Lru
@@ -100,14 +101,15 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         experts = _expert_tiers(request, disk, transfer)
         trunk_tiers = _trunk_tiers(request, disk, transfer)
         trunks = _load_trunks(request, trunk_tiers, progress or (lambda done, total: None))
-        store = Store(experts[0], catalog.record, options.io_timeout, heat, options.exact)
+        lookahead = Lookahead(request.predictor, spec.moe_layers)
+        store = Store(experts[0], catalog.record, lookahead, options.io_timeout, heat, options.exact)
         if options.heat:
             hottest = heat.hottest()
             store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         kv = KvCache(spec.layers, request.context, spec.latent_dim, KV_DTYPES[options.kv_dtype], request.device)
         rows = Rows(catalog.embedding, catalog.seals_of(catalog.embedding))
         undo.callback(rows.close)
-        moe = MixtureOfExperts(spec, Routers(spec, resident), store, request.predictor, timeline, recorder)
+        moe = MixtureOfExperts(spec, Routers(spec, resident), store, timeline, recorder)
         embedding = Embedding(rows, catalog.embedding, request.device)
         decoder = Decoder(spec, embedding, resident, trunks, catalog.head, kv, moe, request.device, timeline)
         relief = _relief(request, experts[-1])

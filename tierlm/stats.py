@@ -8,8 +8,8 @@ from typing import Any
 from tierlm.engine.counters import Phase, ratio
 from tierlm.host import peak_ram
 from tierlm.memory.executor import LinkStats
-from tierlm.memory.tiers import TierStats
 from tierlm.planning.plan import Plan
+from tierlm.policies.residency import TierStats
 from tierlm.runtime import Runtime
 
 

@@ -11,7 +11,7 @@ from tierlm.config import format_size
 
 if TYPE_CHECKING:
     from tierlm.engine.counters import Phase
-    from tierlm.memory.tiers import TierStats
+    from tierlm.policies.residency import TierStats
     from tierlm.stats import Stats
 
 

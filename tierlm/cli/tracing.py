@@ -141,7 +141,8 @@ def simulate(
         "policy, predictor": f"{policy}, {predictor}",
         "slots": share + defaulted,
         "hit rate": f"{result.hit_rate:.1%} {demands}",
-        "prefetched": f"{result.guessed}: {result.useful} useful, {result.wasted} wasted, {result.cancelled} cancelled",
+        "prefetched": f"{result.prefetched}: {result.useful} useful, {result.wasted} wasted, "
+        f"{result.cancelled} cancelled",
         "read": f"{format_size(result.bytes_read)}, {per_token} a token",
         "waited": f"{result.stall_seconds / result.seconds:.0%} of {result.seconds:.2f} s",
         "tokens/s": f"{result.tokens_per_second:.2f}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tierlm.checkpoints.checkpoint import Record
 from tierlm.checkpoints.reader import Reader, Request, split
@@ -60,5 +60,14 @@ class Disk:
     def keep(self, key: Key) -> None:
         """The disk keeps everything."""
 
-    def cancel_stale(self, stale: Callable[[Key], bool], *, begun: bool = True) -> None:
+    def cancel_stale(self, layer: int, wanted: Collection[Key], *, begun: bool = True) -> None:
         """Reads belong to the tier that asked for them."""
+
+    def end_turn(self, layer: int) -> None:
+        """The disk learns nothing."""
+
+    def warm(self, keys: Sequence[Key], shares: Mapping[Key, float]) -> None:
+        """The disk has no free slots."""
+
+    def in_flight(self) -> list[Ticket]:
+        return []

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tierlm.checkpoints.checkpoint import Record
 from tierlm.checkpoints.checksum import Seal, checksum
@@ -110,21 +108,14 @@ class Unseal(Job):
 
 @dataclass(slots=True, eq=False)
 class CopyUp(Job):
-    """Copies ``nbytes`` of ``source``, uint8 [size], into ``slot`` of the tier above."""
+    """Copies ``nbytes`` of ``source`` into ``slot`` of the tier above."""
 
-    source: Tensor
+    source: Slot
     slot: Slot
 
     def run(self) -> None:
         self.slot.wait()
-        target, source = self.slot.buffer[: self.nbytes], self.source[: self.nbytes]
-        if target.device.type == "cpu":
-            target.copy_(source)
-            return
-        stream = torch.Stream(target.device)  # beside the computation; out of torch's pool
-        torch.accelerator.set_stream(stream)  # of this thread only
-        target.copy_(source, non_blocking=True)
-        stream.synchronize()
+        self.slot.copy(self.source, self.nbytes)
 
     def stalled(self, why: str) -> Exception:
         return StorageError(f"copying {self.what} over {self.link}: {why}")

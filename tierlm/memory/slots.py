@@ -15,7 +15,7 @@ from tierlm.checkpoints.checkpoint import Place, Record
 from tierlm.checkpoints.reader import host_memory
 from tierlm.checkpoints.views import Weights, misaligned, weights_of
 from tierlm.memory.ticket import Ticket
-from tierlm.spec import Key
+from tierlm.policies import residency
 
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
@@ -36,11 +36,13 @@ def can_give_back() -> bool:
 @dataclass(slots=True, eq=False)
 class Slot:
     """A place for one record. ``guard``: the event after which the last reader of the old content is through.
-    ``filled``: something has been written to it, so that it takes up memory."""
+    ``filled``: something has been written to it, so that it takes up memory. ``stream``: what is copied into it runs
+    on, apart from computation; None on a host."""
 
     buffer: Tensor  # uint8 [size]
     guard: torch.Event | None = None
     filled: bool = False
+    stream: torch.Stream | None = None
     size: int = field(init=False)
     memory: memoryview | None = field(init=False, default=None)  # the same bytes, to read files into, on a host
     _queued: bool = field(init=False)  # computation on it may go on after the call
@@ -80,6 +82,16 @@ class Slot:
             return 0
         return last - first
 
+    def copy(self, other: Slot, nbytes: int) -> None:
+        """In a transfer thread: copy the first ``nbytes`` of ``other``, and wait for it."""
+        target, source = self.buffer[:nbytes], other.buffer[:nbytes]
+        if self.stream is None:
+            target.copy_(source)
+            return
+        torch.accelerator.set_stream(self.stream)  # of this thread only
+        target.copy_(source, non_blocking=True)
+        self.stream.synchronize()
+
     def wait(self) -> None:
         """Wait, in a transfer thread, until nobody reads the old content any more."""
         if self.guard is not None:
@@ -94,19 +106,11 @@ def _libc() -> ctypes.CDLL:
     return library
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A record in a slot: loading while ``ticket`` is set, then resident.
+@dataclass(slots=True, eq=False, kw_only=True)
+class Entry(residency.Entry):
+    """A record in ``slot``, on its way while ``ticket`` is set. ``source``: the entry below it is copied from."""
 
-    ``pins``: leases and copies under way that hold it here. ``prefetched``: nobody has demanded it yet.
-    ``streaming``: a prefill streamed it through in the place of a warm record.
-    """
-
-    key: Key
     slot: Slot
     ticket: Ticket | None
-    prefetched: bool
-    streaming: bool
-    pins: int = 0
     source: Entry | None = None
     error: BaseException | None = None

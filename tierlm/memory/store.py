@@ -1,4 +1,4 @@
-"""Residency of the routed experts, as the model sees it: acquire what a layer needs, hint at what comes."""
+"""The routed experts, as the model sees them: acquire what a layer needs, look ahead to what comes."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from tierlm.memory.executor import LinkStats
 from tierlm.memory.heat import Heat
 from tierlm.memory.slots import Entry
 from tierlm.memory.ticket import DISK, Priority
-from tierlm.memory.tiers import Source, Tier
-from tierlm.policies.prefetch import Prefetch
+from tierlm.memory.tiers import Tier
+from tierlm.policies.lookahead import Lookahead
 from tierlm.spec import ExpertKey, Key
-from tierlm.timeline import span
 
 
 class Store:
-    """Leases of expert records in the compute tier. Used from one thread. ``stall``: seconds waited for transfers;
-    ``exact``: see kernels.Weight."""
+    """Leases of expert records in the compute tier. Used from one thread. ``exact``: see kernels.Weight."""
 
     def __init__(
         self,
         tier: Tier,
         records: Callable[[Key], Record],
+        lookahead: Lookahead,
         io_timeout: float,
         heat: Heat | None = None,
         exact: bool = False,
     ):
-        self.tier, self.records, self.io_timeout, self.exact = tier, records, io_timeout, exact
-        self.heat = heat or Heat()
-        self.stall = 0.0
-        self.prefetch = Prefetch()
-        self._hints: dict[int, tuple[list[ExpertKey], bool]] = {}  # by layer: what is to be read, and is it a prefill
-        self._likely: dict[int, list[ExpertKey]] = {}  # by layer: all that was guessed
+        self.tier, self.records, self.lookahead, self.io_timeout = tier, records, lookahead, io_timeout
+        self.heat, self.exact = heat or Heat(), exact
         self._cores = os.cpu_count() or 1
         self._link = LinkStats()  # as it was when the time of a read was last measured
+
+    @property
+    def stall(self) -> float:
+        """Seconds waited for transfers."""
+        return self.tier.stall
 
     def acquire(self, layer: int, experts: Sequence[int], *, streaming: bool = False) -> Leases:
         """Leases of ``experts`` (each once) of ``layer``: ``with store.acquire(...) as leases: for batch in leases: for
@@ -51,56 +51,44 @@ class Store:
         """
         return Leases(self, layer, [ExpertKey(layer, expert) for expert in experts], streaming)
 
-    def hint(self, layer: int, keys: Sequence[ExpertKey], *, ahead: int, streaming: bool) -> None:
-        """``keys`` of ``layer``, likeliest first, are likely to be demanded ``ahead`` layers from now. What is there
-        stays; of what is not, what is worth it is read behind every demand, as far as there is room for guesses.
-        """
-        wanted = set(keys)
-        self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted, begun=False)
-        self._likely[layer] = list(keys)
-        self.tier.protect(key for likely in self._likely.values() for key in likely)
-        absent = [key for key in keys if key not in self.tier.entries]
-        if not absent:
-            self._hints.pop(layer, None)
-            return
-        self._measure()
-        average = self.prefetch.read_seconds.value / max(1, self.tier.slots[0].size)
-        backlog = self.tier.transfer.backlog() * average
-        chosen = self.prefetch.choose(layer, absent, ahead, streaming, backlog)
-        self._hints[layer] = (self.in_order(chosen) if streaming else chosen, streaming)
-        self.follow()
+    def look_ahead(self, layer: int, ahead: int, streaming: bool, rows: Sequence[Sequence[int]] | None = None) -> None:
+        """Predict what ``layer`` demands, ``ahead`` MoE layers from now. What is resident is protected; absent records
+        worth a read queue behind all demands, as far as there are slots. ``rows``: see Lookahead.predict."""
+        lookahead, tier = self.lookahead, self.tier
+        keys = lookahead.predict(layer, rows)
+        tier.cancel_stale(layer, set(keys), begun=False)
+        tier.protect(layer, keys)
+        backlog, absent = 0.0, [key for key in keys if key not in tier.entries]
+        if absent:
+            self._measure()
+            backlog = tier.transfer.backlog() / max(1, tier.slots[0].size)
+        chosen = lookahead.choose(layer, absent, ahead, streaming, backlog)
+        lookahead.plan(layer, self.in_order(chosen) if streaming else chosen, streaming)
+        self.start_reads()
 
-    def follow(self) -> None:
-        """Start the reads of hints, the next layer's first, as far as there are slots."""
-        for hints, streaming in self._hints.values():
-            while hints:
-                key = hints[0]
-                absent = key not in self.tier.entries
-                if absent and self.tier.start(key, priority=Priority.PREFETCH, streaming=streaming) is None:
-                    return
-                hints.pop(0)
-
-    def warm(self, keys: Sequence[ExpertKey]) -> None:
-        """Fill the free slots with ``keys``, the most wanted first, in the background; what is left of them goes to
-        the tier below. Policies learn how hot each is."""
-        tier: Source = self.tier
-        waiting = list(keys)
-        while isinstance(tier, Tier):
-            for key in keys:
-                tier.policy.expect(key, self.heat.share(key))
-            while waiting and (waiting[0] in tier.entries or tier.start(waiting[0], priority=Priority.WARM_UP)):
-                waiting.pop(0)
-            tier = tier.source
+    def start_reads(self) -> None:
+        """Start planned prefetches, as far as there are slots."""
+        tier, lookahead = self.tier, self.lookahead
+        while (wanted := lookahead.next_read(tier.entries)) is not None:
+            key, streaming = wanted
+            if tier.start(key, priority=Priority.PREFETCH, streaming=streaming) is None:
+                return
 
     def turn(self, layer: int, needed: Sequence[ExpertKey]) -> None:
-        """``layer`` runs now: what was guessed about it and is not ``needed`` has been wrong."""
+        """``layer`` runs now: predictions for it are judged, and prefetches that are not ``needed`` are dropped."""
         wanted = set(needed)
         self.heat.note(layer, needed)
-        self.prefetch.turn(layer, wanted)
-        self._hints.pop(layer, None)
-        if self._likely.pop(layer, None) is not None:
-            self.tier.protect(key for likely in self._likely.values() for key in likely)
-        self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted)
+        self.lookahead.turn(layer, wanted)
+        self.tier.protect(layer, ())
+        self.tier.cancel_stale(layer, wanted)
+
+    def warm(self, keys: Sequence[ExpertKey]) -> None:
+        """Fill the free slots of all tiers with ``keys``, the most wanted first. Policies learn how hot each is."""
+        self.tier.warm(keys, {key: self.heat.share(key) for key in keys})
+
+    def wait(self, entries: Sequence[Entry]) -> None:
+        """Wait until one of ``entries`` has arrived, or failed."""
+        self.tier.wait(entries, self.io_timeout)
 
     def in_order(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """``keys`` as they lie on the disk."""
@@ -112,27 +100,9 @@ class Store:
         size = self.tier.slots[0].size
         moved = now.bytes - before.bytes
         if moved >= size:
-            self.prefetch.read_seconds.add((now.seconds - before.seconds) * size / moved)
-            self.prefetch.read_cpu.add((now.cpu - before.cpu) * size / moved / self._cores)
+            seconds, cpu = (now.seconds - before.seconds) * size / moved, (now.cpu - before.cpu) * size / moved
+            self.lookahead.prefetch.read(seconds, cpu / self._cores)
             self._link = now
-
-    def wait(self, entries: Sequence[Entry]) -> None:
-        """Wait until one of ``entries`` has arrived, or failed."""
-        tickets = [entry.ticket for entry in entries if entry.ticket is not None]
-        if len(tickets) < len(entries):
-            return
-        tickets = tickets or self.tier.in_flight()
-        if not tickets:
-            raise RuntimeError(
-                f"{self.tier.name}: no slot can be had, and nothing is on its way: this is a bug in tierlm"
-            )
-        began = time.perf_counter()
-        try:
-            with span(self.tier.transfer.timeline, "wait", self.tier.name):
-                self.tier.transfer.wait_any(tickets, self.io_timeout)
-        finally:
-            self.stall += time.perf_counter() - began
-        self.tier.settle()
 
 
 class Leases:
@@ -144,7 +114,8 @@ class Leases:
         self._held: dict[ExpertKey, Entry] = {}
         self._missing: list[ExpertKey] = []
         self._joined: set[ExpertKey] = set()  # those whose read was under way already
-        self._read = 0  # records that were absent, or would have been without a guess
+        self._turn_open = True  # until all that is needed has been demanded
+        self._read = 0  # records that were absent, or would have been without a prefetch
         self._began, self._stalled = time.perf_counter(), store.stall
 
     def __enter__(self) -> Leases:
@@ -171,8 +142,9 @@ class Leases:
     ) -> None:
         for key in list(self._held):
             self._release(key)
+        self._end_turn()
         spent = time.perf_counter() - self._began - (self._store.stall - self._stalled)
-        self._store.prefetch.layer_done(self._read, spent, self._streaming)
+        self._store.lookahead.prefetch.layer_done(self._read, spent, self._streaming)
 
     def __iter__(self) -> Iterator[list[tuple[int, Weights]]]:
         """Batches of (expert, weights): all that are there, the first time even none, since there may be other work to
@@ -183,7 +155,7 @@ class Leases:
             self._tier.settle()
             ready = [key for key, entry in self._held.items() if entry.ticket is None]
             for key in [key for key in ready if self._held[key].error is not None and key in self._joined]:
-                self._joined.remove(key)  # a guess has failed, which is nobody's error yet: now it is demanded
+                self._joined.remove(key)  # a prefetch has failed, which is nobody's error yet: now it is demanded
                 self._tier.stats.late_hits -= 1  # and counted as what it turns out to be
                 self._release(key)
                 self._missing.append(key)
@@ -206,7 +178,7 @@ class Leases:
         return entry.slot.weights(self._store.records(key), self._store.exact)
 
     def _start_missing(self) -> None:
-        """Start as many reads as there are slots for, in order, and what was hinted at behind them."""
+        """Start as many reads as there are slots for, in order, and planned prefetches behind them."""
         while self._missing:
             key = self._missing[0]
             entry = self._tier.demand(key, streaming=self._streaming) or self._tier.start(
@@ -215,7 +187,13 @@ class Leases:
             if entry is None:
                 return
             self._held[self._missing.pop(0)] = entry
-        self._store.follow()
+        self._end_turn()
+        self._store.start_reads()
+
+    def _end_turn(self) -> None:
+        if self._turn_open:
+            self._turn_open = False
+            self._tier.end_turn(self._layer)
 
     def _release(self, key: ExpertKey) -> None:
         self._tier.unpin(self._held.pop(key))

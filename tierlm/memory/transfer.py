@@ -15,6 +15,7 @@ from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.jobs import Read
 from tierlm.memory.threads import Threads
 from tierlm.memory.ticket import DISK, Job, Priority, State, Ticket
+from tierlm.policies.limits import spare_lanes
 from tierlm.timeline import Timeline
 
 INTERRUPTIBLE = 0.1  # seconds of waiting after which Python looks whether it has been interrupted
@@ -39,7 +40,7 @@ class Transfer:
         self._lock = threading.Lock()
         self._closed = False
         self._seen = 0  # of the count of ``reads``, what has been looked at
-        spare = min(threads, max(2, threads // 4))
+        spare = spare_lanes(threads)
         self.threads = executor or Threads(threads, spare, self.take_ended, timeline)
         self.reads = self.threads
         if executor is None and compiled.load() is not None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from tierlm.checkpoints.checkpoint import Record
 from tierlm.checkpoints.views import Weights
 from tierlm.memory.slots import Entry
-from tierlm.memory.store import Store
 from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Tier
 from tierlm.spec import Key, TrunkKey
@@ -25,17 +24,16 @@ class Trunks:
         io_timeout: float,
         exact: bool = False,
     ):
-        self.tier, self.records, self.exact = tier, records, exact
-        self._waiter = Store(tier, records, io_timeout)
+        self.tier, self.records, self.io_timeout, self.exact = tier, records, io_timeout, exact
         self._resident = resident
         self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
         self._leased: Entry | None = None
-        tier.prefetch_limit = max(tier.prefetch_limit, 1)  # the trunk that comes next is no guess
+        tier.residency.prefetch_limit = max(tier.residency.prefetch_limit, 1)  # the trunk that comes next is certain
 
     @property
     def stall(self) -> float:
         """Seconds waited for transfers."""
-        return self._waiter.stall
+        return self.tier.stall
 
     def load(self) -> Iterator[int]:
         """Bring in the resident trunks, largest first; yields the bytes of each as it is there."""
@@ -63,10 +61,10 @@ class Trunks:
         while entry is None:
             entry = self.tier.start(key)
             if entry is None:
-                self._waiter.wait([])
+                self.tier.wait([], self.io_timeout)
         try:
             while entry.ticket is not None:
-                self._waiter.wait([entry])
+                self.tier.wait([entry], self.io_timeout)
             if entry.error is not None:
                 raise entry.error
         except BaseException:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 
 from torch import Tensor
 
@@ -11,7 +10,6 @@ from tierlm.checkpoints.views import Weights
 from tierlm.kernels import combined, gated_mlps
 from tierlm.memory.store import Store
 from tierlm.models.routing import Routers
-from tierlm.policies.prediction import Predictor
 from tierlm.spec import ModelSpec
 from tierlm.timeline import Timeline, span
 from tierlm.tracing.recorder import AHEAD, Recorder
@@ -25,11 +23,10 @@ class MixtureOfExperts:
         spec: ModelSpec,
         routers: Routers,
         store: Store,
-        predictor: Predictor,
         timeline: Timeline | None = None,
         recorder: Recorder | None = None,
     ):
-        self.spec, self.routers, self.store, self.predictor = spec, routers, store, predictor
+        self.spec, self.routers, self.store = spec, routers, store
         self.timeline, self.recorder = timeline, recorder
 
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
@@ -40,10 +37,10 @@ class MixtureOfExperts:
         runs in the router's order, so that the order in which experts arrive does not reach the result. The shared
         expert is computed with those that are there at once, while the rest is read.
         """
-        targets = [(self._target(layer, ahead, prefill), ahead) for ahead in range(1, self.predictor.lookahead + 1)]
-        hints = [(target, ahead) for target, ahead in targets if target is not None]
-        gates = [target for target, _ in hints if self.predictor.gates]
-        weights, experts, guesses = self.routers.route_ahead(x, layer, hidden, gates)
+        lookahead = self.store.lookahead
+        targets = lookahead.targets(layer, prefill)
+        asked = [target for target, _ in targets] if lookahead.predictor.gates else []
+        weights, experts, rankings = self.routers.route_ahead(x, layer, hidden, asked)
         if self.recorder is not None:
             self._record(self.recorder, hidden, x, layer, experts)
         chosen = experts.shape[1]
@@ -55,9 +52,9 @@ class MixtureOfExperts:
         outputs = x.new_empty(experts.numel() + x.shape[0], x.shape[1])
         shared = outputs[experts.numel() :]
         with self.store.acquire(layer, needed, streaming=prefill) as leases:
-            self.predictor.observe(layer, needed)
-            for (target, ahead), guess in itertools.zip_longest(hints, guesses):
-                self._hint(target, ahead, prefill, guess)
+            lookahead.predictor.observe(layer, needed)
+            for (target, ahead), ranked in itertools.zip_longest(targets, rankings):
+                self.store.look_ahead(target, ahead, prefill, None if ranked is None else ranked.tolist())
             jobs: list[tuple[Tensor, Tensor, Weights]] = [(x, shared, trunk)]
             if not self.spec.shared_experts:
                 shared.zero_()
@@ -76,11 +73,12 @@ class MixtureOfExperts:
         return combined(hidden, shared, weights, outputs, places)
 
     def before_attention(self, hidden: Tensor, layer: int, prefill: bool) -> None:
-        """The last chance to guess what ``layer`` will choose: ``hidden`` lacks its attention only."""
+        """The last chance to predict what ``layer`` demands: ``hidden`` lacks its attention only."""
         if self.recorder is not None and self.recorder.scores:
             self._record_guess(self.recorder, hidden, layer, 0)
-        if self.predictor.gates and self._target(layer, 0, prefill) is not None:
-            self._hint(layer, 0, prefill, self.routers.guess(hidden, layer, self.spec.experts_per_token))
+        if self.store.lookahead.before_attention(prefill):
+            ranked = self.routers.guess(hidden, layer, self.spec.experts_per_token)
+            self.store.look_ahead(layer, 0, prefill, ranked.tolist())
 
     def _record(self, recorder: Recorder, hidden: Tensor, x: Tensor, layer: int, experts: Tensor) -> None:
         """Write down what ``layer`` has chosen, and on request what it and the next layers' gates make of it."""
@@ -88,32 +86,9 @@ class MixtureOfExperts:
             recorder.choose(layer, experts.cpu().numpy())
             return
         recorder.choose(layer, experts.cpu().numpy(), self.routers.score(x, layer)[1].cpu().numpy())
-        for ahead in range(1, AHEAD):
-            if layer + ahead < self.spec.layers:
-                self._record_guess(recorder, hidden, layer + ahead, ahead)
+        later = self.spec.moe_layers[self.spec.moe_layers.index(layer) + 1 :]
+        for ahead, target in enumerate(later[: AHEAD - 1], 1):
+            self._record_guess(recorder, hidden, target, ahead)
 
     def _record_guess(self, recorder: Recorder, hidden: Tensor, layer: int, ahead: int) -> None:
         recorder.guess(layer, ahead, self.routers.guess(hidden, layer, recorder.guessed).cpu().numpy())
-
-    def _target(self, layer: int, ahead: int, prefill: bool) -> int | None:
-        """The layer that runs ``ahead`` layers from ``layer``, if the predictor shall be asked about it now. After the
-        last layer comes the first one of the next token, which no gate can see yet."""
-        target = layer + ahead
-        wraps = target >= self.spec.layers
-        if wraps:
-            target += self.spec.dense_layers - self.spec.layers
-        if (self.predictor.gates and wraps) or (prefill and not self.predictor.gates) or not self.spec.is_moe(target):
-            return None
-        return target if self.store.prefetch.due(ahead, prefill) else None
-
-    def _hint(self, layer: int, ahead: int, prefill: bool, guess: Tensor | None) -> None:
-        """Ask the predictor what ``layer`` will choose, which runs ``ahead`` layers from now, and hint at it.
-
-        ``guess``: what its gate makes of the hidden state as it is now, if the predictor goes by gates."""
-        if guess is not None:
-            ranked, *others = guess.tolist()
-            if others:  # what most rows choose comes first; among equals a row's best before its second best
-                together = Counter(itertools.chain.from_iterable(zip(ranked, *others, strict=True)))
-                ranked = [expert for expert, _ in together.most_common()]
-            self.predictor.observe_gate(layer, ranked)
-        self.store.hint(layer, self.predictor.predict(layer), ahead=ahead, streaming=prefill)

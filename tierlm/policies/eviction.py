@@ -37,7 +37,7 @@ class Policy(ABC):
     The tier calls, from one thread: ``on_insert`` when a record is given a slot, ``on_hit`` when a record that has one
     is demanded, ``on_evict`` when the tier has taken a record's slot away, ``on_discard`` when a record is gone
     because its read failed. Keys are of the form (layer, ...), and hashable. When a layer runs, the tier reports the
-    hits first; then each absent record: a look at ``victims``, ``on_evict``, ``on_insert``.
+    hits first; then each absent record: a look at ``victims``, ``on_evict``, ``on_insert``; then ``on_turn_end``.
 
     Parameters are keyword arguments of the constructor with defaults; ``tunable`` gives those that may be searched,
     with the lowest and highest value: integers where both are integers.
@@ -63,6 +63,10 @@ class Policy(ABC):
     def on_discard(self, key: Key) -> None:
         """``key`` never arrived."""
         self.on_evict(key)
+
+    def on_turn_end(self, layer: int) -> None:
+        """``layer`` has demanded all that it needs for this step; what is prefetched meanwhile for others is no part
+        of its turn."""
 
     def expect(self, key: Key, share: float) -> None:
         """In earlier runs, ``share`` of the tokens used ``key``."""

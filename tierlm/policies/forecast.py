@@ -23,7 +23,7 @@ class Forecast(Policy):
     """The record that is worth least leaves: P exp(-``LOSS`` d), where P is the chance that its layer's next turn, d
     tokens ahead, uses it.
 
-    A turn is what one layer demands for one token; it ends when another layer comes, or a record comes again. A
+    A turn is what one layer demands for one token; it ends with ``on_turn_end``, or when another begins. A
     subclass learns from each turn, and says how likely the records of the layer are. To be unlikely is to be late by
     - log(P) / ``LOSS`` tokens, the record's wait. When the waits end does not change while other layers run: it stands
     in one array of all records, of which a turn writes its layer's row and a decision takes the largest, a pass over
@@ -37,7 +37,7 @@ class Forecast(Policy):
         self.layer = -1  # the one that runs, or ran last
         self._used: dict[int, None] = {}  # in this turn
         self._open = False  # this turn has not been learnt yet
-        self._looked = False  # what its layer has resident has been put off to its next turn
+        self._current = True  # ``_ends`` shows this turn: worked out when somebody looks
         self._keys: list[dict[int, Key]] = []  # by layer and index, of the residents
         self._chances: list[float] = []  # by layer, a time in tokens: when the next turn is
         self._waits = np.zeros((0, self.experts), np.float32)  # [layers, experts] tokens; those of absent records too
@@ -65,22 +65,27 @@ class Forecast(Policy):
         self._ends[layer, index] = LAST if demanded else self._chances[layer] + self._waits[layer, index]
 
     def on_hit(self, key: Key) -> None:
-        self._use(key.layer, _index(key))
+        layer, index = key.layer, _index(key)
+        self._use(layer, index)
+        if self._current:
+            self._ends[layer, index] = LAST
 
     def on_evict(self, key: Key) -> None:
         index = _index(key)
         del self._keys[key.layer][index]
         self._absent[key.layer, index] = self._ends[key.layer, index] = ABSENT
 
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
+    def on_turn_end(self, layer: int) -> None:
         if self._open:
-            if incoming is not None and incoming.layer != self.layer:
-                self._end_turn()
-            elif not self._looked:
-                self._looked = True
-                self._put_off(self.layer)
-                here = self._keys[self.layer]
-                self._ends[self.layer, [index for index in self._used if index in here]] = LAST
+            self._open, self._current = False, True
+            self.learn(self.layer, np.fromiter(self._used, np.intp, len(self._used)))
+
+    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
+        if not self._current:
+            self._current = True
+            self._put_off(self.layer)
+            here = self._keys[self.layer]
+            self._ends[self.layer, [index for index in self._used if index in here]] = LAST
         ends = self._ends
         while ends.size:
             layer, index = divmod(int(ends.argmax()), self.experts)
@@ -97,16 +102,11 @@ class Forecast(Policy):
         ends += self._absent[layer]
 
     def _use(self, layer: int, index: int) -> None:
-        if layer != self.layer or index in self._used:
-            self._end_turn()
+        if not self._open or layer != self.layer or index in self._used:
+            self.on_turn_end(self.layer)
             self.token += layer <= self.layer
-            self.layer, self._used, self._open = layer, {}, True
+            self.layer, self._used, self._open, self._current = layer, {}, True, False
         self._used[index] = None
-
-    def _end_turn(self) -> None:
-        if self._open:
-            self._open = self._looked = False
-            self.learn(self.layer, np.fromiter(self._used, np.intp, len(self._used)))
 
     def _grow(self, layer: int, index: int) -> None:
         """The arrays hold ``layer`` and ``index``. A new record of a known layer waits as long as its last one."""

@@ -85,8 +85,8 @@ class Transition(Predictor):
 
 
 class Ensemble(Predictor):
-    """The others together: each one's guess weighs by its rank (reciprocal rank fusion, Cormack et al., SIGIR 2009) and
-    by how often its first ``width`` guesses have been right lately."""
+    """The others together: each one's prediction weighs by its rank (reciprocal rank fusion, Cormack et al., SIGIR
+    2009) and by how often its first ``width`` predictions have been right lately."""
 
     lookahead = 2
     RANK = 4.0  # the first rank counts for 1/4, the second for 1/5
@@ -94,13 +94,13 @@ class Ensemble(Predictor):
     def __init__(self, width: int):
         super().__init__(width)
         self._members = [PreviousToken(width), Frequency(width), Transition(width)]
-        self._right = [0.3] * len(self._members)  # running precision, over about a hundred guesses
+        self._right = [0.3] * len(self._members)  # running precision, over about a hundred predictions
         self._open: dict[int, list[list[ExpertKey]]] = {}
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
         chosen = set(experts)
-        for at, guesses in enumerate(self._open.pop(layer, ())):
-            first = guesses[: self.width]
+        for at, predictions in enumerate(self._open.pop(layer, ())):
+            first = predictions[: self.width]
             if first:
                 share = sum(key.expert in chosen for key in first) / len(first)
                 self._right[at] += 0.01 * (share - self._right[at])
@@ -108,9 +108,9 @@ class Ensemble(Predictor):
             member.observe(layer, experts)
 
     def predict(self, layer: int) -> list[ExpertKey]:
-        guesses = self._open[layer] = [member.predict(layer) for member in self._members]
+        predictions = self._open[layer] = [member.predict(layer) for member in self._members]
         votes: dict[ExpertKey, float] = {}
-        for right, ranked in zip(self._right, guesses, strict=True):
+        for right, ranked in zip(self._right, predictions, strict=True):
             for rank, key in enumerate(ranked):
                 votes[key] = votes.get(key, 0.0) + right / (self.RANK + rank)
         return sorted(votes, key=lambda key: (-votes[key], key))[: DEEP * self.width]

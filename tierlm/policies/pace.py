@@ -1,15 +1,15 @@
-"""How far guessing pays, found by trying."""
+"""How far prefetch pays, found by trying."""
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
 
-NONE, NEAR, FAR = WAYS = range(3)  # no guesses; those of the next layer; those of all layers that are looked ahead to
+NONE, NEAR, FAR = WAYS = range(3)  # no prefetch; of the next layer; of all layers that are looked ahead to
 TRIAL = 8  # steps of each way that are compared: the last ones
-TURNS = (NONE, NEAR, NONE, FAR)  # of the trial: where guesses cost something, it costs less
+TURNS = (NONE, NEAR, NONE, FAR)  # of the trial: where prefetch costs something, it costs less
 CLEAR = 4  # of each are enough where all of the fastest way were faster than all of the next: by chance, 1 of 35 times
-MARGIN = 0.02  # by which guessing has to be faster: less may be noise, and reads for nothing take energy
+MARGIN = 0.02  # by which prefetch has to be faster: less may be noise, and reads for nothing take energy
 REVISIT = 16  # afterwards, one step in so many at most is done another way,
 REVISIT_COST = 0.01  # or in as many as keep the loss at this share of the time
 

@@ -12,7 +12,7 @@ from tierlm.spec import ExpertKey
 
 
 class Predictor(ABC):
-    """Guesses a layer's experts before it runs. ``width``: experts a token chooses.
+    """Predicts a layer's experts before it runs. ``width``: experts a token chooses.
 
     ``lookahead``: how many layers ahead it is asked; 0: never. ``gates``: whether the executor shall then evaluate the
     gate of that layer on the hidden state as it is now, and report the outcome through ``observe_gate`` first; such a
@@ -38,7 +38,7 @@ class Predictor(ABC):
 
 
 class NoPredictor(Predictor):
-    """Never guesses."""
+    """Never predicts."""
 
     lookahead = 0
 

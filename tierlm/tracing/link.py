@@ -7,7 +7,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from tierlm.spec import ExpertKey
+from tierlm.policies.limits import spare_lanes
+from tierlm.spec import Key
 
 
 @dataclass(frozen=True)
@@ -21,30 +22,31 @@ class Speed:
 
 class Link:
     """Reads of ``nbytes`` each. A read has one of ``depth`` lanes; its latency passes beside other reads, its bytes
-    behind theirs. Demands go ahead of guesses, which get a quarter of the lanes, or two, as in memory/transfer.py.
+    behind theirs. Demands go ahead of prefetches, which get ``spare_lanes``, as in memory/transfer.py.
 
     Times are seconds of the simulation, and never go back.
     """
 
     def __init__(self, speed: Speed, nbytes: int):
         self.latency, self.seconds = speed.latency, nbytes / speed.bandwidth
-        self.done: dict[ExpertKey, float] = {}  # of the reads that have begun: when they end
+        self.done: dict[Key, float] = {}  # of the reads that have begun: when they end
         self.begun = 0
-        self._queues: tuple[dict[ExpertKey, float], dict[ExpertKey, float]] = ({}, {})  # demands, guesses: since when
+        self._queues: tuple[dict[Key, float], dict[Key, float]] = ({}, {})  # demands, prefetches: since when
         self._lanes = [0.0] * speed.depth
-        self._guess_lanes = [0.0] * min(speed.depth, max(2, speed.depth // 4))
+        self._spare_lanes = [0.0] * spare_lanes(speed.depth)
         self._free = 0.0  # when the bytes that are under way are through
 
-    def submit(self, key: ExpertKey, now: float, guess: bool) -> None:
-        self._queues[guess][key] = now
+    def submit(self, key: Key, now: float, prefetch: bool) -> None:
+        self._queues[prefetch][key] = now
 
-    def promote(self, key: ExpertKey, now: float) -> None:
-        """A guess on its way is demanded."""
+    def promote(self, key: Key, now: float) -> None:
+        """A prefetch on its way is demanded."""
         if self._queues[True].pop(key, None) is not None:
             self._queues[False][key] = now
 
-    def cancel(self, key: ExpertKey) -> bool:
-        """Drop a guess. False if it has begun."""
+    def cancel(self, key: Key, now: float) -> bool:
+        """Drop a prefetch. False if it has begun by ``now``."""
+        self.run(now)
         return self._queues[True].pop(key, None) is not None
 
     def backlog(self) -> int:
@@ -53,47 +55,53 @@ class Link:
 
     def run(self, until: float) -> None:
         """Begin all reads whose turn comes by ``until``."""
-        demands, guesses = self._queues
-        while (demands or guesses) and self._begin(until):
+        demands, prefetches = self._queues
+        while (demands or prefetches) and self._begin(until):
             pass
 
-    def arrived(self, now: float) -> list[ExpertKey]:
-        """Those that have come by ``now``, each told once."""
+    def arrived(self, now: float) -> dict[Key, float]:
+        """Those that have come by ``now``, each told once, and when."""
         self.run(now)
-        there = []
+        there = {}
         for key, at in self.done.items():  # one behind the other, as their bytes go
             if at > now:
                 break
-            there.append(key)
+            there[key] = at
         for key in there:
             del self.done[key]
         return there
 
-    def wait(self, keys: Collection[ExpertKey]) -> float:
+    def wait(self, keys: Collection[Key]) -> float:
         """The time at which the first of ``keys``, which are on their way, is there."""
         while not (begun := [self.done[key] for key in keys if key in self.done]):
             if not self._begin(math.inf):
-                raise RuntimeError("a simulated layer waits for what is not on its way: a bug of tierlm")
+                raise RuntimeError("a simulated layer waits for what is not on its way: this is a bug in tierlm")
         return min(begun)
+
+    def next_arrival(self) -> float:
+        """When the next of those on their way is there; infinite: none is."""
+        while not self.done and self._begin(math.inf):
+            pass
+        return next(iter(self.done.values()), math.inf)
 
     def _begin(self, until: float) -> bool:
         """Begin the next read, if its turn comes by ``until``."""
-        demands, guesses = self._queues
-        lane, turn, guessed = self._lanes[0], math.inf, False
+        demands, prefetches = self._queues
+        lane, turn, prefetch = self._lanes[0], math.inf, False
         if demands:
             key = next(iter(demands))
             turn = max(lane, demands[key])
-        if guesses:
-            guess = next(iter(guesses))
-            at = max(lane, self._guess_lanes[0], guesses[guess])
+        if prefetches:
+            first = next(iter(prefetches))
+            at = max(lane, self._spare_lanes[0], prefetches[first])
             if at < turn:
-                key, turn, guessed = guess, at, True
+                key, turn, prefetch = first, at, True
         if turn > until or turn == math.inf:
             return False
-        del self._queues[guessed][key]
+        del self._queues[prefetch][key]
         self._free = self.done[key] = max(turn + self.latency, self._free) + self.seconds
         self.begun += 1
         heapq.heapreplace(self._lanes, self._free)
-        if guessed:
-            heapq.heapreplace(self._guess_lanes, self._free)
+        if prefetch:
+            heapq.heapreplace(self._spare_lanes, self._free)
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from tierlm.policies import make_policy
 from tierlm.policies.belady import Belady
 from tierlm.policies.eviction import Policy, TierInfo
-from tierlm.policies.residency import Residency
+from tierlm.policies.residency import Entry, Purpose, Residency
 from tierlm.spec import ExpertKey
 from tierlm.tracing import compiled
 from tierlm.tracing.trace import Trace
@@ -59,44 +60,60 @@ def find_misses(trace: Trace, policy: Policy, slots: int) -> Misses:
     places = disk_places(trace)
     if slots == policy.info.capacity and compiled.has_twin(policy):
         return Misses(*compiled.replay(policy, trace.demands, trace.info.experts, places))
-    residency, keys = Residency(policy, slots), expert_keys(trace)
+    residency, keys = Residency[Entry](policy, [1] * slots, lambda key: 1), expert_keys(trace)
     counts, behind = array("i"), array("i")
     for step in trace.passes():
         for layer, needed in enumerate(step.needed):
-            wanted = [keys[layer][expert] for expert in needed]
-            missing = [key for key in wanted if not residency.demand(key, step.prefill)]
+            held: list[Entry] = []
+            missing: list[ExpertKey] = []
+            for key in [keys[layer][expert] for expert in needed]:
+                if (entry := residency.demand(key, step.prefill)) is None:
+                    missing.append(key)
+                else:
+                    held.append(entry)
             counts.append(len(missing))
             if step.prefill and places is not None:
                 missing.sort(key=lambda key, place=places[layer]: place[key.expert])  # type: ignore[misc]
-            if step.prefill or len(wanted) > slots:
-                before = _bring(residency, wanted, missing, step.prefill)
-                behind.extend(before if step.prefill else ())
-                continue
-            for key in missing:
-                residency.start(key, streaming=False)
-            residency.release_all()
+            before = _bring(residency, keys[layer][0].layer, held, missing, step.prefill)
+            behind.extend(before if step.prefill else ())
     return Misses(np.array(counts, np.int32).reshape(-1, trace.moe_layers), np.array(behind, np.int32))
 
 
-def _bring(residency: Residency, wanted: list[ExpertKey], missing: list[ExpertKey], prefill: bool) -> list[int]:
-    """Start all of ``missing``, and release everything: those that are there first, then as they were started. By
-    record, how many had been released before it got a slot."""
-    absent = set(missing)
-    held = [key for key in wanted if key not in absent]
+def _bring(
+    residency: Residency[Entry], layer: int, held: list[Entry], missing: list[ExpertKey], prefill: bool
+) -> list[int]:
+    """Start all of ``missing``, and release everything: ``held`` first, then as they were started. By record, how many
+    had been released before it got a slot."""
     batch = len(held) or 1  # a decode step computes all that are there in one go
     behind: list[int] = []
-    released = 0
-    while released < len(wanted):
-        while len(behind) < len(missing) and residency.start(missing[len(behind)], prefill):
-            held.append(missing[len(behind)])
+    released, wanted = 0, len(held) + len(missing)
+    while True:
+        while len(behind) < len(missing) and (entry := _start(residency, missing[len(behind)], prefill)) is not None:
+            held.append(entry)
             behind.append(released)
+        if len(behind) == len(missing):
+            break
         if released == len(held):
-            raise RuntimeError("no slot can be had: a bug of tierlm, or fewer than one slot")
+            raise RuntimeError("no slot can be had: this is a bug in tierlm, or there are fewer than one slot")
         count = 1 if prefill or released else batch
-        for key in held[released : released + count]:
-            residency.release(key)
+        for entry in held[released : released + count]:
+            residency.release(entry)
         released += count
+    residency.end_turn(layer)
+    for entry in held[released:wanted]:
+        residency.release(entry)
     return behind
+
+
+def _start(residency: Residency[Entry], key: ExpertKey, streaming: bool) -> Entry | None:
+    """Bring ``key`` in at once, pinned. None: no slot can be had now."""
+    placement = residency.find(key, Purpose.DEMAND, streaming)
+    if placement is None:
+        return None
+    entry = Entry(key, placement.index, Purpose.DEMAND, streaming and placement.displaces)
+    residency.admit(entry, placement)
+    residency.arrived(entry)
+    return entry
 
 
 def tier_info_of(trace: Trace, slots: int) -> TierInfo:
@@ -118,8 +135,12 @@ def open_policy(name: str, trace: Trace, slots: int, **parameters: float) -> Pol
 
 def expert_keys(trace: Trace) -> list[list[ExpertKey]]:
     """The keys of all records, by MoE layer and expert: made once, used a million times."""
-    first = trace.info.first_layer
-    return [[ExpertKey(first + i, expert) for expert in range(trace.info.experts)] for i in range(trace.moe_layers)]
+    return [[ExpertKey(layer, expert) for expert in range(trace.info.experts)] for layer in layer_numbers(trace)]
+
+
+def layer_numbers(trace: Trace) -> Sequence[int]:
+    """The numbers of the MoE layers, in order."""
+    return range(trace.info.first_layer, trace.info.first_layer + trace.moe_layers)
 
 
 def disk_places(trace: Trace) -> Counts | None:

@@ -1,28 +1,32 @@
-"""A run of a trace on a machine that is described: what is read, what waits, how long it takes. Event-driven; the
-policy, the predictor and the choice of guesses are the engine's own objects, over a clock of the simulation."""
+"""A run of a trace on a machine that is described: what is read, what waits, how long it takes. Event-driven; residency
+and lookahead are the engine's own objects, over a clock of the simulation."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from tierlm.errors import UsageError
 from tierlm.policies.eviction import Policy
-from tierlm.policies.prediction import Predictor
-from tierlm.policies.prefetch import Prefetch
-from tierlm.policies.residency import Residency
+from tierlm.policies.lookahead import Lookahead
+from tierlm.policies.prediction import NoPredictor, Predictor
+from tierlm.policies.prefetch import Always, Measured, Prefetch
+from tierlm.policies.residency import EntryState, Purpose, TierStats
 from tierlm.spec import ExpertKey
 from tierlm.tracing.link import Link
-from tierlm.tracing.replay import disk_places, expert_keys, find_misses
-from tierlm.tracing.timing import Rates, elapsed
+from tierlm.tracing.replay import Replayed, disk_places, expert_keys, find_misses
+from tierlm.tracing.tiers import Entry, build_tiers
+from tierlm.tracing.timing import AT_ONCE, Rates, elapsed
 from tierlm.tracing.trace import Step, Trace
 
 
 @dataclass
 class Simulated:
     """What happened. A late hit found its record on the way; all of ``missed`` had to be read for a demand.
-    ``decoded``: tokens of decode steps, in ``decode_seconds``; a step of several tokens demands each record once."""
+    ``decoded``: tokens of decode steps, in ``decode_seconds``; a step of several tokens demands each record once.
+    Counts are of the top tier, ``reads`` of the disk; ``tiers``: all counts of each tier from the top, where each event
+    was simulated."""
 
     slots: int
     record_bytes: int
@@ -31,7 +35,7 @@ class Simulated:
     demanded: int = 0
     missed: int = 0
     late_hits: int = 0
-    guessed: int = 0
+    prefetched: int = 0
     useful: int = 0
     wasted: int = 0
     cancelled: int = 0
@@ -39,6 +43,7 @@ class Simulated:
     seconds: float = 0.0
     decode_seconds: float = 0.0
     stall_seconds: float = 0.0
+    tiers: tuple[TierStats, ...] = ()
 
     @property
     def hit_rate(self) -> float:
@@ -57,18 +62,30 @@ class Simulated:
     def as_json(self) -> dict[str, float]:
         more = {"hit_rate": self.hit_rate, "bytes_read": self.bytes_read, "tokens_per_second": self.tokens_per_second}
         more |= {"bytes_per_token": self.bytes_read / self.tokens, "stall_share": self.stall_seconds / self.seconds}
-        return asdict(self) | more
+        own = asdict(self)
+        del own["tiers"]
+        return own | more
 
 
-def simulate(trace: Trace, policy: Policy, predictor: Predictor, slots: int, machine: Rates) -> Simulated:
-    """Run ``trace``, slots empty at first. ``policy`` and ``predictor`` are used up by it. Raises UsageError where the
-    predictor needs gates and the trace has no guesses of theirs."""
+def simulate(
+    trace: Trace,
+    policy: Policy,
+    predictor: Predictor,
+    slots: int,
+    machine: Rates,
+    *,
+    below: tuple[Policy, int] | None = None,
+    prefetch: Prefetch | None = None,
+) -> Simulated:
+    """Run ``trace``, slots empty at first. ``policy`` and ``predictor`` are used up by it. ``below``: policy and slots
+    of a second tier, between the first and the disk. ``prefetch``: what is worth a read, by default as measured. Raises
+    UsageError where the predictor needs gates and the trace has no guesses of theirs."""
     if predictor.gates and trace.guesses is None:
         raise UsageError("this predictor asks the next layers' gates: it needs a trace recorded with --scores")
     demands = trace.demands
     at_once = demands.counts[~demands.prefill].max(initial=0) <= slots
-    if predictor.lookahead or predictor.gates or not at_once:
-        return _Run(trace, policy, predictor, slots, machine).run()
+    if predictor.lookahead or predictor.gates or below or not at_once:
+        return _Run(trace, [(policy, slots), *([below] if below else [])], predictor, machine, prefetch).run()
     misses = find_misses(trace, policy, slots)
     time, missed = elapsed(trace, misses, machine), int(misses.counts.sum())
     return Simulated(
@@ -85,168 +102,161 @@ def simulate(trace: Trace, policy: Policy, predictor: Predictor, slots: int, mac
     )
 
 
+def replay_tiers(trace: Trace, tiers: Sequence[tuple[Policy, int]]) -> list[Replayed]:
+    """What ``replay`` counts, of several tiers: (policy, slots) of each, the top first. Each policy is used up."""
+    machine = Rates(trace.info.record_bytes or 1, AT_ONCE, 0.0, 0.0)
+    run = _Run(trace, tiers, NoPredictor(trace.experts.shape[2]), machine, Always()).run()
+    return [Replayed(stats.hits + stats.late_hits + stats.misses, stats.misses) for stats in run.tiers]
+
+
 class _Run:
     """One simulation: memory/store.py and models/moe.py over a clock."""
 
-    def __init__(self, trace: Trace, policy: Policy, predictor: Predictor, slots: int, machine: Rates):
-        self.trace, self.predictor, self.machine = trace, predictor, machine
-        self.tier = Residency(policy, slots)
-        self.link = Link(machine.disk, machine.record_bytes)
+    def __init__(
+        self,
+        trace: Trace,
+        tiers: Sequence[tuple[Policy, int]],
+        predictor: Predictor,
+        machine: Rates,
+        prefetch: Prefetch | None,
+    ):
+        self.trace, self.machine = trace, machine
+        self.disk = Link(machine.disk, machine.record_bytes)
+        copies = [Link(machine.copy, machine.record_bytes) for _ in tiers[1:]]
+        self.tier = build_tiers(tiers, [*copies, self.disk])
         self.now = 0.0
-        self.prefetch = Prefetch(lambda: self.now)
-        self.prefetch.read_seconds.add(self.link.seconds)
-        self.result = Simulated(slots, machine.record_bytes)
+        self.prefetch = prefetch or Measured(lambda: self.now)
+        self.prefetch.read(self.disk.seconds, 0.0)
         self._keys, self._places = expert_keys(trace), disk_places(trace)
-        self._hints: dict[int, tuple[list[ExpertKey], bool]] = {}
-        self._likely: dict[int, list[ExpertKey]] = {}
+        self._layers = [keys[0].layer for keys in self._keys]
+        self.lookahead = Lookahead(predictor, self._layers, self.prefetch)
+        self.result = Simulated(tiers[0][1], machine.record_bytes)
         self._rows = slice(0, 0)  # the tokens of this step
 
     def run(self) -> Simulated:
         result = self.result
         for step, (start, stop) in zip(self.trace.passes(), self.trace.bounds(), strict=True):
             began, self._rows = self.now, slice(start, stop)
-            for layer in range(self.trace.moe_layers):
-                self._layer(step, layer)
+            for at in range(self.trace.moe_layers):
+                self._layer(step, at)
             result.tokens += step.tokens
             if not step.prefill:
                 result.decoded += step.tokens
                 result.decode_seconds += self.now - began
-        result.seconds, result.reads = self.now, self.link.begun
-        result.useful, result.wasted = self.tier.useful, self.tier.wasted
+        result.seconds, result.reads = self.now, self.disk.begun
+        stats = self.tier.stats
+        result.tiers = tuple(tier.stats for tier in self.tier.chain())
+        result.demanded, result.missed = stats.hits + stats.late_hits + stats.misses, stats.misses
+        result.late_hits, result.prefetched = stats.late_hits, stats.prefetched
+        result.useful, result.wasted, result.cancelled = stats.useful, stats.wasted, stats.cancelled
         return result
 
-    def _layer(self, step: Step, layer: int) -> None:
-        tier, result, machine = self.tier, self.result, self.machine
-        if self.predictor.gates:
-            self._look_ahead(layer, 0, step.prefill)
+    def _layer(self, step: Step, at: int) -> None:
+        """As Decoder.forward, MixtureOfExperts.forward and Leases."""
+        layer, prefill = self._layers[at], step.prefill
+        tier, lookahead, result, machine = self.tier, self.lookahead, self.result, self.machine
+        if lookahead.before_attention(prefill):
+            self._look_ahead(layer, 0, prefill)
         self.now += machine.layer(step.tokens)
-        self._settle()
-        needed = step.needed[layer]
-        wanted = [self._keys[layer][expert] for expert in needed]
-        self._turn(layer, wanted)
-        began, stalled, useful = self.now, result.stall_seconds, tier.useful
+        targets = lookahead.targets(layer, prefill)
+        wanted = [self._keys[at][expert] for expert in step.needed[at]]
+        tier.settle(self.now)
+        self._turn(layer, set(wanted))
+        began, stalled, useful = self.now, result.stall_seconds, tier.stats.useful
+        held: list[Entry] = []
         missing: list[ExpertKey] = []
         for key in wanted:
-            if not tier.demand(key, step.prefill):
+            if (entry := tier.demand(key, prefill, self.now)) is None:
                 missing.append(key)
-            elif key in tier.loading:
-                result.late_hits += 1
-                self.link.promote(key, self.now)
-        absent = len(missing) + tier.useful - useful
-        result.demanded += len(wanted)
-        result.missed += len(missing)
-        gone = set(missing)
-        held = [key for key in wanted if key not in gone]
-        if step.prefill:
-            missing = self._in_order(layer, missing)
-        self._start(held, missing, step.prefill)
-        self.predictor.observe(self.trace.info.first_layer + layer, needed)
-        for ahead in range(1, self.predictor.lookahead + 1):
-            self._look_ahead(layer + ahead, ahead, step.prefill)
-        pairs = self._pairs(layer) if step.tokens > 1 else len(needed)
-        expert = machine.expert(step.tokens, pairs, len(needed))
+            else:
+                held.append(entry)
+        absent = len(missing) + tier.stats.useful - useful
+        if prefill:
+            missing = self._in_order(missing)
+        expert = machine.expert(step.tokens, self._pairs(at) if step.tokens > 1 else len(wanted), len(wanted))
+        turn_open = self._start(layer, held, missing, prefill, turn_open=True)
+        lookahead.predictor.observe(layer, step.needed[at])
+        for target, ahead in targets:
+            self._look_ahead(target, ahead, prefill)
         while held or missing:
-            self._settle()
-            ready = [key for key in held if key not in tier.loading]
+            tier.settle(self.now)
+            ready = [entry for entry in held if entry.state is not EntryState.LOADING]
+            turn_open = self._start(layer, held, missing, prefill, turn_open)
             if not ready:
-                there = max(self.now, self.link.wait(held))
-                result.stall_seconds += there - self.now
-                self.now = there
+                self._wait()
                 continue
-            for batch in [[key] for key in ready] if step.prefill else [ready]:
+            for batch in [[entry] for entry in ready] if prefill else [ready]:
                 self.now += expert * len(batch)
-                for key in batch:
-                    held.remove(key)
-                    tier.release(key)
-                self._start(held, missing, step.prefill)
-        self.prefetch.layer_done(absent, self.now - began - (result.stall_seconds - stalled), step.prefill)
+                for entry in batch:
+                    held.remove(entry)
+                    tier.residency.release(entry)
+                turn_open = self._start(layer, held, missing, prefill, turn_open)
+        self.prefetch.layer_done(absent, self.now - began - (result.stall_seconds - stalled), prefill)
 
-    def _pairs(self, layer: int) -> int:
+    def _pairs(self, at: int) -> int:
         """The (token, choice) pairs of this step."""
-        return int((self.trace.experts[self._rows, layer] >= 0).sum())
+        return int((self.trace.experts[self._rows, at] >= 0).sum())
 
-    def _start(self, held: list[ExpertKey], missing: list[ExpertKey], streaming: bool) -> None:
-        """Start as many of ``missing`` as there are slots for, and what was hinted at behind them."""
+    def _wait(self) -> None:
+        """Until something arrives."""
+        there = max(self.now, self.tier.next_arrival())
+        if there == math.inf:
+            raise RuntimeError("a simulated layer waits for what is not on its way: this is a bug in tierlm")
+        self.result.stall_seconds += there - self.now
+        self.now = there
+
+    def _start(self, layer: int, held: list[Entry], missing: list[ExpertKey], streaming: bool, turn_open: bool) -> bool:
+        """Start as many of ``missing`` as there are slots for, and planned prefetches behind them. Returns whether the
+        turn of ``layer`` is still open."""
+        tier = self.tier
         while missing:
-            key = missing[0]
-            if not self.tier.start(key, streaming):
-                return
-            self._submit(key, guess=False)
-            held.append(missing.pop(0))
-        self._follow()
+            entry = tier.demand(missing[0], streaming, self.now) or tier.start(
+                missing[0], Purpose.DEMAND, streaming, self.now
+            )
+            if entry is None:
+                return turn_open
+            held.append(entry)
+            missing.pop(0)
+        if turn_open:
+            tier.end_turn(layer)
+        self._start_reads()
+        return False
 
-    def _submit(self, key: ExpertKey, guess: bool) -> None:
-        self.tier.loading.add(key)
-        self.link.submit(key, self.now, guess)
-
-    def _settle(self) -> None:
-        """Take note of what has arrived by now."""
-        if self.tier.loading:
-            self.tier.loading.difference_update(self.link.arrived(self.now))
-
-    def _turn(self, layer: int, wanted: Sequence[ExpertKey]) -> None:
-        """``layer`` runs now: what was guessed about it and is not ``wanted`` has been wrong. As Store.turn."""
-        number, right = self.trace.info.first_layer + layer, set(wanted)
-        self.prefetch.turn(number, right)
-        self._hints.pop(layer, None)
-        if self._likely.pop(layer, None) is not None:
-            self.tier.protect(key for likely in self._likely.values() for key in likely)
-        self._drop(number, right, begun=True)
-
-    def _drop(self, number: int, right: set[ExpertKey], begun: bool) -> None:
-        """Cancel the guesses about layer ``number`` that are not ``right``; those that have begun are wasted."""
-        for key in [key for key in self.tier.guessed if key.layer == number and key not in right]:
-            if key in self.tier.loading and self.link.cancel(key):
-                self.tier.discard(key)
-                self.result.cancelled += 1
-            elif begun:
-                self.tier.waste(key)
+    def _turn(self, layer: int, wanted: set[ExpertKey]) -> None:
+        """As Store.turn."""
+        self.lookahead.turn(layer, wanted)
+        self.tier.residency.protect(layer, ())
+        self.tier.cancel_stale(layer, wanted, self.now)
 
     def _look_ahead(self, layer: int, ahead: int, prefill: bool) -> None:
-        """As MixtureOfExperts._target and _hint; after the last layer comes the first one of the next token."""
-        gates, first = self.predictor.gates, self.trace.info.first_layer
-        wraps = layer >= self.trace.moe_layers
-        if wraps:
-            layer -= self.trace.moe_layers
-        if (gates and wraps) or (prefill and not gates) or not self.prefetch.due(ahead, prefill):
-            return
-        if gates:
+        """As Store.look_ahead, if the trace has what the gate of ``layer`` would have chosen so early."""
+        rows = None
+        if self.lookahead.predictor.gates:
             assert self.trace.guesses is not None
             if ahead >= self.trace.guesses.shape[2]:
                 return
-            ranked = self.trace.guesses[self._rows, layer, ahead, : self.predictor.width].T.flatten().tolist()
-            if ranked[0] < 0:
-                return  # nobody asked so early
-            self.predictor.observe_gate(first + layer, [expert for expert, _ in Counter(ranked).most_common()])
-        self._hint(layer, self.predictor.predict(first + layer), ahead, prefill)
+            at, width = self._layers.index(layer), self.lookahead.predictor.width
+            rows = self.trace.guesses[self._rows, at, ahead, :width].tolist()
+            if rows[0][0] < 0:
+                return
+        keys = self.lookahead.predict(layer, rows)
+        self.tier.cancel_stale(layer, set(keys), self.now, begun=False)
+        self.tier.residency.protect(layer, keys)
+        absent = [key for key in keys if key not in self.tier.residency.entries]
+        chosen = self.lookahead.choose(layer, absent, ahead, prefill, self.disk.backlog())
+        self.lookahead.plan(layer, self._in_order(chosen) if prefill else chosen, prefill)
+        self._start_reads()
 
-    def _hint(self, layer: int, keys: list[ExpertKey], ahead: int, prefill: bool) -> None:
-        """As Store.hint."""
-        number = self.trace.info.first_layer + layer
-        self._drop(number, set(keys), begun=False)
-        self._likely[layer] = list(keys)
-        self.tier.protect(key for likely in self._likely.values() for key in likely)
-        absent = [key for key in keys if key not in self.tier.resident]
-        backlog = self.link.backlog() * self.link.seconds
-        chosen = self.prefetch.choose(number, absent, ahead, prefill, backlog)
-        self._hints[layer] = (self._in_order(layer, chosen) if prefill else chosen, prefill)
-        self._follow()
+    def _start_reads(self) -> None:
+        """As Store.start_reads."""
+        while (wanted := self.lookahead.next_read(self.tier.residency.entries)) is not None:
+            key, streaming = wanted
+            if self.tier.start(key, Purpose.PREFETCH, streaming, self.now) is None:
+                return
 
-    def _follow(self) -> None:
-        """Start the reads of hints, the next layer's first, as far as there are slots."""
-        for hints, streaming in self._hints.values():
-            while hints:
-                key = hints[0]
-                if key not in self.tier.resident:
-                    self._settle()
-                    if not self.tier.start(key, streaming, guess=True):
-                        return
-                    self._submit(key, guess=True)
-                    self.result.guessed += 1
-                hints.pop(0)
-
-    def _in_order(self, layer: int, keys: list[ExpertKey]) -> list[ExpertKey]:
-        if self._places is None:
+    def _in_order(self, keys: list[ExpertKey]) -> list[ExpertKey]:
+        """``keys`` of one layer as they lie on the disk."""
+        if self._places is None or not keys:
             return sorted(keys)
-        place = self._places[layer]
+        place = self._places[self._layers.index(keys[0].layer)]
         return sorted(keys, key=lambda key: place[key.expert])

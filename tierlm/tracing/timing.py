@@ -1,8 +1,9 @@
-"""How long a run takes in which nothing is guessed: the disk idles when a layer begins, so that what a layer takes
+"""How long a run takes in which nothing is prefetched: the disk idles when a layer begins, so that what a layer takes
 follows from its own hits and misses, and the same case takes the same time again."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,17 +14,21 @@ from tierlm.tracing.link import Link, Speed
 from tierlm.tracing.replay import Misses
 from tierlm.tracing.trace import Trace
 
+AT_ONCE = Speed(math.inf, 0.0, 1)
+
 
 @dataclass(frozen=True)
 class Rates:
     """``record_bytes``: of an expert. ``layer_seconds``: what one token computes in a layer apart from routed experts;
-    ``expert_seconds``: in one expert. ``further``: what each further token of a step costs, as a share of the first."""
+    ``expert_seconds``: in one expert. ``further``: what each further token of a step costs, as a share of the first.
+    ``copy``: from a tier to the one above; by default it takes no time."""
 
     record_bytes: int
     disk: Speed
     layer_seconds: float
     expert_seconds: float
     further: float = 0.5
+    copy: Speed = AT_ONCE
 
     def layer(self, tokens: int) -> float:
         """Seconds that ``tokens`` compute in a layer before its experts."""
@@ -86,7 +91,7 @@ def wait(held: int, behind: Sequence[int], machine: Rates, expert: float, singly
     through = begun = 0
     while through < held + len(keys):
         while begun < len(keys) and behind[begun] <= through:
-            link.submit(keys[begun], now, guess=False)
+            link.submit(keys[begun], now, prefetch=False)
             begun += 1
         there += len(link.arrived(now))
         if through == there:

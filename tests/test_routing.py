@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.toys import COMMON, TOYS
-from tierlm.kernels import Weight, combined, native, quantise
-from tierlm.kernels.routing import FEW_ROWS
+from tierlm.kernels import Groups, Weight, combined, grouped, native, quantise
+from tierlm.kernels import routing as routing_kernels
+from tierlm.kernels.routing import FEW_ROWS, grouped_reference
 from tierlm.models import routing
 from tierlm.models.deepseek import read_spec
 from tierlm.models.moe import MixtureOfExperts
@@ -97,13 +100,20 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
     mlps = [[0.1 * torch.randn(shape) for shape in shapes] for _ in range(spec.experts)]
     roles = ("gate_proj", "up_proj", "down_proj")
 
+    class Held(list[Any]):  # the first is resident, the others arrive, two at a time
+        def resident(self) -> list[Any]:
+            return self[:1]
+
+        def __iter__(self) -> Iterator[Any]:
+            return (self[i : i + 2] for i in range(1, len(self), 2))
+
     class Store:
         lookahead = Lookahead(NoPredictor(spec.experts_per_token), [1])
 
         @contextmanager
         def acquire(self, layer: int, needed: list[int], streaming: bool) -> Iterator[Any]:
             found = {expert: [Weight(data, "f32") for data in mlps[expert]] for expert in needed}
-            yield [[(expert, dict(zip(roles, found[expert], strict=True))) for expert in needed]]
+            yield Held([(expert, dict(zip(roles, found[expert], strict=True))) for expert in needed])
 
     found = Routers(spec, {"1.gate": gate})
     moe = MixtureOfExperts(spec, found, Store())  # type: ignore[arg-type]
@@ -128,12 +138,65 @@ def test_what_most_rows_guess_comes_first() -> None:
     assert [key.expert for key in lookahead.predict(1, [[3, 1]])] == [3, 1]
 
 
+def same(one: Groups, other: Groups) -> bool:
+    lists = one.experts == other.experts and one.counts == other.counts
+    return lists and torch.equal(one.order, other.order) and torch.equal(one.inverse, other.inverse)
+
+
+@st.composite
+def expert_ids(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
+    """Ids [T, k], those of a row not always distinct, and the number of experts."""
+    rows, chosen, count = draw(st.integers(1, 12)), draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    used = draw(st.integers(1, count))  # few of many: long groups, and experts that nobody chose
+    ids = st.integers(count - used, count - 1)
+    values = draw(st.lists(ids, min_size=rows * chosen, max_size=rows * chosen))
+    return torch.tensor(values).view(rows, chosen), count
+
+
+@settings(deadline=None, derandomize=True)
+@given(expert_ids())
+def test_pairs_are_grouped_by_expert_in_their_order(drawn: tuple[torch.Tensor, int]) -> None:
+    experts, count = drawn
+    pairs = experts.flatten().tolist()
+    expected = sorted(range(len(pairs)), key=pairs.__getitem__)  # stable
+    for groups in (grouped(experts, count), grouped_reference(experts, count)):
+        assert groups.experts == sorted(set(pairs))
+        assert groups.counts == [pairs.count(expert) for expert in groups.experts]
+        assert groups.order.tolist() == expected
+        assert groups.order[groups.inverse].tolist() == torch.arange(len(pairs)).view(experts.shape).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen", "count"), [(1, 1, 1), (1, 6, 64), (1, 8, 256), (7, 1, 3), (512, 8, 128), (700, 6, 6)]
+)
+def test_the_kernels_group_as_torch_does(rows: int, chosen: int, count: int, monkeypatch: Any) -> None:
+    torch.manual_seed(7)
+    experts = torch.rand(rows, count).topk(chosen, dim=-1).indices
+    one = torch.full_like(experts, count - 1)  # one expert takes all
+    strided = experts.t().contiguous().t()  # not as the kernels take them
+    reference = grouped_reference(experts, count)
+    with monkeypatch.context() as patch:
+        patch.setattr(routing_kernels, "grouped_reference", None)  # not asked
+        assert same(grouped(experts, count), reference)
+        assert same(grouped(one, count), Groups([count - 1], [one.numel()], *ascending(rows, chosen)))
+    assert same(grouped(strided, count), reference)
+    monkeypatch.setattr(native, "load", lambda: None)
+    assert same(grouped(experts, count), reference)
+
+
+def ascending(rows: int, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order and inverse of pairs that are sorted as they are."""
+    pairs = torch.arange(rows * chosen)
+    return pairs, pairs.view(rows, chosen)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_combined_is_the_weighted_sum_beside_the_stream(compiled: bool, monkeypatch: Any) -> None:
     if not compiled:
         monkeypatch.setattr(native, "load", lambda: None)
     hidden, shared = torch.randn(3, 10), torch.randn(3, 10)
     weights, outputs = torch.randn(3, 2), torch.randn(6, 10)
-    places = [3, 0, 5, 1, 2, 4]
-    expected = hidden + shared + (weights[..., None] * outputs[torch.tensor(places).view(3, 2)]).sum(1)
-    torch.testing.assert_close(combined(hidden, shared, weights, outputs, places), expected)
+    inverse = torch.tensor([[3, 0], [5, 1], [2, 4]])
+    mixed = (weights[..., None] * outputs[inverse]).sum(1)
+    torch.testing.assert_close(combined(hidden, shared, weights, outputs, inverse), hidden + shared + mixed)
+    torch.testing.assert_close(combined(hidden, None, weights, outputs, inverse), hidden + mixed)

@@ -201,7 +201,7 @@ class Bench:
         """Acquire, check and release; the experts in the order in which they came."""
         came = []
         with self.store.acquire(layer, experts, streaming=streaming) as leases:
-            for expert, weights in itertools.chain.from_iterable(leases):
+            for expert, weights in all_of(leases):
                 assert is_whole(weights, ExpertKey(layer, expert))
                 came.append(expert)
         assert sorted(came) == sorted(experts)
@@ -264,6 +264,11 @@ def bench_of(*slots: int, policy: str = "cycle", layers: int = LAYERS, threads: 
         bench.check()
     finally:
         bench.close()
+
+
+def all_of(leases: Leases) -> Iterator[tuple[int, Weights]]:
+    """What is resident, then what arrives."""
+    return itertools.chain(leases.resident(), itertools.chain.from_iterable(leases))
 
 
 def keys(layer: int, *experts: int) -> list[ExpertKey]:
@@ -364,7 +369,7 @@ class Machine(RuleBasedStateMachine):
         self, leases: Leases, layer: int, seen: list[int], stop: int | None, boom: bool, predicted: list[ExpertKey]
     ) -> None:
         assert self.bench is not None
-        for expert, weights in itertools.chain.from_iterable(leases):
+        for expert, weights in all_of(leases):
             assert is_whole(weights, ExpertKey(layer, expert))
             self.bench.predict(predicted, streaming=len(predicted) % 2 == 0)
             assert is_whole(weights, ExpertKey(layer, expert)), "a leased record was given away"
@@ -508,15 +513,14 @@ def test_what_needs_no_record_is_not_kept_waiting_by_those_that_are_read() -> No
     with bench_of(4) as bench:
         bench.shelf.pause()
         with bench.store.acquire(0, [1, 2]) as leases:
-            batches = iter(leases)
-            assert next(batches) == []  # while both are being read
+            assert leases.resident() == []  # while both are being read
             bench.shelf.resume()
-            assert sorted(expert for batch in batches for expert, _ in batch) == [1, 2]
+            assert sorted(expert for batch in leases for expert, _ in batch) == [1, 2]
 
 
 def iterate_then(leases: Leases, count: int, then: Callable[[], None]) -> Iterator[tuple[int, Weights]]:
     """``leases``, with a call of ``then`` behind the first ``count``."""
-    for number, lease in enumerate(itertools.chain.from_iterable(leases), 1):
+    for number, lease in enumerate(all_of(leases), 1):
         yield lease
         if number == count:
             then()
@@ -530,7 +534,7 @@ def test_demand_joins_a_prefetched_read(slots: tuple[int, ...]) -> None:
         bench.shelf.wait_for_reads(2)  # both files of it are being read
         with bench.store.acquire(0, [1, 2]) as leases:
             bench.shelf.resume()
-            assert sorted(expert for expert, _ in itertools.chain.from_iterable(leases)) == [1, 2]
+            assert sorted(expert for expert, _ in all_of(leases)) == [1, 2]
         stats = bench.top.stats
         assert (stats.hits, stats.late_hits, stats.misses) == (0, 1, 1)
         assert (stats.prefetched, stats.useful, stats.wasted, stats.cancelled) == (1, 1, 0, 0)
@@ -548,7 +552,7 @@ def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
         bench.predict(keys(0, 5))
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(0, [0, 1]) as leases:
-            came = itertools.chain.from_iterable(leases)
+            came = all_of(leases)
             assert next(came)[0] == 0  # the other slot is being filled with the wrong guess
             bench.shelf.come_back(ExpertKey(0, 5))
             for key, entry in bench.top.entries.items():
@@ -568,7 +572,7 @@ def test_demand_goes_ahead_of_hints() -> None:
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(0, [5]) as leases:
             bench.shelf.resume()
-            assert [expert for expert, _ in itertools.chain.from_iterable(leases)] == [5]
+            assert [expert for expert, _ in all_of(leases)] == [5]
         bench.drain()
         order = list(bench.shelf.reads)
         assert order.index((ExpertKey(0, 5), 1)) < order.index((ExpertKey(1, 0), 1))
@@ -625,7 +629,7 @@ def test_stale_guesses_are_dropped(slots: tuple[int, ...]) -> None:
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(1, [5]) as leases:
             bench.shelf.resume()
-            assert [expert for expert, _ in itertools.chain.from_iterable(leases)] == [5]
+            assert [expert for expert, _ in all_of(leases)] == [5]
         bench.drain()
         stats = bench.top.stats
         assert stats.prefetched == 3
@@ -720,7 +724,7 @@ def test_a_guess_that_fails_is_read_again_for_the_demand_that_joined_it() -> Non
             bench.shelf.resume()
             bench.transfer.wait_any([ticket], WAIT)
             bench.shelf.failing.clear()
-            assert [expert for expert, _ in itertools.chain.from_iterable(leases)] == [2]
+            assert [expert for expert, _ in all_of(leases)] == [2]
         assert demanded(bench.top) == 1
         bench.check()
 
@@ -768,7 +772,7 @@ def test_read_that_hangs_comes_last() -> None:
     with bench_of(4) as bench:
         bench.shelf.hang(ExpertKey(0, 3))
         with bench.store.acquire(0, [3, 1, 2]) as leases:
-            came = itertools.chain.from_iterable(leases)
+            came = all_of(leases)
             assert {next(came)[0], next(came)[0]} == {1, 2}
             bench.store.io_timeout = SOON
             with pytest.raises(StorageError, match="stalled"):

@@ -3,10 +3,11 @@
 from tierlm.kernels.attention import LatentAttention, fused_mla_decode
 from tierlm.kernels.linear import can_absorb, from_latent, gated_mlp, gated_mlps, into_latent, linear, widen
 from tierlm.kernels.quantised import quantise
-from tierlm.kernels.routing import RouterCall, Rules, combined, route_few
+from tierlm.kernels.routing import Groups, RouterCall, Rules, combined, grouped, route_few
 from tierlm.kernels.weight import Weight
 
 __all__ = [
+    "Groups",
     "LatentAttention",
     "RouterCall",
     "Rules",
@@ -17,6 +18,7 @@ __all__ = [
     "fused_mla_decode",
     "gated_mlp",
     "gated_mlps",
+    "grouped",
     "into_latent",
     "linear",
     "quantise",

@@ -39,6 +39,8 @@ class Native:
         self._attention.argtypes = [ctypes.c_int, pointer, *[ctypes.c_double] * 3]
         self._route, self._combine = library.tierlm_route, library.tierlm_combine
         self._route.argtypes = [pointer, size, *[ctypes.c_double] * 2]
+        self._grouped = library.tierlm_grouped
+        self._grouped.argtypes, self._grouped.restype = [*[pointer] * 3, *[size] * 2, pointer], size
         self._combine.argtypes = [*[pointer] * 6, *[size] * 3]
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
@@ -99,9 +101,16 @@ class Native:
         """``words``: of ``count`` structs.Router, as kernels/routing.py packs them."""
         self._route(_words(words), count, eps, scale)
 
-    def combine(self, pointers: Sequence[int], places: Sequence[int], shape: Sequence[int]) -> None:
-        """``kernels.combined``; ``pointers``: hidden, shared, weights, outputs and the result."""
-        self._combine(*pointers, _words(places), *shape, len(places) // shape[0])
+    def grouped(self, pointers: Sequence[int], pairs: int, count: int) -> tuple[list[int], list[int]]:
+        """``kernels.grouped``: the distinct ids and their counts; ``pointers``: the ids, the order and the inverse."""
+        most = min(pairs, count)
+        heads = (ctypes.c_int64 * (2 * most))()
+        found = self._grouped(*pointers, pairs, count, heads)
+        return heads[:found], heads[most : most + found]
+
+    def combine(self, pointers: Sequence[int], shape: Sequence[int], chosen: int) -> None:
+        """``kernels.combined``; ``pointers``: hidden, shared (0: none), weights, outputs, inverse and the result."""
+        self._combine(*pointers, *shape, chosen)
 
 
 @cache

@@ -1,4 +1,4 @@
-// A router: which experts a token goes to, and with what weights. What kernels/routing.py does in torch.
+// A router: which experts a token goes to, with what weights, and the (token, choice) pairs by expert.
 
 #include <cmath>
 #include <limits>
@@ -86,19 +86,47 @@ void route(const Router& r, float eps, float scale) {
 LAYOUT(Router, FIELD(gate), FIELD(bias), FIELD(norm), FIELD(softmax), FIELD(groups), FIELD(groups_chosen),
        FIELD(normalize), FIELD(chosen), FIELD(x), FIELD(rows), FIELD(weights), FIELD(experts))
 
-// By one thread: a router is small, and waking the others takes longer.
+// One thread does it: a router is small, and waking the others takes longer.
 extern "C" void tierlm_route(const Router* routers, int64_t count, double eps, double scale) {
     for (int64_t i = 0; i < count; ++i) route(routers[i], static_cast<float>(eps), static_cast<float>(scale));
 }
 
-// total = hidden + shared + sum over k of weights[row, k] * outputs[places[row, k]], added up in that order.
+// The (token, choice) pairs sorted by expert, stable: a counting sort. Every id is below `count`. `order`: the pair in
+// each row; `inverse`: the row of each pair. `heads` [2, min(pairs, count)]: the distinct ids and their counts. Returns
+// how many are distinct.
+extern "C" int64_t tierlm_grouped(const int64_t* experts, int64_t* order, int64_t* inverse, int64_t pairs,
+                                  int64_t count, int64_t* heads) {
+    const auto rows = room<int64_t>(count);  // of each expert: its pairs, then the row of its next pair
+    std::fill(rows.get(), rows.get() + count, 0);
+    for (int64_t pair = 0; pair < pairs; ++pair) ++rows[experts[pair]];
+    int64_t found = 0, row = 0, *counts = heads + std::min(pairs, count);
+    for (int64_t expert = 0; expert < count; ++expert) {
+        if (!rows[expert]) continue;
+        heads[found] = expert;
+        counts[found] = rows[expert];
+        rows[expert] = row;
+        row += counts[found++];
+    }
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        inverse[pair] = rows[experts[pair]]++;
+        order[inverse[pair]] = pair;
+    }
+    return found;
+}
+
+// total = hidden + shared + sum over k of weights[row, k] * outputs[inverse[row, k]], added up in that order, from
+// `shared` on; `shared` may be null: zeros.
 extern "C" void tierlm_combine(const float* hidden, const float* shared, const float* weights, const float* outputs,
-                               float* total, const int64_t* places, int64_t rows, int64_t width, int64_t chosen) {
+                               const int64_t* inverse, float* total, int64_t rows, int64_t width, int64_t chosen) {
     for (int64_t row = 0; row < rows; ++row) {
         float* sum = total + row * width;
-        std::copy(shared + row * width, shared + (row + 1) * width, sum);
+        if (shared) {
+            std::copy(shared + row * width, shared + (row + 1) * width, sum);
+        } else {
+            std::fill(sum, sum + width, 0.0f);
+        }
         for (int64_t k = row * chosen; k < (row + 1) * chosen; ++k)
-            for (int64_t i = 0; i < width; ++i) sum[i] += weights[k] * outputs[places[k] * width + i];
+            for (int64_t i = 0; i < width; ++i) sum[i] += weights[k] * outputs[inverse[k] * width + i];
         for (int64_t i = 0; i < width; ++i) sum[i] += hidden[row * width + i];
     }
 }

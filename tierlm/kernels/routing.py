@@ -1,4 +1,4 @@
-"""A router, and the sum over what it chose, of a few tokens, by the compiled kernels."""
+"""A router of a few tokens by the compiled kernels; the (token, choice) pairs by expert; the sum over the choices."""
 
 from __future__ import annotations
 
@@ -60,18 +60,50 @@ def route_few(routers: Sequence[RouterCall], rules: Rules, chosen: int) -> list[
     return found
 
 
-def combined(hidden: Tensor, shared: Tensor, weights: Tensor, outputs: Tensor, places: Sequence[int]) -> Tensor:
+class Groups(NamedTuple):
+    """The (token, choice) pairs of a layer, sorted by expert. Pair p is choice p % k of token p // k.
+
+    ``experts``: the distinct ids, ascending. ``counts``: the pairs of each. ``order``: int64 [T * k], the pair in each
+    row; an expert's pairs keep their order. ``inverse``: int64 [T, k], the row of each pair.
+    """
+
+    experts: list[int]
+    counts: list[int]
+    order: Tensor
+    inverse: Tensor
+
+
+def grouped(experts: Tensor, count: int) -> Groups:
+    """The pairs of the expert ids ``experts``, int64 [T, k], all below ``count``."""
+    library, pairs = native.load(), experts.numel()
+    if library is None or experts.device.type != "cpu" or not experts.is_contiguous():
+        return grouped_reference(experts, count)
+    order, inverse = torch.empty(pairs, dtype=torch.int64), torch.empty_like(experts)
+    pointers = experts.data_ptr(), order.data_ptr(), inverse.data_ptr()
+    return Groups(*library.grouped(pointers, pairs, count), order, inverse)
+
+
+def grouped_reference(experts: Tensor, count: int) -> Groups:
+    """``grouped`` in torch alone."""
+    pairs = experts.flatten()
+    order = pairs.argsort(stable=True)
+    found = {expert: number for expert, number in enumerate(pairs.bincount(minlength=count).tolist()) if number}
+    return Groups(list(found), list(found.values()), order, order.argsort().view_as(experts))
+
+
+def combined(hidden: Tensor, shared: Tensor | None, weights: Tensor, outputs: Tensor, inverse: Tensor) -> Tensor:
     """The residual stream after a layer's experts, float32 [T, hidden]: ``hidden`` + ``shared`` + the weighted sum of
     the outputs, in the router's order.
 
-    ``weights``: float32 [T, k]. ``outputs``: float32 [T * k, hidden], of which ``places`` says for each token's choices
-    which row is its.
+    ``weights``: float32 [T, k]. ``outputs``: float32 [T * k, hidden], by expert; ``inverse``: of Groups.
     """
     library = native.load()
-    operands = hidden, shared, weights, outputs
-    if library is not None and hidden.device.type == "cpu" and all(tensor.is_contiguous() for tensor in operands):
+    operands = hidden, shared, weights, outputs, inverse
+    if library is not None and hidden.device.type == "cpu" and all(x is None or x.is_contiguous() for x in operands):
         total = torch.empty_like(hidden)
-        library.combine([tensor.data_ptr() for tensor in (*operands, total)], places, hidden.shape)
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (*operands, total)]
+        library.combine(pointers, hidden.shape, weights.shape[1])
         return total
-    index = torch.tensor(places, device=hidden.device).view(weights.shape)
-    return hidden + torch.baddbmm(shared[:, None], weights[:, None], outputs[index])[:, 0]
+    weights, outputs = weights[:, None], outputs[inverse]  # [T, 1, k], [T, k, hidden]
+    total = torch.bmm(weights, outputs) if shared is None else torch.baddbmm(shared[:, None], weights, outputs)
+    return hidden + total[:, 0]

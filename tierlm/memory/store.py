@@ -41,9 +41,8 @@ class Store:
         return self.tier.stall
 
     def acquire(self, layer: int, experts: Sequence[int], *, streaming: bool = False) -> Leases:
-        """Leases of ``experts`` (each once) of ``layer``: ``with store.acquire(...) as leases: for batch in leases: for
-        expert, weights in batch``. Reads begin on entering; experts come resident first, then as they arrive, each
-        batch leased until the next.
+        """Leases of ``experts`` (each once) of ``layer``, for a ``with`` statement. Reads begin on entering. Inside,
+        first ``leases.resident()``, then ``for batch in leases``; each batch is leased until the next is asked for.
 
         ``streaming``: a prefill, which goes through a few slots, in the order of the disk, and leaves the warm records
         where they are. Raises StorageError when a read fails or stalls; every lease ends with the ``with`` block,
@@ -105,13 +104,17 @@ class Store:
             self._link = now
 
 
+Batch = list[tuple[int, Weights]]  # of expert ids and their weights
+
+
 class Leases:
-    """What ``Store.acquire`` returns: a context manager, iterable once inside."""
+    """What ``Store.acquire`` returns: a context manager; inside, ``resident`` once, then iterable once."""
 
     def __init__(self, store: Store, layer: int, keys: list[ExpertKey], streaming: bool):
         self._store, self._tier, self._layer, self._streaming = store, store.tier, layer, streaming
         self._keys = keys
         self._held: dict[ExpertKey, Entry] = {}
+        self._lent: list[ExpertKey] = []  # the batch that the caller has
         self._missing: list[ExpertKey] = []
         self._joined: set[ExpertKey] = set()  # those whose read was under way already
         self._turn_open = True  # until all that is needed has been demanded
@@ -146,30 +149,48 @@ class Leases:
         spent = time.perf_counter() - self._began - (self._store.stall - self._stalled)
         self._store.lookahead.prefetch.layer_done(self._read, spent, self._streaming)
 
-    def __iter__(self) -> Iterator[list[tuple[int, Weights]]]:
-        """Batches of (expert, weights): all that are there, the first time even none, since there may be other work to
-        do meanwhile. One at a time where they are streamed through, so that each slot is free for the next read as soon
-        as it can be."""
-        first = True
+    def resident(self) -> Batch:
+        """The first batch, without a wait: what is there now, possibly nothing. The caller computes it together with
+        what needs no record. A streaming one is a single expert, as all batches are then."""
+        ready = self._ready()
+        return self._lend(ready[:1] if self._streaming else ready)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of what arrives, none empty: all that are there; one at a time where they are streamed through, so
+        that each slot is free for the next read as soon as it can be."""
+        self._end_batch()
         while self._held or self._missing:
-            self._tier.settle()
-            ready = [key for key, entry in self._held.items() if entry.ticket is None]
-            for key in [key for key in ready if self._held[key].error is not None and key in self._joined]:
-                self._joined.remove(key)  # a prefetch has failed, which is nobody's error yet: now it is demanded
-                self._tier.stats.late_hits -= 1  # and counted as what it turns out to be
-                self._release(key)
-                self._missing.append(key)
-                ready.remove(key)
-            self._start_missing()
-            if not ready and not first:
-                self._store.wait(list(self._held.values()))
+            ready = self._ready()
+            if not ready:
+                self._tier.wait(list(self._held.values()), self._store.io_timeout)
                 self._start_missing()
-            for batch in [[key] for key in ready] if self._streaming and ready else [ready] * (first or bool(ready)):
-                yield [(key.expert, self._weights(key)) for key in batch]
-                for key in batch:
-                    self._release(key)
-                self._start_missing()
-            first = False
+            for batch in [[key] for key in ready] if self._streaming else [ready] * bool(ready):
+                yield self._lend(batch)
+                self._end_batch()
+
+    def _ready(self) -> list[ExpertKey]:
+        """The held experts whose reads have ended, well or badly; a prefetch that failed is read again."""
+        self._tier.settle()
+        ready = [key for key, entry in self._held.items() if entry.ticket is None]
+        for key in [key for key in ready if self._held[key].error is not None and key in self._joined]:
+            self._joined.remove(key)  # nobody has demanded what failed: it is demanded now
+            self._tier.stats.late_hits -= 1  # and counted as what it turns out to be
+            self._release(key)
+            self._missing.append(key)
+            ready.remove(key)
+        self._start_missing()
+        return ready
+
+    def _lend(self, batch: list[ExpertKey]) -> Batch:
+        self._lent = batch
+        return [(key.expert, self._weights(key)) for key in batch]
+
+    def _end_batch(self) -> None:
+        """End the leases of the last batch, and use its slots."""
+        for key in self._lent:
+            self._release(key)
+        self._lent = []
+        self._start_missing()
 
     def _weights(self, key: ExpertKey) -> Weights:
         entry = self._held[key]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
-from tierlm.kernels import combined, gated_mlps
-from tierlm.memory.store import Store
+from tierlm.kernels import Groups, combined, gated_mlps, grouped
+from tierlm.memory.store import Leases, Store
 from tierlm.models.routing import Routers
 from tierlm.spec import ModelSpec
 from tierlm.timeline import Timeline, span
@@ -33,44 +35,39 @@ class MixtureOfExperts:
         """``hidden`` is the residual stream, ``x`` its norm, float32 [T, hidden] both; returns the stream with this
         layer's experts.
 
-        The (token, choice) pairs are grouped by expert, each expert's rows computed together; the sum over the choices
-        runs in the router's order, so that the order in which experts arrive does not reach the result. The shared
-        expert is computed with those that are there at once, while the rest is read.
+        Each expert computes the rows of all tokens that chose it. The sum over a token's choices runs in the router's
+        order, so the order in which experts arrive does not reach the result.
         """
         lookahead = self.store.lookahead
         targets = lookahead.targets(layer, prefill)
         asked = [target for target, _ in targets] if lookahead.predictor.gates else []
-        weights, experts, rankings = self.routers.route_ahead(x, layer, hidden, asked)
+        weights, experts, rankings = self.routers.route_ahead(x, layer, hidden, asked)  # [T, k] both
+        groups = grouped(experts, self.spec.experts)
         if self.recorder is not None:
             self._record(self.recorder, hidden, x, layer, experts)
-        chosen = experts.shape[1]
-        pairs: dict[int, list[int]] = {}  # by expert, in order
-        for pair, expert in enumerate(experts.flatten().tolist()):
-            pairs.setdefault(expert, []).append(pair)
-        needed = sorted(pairs)
-        ends = dict(zip(needed, itertools.accumulate(len(pairs[expert]) for expert in needed), strict=True))
-        outputs = x.new_empty(experts.numel() + x.shape[0], x.shape[1])
-        shared = outputs[experts.numel() :]
-        with self.store.acquire(layer, needed, streaming=prefill) as leases:
-            lookahead.predictor.observe(layer, needed)
+        with self.store.acquire(layer, groups.experts, streaming=prefill) as leases:
+            lookahead.predictor.observe(layer, groups.experts)
             for (target, ahead), ranked in itertools.zip_longest(targets, rankings):
                 self.store.look_ahead(target, ahead, prefill, None if ranked is None else ranked.tolist())
-            jobs: list[tuple[Tensor, Tensor, Weights]] = [(x, shared, trunk)]
-            if not self.spec.shared_experts:
-                shared.zero_()
-                jobs = []
-            for batch in leases:
-                for expert, record in batch:
-                    mine = pairs[expert]
-                    rows = x if x.shape[0] == 1 else x[[pair // chosen for pair in mine]]
-                    jobs.append((rows, outputs[ends[expert] - len(mine) : ends[expert]], record))
-                with span(self.timeline, "compute", f"{len(jobs)} experts of {layer}"):
-                    gated_mlps([(x, y, (w["gate_proj"], w["up_proj"], w["down_proj"])) for x, y, w in jobs])
-                jobs = []
-        places = [0] * experts.numel()
-        for place, pair in enumerate(itertools.chain.from_iterable(pairs[expert] for expert in needed)):
-            places[pair] = place
-        return combined(hidden, shared, weights, outputs, places)
+            outputs, shared = self._compute(x, layer, trunk, groups, leases)  # [T * k, hidden], [T, hidden]
+        return combined(hidden, shared, weights, outputs, groups.inverse)
+
+    def _compute(
+        self, x: Tensor, layer: int, trunk: Weights, groups: Groups, leases: Leases
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs of the routed experts, by expert, and of the shared expert if there is one. The shared expert is
+        computed with the resident ones, while the others are read."""
+        outputs = x.new_empty(len(groups.order), x.shape[1])  # [T * k, hidden]
+        places = zip(_rows(x, groups), outputs.split_with_sizes(groups.counts), strict=True)  # [n, hidden] both
+        mine = dict(zip(groups.experts, places, strict=True))
+        shared = torch.empty_like(x) if self.spec.shared_experts else None
+        jobs = [] if shared is None else [(x, shared, trunk)]
+        for batch in itertools.chain((leases.resident(),), leases):
+            jobs += [(*mine[expert], record) for expert, record in batch]
+            with span(self.timeline, "compute", f"{len(jobs)} experts of {layer}"):
+                gated_mlps([(x, y, (w["gate_proj"], w["up_proj"], w["down_proj"])) for x, y, w in jobs])
+            jobs = []
+        return outputs, shared
 
     def before_attention(self, hidden: Tensor, layer: int, prefill: bool) -> None:
         """The last chance to predict what ``layer`` demands: ``hidden`` lacks its attention only."""
@@ -92,3 +89,11 @@ class MixtureOfExperts:
 
     def _record_guess(self, recorder: Recorder, hidden: Tensor, layer: int, ahead: int) -> None:
         recorder.guess(layer, ahead, self.routers.guess(hidden, layer, recorder.guessed).cpu().numpy())
+
+
+def _rows(x: Tensor, groups: Groups) -> Sequence[Tensor]:
+    """The rows of ``x`` [T, hidden] that each expert takes, [n, hidden]."""
+    chosen = groups.inverse.shape[1]
+    if len(x) == 1:
+        return [x] * chosen
+    return x.index_select(0, groups.order // chosen).split_with_sizes(groups.counts)

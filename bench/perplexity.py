@@ -1,8 +1,8 @@
-"""What a layout costs in quality: held-out perplexity of a model as it is, and packed in other layouts.
+"""What a format costs in quality: held-out perplexity of a model as it is, and packed in other formats.
 
-    python bench/perplexity.py [demo] [--layouts int8/int8 int4/int8 int4/int4] [--windows N]
+    python bench/perplexity.py [demo] [--formats int8/int8 int4/int8 int4/int4] [--windows N]
 
-A layout is EXPERTS/TRUNK, as `tierlm pack` takes them. The text (default: the demo model's held-out ones) is cut into
+A pair is EXPERTS/TRUNK, as `tierlm pack` takes them. The text (default: the demo model's held-out ones) is cut into
 windows; each is a prompt of its own, whose every next token is scored. The last line is JSON.
 """
 
@@ -40,7 +40,7 @@ def perplexity(folder: Path, texts: list[Path], window: int, windows: int) -> fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--layouts", nargs="+", default=SETTINGS, help="EXPERTS/TRUNK")
+    parser.add_argument("--formats", nargs="+", default=SETTINGS, help="EXPERTS/TRUNK")
     parser.add_argument("--text", type=Path, nargs="+", default=TEXTS)
     parser.add_argument("--window", type=int, default=256, help="tokens")
     parser.add_argument("--windows", type=int, default=40, help="of each text, at most")
@@ -49,7 +49,7 @@ def main() -> None:
     original = perplexity(source, arguments.text, arguments.window, arguments.windows)
     print(f"as it is    perplexity {original:.4f}", flush=True)
     found = []
-    for setting in arguments.layouts:
+    for setting in arguments.formats:
         experts, trunk = setting.split("/")
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "packed"

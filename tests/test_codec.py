@@ -139,10 +139,10 @@ def test_the_logits_are_the_same(squeezed: Path, kept: Path, toy_v3: tuple[Path,
 
 
 def test_it_can_be_packed_again(squeezed: Path, kept: Path, tmp_path: Path) -> None:
-    for origin, layouts, zstd in ((squeezed, "keep", "zstd"), (squeezed, "keep", "none"), (squeezed, "int4", "none")):
-        out, reference = tmp_path / f"{layouts}-{zstd}", tmp_path / f"of-kept-{layouts}-{zstd}"
-        pack_model(origin, out, experts=layouts, trunk="keep", codec=zstd)
-        pack_model(kept, reference, experts=layouts, trunk="keep", codec=zstd)
+    for origin, formats, zstd in ((squeezed, "keep", "zstd"), (squeezed, "keep", "none"), (squeezed, "int4", "none")):
+        out, reference = tmp_path / f"{formats}-{zstd}", tmp_path / f"of-kept-{formats}-{zstd}"
+        pack_model(origin, out, experts=formats, trunk="keep", codec=zstd)
+        pack_model(kept, reference, experts=formats, trunk="keep", codec=zstd)
         one, other = Catalog(out), Catalog(reference)
         for key in [*one.trunks, *one.experts()]:
             assert one.record(key).seal.checksum == other.record(key).seal.checksum  # type: ignore[union-attr]
@@ -226,14 +226,14 @@ def test_a_store_that_cannot_be_decompressed_here_is_told_at_the_start(
         LLM.load(squeezed, budget=RAM, **TIGHT)
 
 
-@pytest.mark.parametrize("layouts", ["bf16", "f16", "fp8"])
-def test_every_layout_of_floats_comes_back_bit_by_bit(
-    layouts: str, toy_v3: tuple[Path, Any], tmp_path: Path, ids: list[int]
+@pytest.mark.parametrize("formats", ["bf16", "f16", "fp8"])
+def test_every_format_of_floats_comes_back_bit_by_bit(
+    formats: str, toy_v3: tuple[Path, Any], tmp_path: Path, ids: list[int]
 ) -> None:
     found: dict[str, list[Any]] = {}
     for name in ("none", "zstd"):
         out = tmp_path / name
-        pack_model(toy_v3[0], out, experts=layouts, trunk=layouts, codec=name)
+        pack_model(toy_v3[0], out, experts=formats, trunk=formats, codec=name)
         assert all((record.inside is not None) == (name == "zstd") for record in map(Catalog(out).record, KEYS))
         with LLM.load(out, budget=RAM, heat=False, **TIGHT) as llm:
             found[name] = [llm.logits(ids), llm.generate([ids], FEW)[0].ids]

@@ -88,10 +88,10 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("layouts", PACKED)
-def test_same_logits_of_a_packed_store(layouts: str, toy_v3: tuple[Path, Any], ids: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("formats", PACKED)
+def test_same_logits_of_a_packed_store(formats: str, toy_v3: tuple[Path, Any], ids: list[int], tmp_path: Path) -> None:
     """Within one format: at every budget, reader and number of threads."""
-    experts, trunk = PACKED[layouts]
+    experts, trunk = PACKED[formats]
     pack_model(toy_v3[0], tmp_path / "packed", experts=experts, trunk=trunk)
     with LLM.load(tmp_path / "packed", budget=RAM) as llm:
         expected = llm.logits(ids)

@@ -22,7 +22,7 @@ from tierlm.kernels.quantised import rounded
 from tierlm.kernels.weight import Weight
 
 TILE_VALUES = 2**20  # float32 values of one widened tile: 4 MiB
-TILE_ROWS = 128  # a tile is of a multiple of these: no block of a format has more
+TILE_ROWS = 128  # a tile is of a multiple of these, so that hardly a block is widened twice
 ROWS_AT_ONCE = 512  # of several experts in one call of the kernels
 ABSORB_ROWS = 8  # rows up to which the kernels carry queries and values through kv_b without widening it
 
@@ -31,8 +31,8 @@ Job = tuple[Tensor, Tensor, tuple[Weight, Weight, Weight]]  # x, y, and gate, up
 
 def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:
     """Rows ``start`` to ``stop`` as float32 [stop - start, ...]; a view where they are float32 already."""
-    total, extra = weight.shape[0], start % FORMATS[weight.format].block[0]  # begin where a block does
-    part = weight.rows(start - extra, total if stop is None else min(stop, total))
+    extra = start % FORMATS[weight.format].block[0]
+    part = weight.rows(start - extra, weight.shape[0] if stop is None else stop)
     kernels = native.kernels_for(part) if part.scale is not None else None  # torch is as fast at floats alone
     return (kernels.widen(part) if kernels is not None else widen_reference(part))[extra:]
 

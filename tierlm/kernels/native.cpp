@@ -41,7 +41,7 @@ void tierlm_widen(int threads, const Matrix* w, float* y) {
     share(threads, w->as().widened, *w, w->times(nullptr, nullptr, y, 0));
 }
 
-// w [outs, ins] to the tiles of kernels/quantised.py: int4 if `four`, else int8.
+// w [outs, ins] to the tiles of formats/tiles.py: int4 if `four`, else int8.
 void tierlm_quantise(int threads, int four, const float* w, uint8_t* data, uint16_t* scales, int64_t ins,
                      int64_t outs) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)

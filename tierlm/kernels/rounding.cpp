@@ -93,7 +93,7 @@ INLINE Floats int8_scale(const Values& values) {
     return as_half((values.largest < 0.0f ? -values.largest : values.largest) / 127.0f);
 }
 
-// The search that kernels/quantised.py describes.
+// The search that formats/tiles.py describes.
 INLINE Floats int4_scale(const Values& values) {
     Floats best = Floats{} + __builtin_inff(), scale = {};
     for (int step = 0; step < 13; ++step) {

@@ -1,4 +1,4 @@
-// Weights as int8 or int4 in tiles of 8 rows x 32 columns, laid out as kernels/quantised.py says: the 8 rows of a tile
+// Weights as int8 or int4 in tiles of 8 rows x 32 columns, in the order that formats/tiles.py gives: the 8 rows of a tile
 // are the 8 lanes of a vector.
 
 #include <algorithm>

@@ -56,8 +56,11 @@ class Weight:
         return found == [(DTYPES[dtype], shape) for dtype, shape in FORMATS[self.format].parts(self.shape).values()]
 
     def rows(self, start: int, stop: int) -> Weight:
-        """Rows ``start``, where a block of the format begins, to ``stop``."""
+        """Rows ``start``, where a block of the format begins, to ``stop`` or the last."""
         known, total = FORMATS[self.format], self.shape[0]
+        stop = min(stop, total)
+        if stop - start == total:
+            return self
         scale = None if self.scale is None else known.rows(self.scale, total, start, stop)
         data = known.rows(self.data, total, start, stop)
         return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact)

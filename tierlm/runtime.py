@@ -35,17 +35,17 @@ from tierlm.memory.ticket import DISK, Priority
 from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
-from tierlm.models.catalog import GATES, Catalog
+from tierlm.models.catalog import Catalog
 from tierlm.models.decoder import Decoder, Segment
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.outline import sizes_of
-from tierlm.models.routing import Routers
+from tierlm.models.router import Router
 from tierlm.planning.plan import AUTO_RAM, Plan, TierPlan, make_plan
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import TierInfo
 from tierlm.policies.predictors import make_predictor
 from tierlm.policies.recency import Lru
-from tierlm.spec import ExpertKey
+from tierlm.spec import ExpertKey, ResidentKey
 from tierlm.timeline import Timeline
 from tierlm.tracing.recorder import Recorder
 from tierlm.tracing.trace import TraceInfo
@@ -86,7 +86,7 @@ class Runtime:
             raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
         self.context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
         self.predictor = make_predictor(options.predictor, spec.experts_per_token)
-        make_policy(options.policy, TierInfo(spec.layers, 1))  # a wrong name is told before anything is loaded
+        make_policy(options.policy, TierInfo(len(spec.layers), 1))  # a wrong name is told before anything is loaded
         self.plan = self._plan(budget)
         mirrors = [Path(folder) for folder in options.mirrors]
         self.reader, self.disk_profile, disks = open_disks(
@@ -219,7 +219,7 @@ class Runtime:
     def _build(self, progress: Callable[[int, int], None]) -> None:
         catalog, plan, options, spec = self.catalog, self.plan, self.options, self.catalog.spec
         disk = Disk(self.reader, catalog.record, self.transfer, self.disk_profile.request_bytes)
-        gates = self._load_gates(disk)
+        resident = self._load_resident(disk)
         self._rows = Rows(catalog.embedding, catalog.seals_of(catalog.embedding))
         host = torch.device("cpu")
         self.experts = [self._expert_tier("ram", plan.ram, disk, host)]
@@ -243,12 +243,13 @@ class Runtime:
             hottest = self.heat.hottest()
             self.store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         kv_dtype = torch.float32 if options.kv_dtype == "float32" else torch.bfloat16
-        self.cache = KvCache(spec.layers, self.context, spec.latent_dim, kv_dtype, self.device)
+        widths = [layer.attention.cache_width for layer in spec.layers]
+        self.cache = KvCache(widths, self.context, kv_dtype, self.device)
         if options.trace is not None:
             self.recorder = self._open_recorder(Path(options.trace))
-        moe = MixtureOfExperts(spec, Routers(spec, gates), self.store, self.predictor, self.timeline, self.recorder)
+        moe = MixtureOfExperts(spec, Router(spec, resident), self.store, self.predictor, self.timeline, self.recorder)
         self.decoder = Decoder(
-            spec, self._embed, gates, self.trunks, catalog.head, self.cache, moe, self.device, self.timeline
+            spec, self._embed, resident, self.trunks, catalog.head, self.cache, moe, self.device, self.timeline
         )
         self.engine = Engine(self.decoder, self.cache, catalog.eos, options.prefill_chunk)
 
@@ -259,12 +260,12 @@ class Runtime:
         policy_name = self.options.policy
         if everything and policy_name == "default":  # nothing has to leave, so nothing need be learnt
             policy_name = "lru"
-        policy = make_policy(policy_name, TierInfo(self.catalog.spec.layers, plan.expert_slots, self.catalog.size))
+        policy = make_policy(policy_name, TierInfo(len(self.catalog.spec.layers), plan.expert_slots, self.catalog.size))
         return Tier(name, slots, source, self.transfer, policy, self.catalog.size)
 
     def _trunk_tier(self, name: str, plan: TierPlan, source: Source, device: torch.device) -> Tier:
         sizes = [self.catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
-        policy = Lru(TierInfo(self.catalog.spec.layers, len(sizes), self.catalog.size))
+        policy = Lru(TierInfo(len(self.catalog.spec.layers), len(sizes), self.catalog.size))
         return Tier(name, _cut(allocate(sum(sizes), device), sizes), source, self.transfer, policy, self.catalog.size)
 
     def _open_recorder(self, file: Path) -> Recorder:
@@ -274,19 +275,19 @@ class Runtime:
         order = tuple(tuple(key.expert for key in self.store.in_order(keys)) for keys in layers)
         size = max(catalog.size(key) for key in catalog.experts())
         name = catalog.checkpoint.folder.resolve().name
-        info = TraceInfo(name, spec.layers, spec.dense_layers, spec.experts, size, order)
+        info = TraceInfo(name, len(spec.layers), spec.moe_layers, spec.experts, size, order)
         try:
-            return Recorder(file, info, len(layers), spec.experts_per_token, self.options.trace_scores)
+            return Recorder(file, info, spec.experts_per_token, self.options.trace_scores)
         except OSError as error:
             raise UsageError(f"trace: {file}: cannot be written: {error.strerror}") from error
 
-    def _load_gates(self, disk: Disk) -> Weights:
-        slot = Slot(allocate(self.catalog.size(GATES), torch.device("cpu")))
-        ticket, _ = disk.fetch(GATES, slot, Priority.DEMAND, streaming=False)
+    def _load_resident(self, disk: Disk) -> Weights:
+        slot = Slot(allocate(self.catalog.size(ResidentKey()), torch.device("cpu")))
+        ticket, _ = disk.fetch(ResidentKey(), slot, Priority.DEMAND, streaming=False)
         self.transfer.wait_any([ticket], self.options.io_timeout)
         if ticket.error is not None:
             raise ticket.error
-        return weights_of(slot.buffer.to(self.device), self.catalog.record(GATES))
+        return weights_of(slot.buffer.to(self.device), self.catalog.record(ResidentKey()))
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         """The embeddings of some tokens, float32 [T, hidden], read row by row: the table itself is never loaded."""

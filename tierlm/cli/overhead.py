@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tierlm.checkpoints.formats import Weights
     from tierlm.memory.trunks import Trunks
     from tierlm.profiling.arithmetic import Stream
-    from tierlm.spec import TrunkKey
+    from tierlm.spec import UnitKey
 
 # Of the embedded model: tokens that are made, and of a prompt that uses all experts; layers; experts of all layers.
 DEMO_TOKENS, DEMO_PROMPT, DEMO_LAYERS, DEMO_RECORDS, DEMO_ROUNDS = 24, 64, 7, 6 * 32, 3
@@ -24,7 +24,7 @@ class _AfterOthers:
     def __init__(self, trunks: Trunks, stream: Stream):
         self._trunks, self._stream = trunks, stream
 
-    def get(self, key: TrunkKey) -> Weights:
+    def get(self, key: UnitKey) -> Weights:
         self._stream.run()
         return self._trunks.get(key)
 

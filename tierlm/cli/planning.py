@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tierlm.planning.cost import Machine, Work
     from tierlm.planning.forecast import Forecast, Question
     from tierlm.planning.plan import Sizes
+    from tierlm.spec import UnitKey
 
 Model = Annotated[
     str, typer.Argument(help="A folder, a config.json, a hub id, 'demo', or a known model such as DeepSeek-V3.")
@@ -136,7 +137,7 @@ def _machine(file: Path | None, bandwidth: str | None, card: bool) -> tuple[Mach
 
 
 def _size_table(name: str, records: Records, sizes: Sizes, work: Work, question: Question) -> Table:
-    from tierlm.models.outline import Outline, expanded_kv
+    from tierlm.models.outline import Outline
 
     spec = records.spec
     table = _table(f"{name}, {_format(records)}")
@@ -153,7 +154,7 @@ def _size_table(name: str, records: Records, sizes: Sizes, work: Work, question:
     elif min(work.stored) < 1:
         left = [f"{share:.0%}" for share in work.stored]
         table.add_row("compressed", f"{left[0]} of the experts' bytes are read, and {left[1]} of the trunk's")
-    cached, expanded = spec.latent_dim, expanded_kv(spec)
+    cached, expanded = spec.cache_width, spec.expanded_width
     whole = f"KV cache of {question.context} tokens"
     kv = f"{format_size(sizes.kv)}"
     if expanded != cached:
@@ -222,7 +223,7 @@ def _as_json(
     machine: Machine,
     found: Forecast,
 ) -> dict[str, Any]:
-    from tierlm.models.outline import Outline, expanded_kv
+    from tierlm.models.outline import Outline
 
     spec = records.spec
     tiers = {"ram": found.plan.ram, "vram": found.plan.vram}
@@ -236,15 +237,15 @@ def _as_json(
             "file": records.file_bytes if isinstance(records, Outline) else None,
             "stored": work.stored,
             "kv": sizes.kv,
-            "kv_expanded": sizes.kv * expanded_kv(spec) // spec.latent_dim,
+            "kv_expanded": sizes.kv * spec.expanded_width // spec.cache_width,
         },
         "question": dataclasses.asdict(question),
         "tiers": {
             tier: {
                 "floor": part.floor,
                 "expert_slots": part.expert_slots,
-                "trunks": _layers(part.trunk),
-                "streamed": _layers(key for key in sizes.trunk if key not in part.trunk) if part.ring else [],
+                "trunks": _names(part.trunk),
+                "streamed": _names(key for key in sizes.trunk if key not in part.trunk) if part.ring else [],
                 "parts": dict(part.parts),
             }
             for tier, part in tiers.items()
@@ -270,5 +271,5 @@ def _as_json(
     }
 
 
-def _layers(keys: Any) -> Sequence[int]:
-    return [key.layer for key in keys]
+def _names(keys: Iterable[UnitKey]) -> list[str]:
+    return [str(key) for key in keys]

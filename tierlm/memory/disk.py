@@ -59,11 +59,11 @@ class Disk:
         requests, words = self._requests.get(key) or self._split(key, record)
 
         def jobs() -> list[Job]:
-            return [self._job(request, slot, str(tuple(key))) for request in requests]
+            return [self._job(request, slot, str(key)) for request in requests]
 
         if words is None or slot.guard is not None:
             return self.transfer.submit(jobs(), priority=priority, last=last), None
-        read = PlainRead(words, slot.buffer.data_ptr(), jobs, str(tuple(key)))
+        read = PlainRead(words, slot.buffer.data_ptr(), jobs, str(key))
         return self.transfer.read(read, priority=priority, last=last), None
 
     def _split(self, key: Key, record: Record) -> tuple[list[Request], array[int] | None]:
@@ -100,7 +100,7 @@ class Disk:
                 self._checked.discard(key)
                 raise failed(f"{error}; it was damaged on the way, or packed wrongly: pack the model again") from error
 
-        return Job("zstd", inside.raw, run, failed, str(tuple(key)))
+        return Job("zstd", inside.raw, run, failed, str(key))
 
     def _check(self, key: Key, record: Record, seal: Seal, slot: Slot) -> Job:
         at = record.extents[0].at
@@ -120,7 +120,7 @@ class Disk:
         def stalled(why: str) -> Exception:
             return StorageError(f"comparing {seal.name} of {seal.file} with its checksum: {why}")
 
-        return Job("checksum", seal.nbytes, run, stalled, str(tuple(key)))
+        return Job("checksum", seal.nbytes, run, stalled, str(key))
 
     def _job(self, request: Request, slot: Slot, what: str) -> Job:
         def run() -> None:

@@ -1,7 +1,8 @@
-"""The latent KV cache of the running sequences (MLA): one latent and one rotated key a token and layer."""
+"""The KV cache of the running sequences: what each layer's attention keeps of a token."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,11 @@ class Span:
 
 
 class KvCache:
-    """Room for ``capacity`` tokens over all sequences: [layers, capacity, kv_rank + rope_dim]."""
+    """Room for ``capacity`` tokens over all sequences; ``widths``: by layer, values a token."""
 
-    def __init__(self, layers: int, capacity: int, latent_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, widths: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device):
         self.capacity = capacity
-        self._values = torch.empty(layers, capacity, latent_dim, dtype=dtype, device=device)
+        self._layers = [torch.empty(capacity, width, dtype=dtype, device=device) for width in widths]
         self._used = 0
 
     @property
@@ -45,16 +46,16 @@ class KvCache:
         self._used = 0
 
     def layer(self, layer: int) -> Tensor:
-        """All of one layer's, [capacity, kv_rank + rope_dim], for who appends to spans on his own."""
-        return self._values[layer]
+        """All of one layer's, [capacity, width], for kernels that write spans directly."""
+        return self._layers[layer]
 
-    def append(self, layer: int, span: Span, latent: Tensor) -> Tensor:
-        """Write ``latent`` [T, kv_rank + rope_dim] behind the span's tokens; the whole of it, float32 [S, ...].
+    def append(self, layer: int, span: Span, values: Tensor) -> Tensor:
+        """Write ``values`` [T, width] behind the span's tokens; the whole of it, float32 [S, width].
 
         The span's length is advanced once for all layers, by the decoder.
         """
-        end = span.length + latent.shape[0]
+        end = span.length + values.shape[0]
         assert end <= span.capacity, "a sequence outgrew its span"
-        rows = self._values[layer, span.start : span.start + end]
-        rows[span.length :] = latent
+        rows = self._layers[layer][span.start : span.start + end]
+        rows[span.length :] = values
         return rows.float()

@@ -56,7 +56,9 @@ class Store:
         stays; of what is not, what is worth it is read behind every demand, as far as there is room for guesses.
         """
         wanted = set(keys)
-        self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted, begun=False)
+        self.tier.cancel_stale(
+            lambda key: isinstance(key, ExpertKey) and key.layer == layer and key not in wanted, begun=False
+        )
         self._likely[layer] = list(keys)
         self.tier.protect(key for likely in self._likely.values() for key in likely)
         absent = [key for key in keys if key not in self.tier.entries]
@@ -100,7 +102,7 @@ class Store:
         self._hints.pop(layer, None)
         if self._likely.pop(layer, None) is not None:
             self.tier.protect(key for likely in self._likely.values() for key in likely)
-        self.tier.cancel_stale(lambda key: key.layer == layer and key not in wanted)
+        self.tier.cancel_stale(lambda key: isinstance(key, ExpertKey) and key.layer == layer and key not in wanted)
 
     def in_order(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
         """``keys`` as they lie on the disk."""

@@ -19,7 +19,7 @@ from tierlm.memory.slots import Entry, Slot
 from tierlm.memory.ticket import Job, Priority, Ticket
 from tierlm.memory.transfer import Transfer
 from tierlm.policies.eviction import Policy
-from tierlm.spec import Key
+from tierlm.spec import Key, same_layer
 
 
 class Source(Protocol):
@@ -171,7 +171,7 @@ class Tier:
         def stalled(what: str) -> StorageError:
             return StorageError(f"copying {key} from {self.name}: {what}")
 
-        job = Job(f"{self.name}->vram", size, run, stalled, str(tuple(key)))
+        job = Job(f"{self.name}->vram", size, run, stalled, str(key))
         return self.transfer.submit([job], priority=priority, after=entry.ticket), entry
 
     def _copy_up(self, target: Tensor, source: Tensor) -> None:
@@ -313,7 +313,7 @@ class Tier:
         spared: Key | None = None
         for candidate in self.policy.victims(key):
             # A guess may not take the place of what its own layer may need as much.
-            if not self._evictable(candidate, nbytes) or (prefetched and candidate.layer == key.layer):
+            if not self._evictable(candidate, nbytes) or (prefetched and same_layer(candidate, key)):
                 continue
             if candidate not in self._kept:
                 return self.entries[candidate].slot, candidate, True

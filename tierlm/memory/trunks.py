@@ -10,7 +10,7 @@ from tierlm.memory.slots import Entry
 from tierlm.memory.store import Store
 from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Tier
-from tierlm.spec import Key, TrunkKey
+from tierlm.spec import Key, UnitKey
 
 
 class Trunks:
@@ -19,8 +19,8 @@ class Trunks:
     def __init__(
         self,
         tier: Tier,
-        resident: Sequence[TrunkKey],
-        order: Sequence[TrunkKey],
+        resident: Sequence[UnitKey],
+        order: Sequence[UnitKey],
         records: Callable[[Key], Record],
         io_timeout: float,
         exact: bool = False,
@@ -43,7 +43,7 @@ class Trunks:
             entry = self._bring(key)
             yield entry.slot.size
 
-    def get(self, key: TrunkKey) -> Weights:
+    def get(self, key: UnitKey) -> Weights:
         """The weights of ``key``, valid until the next call; the trunk that runs after it is on its way meanwhile.
 
         Raises StorageError.
@@ -57,7 +57,7 @@ class Trunks:
             self.tier.start(follower, priority=Priority.PREFETCH)
         return self._leased.slot.weights(self.records(key), self.exact)
 
-    def _bring(self, key: TrunkKey) -> Entry:
+    def _bring(self, key: UnitKey) -> Entry:
         """The entry of ``key``, resident and pinned."""
         entry = self.tier.demand(key)
         while entry is None:

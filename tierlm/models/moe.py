@@ -10,7 +10,7 @@ from torch import Tensor
 from tierlm.checkpoints.formats import Weights, expert_ffns
 from tierlm.kernels import combined
 from tierlm.memory.store import Store
-from tierlm.models.routing import Routers
+from tierlm.models.router import Router
 from tierlm.policies.prediction import Predictor
 from tierlm.spec import ModelSpec
 from tierlm.timeline import Timeline, span
@@ -23,14 +23,16 @@ class MixtureOfExperts:
     def __init__(
         self,
         spec: ModelSpec,
-        routers: Routers,
+        router: Router,
         store: Store,
         predictor: Predictor,
         timeline: Timeline | None = None,
         recorder: Recorder | None = None,
     ):
-        self.spec, self.routers, self.store, self.predictor = spec, routers, store, predictor
+        self.spec, self.router, self.store, self.predictor = spec, router, store, predictor
         self.timeline, self.recorder = timeline, recorder
+        self._shared = spec.moe is not None and spec.moe.shared_width > 0
+        self._place = {layer: at for at, layer in enumerate(spec.moe_layers)}
 
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
         """``hidden`` is the residual stream, ``x`` its norm, float32 [T, hidden] both; returns the stream with this
@@ -43,7 +45,7 @@ class MixtureOfExperts:
         targets = [(self._target(layer, ahead, prefill), ahead) for ahead in range(1, self.predictor.lookahead + 1)]
         hints = [(target, ahead) for target, ahead in targets if target is not None]
         gates = [target for target, _ in hints if self.predictor.gates]
-        weights, experts, guesses = self.routers.route_ahead(x, layer, hidden, gates)
+        weights, experts, guesses = self.router.route_ahead(x, layer, hidden, gates)
         if self.recorder is not None:
             self._record(self.recorder, hidden, x, layer, experts)
         chosen = experts.shape[1]
@@ -59,7 +61,7 @@ class MixtureOfExperts:
             for (target, ahead), guess in itertools.zip_longest(hints, guesses):
                 self._hint(target, ahead, prefill, guess)
             jobs: list[tuple[Tensor, Tensor, Weights]] = [(x, shared, trunk)]
-            if not self.spec.shared_experts:
+            if not self._shared:
                 shared.zero_()
                 jobs = []
             for batch in leases:
@@ -80,31 +82,31 @@ class MixtureOfExperts:
         if self.recorder is not None and self.recorder.scores:
             self._record_guess(self.recorder, hidden, layer, 0)
         if self.predictor.gates and self._target(layer, 0, prefill) is not None:
-            self._hint(layer, 0, prefill, self.routers.guess(hidden, layer, self.spec.experts_per_token))
+            self._hint(layer, 0, prefill, self.router.rank(hidden, layer, self.spec.experts_per_token))
 
     def _record(self, recorder: Recorder, hidden: Tensor, x: Tensor, layer: int, experts: Tensor) -> None:
         """Write down what ``layer`` has chosen, and on request what it and the next layers' gates make of it."""
         if not recorder.scores:
             recorder.choose(layer, experts.cpu().numpy())
             return
-        recorder.choose(layer, experts.cpu().numpy(), self.routers.score(x, layer)[1].cpu().numpy())
-        for ahead in range(1, AHEAD):
-            if layer + ahead < self.spec.layers:
-                self._record_guess(recorder, hidden, layer + ahead, ahead)
+        recorder.choose(layer, experts.cpu().numpy(), self.router.score(x, layer)[1].cpu().numpy())
+        following = self.spec.moe_layers[self._place[layer] + 1 :]
+        for ahead, later in enumerate(following[: AHEAD - 1], 1):
+            self._record_guess(recorder, hidden, later, ahead)
 
     def _record_guess(self, recorder: Recorder, hidden: Tensor, layer: int, ahead: int) -> None:
-        recorder.guess(layer, ahead, self.routers.guess(hidden, layer, recorder.guessed).cpu().numpy())
+        recorder.guess(layer, ahead, self.router.rank(hidden, layer, recorder.guessed).cpu().numpy())
 
     def _target(self, layer: int, ahead: int, prefill: bool) -> int | None:
-        """The layer that runs ``ahead`` layers from ``layer``, if the predictor shall be asked about it now. After the
-        last layer comes the first one of the next token, which no gate can see yet."""
-        target = layer + ahead
-        wraps = target >= self.spec.layers
-        if wraps:
-            target += self.spec.dense_layers - self.spec.layers
-        if (self.predictor.gates and wraps) or (prefill and not self.predictor.gates) or not self.spec.is_moe(target):
+        """The MoE layer that runs ``ahead`` MoE layers from ``layer``, if the predictor shall be asked about it now.
+        After the last one comes the first one of the next token, which no gate can see yet."""
+        layers, place = self.spec.moe_layers, self._place[layer] + ahead
+        if self.predictor.gates:
+            if place >= len(layers):
+                return None
+        elif prefill:
             return None
-        return target if self.store.prefetch.due(ahead, prefill) else None
+        return layers[place % len(layers)] if self.store.prefetch.due(ahead, prefill) else None
 
     def _hint(self, layer: int, ahead: int, prefill: bool, guess: Tensor | None) -> None:
         """Ask the predictor what ``layer`` will choose, which runs ``ahead`` layers from now, and hint at it.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tierlm.planning.plan import Plan
-from tierlm.spec import TrunkKey
+from tierlm.spec import UnitKey
 
 # Bits of a routed expert's weight, scales included, by how it is stored.
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "fp8": 8.0, "int8": 8.5, "int4": 4.5, "mxfp4": 4.25, "q4_k_m": 4.84}
@@ -170,7 +170,7 @@ def skewed_hits(share: float, work: Work, skew: float = 0.5, stickiness: float =
     return min(1.0, max(share, stickiness * kept + (1 - stickiness) * popular / everything))
 
 
-def streamed_bytes(plan: Plan, sizes: Mapping[TrunkKey, int]) -> tuple[int, int]:
+def streamed_bytes(plan: Plan, sizes: Mapping[UnitKey, int]) -> tuple[int, int]:
     """Bytes of trunks that a pass through the model brings in anew: from the disk, and over the link."""
     below, above = set(plan.ram.trunk), set() if plan.vram is None else set(plan.vram.trunk)
     from_disk = sum(size for key, size in sizes.items() if key not in below | above)

@@ -100,7 +100,7 @@ class Residency:
             ahead = [] if guess else [k for k in self.resident if k in self.guessed and k in self._streaming]
             return next((k for k in ahead if k not in pinned and k not in loading), None), True
         spared: ExpertKey | None = None
-        for candidate in self.policy.victims(key):  # type: ignore[assignment]
+        for candidate in self.policy.victims(key):
             if candidate in pinned or candidate in loading or (guess and candidate.layer == key.layer):
                 continue
             if candidate not in self._kept:

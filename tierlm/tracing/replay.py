@@ -118,8 +118,7 @@ def open_policy(name: str, trace: Trace, slots: int, **parameters: float) -> Pol
 
 def expert_keys(trace: Trace) -> list[list[ExpertKey]]:
     """The keys of all records, by MoE layer and expert: made once, used a million times."""
-    first = trace.info.first_layer
-    return [[ExpertKey(first + i, expert) for expert in range(trace.info.experts)] for i in range(trace.moe_layers)]
+    return [[ExpertKey(layer, expert) for expert in range(trace.info.experts)] for layer in trace.info.moe_layers]
 
 
 def disk_places(trace: Trace) -> Counts | None:

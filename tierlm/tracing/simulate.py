@@ -140,7 +140,7 @@ class _Run:
         if step.prefill:
             missing = self._in_order(layer, missing)
         self._start(held, missing, step.prefill)
-        self.predictor.observe(self.trace.info.first_layer + layer, needed)
+        self.predictor.observe(self.trace.info.moe_layers[layer], needed)
         for ahead in range(1, self.predictor.lookahead + 1):
             self._look_ahead(layer + ahead, ahead, step.prefill)
         pairs = self._pairs(layer) if step.tokens > 1 else len(needed)
@@ -186,7 +186,7 @@ class _Run:
 
     def _turn(self, layer: int, wanted: Sequence[ExpertKey]) -> None:
         """``layer`` runs now: what was guessed about it and is not ``wanted`` has been wrong. As Store.turn."""
-        number, right = self.trace.info.first_layer + layer, set(wanted)
+        number, right = self.trace.info.moe_layers[layer], set(wanted)
         self.prefetch.turn(number, right)
         self._hints.pop(layer, None)
         if self._likely.pop(layer, None) is not None:
@@ -204,12 +204,13 @@ class _Run:
 
     def _look_ahead(self, layer: int, ahead: int, prefill: bool) -> None:
         """As MixtureOfExperts._target and _hint; after the last layer comes the first one of the next token."""
-        gates, first = self.predictor.gates, self.trace.info.first_layer
+        gates = self.predictor.gates
         wraps = layer >= self.trace.moe_layers
         if wraps:
             layer -= self.trace.moe_layers
         if (gates and wraps) or (prefill and not gates) or not self.prefetch.due(ahead, prefill):
             return
+        number = self.trace.info.moe_layers[layer]
         if gates:
             assert self.trace.guesses is not None
             if ahead >= self.trace.guesses.shape[2]:
@@ -217,12 +218,12 @@ class _Run:
             ranked = self.trace.guesses[self._rows, layer, ahead, : self.predictor.width].T.flatten().tolist()
             if ranked[0] < 0:
                 return  # nobody asked so early
-            self.predictor.observe_gate(first + layer, [expert for expert, _ in Counter(ranked).most_common()])
-        self._hint(layer, self.predictor.predict(first + layer), ahead, prefill)
+            self.predictor.observe_gate(number, [expert for expert, _ in Counter(ranked).most_common()])
+        self._hint(layer, self.predictor.predict(number), ahead, prefill)
 
     def _hint(self, layer: int, keys: list[ExpertKey], ahead: int, prefill: bool) -> None:
         """As Store.hint."""
-        number = self.trace.info.first_layer + layer
+        number = self.trace.info.moe_layers[layer]
         self._drop(number, set(keys), begun=False)
         self._likely[layer] = list(keys)
         self.tier.protect(key for likely in self._likely.values() for key in likely)

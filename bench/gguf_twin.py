@@ -25,9 +25,8 @@ from torch import Tensor
 from tierlm.checkpoints.checkpoint import Checkpoint, TensorInfo, read_json
 from tierlm.checkpoints.views import DTYPES
 from tierlm.kernels import Weight, widen
-from tierlm.models import family_of
-from tierlm.models.deepseek import embedding_name, head_name
-from tierlm.spec import ExpertKey, ModelSpec, TrunkKey
+from tierlm.models import family_of, read_spec
+from tierlm.spec import Dense, ExpertKey, Latent, ModelSpec, TrunkKey
 
 TYPES = {
     "bf16": gguf.GGMLQuantizationType.BF16,
@@ -59,23 +58,32 @@ class Entry:
     exact: bool = False
 
 
+def latent_of(spec: ModelSpec) -> Latent:
+    """The attention of all layers. Raises ValueError for another kind: the twin is of llama.cpp's "deepseek2"."""
+    kinds = {layer.attention for layer in spec.layers}
+    kind = kinds.pop()
+    if kinds or not isinstance(kind, Latent):
+        raise ValueError(f"{spec.model_type} has no GGUF twin")
+    return kind
+
+
 def entries(spec: ModelSpec) -> Iterator[Entry]:
     """What llama.cpp wants of a model of ``spec``, shapes row-major, as numpy has them."""
-    family = family_of({"model_type": spec.model_type}, "gguf")
-    gates = family.gate_tensors(spec)
-    yield Entry("token_embd.weight", (spec.vocab, spec.hidden), (embedding_name(),))
-    yield Entry("output_norm.weight", (spec.hidden,), (gates["norm"][0],), exact=True)
-    yield Entry("output.weight", (spec.vocab, spec.hidden), (head_name(spec),))
-    for layer in range(spec.layers):
-        block, moe = f"blk.{layer}.", spec.is_moe(layer)
+    family, latent = family_of(spec.model_type, "gguf"), latent_of(spec)
+    resident = family.resident_tensors(spec)
+    yield Entry("token_embd.weight", (spec.vocab, spec.hidden), (family.embedding_name(),))
+    yield Entry("output_norm.weight", (spec.hidden,), (resident["norm"][0],), exact=True)
+    yield Entry("output.weight", (spec.vocab, spec.hidden), (family.head_name(spec),))
+    for layer in range(len(spec.layers)):
+        block, moe = f"blk.{layer}.", layer in spec.moe_layers
         trunk = family.trunk_tensors(spec, TrunkKey(layer))
         kv_b = (trunk.pop("kv_b_proj")[0],)
-        yield Entry(block + "attn_k_b.weight", (spec.heads, spec.kv_rank, spec.nope_dim), kv_b, half="k")
-        yield Entry(block + "attn_v_b.weight", (spec.heads, spec.value_dim, spec.kv_rank), kv_b, half="v")
+        yield Entry(block + "attn_k_b.weight", (latent.heads, latent.kv_rank, latent.nope_dim), kv_b, half="k")
+        yield Entry(block + "attn_v_b.weight", (latent.heads, latent.value_dim, latent.kv_rank), kv_b, half="v")
         for role, (name, shape) in trunk.items():
             own = TRUNK.get(role) or MLP[role] + ("_shexp" if moe else "")
             yield Entry(f"{block}{own}.weight", shape, (name,), exact=len(shape) == 1)
-        name, shape = gates[f"{layer}.norm"]
+        name, shape = resident[f"{layer}.norm"]
         yield Entry(block + "ffn_norm.weight", shape, (name,), exact=True)
         if not moe:
             continue
@@ -83,16 +91,16 @@ def entries(spec: ModelSpec) -> Iterator[Entry]:
         for role, own in MLP.items():
             names = tuple(expert[role][0] for expert in experts)
             yield Entry(f"{block}{own}_exps.weight", (spec.experts, *experts[0][role][1]), names)
-        name, shape = gates[f"{layer}.gate"]
+        name, shape = resident[f"{layer}.router"]
         yield Entry(block + "ffn_gate_inp.weight", shape, (name,), exact=True)
-        if bias := gates.get(f"{layer}.bias"):
+        if bias := resident.get(f"{layer}.correction"):
             yield Entry(block + "exp_probs_b.bias", bias[1], (bias[0],), exact=True)
 
 
 def write_twin(folder: Path, file: Path, kind: str = "bf16") -> None:
     """Write ``folder`` to ``file``; ``kind`` is one of TYPES. Raises ValueError for rows that a type cannot hold."""
     config = read_json(folder / "config.json")
-    spec = family_of(config, str(folder)).read_spec(config, str(folder))
+    spec = read_spec(config, str(folder))
     checkpoint = Checkpoint(folder)
     writer = gguf.GGUFWriter(file, "deepseek2")
     _describe(writer, spec)
@@ -125,8 +133,9 @@ def _part(checkpoint: Checkpoint, name: str, half: str, spec: ModelSpec) -> Tens
         tensor = widen(Weight(tensor, "fp8", _read(checkpoint.tensor(name + "_scale_inv")))).bfloat16()
     if not half:
         return tensor
-    heads = tensor.view(spec.heads, spec.nope_dim + spec.value_dim, spec.kv_rank)
-    return heads[:, : spec.nope_dim].transpose(1, 2) if half == "k" else heads[:, spec.nope_dim :]
+    latent = latent_of(spec)
+    heads = tensor.view(latent.heads, latent.nope_dim + latent.value_dim, latent.kv_rank)
+    return heads[:, : latent.nope_dim].transpose(1, 2) if half == "k" else heads[:, latent.nope_dim :]
 
 
 def _read(info: TensorInfo) -> Tensor:
@@ -143,27 +152,29 @@ def _encode(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> memoryview:
 
 def _describe(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     """The model's dimensions and rules, and a vocabulary of names."""
-    router = spec.router
-    writer.add_block_count(spec.layers)
+    latent, moe = latent_of(spec), spec.moe
+    assert moe is not None
+    router, dense = moe.router, [layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)]
+    writer.add_block_count(len(spec.layers))
     writer.add_context_length(spec.max_position)
     writer.add_embedding_length(spec.hidden)
-    writer.add_feed_forward_length(spec.dense_width)
+    writer.add_feed_forward_length(dense[0].width if dense else moe.width)
     writer.add_vocab_size(spec.vocab)
     writer.add_layer_norm_rms_eps(spec.norm_eps)
-    writer.add_head_count(spec.heads)
+    writer.add_head_count(latent.heads)
     writer.add_head_count_kv(1)  # the latent is the one key, and the one value, that all heads share
-    writer.add_key_length(spec.latent_dim)
-    writer.add_value_length(spec.kv_rank)
-    writer.add_key_length_mla(spec.nope_dim + spec.rope_dim)
-    writer.add_value_length_mla(spec.value_dim)
-    writer.add_kv_lora_rank(spec.kv_rank)
+    writer.add_key_length(latent.cache_width)
+    writer.add_value_length(latent.kv_rank)
+    writer.add_key_length_mla(latent.nope_dim + latent.rope_dim)
+    writer.add_value_length_mla(latent.value_dim)
+    writer.add_kv_lora_rank(latent.kv_rank)
     # Zero says that there is none. llama.cpp does without the key only at Lite's own number of layers.
-    writer.add_q_lora_rank(spec.q_rank or 0)
-    writer.add_leading_dense_block_count(spec.dense_layers)
+    writer.add_q_lora_rank(latent.q_rank or 0)
+    writer.add_leading_dense_block_count(len(dense))
     writer.add_expert_count(spec.experts)
     writer.add_expert_used_count(spec.experts_per_token)
-    writer.add_expert_shared_count(spec.shared_experts)
-    writer.add_expert_feed_forward_length(spec.expert_width)
+    writer.add_expert_shared_count(moe.shared_width // moe.width)
+    writer.add_expert_feed_forward_length(moe.width)
     writer.add_expert_weights_scale(router.scale)
     writer.add_expert_weights_norm(router.normalize)
     sigmoid = router.score == "sigmoid"
@@ -171,9 +182,9 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     if router.groups > 1:
         writer.add_expert_group_count(router.groups)
         writer.add_expert_group_used_count(router.groups_chosen)
-    writer.add_rope_dimension_count(spec.rope_dim)
-    writer.add_rope_freq_base(spec.rope.theta)
-    if yarn := spec.rope.yarn:
+    writer.add_rope_dimension_count(latent.rope_dim)
+    writer.add_rope_freq_base(latent.rope.theta)
+    if yarn := latent.rope.yarn:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(yarn.factor)
         writer.add_rope_scaling_orig_ctx_len(yarn.original_max_position)

@@ -39,7 +39,7 @@ def make(tokens: int, layers: int, experts: int, chosen: int, skew: float, topic
     fresh[0] = True
     source = np.maximum.accumulate(np.where(fresh, np.arange(tokens)[:, None], 0))  # the token that a layer goes by
     numbers, none = np.arange(tokens, dtype=np.int32), np.zeros(tokens, np.int32)
-    info = TraceInfo("made up", layers, 0, experts)
+    info = TraceInfo("made up", layers, tuple(range(layers)), experts)
     return Trace(info, np.take_along_axis(found, source[:, :, None], 0), none, numbers, np.zeros(tokens, bool))
 
 

@@ -20,12 +20,11 @@ import math
 from collections.abc import Iterator
 
 import torch
-from popularity import fit_bias, fit_common
+from popularity import fit_bias, fit_common, router_of
 from torch import Tensor
 from torch.nn import functional
 
 from tierlm.models import family_of
-from tierlm.models.deepseek import embedding_name, head_name
 from tierlm.spec import ExpertKey, ModelSpec, TrunkKey
 
 TOPICS = 16
@@ -48,38 +47,38 @@ class Noise:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All of the model, layer by layer, expert by expert: bfloat16, correction biases float32."""
         spec = self.spec
-        family = family_of({"model_type": spec.model_type}, "synthetic")
-        gates = family.gate_tensors(spec)
+        family = family_of(spec.model_type, "synthetic")
+        resident = family.resident_tensors(spec)
         embedding = self._embedding()
-        yield embedding_name(), embedding
-        for layer in range(spec.layers):
+        yield family.embedding_name(), embedding
+        for layer in range(len(spec.layers)):
             groups = [family.trunk_tensors(spec, TrunkKey(layer))]
-            if spec.is_moe(layer):
+            if layer in spec.moe_layers:
                 groups += [family.expert_tensors(spec, ExpertKey(layer, expert)) for expert in range(spec.experts)]
             for group in groups:
                 for role, (name, shape) in group.items():
                     yield name, self._matrix(role, shape)
-            yield gates[f"{layer}.norm"][0], torch.ones(spec.hidden, dtype=torch.bfloat16)
-            if spec.is_moe(layer):
-                gate, bias = self._router(layer)
-                yield gates[f"{layer}.gate"][0], gate
-                if f"{layer}.bias" in gates:
-                    yield gates[f"{layer}.bias"][0], bias
-        yield gates["norm"][0], torch.ones(spec.hidden, dtype=torch.bfloat16)
-        yield head_name(spec), self._head(embedding)
+            yield resident[f"{layer}.norm"][0], torch.ones(spec.hidden, dtype=torch.bfloat16)
+            if layer in spec.moe_layers:
+                router, bias = self._router(layer)
+                yield resident[f"{layer}.router"][0], router
+                if f"{layer}.correction" in resident:
+                    yield resident[f"{layer}.correction"][0], bias
+        yield resident["norm"][0], torch.ones(spec.hidden, dtype=torch.bfloat16)
+        yield family.head_name(spec), self._head(embedding)
 
     def _matrix(self, role: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
             return torch.ones(shape, dtype=torch.bfloat16)  # a norm
         if role not in ("o_proj", "down_proj"):
             return _normal(shape, shape[1] ** -0.5)
-        writer = _normal(shape, (2 / self.spec.layers / shape[1]) ** 0.5)
+        writer = _normal(shape, (2 / len(self.spec.layers) / shape[1]) ** 0.5)
         writer[:TOPICS] = 0
         return writer
 
     def _spread(self, layer: int) -> float:
         """The root mean square of the residual stream that enters ``layer``: its norm divides by it."""
-        return math.sqrt(1 + LEVEL**2 / self.spec.hidden + GROWTH * layer / self.spec.layers)
+        return math.sqrt(1 + LEVEL**2 / self.spec.hidden + GROWTH * layer / len(self.spec.layers))
 
     def _embedding(self) -> Tensor:
         table = _normal((self.spec.vocab, self.spec.hidden), 1.0)
@@ -100,13 +99,14 @@ class Noise:
         return functional.one_hot(number, TOPICS).bfloat16()
 
     def _router(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The gate [experts, hidden], and the correction bias [experts]; every layer has other hot experts."""
+        """The router [experts, hidden], and the correction bias [experts]; every layer has other hot experts."""
         spec = self.spec
-        rows = self.bias.view(spec.router.groups, -1)[torch.randperm(spec.router.groups)]
+        rule = router_of(spec)
+        rows = self.bias.view(rule.groups, -1)[torch.randperm(rule.groups)]
         bias = torch.cat([row[torch.randperm(len(row))] for row in rows])
         gate = _normal((spec.experts, spec.hidden), ((1 - self.common) / spec.hidden) ** 0.5)
         by_topic = self.common**0.5 * torch.randn(spec.experts, TOPICS)
-        if spec.router.score == "softmax":
+        if not rule.correction:
             by_topic += bias[:, None]
         gate[:, :TOPICS] = by_topic * self._spread(layer) / LEVEL
         return gate, bias

@@ -1,17 +1,19 @@
 """What a router needs so that some experts are hot, and consecutive tokens choose alike.
 
-A router sees logits that are normal with variance one. Both fits draw such logits, let the runtime's own ``Routers``
+A router sees logits that are normal with variance one. Both fits draw such logits, let the runtime's own ``Router``
 choose, and correct what they fit until the choice comes out as asked.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from tierlm.kernels import Weight
-from tierlm.models.routing import Routers
-from tierlm.spec import ModelSpec
+from tierlm.models.router import Router
+from tierlm.spec import ModelSpec, RouterSpec
 
 SAMPLES = 4096
 STEPS = 80
@@ -22,10 +24,17 @@ CEILING = 0.9  # the largest probability asked for; a bias that makes a choice c
 def choose(spec: ModelSpec, logits: Tensor, bias: Tensor) -> Tensor:
     """The experts, int64 [n, k], that the router picks for ``logits`` [n, experts], biased where its kind has a bias:
     V3's correction bias acts on the scores, V2 has none, and the logits themselves are shifted."""
+    alone = replace(spec, layers=(spec.layers[spec.moe_layers[0]],))
     eye = Weight(torch.eye(spec.experts), "f32")
-    if spec.router.score == "softmax":
-        return Routers(spec, {"0.gate": eye}).route(logits + bias, 0)[1]
-    return Routers(spec, {"0.gate": eye, "0.bias": Weight(bias, "f32")}).route(logits, 0)[1]
+    resident = {"0.router": eye, "0.norm": Weight(torch.ones(spec.experts), "f32")}
+    if not router_of(spec).correction:
+        return Router(alone, resident).route(logits + bias, 0)[1]
+    return Router(alone, resident | {"0.correction": Weight(bias, "f32")}).route(logits, 0)[1]
+
+
+def router_of(spec: ModelSpec) -> RouterSpec:
+    assert spec.moe is not None, "a model without experts"
+    return spec.moe.router
 
 
 def zipf(spec: ModelSpec, skew: float) -> Tensor:
@@ -44,14 +53,14 @@ def fit_bias(spec: ModelSpec, skew: float) -> Tensor:
 
     Ranks go round the router's groups, so that every group has its share of hot experts.
     """
-    groups = spec.router.groups
+    groups = router_of(spec).groups
     target = zipf(spec, skew).view(-1, groups).t().flatten()
     logits, bias = torch.randn(SAMPLES, spec.experts), torch.zeros(spec.experts)
     if skew == 0:
         return bias
     for _ in range(STEPS):
         counts = choose(spec, logits, bias).flatten().bincount(minlength=spec.experts)
-        bias += RATE[spec.router.score] * (target / (counts + 0.5) * SAMPLES).log()
+        bias += RATE[router_of(spec).score] * (target / (counts + 0.5) * SAMPLES).log()
     return bias - bias.mean()
 
 

@@ -1,4 +1,4 @@
-"""Shapes of published models as their ``config.json``, and toys of both architectures for the tests."""
+"""Shapes of published models as their ``config.json``, and toys of the architectures for the tests."""
 
 from __future__ import annotations
 
@@ -68,27 +68,58 @@ V3: dict[str, Any] = {
     "routed_scaling_factor": 2.5,
     "rope_scaling": {**V2_LITE["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0},
 }
+QWEN3_30B: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "torch_dtype": "bfloat16",
+}
 TOY: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 128,
     "intermediate_size": 192,
     "moe_intermediate_size": 64,
     "num_hidden_layers": 6,
-    "first_k_dense_replace": 1,
     "num_attention_heads": 4,
+    "num_experts_per_tok": 4,
+}
+LATENT_TOY: dict[str, Any] = {
+    **TOY,
+    "first_k_dense_replace": 1,
     "num_key_value_heads": 4,
     "kv_lora_rank": 64,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 32,
     "v_head_dim": 32,
     "n_routed_experts": 32,
-    "num_experts_per_tok": 4,
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": V2_LITE,
     "deepseek-v3": V3,
-    "toy-v2": {**V2_LITE, **TOY},
-    "toy-v3": {**V3, **TOY, "q_lora_rank": 64, "n_group": 4, "topk_group": 2},
+    "qwen3-30b-a3b": QWEN3_30B,
+    "toy-v2": {**V2_LITE, **LATENT_TOY},
+    "toy-v3": {**V3, **LATENT_TOY, "q_lora_rank": 64, "n_group": 4, "topk_group": 2},
+    "toy-qwen3": {**QWEN3_30B, **TOY, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 32},
 }
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -99,7 +130,8 @@ def config_of(shape: str, layers: int | None, fp8: bool) -> dict[str, Any]:
     config = dict(SHAPES[shape])
     if layers is not None:
         published = config["num_hidden_layers"]
-        config["first_k_dense_replace"] = max(1, round(config["first_k_dense_replace"] * layers / published))
+        if "first_k_dense_replace" in config:
+            config["first_k_dense_replace"] = max(1, round(config["first_k_dense_replace"] * layers / published))
         config["num_hidden_layers"] = layers
     if fp8:
         config["quantization_config"] = FP8

@@ -2,6 +2,7 @@
 
     python bench/synthetic.py deepseek-v2-lite /tmp/v2-lite --skew 0.5 --stickiness 0.35 --gguf /tmp/v2-lite.gguf
     python bench/synthetic.py deepseek-v3 /tmp/v3 --layers 3 --dtype fp8
+    python bench/synthetic.py qwen3-30b-a3b /tmp/qwen3 --layers 12
 
 Without --skew and --stickiness routing is nearly uniform: the worst case for any cache. --skew S makes the expert of
 rank r as popular as r ** -S: for S = 0.4, 0.6, 0.8 the hottest fifth of the experts gets 36, 45, 56 % of the choices
@@ -32,8 +33,7 @@ from torch.nn import functional
 
 import tierlm.demo
 from tierlm.formats.fp8_block import BLOCK
-from tierlm.models import family_of
-from tierlm.models.deepseek import embedding_name, head_name
+from tierlm.models import family_of, read_spec
 
 SHARD_BYTES = 2**30
 LARGEST_FP8 = 448.0  # of e4m3
@@ -95,11 +95,11 @@ def write_model(
 ) -> None:
     """Write the model folder ``out``, which must not exist. Raises ValueError for routing that cannot be."""
     config = config_of(shape, layers, fp8)
-    spec = family_of(config, shape).read_spec(config, shape)
+    spec, family = read_spec(config, shape), family_of(config["model_type"], shape)
     noise = Noise(spec, skew, stickiness, seed)
     out.mkdir(parents=True)
     shards = Shards(out)
-    wide = (embedding_name(), head_name(spec))
+    wide = (family.embedding_name(), family.head_name(spec))
     for name, tensor in noise.tensors():
         if fp8 and tensor.dim() == 2 and name not in wide and not name.endswith("mlp.gate.weight"):
             tensor, scale = to_fp8(tensor)
@@ -111,8 +111,8 @@ def write_model(
         source = Path(tierlm.demo.__file__).parent / file
         if source.exists():
             shutil.copy(source, out / file)
-    dense = spec.dense_layers
-    print(f"{out}: {spec.layers} layers, {dense} of them dense, {spec.experts} experts in the others", file=sys.stderr)
+    count, dense = len(spec.layers), len(spec.layers) - len(spec.moe_layers)
+    print(f"{out}: {count} layers, {dense} of them dense, {spec.experts} experts in the others", file=sys.stderr)
 
 
 def main() -> None:

@@ -25,5 +25,5 @@ def traces(draw: st.DrawFn) -> Trace:
     order = tuple(tuple(chance.permutation(experts).tolist()) for _ in range(layers)) if draw(st.booleans()) else ()
     steps = np.repeat(np.arange(len(sizes), dtype=np.int32), tokens)
     prefill = np.repeat(np.array([prefill for prefill, _ in sizes]), tokens)
-    info = TraceInfo("toy", layers + 1, 1, experts, order=order)
+    info = TraceInfo("toy", layers + 1, tuple(range(1, layers + 1)), experts, order=order)
     return Trace(info, ids.astype(np.int16), np.zeros(len(ids), np.int32), steps, prefill)

@@ -12,9 +12,9 @@ from tests.toys import COMMON
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import Weight, quantise
 from tierlm.memory.kvcache import KvCache, Span
-from tierlm.models import attention, deepseek
-from tierlm.models.attention import Attention, Rows
-from tierlm.models.deepseek import read_spec
+from tierlm.models import FAMILIES, latent, read_spec
+from tierlm.models.attention import Rows
+from tierlm.models.decoder import attention_of
 from tierlm.spec import ModelSpec, TrunkKey
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def weights_for(spec: ModelSpec, format: str) -> tuple[Weights, Weight]:
     """A layer's weights, and the norm after its attention."""
     torch.manual_seed(3)
     found: dict[str, Weight] = {}
-    for role, (_, shape) in deepseek.trunk_tensors(spec, TrunkKey(0)).items():
+    for role, (_, shape) in FAMILIES[spec.model_type].trunk_tensors(spec, TrunkKey(0)).items():
         if len(shape) == 1:
             found[role] = Weight((1 + 0.2 * torch.randn(shape)).bfloat16(), "bf16")
         else:
@@ -43,7 +43,8 @@ def run(spec: ModelSpec, format: str, lengths: list[tuple[int, int]], dtype: tor
     """Sequences of (tokens before, new tokens) through one layer: the stream, its norm, and the cache."""
     trunk, norm = weights_for(spec, format)
     torch.manual_seed(4)
-    cache = KvCache(2, sum(map(sum, lengths)) + 5, spec.latent_dim, dtype, CPU)
+    kind = spec.layers[0].attention
+    cache = KvCache([kind.cache_width] * 2, sum(map(sum, lengths)) + 5, dtype, CPU)
     cache.layer(1).copy_(torch.randn(cache.layer(1).shape))
     segments: list[Rows] = []
     cache.reserve(3)
@@ -53,7 +54,7 @@ def run(spec: ModelSpec, format: str, lengths: list[tuple[int, int]], dtype: tor
         start = segments[-1].stop if segments else 0
         segments.append(Rows(start, start + new, span))
     hidden = torch.randn(segments[-1].stop, spec.hidden)
-    made = Attention(spec, cache, CPU)
+    made = attention_of(kind, spec.norm_eps, cache, CPU)
     with torch.inference_mode():
         total, normed = made.forward(hidden, 1, trunk, norm, made.positions(segments))
     return total - hidden, normed, cache.layer(1).float()
@@ -77,7 +78,7 @@ def test_the_kernels_attend_as_torch_does(
     found = run(spec, format, lengths, dtype)
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "fused_mla_decode", lambda *arguments: asked.append(arguments))
+        patch.setattr(latent, "fused_mla_decode", lambda *arguments: asked.append(arguments))
         expected = run(spec, format, lengths, dtype)
     assert asked
     for mine, reference in zip(found, expected, strict=True):
@@ -102,14 +103,14 @@ def test_neither_threads_nor_neighbours_reach_the_result(format: str) -> None:
 
 def test_the_kernels_are_asked_for_a_few_rows_of_weights_they_know(monkeypatch: Any) -> None:
     calls: list[int] = []
-    real = attention.fused_mla_decode
+    real = latent.fused_mla_decode
 
     def count(*arguments: Any) -> Any:
         done = real(*arguments)
         calls.append(done is not None)
         return done
 
-    monkeypatch.setattr(attention, "fused_mla_decode", count)
+    monkeypatch.setattr(latent, "fused_mla_decode", count)
     run(spec_of(), "bf16", [(4, 8)], torch.float32)
     run(spec_of(), "bf16", [(4, 9)], torch.float32)  # too many
     run(spec_of(v_head_dim=12), "int4", [(4, 1)], torch.float32)  # a head begins within a tile

@@ -16,9 +16,9 @@ from toys import TOYS, edit_config, make_toy
 
 from tierlm.checkpoints.hub import find_model
 from tierlm.errors import CheckpointError, UnsupportedModelError
-from tierlm.models import FAMILIES, deepseek
-from tierlm.models.catalog import GATES, Catalog
-from tierlm.spec import ExpertKey, ModelSpec, TrunkKey
+from tierlm.models import FAMILIES, read_spec
+from tierlm.models.catalog import Catalog
+from tierlm.spec import Dense, ExpertKey, HeadKey, Latent, ModelSpec, Moe, ResidentKey, TrunkKey
 
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 Tensors = dict[str, torch.Tensor]
@@ -81,18 +81,19 @@ def refused(folder: Path, error: type[CheckpointError], *words: str) -> str:
 def test_toys_are_catalogued_whole(originals: Callable[[str], Path], name: str) -> None:
     catalog = Catalog(originals(name))
     spec = catalog.spec
-    assert [len(catalog.layers), len(catalog.experts())] == [spec.layers, len(spec.moe_layers) * spec.experts]
-    assert catalog.trunks == [TrunkKey(i) for i in range(spec.layers + len(catalog.head))]
+    assert [len(catalog.layers), len(catalog.experts())] == [len(spec.layers), len(spec.moe_layers) * spec.experts]
+    assert catalog.trunks == [*map(TrunkKey, range(len(spec.layers))), *map(HeadKey, range(len(catalog.head)))]
     assert catalog.files == [originals(name) / "model.safetensors"] and catalog.ignored == [] and catalog.eos == (1,)
-    keys = [*catalog.trunks, *catalog.experts(), GATES]
+    keys = [*catalog.trunks, *catalog.experts(), ResidentKey()]
     used = {t.name for key in keys for extent in catalog.record(key).extents for t in extent.tensors}
     assert used | {catalog.embedding.name} == set(catalog.checkpoint.tensors)
     assert all(catalog.size(key) == catalog.record(key).nbytes > 0 for key in keys)
-    expert = catalog.record(ExpertKey(spec.layers - 1, spec.experts - 1)).places
+    assert spec.moe is not None
+    expert = catalog.record(ExpertKey(spec.moe_layers[-1], spec.experts - 1)).places
     assert {role: place.shape for role, place in expert.items()} == {
-        "gate_proj": (spec.expert_width, spec.hidden),
-        "up_proj": (spec.expert_width, spec.hidden),
-        "down_proj": (spec.hidden, spec.expert_width),
+        "gate_proj": (spec.moe.width, spec.hidden),
+        "up_proj": (spec.moe.width, spec.hidden),
+        "down_proj": (spec.hidden, spec.moe.width),
     }
     layouts = [catalog.record(key).places for key in catalog.experts()]
     assert all((one is other) == (one == other) for one in layouts for other in layouts), "alike: the same mapping"
@@ -151,7 +152,7 @@ def test_layers_past_the_last_are_ignored_and_reported(tmp_path: Path) -> None:
     beyond = {name for name in catalog.checkpoint.tensors if name.startswith("model.layers.4.")}
     assert "model.layers.4.eh_proj.weight" in beyond and len(beyond) > 50
     assert set(catalog.ignored) == beyond
-    keys = [*catalog.trunks, *catalog.experts(), GATES]
+    keys = [*catalog.trunks, *catalog.experts(), ResidentKey()]
     used = {t.name for key in keys for extent in catalog.record(key).extents for t in extent.tensors}
     assert not used & beyond
 
@@ -159,7 +160,7 @@ def test_layers_past_the_last_are_ignored_and_reported(tmp_path: Path) -> None:
 # --- spoilt models
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mixtral", "deepseek_v4", "", None, 3, ["deepseek_v3"]])
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v4", "", None, 3, ["deepseek_v3"]])
 def test_unsupported_architecture_lists_the_supported(toy: Path, model_type: Any) -> None:
     edit_config(toy, model_type=model_type)
     message = refused(toy, UnsupportedModelError, str(toy / "config.json"), repr(model_type))
@@ -474,7 +475,25 @@ PUBLISHED = {"V2-Lite": V2_LITE, "V2": V2, "V3": V3, "Kimi-K2": KIMI_K2}
 
 
 def spec_of(config: dict[str, Any]) -> ModelSpec:
-    return deepseek.read_spec(config, "config.json")
+    return read_spec(config, "config.json")
+
+
+def latent_of(spec: ModelSpec) -> Latent:
+    """The attention of all layers."""
+    (kind,) = {layer.attention for layer in spec.layers}
+    assert isinstance(kind, Latent)
+    return kind
+
+
+def moe_of(spec: ModelSpec) -> Moe:
+    assert spec.moe is not None
+    return spec.moe
+
+
+def dense_of(spec: ModelSpec) -> list[tuple[int, int]]:
+    """Number and width of the dense layers."""
+    layers = enumerate(layer.feed_forward for layer in spec.layers)
+    return [(number, layer.width) for number, layer in layers if isinstance(layer, Dense)]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -482,84 +501,90 @@ def test_published_configs_share_their_attention(name: str) -> None:
     config = copy.deepcopy(PUBLISHED[name])
     spec = spec_of(config)
     assert config == PUBLISHED[name]  # reading changes nothing
-    assert (spec.kv_rank, spec.nope_dim, spec.rope_dim, spec.value_dim) == (512, 128, 64, 128)
-    assert spec.latent_dim == 576 and spec.norm_eps == 1e-6 and not spec.tied_head
-    assert spec.rope.interleaved and spec.rope.yarn is not None
-    assert spec.rope.yarn.original_max_position == 4096 and spec.rope.yarn.truncate
-    assert spec.rope.yarn.attention_factor is None
+    latent = latent_of(spec)
+    assert (latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.value_dim) == (512, 128, 64, 128)
+    assert latent.cache_width == 576 and spec.norm_eps == 1e-6 and not spec.tied_head
+    assert latent.rope.interleaved and latent.rope.yarn is not None
+    assert latent.rope.yarn.original_max_position == 4096 and latent.rope.yarn.truncate
+    assert latent.rope.yarn.attention_factor is None
     assert spec.model_type == config["model_type"] and spec.max_position == config["max_position_embeddings"]
 
 
 def test_published_v2_lite() -> None:
     spec = spec_of(V2_LITE)
-    assert (spec.vocab, spec.hidden, spec.layers, spec.heads, spec.q_rank) == (102400, 2048, 27, 16, None)
-    assert spec.moe_layers == range(1, 27) and not spec.is_moe(0) and spec.is_moe(1)
-    assert (spec.dense_width, spec.expert_width, spec.experts) == (10944, 1408, 64)
-    assert (spec.experts_per_token, spec.shared_experts) == (6, 2)
+    latent = latent_of(spec)
+    assert (spec.vocab, spec.hidden, len(spec.layers), latent.heads, latent.q_rank) == (102400, 2048, 27, 16, None)
+    assert spec.moe_layers == tuple(range(1, 27)) and dense_of(spec) == [(0, 10944)]
+    assert (moe_of(spec).width, spec.experts) == (1408, 64)
+    assert (spec.experts_per_token, moe_of(spec).shared_width) == (6, 2 * 1408)
     assert (spec.bos, spec.eos) == (100000, (100001,))
-    router = spec.router
+    router = moe_of(spec).router
     assert (router.score, router.groups, router.groups_chosen) == ("softmax", 1, 1)
     assert (router.normalize, router.scale) == (False, 1.0)
-    yarn = spec.rope.yarn
-    assert yarn is not None and spec.rope.theta == 10000.0
+    yarn, theta = latent.rope.yarn, latent.rope.theta
+    assert yarn is not None and theta == 10000.0
     assert (yarn.factor, yarn.beta_fast, yarn.beta_slow, yarn.mscale, yarn.mscale_all_dim) == (40, 32, 1, 0.707, 0.707)
 
 
 def test_published_v2() -> None:
     spec = spec_of(V2)
-    assert (spec.hidden, spec.layers, spec.heads, spec.q_rank) == (5120, 60, 128, 1536)
-    assert (spec.dense_width, spec.expert_width, spec.experts, spec.experts_per_token) == (12288, 1536, 160, 6)
-    router = spec.router
+    latent = latent_of(spec)
+    assert (spec.hidden, len(spec.layers), latent.heads, latent.q_rank) == (5120, 60, 128, 1536)
+    assert dense_of(spec) == [(0, 12288)] and moe_of(spec).width == 1536
+    assert (spec.experts, spec.experts_per_token) == (160, 6)
+    router = moe_of(spec).router
     assert (router.score, router.groups, router.groups_chosen) == ("softmax", 8, 3)
     assert (router.normalize, router.scale) == (False, 16.0)
 
 
 def test_published_v3() -> None:
     spec = spec_of(V3)
-    assert (spec.vocab, spec.hidden, spec.layers, spec.heads, spec.q_rank) == (129280, 7168, 61, 128, 1536)
-    assert spec.moe_layers == range(3, 61) and spec.dense_layers == 3
-    assert (spec.dense_width, spec.expert_width, spec.experts) == (18432, 2048, 256)
-    assert (spec.experts_per_token, spec.shared_experts) == (8, 1)
+    latent = latent_of(spec)
+    assert (spec.vocab, spec.hidden, len(spec.layers), latent.heads, latent.q_rank) == (129280, 7168, 61, 128, 1536)
+    assert spec.moe_layers == tuple(range(3, 61)) and dense_of(spec) == [(0, 18432), (1, 18432), (2, 18432)]
+    assert (moe_of(spec).width, spec.experts) == (2048, 256)
+    assert (spec.experts_per_token, moe_of(spec).shared_width) == (8, 2048)
     assert (spec.bos, spec.eos) == (0, (1,))
-    router = spec.router
+    router = moe_of(spec).router
     assert (router.score, router.groups, router.groups_chosen) == ("sigmoid", 8, 4)
     assert (router.normalize, router.scale) == (True, 2.5)
-    yarn = spec.rope.yarn
-    assert yarn is not None and spec.rope.theta == 10000.0
+    yarn, theta = latent.rope.yarn, latent.rope.theta
+    assert yarn is not None and theta == 10000.0
     assert (yarn.factor, yarn.beta_fast, yarn.beta_slow, yarn.mscale, yarn.mscale_all_dim) == (40, 32, 1, 1, 1)
 
 
 def test_published_kimi_k2() -> None:
     spec = spec_of(KIMI_K2)
-    assert (spec.vocab, spec.hidden, spec.layers, spec.heads, spec.q_rank) == (163840, 7168, 61, 64, 1536)
-    assert spec.moe_layers == range(1, 61)
-    assert (spec.experts, spec.experts_per_token, spec.shared_experts, spec.expert_width) == (384, 8, 1, 2048)
+    latent = latent_of(spec)
+    assert (spec.vocab, spec.hidden, len(spec.layers), latent.heads, latent.q_rank) == (163840, 7168, 61, 64, 1536)
+    assert spec.moe_layers == tuple(range(1, 61))
+    assert (spec.experts, spec.experts_per_token, moe_of(spec).shared_width, moe_of(spec).width) == (384, 8, 2048, 2048)
     assert (spec.bos, spec.eos) == (163584, (163585,))
-    router = spec.router
+    router = moe_of(spec).router
     assert (router.score, router.groups, router.groups_chosen) == ("sigmoid", 1, 1)
     assert (router.normalize, router.scale) == (True, 2.827)
-    yarn = spec.rope.yarn
-    assert yarn is not None and spec.rope.theta == 50000.0
+    yarn, theta = latent.rope.yarn, latent.rope.theta
+    assert yarn is not None and theta == 50000.0
     assert (yarn.factor, yarn.beta_fast, yarn.beta_slow) == (32.0, 1.0, 1.0)
 
 
 def test_published_shapes_of_tensors() -> None:
     """As the published model.safetensors.index.json files name them, and their headers shape them."""
-    lite, v3 = spec_of(V2_LITE), spec_of(V3)
+    lite, v3, deepseek = spec_of(V2_LITE), spec_of(V3), FAMILIES["deepseek_v3"]
     trunk = deepseek.trunk_tensors(lite, TrunkKey(1))
     assert trunk["q_proj"] == ("model.layers.1.self_attn.q_proj.weight", (3072, 2048)) and "q_a_proj" not in trunk
     assert trunk["kv_a_proj"] == ("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", (576, 2048))
     assert trunk["up_proj"] == ("model.layers.1.mlp.shared_experts.up_proj.weight", (2816, 2048))
     assert deepseek.trunk_tensors(lite, TrunkKey(0))["up_proj"] == ("model.layers.0.mlp.up_proj.weight", (10944, 2048))
-    assert not any(role.endswith(".bias") for role in deepseek.gate_tensors(lite))
+    assert not any(role.endswith((".correction", "bias")) for role in deepseek.resident_tensors(lite))
     trunk = deepseek.trunk_tensors(v3, TrunkKey(3))
     assert trunk["q_a_proj"] == ("model.layers.3.self_attn.q_a_proj.weight", (1536, 7168)) and "q_proj" not in trunk
     assert trunk["q_b_proj"] == ("model.layers.3.self_attn.q_b_proj.weight", (24576, 1536))
     assert trunk["kv_b_proj"] == ("model.layers.3.self_attn.kv_b_proj.weight", (32768, 512))
     assert trunk["o_proj"] == ("model.layers.3.self_attn.o_proj.weight", (7168, 16384))
-    gates = deepseek.gate_tensors(v3)
-    assert gates["3.gate"] == ("model.layers.3.mlp.gate.weight", (256, 7168)) and "2.gate" not in gates
-    assert gates["3.bias"] == ("model.layers.3.mlp.gate.e_score_correction_bias", (256,))
+    resident = deepseek.resident_tensors(v3)
+    assert resident["3.router"] == ("model.layers.3.mlp.gate.weight", (256, 7168)) and "2.router" not in resident
+    assert resident["3.correction"] == ("model.layers.3.mlp.gate.e_score_correction_bias", (256,))
     expert = deepseek.expert_tensors(v3, ExpertKey(60, 255))
     assert expert["down_proj"] == ("model.layers.60.mlp.experts.255.down_proj.weight", (7168, 2048))
     assert deepseek.ignored(v3, "model.layers.61.eh_proj.weight")
@@ -575,18 +600,18 @@ def test_both_dialects_of_rope_say_the_same(originals: Callable[[str], Path], na
     kind = table.pop("rope_type")
     published["rope_scaling"] = {**table, "type": kind} if kind == "yarn" else None
     assert spec_of(published) == Catalog(originals(name)).spec
-    assert (spec_of(published).rope.yarn is not None) == name.endswith("yarn")
+    assert (latent_of(spec_of(published)).rope.yarn is not None) == name.endswith("yarn")
 
 
 def test_v2_normalized_weights_are_not_scaled() -> None:
     """As the published modeling_deepseek.py of V2 does; V3 normalizes and scales."""
-    assert spec_of({**V2, "norm_topk_prob": True}).router.scale == 1.0
-    assert spec_of({**V2, "norm_topk_prob": True}).router.normalize
-    assert spec_of({**V3, "norm_topk_prob": False}).router.scale == 2.5
+    assert moe_of(spec_of({**V2, "norm_topk_prob": True})).router.scale == 1.0
+    assert moe_of(spec_of({**V2, "norm_topk_prob": True})).router.normalize
+    assert moe_of(spec_of({**V3, "norm_topk_prob": False})).router.scale == 2.5
 
 
 def test_v2_greedy_has_no_groups_whatever_the_config_says() -> None:
-    router = spec_of({**V2_LITE, "n_group": 8, "topk_group": 3}).router
+    router = moe_of(spec_of({**V2_LITE, "n_group": 8, "topk_group": 3})).router
     assert (router.groups, router.groups_chosen) == (1, 1)
 
 

@@ -32,12 +32,12 @@ from tierlm.models.outline import work_of
 from tierlm.models.packing import pack_model
 from tierlm.planning.cost import decode_seconds
 from tierlm.profiling.profile import machine_of
-from tierlm.spec import ExpertKey, TrunkKey
+from tierlm.spec import ExpertKey, HeadKey, TrunkKey
 
 RAM = Budget("8GiB")
 FEW = SamplingParams(max_new_tokens=6)
 TIGHT = {"ram_slots": 4, "resident_trunks": 0}
-KEYS = [ExpertKey(2, 5), TrunkKey(0), TrunkKey(3), TrunkKey(4)]
+KEYS = [ExpertKey(2, 5), TrunkKey(0), TrunkKey(3), HeadKey(0)]
 RUNS = st.lists(st.tuples(st.integers(0, BLOCK // 3), st.sampled_from([1, 2, 4, 8])), max_size=4).map(
     lambda runs: [(count * width, width) for count, width in sorted(runs, key=lambda run: -run[1])]
 )
@@ -113,7 +113,7 @@ def test_a_store_is_smaller_and_its_file_is_valid(squeezed: Path, kept: Path) ->
     assert sum(record.seal.nbytes for record in experts if record.seal) < 0.9 * sum(
         record.inside.raw for record in experts if record.inside
     )
-    for name in ("gates.safetensors", "embedding.safetensors"):
+    for name in ("resident.safetensors", "embedding.safetensors"):
         assert (squeezed / name).stat().st_size == (kept / name).stat().st_size
     for file in squeezed.glob("*.safetensors"):
         inside = {name for name, tensor in read_header(file).tensors.items() if tensor.inside is not None}

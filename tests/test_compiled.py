@@ -66,7 +66,7 @@ def test_one_record_at_a_time_is_each_request() -> None:
     chance = np.random.default_rng(0)
     ids = np.minimum(chance.geometric(0.05, (2000, 1, 1)) - 1, 59).astype(np.int16)
     tokens = np.arange(2000, dtype=np.int32)
-    trace = Trace(TraceInfo("toy", 1, 0, 60), ids, np.zeros(2000, np.int32), tokens, np.zeros(2000, bool))
+    trace = Trace(TraceInfo("toy", 1, (0,), 60), ids, np.zeros(2000, np.int32), tokens, np.zeros(2000, bool))
     for name in TWINS:
         same(trace, name, 15)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from toys import TOYS, edit_config, load_toy, make_toy
 
 from tierlm import LLM, Budget, SamplingParams
-from tierlm.models import attention
+from tierlm.models import latent
 from tierlm.models.decoder import Segment
 
 BUDGET = Budget("8GiB")
@@ -53,8 +53,8 @@ def test_logits_equal_transformers(name: str, tmp_path: Path, ids: list[int]) ->
 def test_long_prefill_expands_keys_and_values(toy_v3: tuple[Path, Any]) -> None:
     """From EXPAND_FROM tokens a step, attention takes its other path."""
     folder, model = toy_v3
-    ids = [(7 * i) % 129 + 2 for i in range(attention.EXPAND_FROM + 60)]
-    with LLM.load(folder, budget=BUDGET, prefill_chunk=attention.EXPAND_FROM + 20) as llm:
+    ids = [(7 * i) % 129 + 2 for i in range(latent.EXPAND_FROM + 60)]
+    with LLM.load(folder, budget=BUDGET, prefill_chunk=latent.EXPAND_FROM + 20) as llm:
         assert_close(llm.logits(ids), reference(model, ids))
 
 

@@ -32,9 +32,9 @@ from tierlm.checkpoints.reader import read_pieces
 from tierlm.checkpoints.verify import damage
 from tierlm.checkpoints.views import Weights, weights_of
 from tierlm.kernels import quantise, widen
-from tierlm.models.catalog import GATES, Catalog
+from tierlm.models.catalog import Catalog
 from tierlm.models.packing import pack_model
-from tierlm.spec import ExpertKey, Key, TrunkKey
+from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey
 
 RAM = Budget("8GiB")
 TIGHT = {"ram_slots": 4, "resident_trunks": 0}
@@ -69,7 +69,7 @@ def test_a_lossless_store_has_the_tensors_of_its_source(kept: Path, toy_v3: tupl
 
 def test_each_record_is_one_aligned_sealed_read(kept: Path) -> None:
     catalog = Catalog(kept)
-    for key in [GATES, *catalog.trunks, *catalog.experts()]:
+    for key in [ResidentKey(), *catalog.trunks, *catalog.experts()]:
         record = catalog.record(key)
         (extent,) = record.extents
         assert extent.start % ALIGNMENT == 0
@@ -77,7 +77,7 @@ def test_each_record_is_one_aligned_sealed_read(kept: Path) -> None:
         for place in record.places.values():
             assert place.offset % ITEM_SIZE[place.dtype] == 0
     assert catalog.sealed
-    assert [key.layer for key in catalog.head] == [4]
+    assert catalog.head == [HeadKey(0)]
 
 
 def test_a_lossless_store_gives_the_same_logits(kept: Path, toy_v3: tuple[Path, Any], ids: list[int]) -> None:
@@ -153,7 +153,7 @@ def test_fp8_is_kept_and_becomes_others_by_way_of_float32(
     pack_model(toy_v3[0], source, experts="fp8", trunk="fp8")
     pack_model(source, tmp_path / "kept", experts="fp8", trunk="keep")
     pack_model(source, tmp_path / "made", experts=target, trunk=target)
-    for key in (ExpertKey(3, 7), TrunkKey(0), TrunkKey(4)):
+    for key in (ExpertKey(3, 7), TrunkKey(0), HeadKey(0)):
         kept, made = weights(tmp_path / "kept", key), weights(tmp_path / "made", key)
         for role, weight in weights(source, key).items():
             if weight.data.dim() == 1:
@@ -357,9 +357,9 @@ def test_what_cannot_be_read_is_named_and_what_is_finished_is_kept(
     finished = sorted(file.name for file in (tmp_path / "out.unfinished").glob("*.safetensors*"))
     assert finished == [
         "embedding.safetensors",
-        "gates.safetensors",
         "layer-00000.safetensors",
         "layer-00001.safetensors",
+        "resident.safetensors",
     ]
     monkeypatch.undo()
     pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
@@ -496,7 +496,11 @@ def test_a_damaged_copy_is_named_and_another_one_is_read(copy: Path, tmp_path: P
 
 def test_damage_to_a_trunk_and_to_the_gates_stops_the_start(copy: Path) -> None:
     catalog = Catalog(copy)
-    for key, name in ((TrunkKey(1), "trunk of layer 1"), (GATES, "gates"), (TrunkKey(4), "block 0 of the lm_head")):
+    for key, name in (
+        (TrunkKey(1), "trunk of layer 1"),
+        (ResidentKey(), "resident tensors"),
+        (HeadKey(0), "block 0 of the lm_head"),
+    ):
         seal = catalog.record(key).seal
         assert seal is not None
         flip(seal.file, seal.offset + 7)

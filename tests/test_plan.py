@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tierlm.config import format_size
 from tierlm.errors import BudgetError, TierlmError
 from tierlm.planning.plan import SLACK, Plan, Sizes, TierPlan, make_plan, workspace_bytes
-from tierlm.spec import ModelSpec, Rope, RouterSpec, TrunkKey
+from tierlm.spec import Dense, Latent, LayerSpec, ModelSpec, Moe, Rope, RouterSpec, TrunkKey
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=150)
 PLENTY = 2**50
@@ -284,12 +284,10 @@ def test_trunks_dominate() -> None:
 
 
 def spec_of(experts: int = 64, hidden: int = 2048) -> ModelSpec:
-    return ModelSpec(
-        model_type="deepseek_v2", vocab=1000, hidden=hidden, layers=4, dense_layers=1, dense_width=4096,
-        expert_width=1408, experts=experts, experts_per_token=6, shared_experts=2,
-        router=RouterSpec("softmax", 1, 1, False, 1.0), heads=16, q_rank=None, kv_rank=512, nope_dim=128, rope_dim=64,
-        value_dim=128, norm_eps=1e-6, rope=Rope(10000.0, True), max_position=4096, bos=0, eos=(1,), tied_head=False,
-    )  # fmt: skip
+    attention = Latent(16, None, 512, 128, 64, 128, Rope(10000.0, True))
+    moe = Moe(experts, 6, 1408, 2 * 1408, RouterSpec("softmax", 1, 1, False, 1.0))
+    layers = [LayerSpec(attention, Dense(4096)), *[LayerSpec(attention, moe)] * 3]
+    return ModelSpec("deepseek_v2", 1000, hidden, tuple(layers), 1e-6, 4096, 0, (1,), False)
 
 
 @SETTINGS

@@ -21,7 +21,7 @@ from tierlm.policies.eviction import Policy, TierInfo
 from tierlm.policies.forecast import Forecast
 from tierlm.policies.frequency import Lfu
 from tierlm.policies.recency import Lru
-from tierlm.spec import ExpertKey, Key, TrunkKey
+from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey
 
 LAYERS, EXPERTS = 3, 4
 SETTING = TierInfo(LAYERS, LAYERS * EXPERTS)
@@ -177,13 +177,14 @@ def test_guess_that_comes_back_again_and_again(name: str) -> None:
         assert order(policy) == [KEYS[1]]
 
 
-@every_policy
-def test_takes_trunk_keys(name: str) -> None:
-    policy = make_policy(name, SETTING)
-    for layer in range(LAYERS + 2):  # the blocks of the lm_head count on past the last layer
-        policy.on_insert(TrunkKey(layer), demanded=layer % 2 == 0)
+def test_lru_takes_keys_of_every_kind() -> None:
+    """It is the policy of trunks. Keys of equal numbers are different keys."""
+    keys: list[Key] = [*map(TrunkKey, range(LAYERS)), *map(HeadKey, range(2)), ResidentKey(), ExpertKey(0, 0)]
+    policy = Lru(SETTING)
+    for at, key in enumerate(keys):
+        policy.on_insert(key, demanded=at % 2 == 0)
     policy.on_hit(TrunkKey(0))
-    assert set(order(policy)) == {TrunkKey(layer) for layer in range(LAYERS + 2)}
+    assert order(policy) == [*keys[1:], TrunkKey(0)]
 
 
 @every_policy

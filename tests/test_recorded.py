@@ -24,7 +24,9 @@ def routing(early: list[int], late: list[int], prefill: Any = False) -> Trace:
     experts = np.array([early] * (TOKENS // 2) + [late] * (TOKENS // 2), np.int16)[:, None].repeat(LAYERS, 1)
     flags = np.full(TOKENS, prefill) if isinstance(prefill, bool) else prefill
     steps = np.arange(TOKENS, dtype=np.int32)
-    return Trace(TraceInfo("toy", LAYERS, 0, EXPERTS), experts, np.zeros(TOKENS, np.int32), steps, flags)
+    return Trace(
+        TraceInfo("toy", LAYERS, tuple(range(LAYERS)), EXPERTS), experts, np.zeros(TOKENS, np.int32), steps, flags
+    )
 
 
 def test_the_first_half_only_fills_the_slots() -> None:

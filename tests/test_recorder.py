@@ -41,7 +41,7 @@ def test_steps_sequences_and_phases(recorded: Trace) -> None:
 
 def test_of_which_model(recorded: Trace) -> None:
     info = recorded.info
-    assert (info.model, info.layers, info.first_layer, info.experts) == ("demo", 7, 1, 32)
+    assert (info.model, info.layers, info.moe_layers, info.experts) == ("demo", 7, tuple(range(1, 7)), 32)
     assert info.record_bytes == 77824 and len(info.order) == recorded.moe_layers == 6
     assert all(sorted(row) == list(range(32)) for row in info.order)
 
@@ -62,7 +62,7 @@ def test_scores_rank_first_what_was_chosen_and_gates_guess_it(recorded: Trace) -
 
 
 def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "t", TraceInfo("toy", 1, 0, 8), 1, 2, scores=False)
+    recorder = Recorder(tmp_path / "t", TraceInfo("toy", 1, (0,), 8), 2, scores=False)
     for step, fails in enumerate((False, True, False)):
         recorder.begin([(0, step, 1)], prefill=False)
         recorder.choose(0, np.array([[step, step + 1]]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,52 +11,55 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.toys import COMMON, TOYS
+from tests.toys import TOYS, settings_of
 from tierlm.kernels import Groups, Weight, combined, grouped, native, quantise
 from tierlm.kernels import routing as routing_kernels
 from tierlm.kernels.routing import FEW_ROWS, grouped_reference
-from tierlm.models import routing
-from tierlm.models.deepseek import read_spec
+from tierlm.models import read_spec, router
 from tierlm.models.moe import MixtureOfExperts
-from tierlm.models.routing import Routers
+from tierlm.models.router import Router
 from tierlm.policies.lookahead import Lookahead
 from tierlm.policies.prediction import GateLookahead, NoPredictor
 
 
-def routers(toy: str, format: str) -> Routers:
-    kind, own = TOYS[toy]
-    spec = read_spec({**COMMON, **own, "model_type": f"deepseek_{kind}"}, "here")
+def router_of(toy: str, format: str, **changes: Any) -> Router:
+    spec = read_spec(settings_of(toy, **changes), "here")
+    assert spec.moe is not None
     torch.manual_seed(5)
-    gates = {"1.norm": Weight((1 + 0.2 * torch.randn(spec.hidden)).bfloat16(), "bf16")}
-    gates["1.gate"] = quantise(0.5 * torch.randn(spec.experts, spec.hidden), format)
-    if kind == "v3":
-        gates["1.bias"] = Weight(0.3 * torch.randn(spec.experts), "f32")
-    return Routers(spec, gates)
+    resident: dict[str, Weight] = {}
+    for layer in spec.moe_layers:
+        resident[f"{layer}.norm"] = Weight((1 + 0.2 * torch.randn(spec.hidden)).bfloat16(), "bf16")
+        resident[f"{layer}.router"] = quantise(0.5 * torch.randn(spec.experts, spec.hidden), format)
+        if spec.moe.router.correction:
+            resident[f"{layer}.correction"] = Weight(0.3 * torch.randn(spec.experts), "f32")
+    return Router(spec, resident)
 
 
 @pytest.mark.parametrize("format", ["f32", "bf16"])
 @pytest.mark.parametrize("toy", TOYS)
 def test_the_kernels_choose_as_torch_does(toy: str, format: str, monkeypatch: Any) -> None:
-    found = routers(toy, format)
-    x = torch.randn(FEW_ROWS, found.spec.hidden)
-    few = found.route_ahead(x, 1, x, [1, 1]), found.guess(x, 1, found.spec.experts)
+    found = router_of(toy, format)
+    x, at = torch.randn(FEW_ROWS, found.spec.hidden), found.spec.moe_layers[0]
+    few = found.route_ahead(x, at, x, [at, at]), found.rank(x, at, found.spec.experts)
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(routing, "route_few", lambda *arguments: asked.append(arguments))
-        any_rows = found.route_ahead(x, 1, x, [1, 1]), found.guess(x, 1, found.spec.experts)
+        patch.setattr(router, "route_few", lambda *arguments: asked.append(arguments))
+        any_rows = found.route_ahead(x, at, x, [at, at]), found.rank(x, at, found.spec.experts)
     assert len(asked) == 4
     assert torch.equal(few[0][1], any_rows[0][1])
     torch.testing.assert_close(few[0][0], any_rows[0][0], rtol=1e-5, atol=1e-7)
     for one, other in zip(few[0][2], any_rows[0][2], strict=True):  # what the layers ahead make of it
         assert torch.equal(one, other)
-    assert torch.equal(few[0][2][0], found.guess(x, 1, found.spec.experts_per_token))
-    ranked = found.spec.experts // found.spec.router.groups * found.spec.router.groups_chosen
+    assert torch.equal(few[0][2][0], found.rank(x, at, found.spec.experts_per_token))
+    assert found.spec.moe is not None
+    rule = found.spec.moe.router
+    ranked = found.spec.experts // rule.groups * rule.groups_chosen
     assert torch.equal(few[1][:, :ranked], any_rows[1][:, :ranked])  # the order of what is closed is anybody's
     assert all(sorted(row) == list(range(found.spec.experts)) for row in few[1].tolist())
 
 
 def test_more_rows_go_to_torch(monkeypatch: Any) -> None:
-    found = routers("v3", "bf16")
+    found = router_of("v3", "bf16")
     x = torch.randn(FEW_ROWS + 1, found.spec.hidden)
     with monkeypatch.context() as patch:
         patch.setattr(native.load(), "route", None)
@@ -66,8 +68,8 @@ def test_more_rows_go_to_torch(monkeypatch: Any) -> None:
 
 
 def test_of_equals_the_lower_number_and_what_is_no_number_last() -> None:
-    found = routers("v2", "f32")
-    found.gates["1.gate"].data.zero_()  # type: ignore[union-attr]
+    found = router_of("v2", "f32")
+    found._layers[1][0].data.zero_()
     x = torch.ones(2, found.spec.hidden)
     assert found.route(x, 1)[1].tolist() == [[0, 1, 2, 3]] * 2
     x[1, 3] = float("nan")
@@ -79,8 +81,8 @@ def test_of_equals_the_lower_number_and_what_is_no_number_last() -> None:
 
 def test_scores_that_are_far_apart_are_no_trouble_wherever_they_are() -> None:
     """exp(300) is no float32: the largest score has to be taken off before, whichever lane of a vector has it."""
-    found = routers("v2", "f32")
-    gate = found.gates["1.gate"].data
+    found = router_of("v2", "f32")
+    gate = found._layers[1][0].data
     x = torch.zeros(1, found.spec.hidden)
     x[0, 0] = 1
     for best in range(found.spec.experts):
@@ -88,14 +90,13 @@ def test_scores_that_are_far_apart_are_no_trouble_wherever_they_are() -> None:
         gate[best, 0] = 300
         weights, experts = found.route(x, 1)
         assert experts[0, 0] == best
-        assert weights[0, 0] == found.spec.router.scale and weights[0, 1:].max() < 1e-30
+        assert weights[0, 0] == 1 and weights[0, 1:].max() < 1e-30
 
 
 def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
     """Memory that is not written to holds anything: here, as torch makes it on request, no numbers."""
-    spec = replace(routers("v2", "f32").spec, shared_experts=0)
-    torch.manual_seed(6)
-    gate = Weight(torch.randn(spec.experts, spec.hidden), "f32")
+    found = router_of("v2", "f32", n_shared_experts=0)
+    spec = found.spec
     shapes = (24, spec.hidden), (24, spec.hidden), (spec.hidden, 24)
     mlps = [[0.1 * torch.randn(shape) for shape in shapes] for _ in range(spec.experts)]
     roles = ("gate_proj", "up_proj", "down_proj")
@@ -115,7 +116,6 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
             found = {expert: [Weight(data, "f32") for data in mlps[expert]] for expert in needed}
             yield Held([(expert, dict(zip(roles, found[expert], strict=True))) for expert in needed])
 
-    found = Routers(spec, {"1.gate": gate})
     moe = MixtureOfExperts(spec, found, Store())  # type: ignore[arg-type]
     hidden, x = torch.randn(2, 3, spec.hidden)
     weights, experts = found.route(x, 1)

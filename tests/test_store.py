@@ -121,9 +121,15 @@ class Shelf(Reader):
             self.come_back(key)
 
 
+def numbers_of(key: Key) -> tuple[int, ...]:
+    assert isinstance(key, ExpertKey | TrunkKey)
+    return key if isinstance(key, ExpertKey) else (key.layer,)
+
+
 def value_of(key: Key, part: int) -> float:
     """What the shelf's files hold."""
-    return float(key.layer * 1000 + (key.expert * 10 if isinstance(key, ExpertKey) else 500) + part + 1)
+    layer, *expert = numbers_of(key)
+    return float(layer * 1000 + (expert[0] * 10 if expert else 500) + part + 1)
 
 
 def key_of(file: str) -> Key:
@@ -134,7 +140,7 @@ def key_of(file: str) -> Key:
 
 def record_of(key: Key) -> Record:
     """Three matrices; two lie together in one file, none at the start of it."""
-    name = "-".join(map(str, key))
+    name = "-".join(map(str, numbers_of(key)))
 
     def tensor(role: str, part: int, offset: int) -> TensorInfo:
         return TensorInfo(f"{name}.{role}", Path(f"/shelf/{name}-{part}"), offset, 64, "F32", (4, 4), "f32")

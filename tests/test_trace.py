@@ -25,7 +25,8 @@ def make_trace(**changes: Any) -> Trace:
     experts = np.argsort(chance.random((TOKENS, LAYERS, EXPERTS)), axis=2)[:, :, :CHOSEN].astype(np.int16)
     steps = np.concatenate([np.zeros(10), np.arange(1, 31), np.repeat(np.arange(31, 41), 2)]).astype(np.int32)
     sequences = np.concatenate([np.zeros(40), np.arange(20) % 2]).astype(np.int32)
-    info = TraceInfo("toy", LAYERS + 1, 1, EXPERTS, 1000, tuple(tuple(range(EXPERTS))[::-1] for _ in range(LAYERS)))
+    order = tuple(tuple(range(EXPERTS))[::-1] for _ in range(LAYERS))
+    info = TraceInfo("toy", LAYERS + 1, tuple(range(1, LAYERS + 1)), EXPERTS, 1000, order)
     parts: dict[str, Any] = {"experts": experts, "sequences": sequences, "steps": steps, "prefill": steps == 0}
     return Trace(info, **(parts | changes))
 
@@ -214,13 +215,17 @@ def test_a_header_that_lies_takes_no_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 1, found .* version 2"),
+        ({"version": 1}, "version 2, found .* version 1"),
         ({"format": "other"}, "found other"),
         ({"tokens": 61}, "expected 61 tokens"),
         ({"blocks": 2}, "1/experts"),
         ({"experts": 15, "order": []}, "expected experts 0 to 14"),
         ({"experts": 10**9}, "4096"),
         ({"layers": 3}, "within 3 layers"),
+        ({"moe_layers": [1, 3, 2]}, r"3 MoE layers within 4 layers, found \[1, 3, 2\]"),
+        ({"moe_layers": [1, 2]}, "expected 3 MoE layers"),
+        ({"moe_layers": [-1, 2, 3]}, "MoE layers"),
+        ({"moe_layers": ["x"]}, HEAD),
         ({"order": [[0, 1]] * 3}, "order"),
         ({"order": 5}, HEAD),
         ({"model": None, "layers": "x"}, HEAD),

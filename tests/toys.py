@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 COMMON: dict[str, Any] = {
     "vocab_size": 131,
@@ -44,6 +53,29 @@ YARN = {
 }
 GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 
+GQA: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.15,
+}
+QWEN3 = {**GQA, "num_experts": 16, "moe_intermediate_size": 24, "norm_topk_prob": True}
+QWEN3_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+# What a kind of toy is made of in transformers, its model_type, and what all of its kind have in common.
+KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
+    "v2": (DeepseekV2Config, DeepseekV2ForCausalLM, "deepseek_v2", COMMON),
+    "v3": (DeepseekV3Config, DeepseekV3ForCausalLM, "deepseek_v3", {**COMMON, "num_mtp_layers": 0}),
+    "qwen3": (Qwen3MoeConfig, Qwen3MoeForCausalLM, "qwen3_moe", QWEN3),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, "mixtral", {**GQA, "num_local_experts": 8}),
+}
 TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2": ("v2", {"topk_method": "greedy"}),
     "v2-q-lora": ("v2", {"topk_method": "greedy", "q_lora_rank": 20, "n_shared_experts": 1}),
@@ -53,26 +85,36 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3-one-group": ("v3", {"n_group": 1, "topk_group": 1, "q_lora_rank": 20, "norm_topk_prob": False}),
     "v3-yarn": ("v3", {"n_group": 2, "topk_group": 1, "q_lora_rank": 20, "rope_parameters": YARN}),
     "v3-half-rope": ("v3", {"n_group": 2, "topk_group": 1, "rope_interleave": False}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-dense-between": ("qwen3", {"mlp_only_layers": [1], "tie_word_embeddings": True}),
+    "qwen3-every-other": ("qwen3", {"decoder_sparse_step": 2, "norm_topk_prob": False, "head_dim": 8}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": QWEN3_YARN, "num_key_value_heads": 6}),
+    "mixtral": ("mixtral", {}),
 }
+
+
+def settings_of(name: str, **changes: Any) -> dict[str, Any]:
+    """The config of the toy called ``name``, with its model_type."""
+    kind, own = TOYS[name]
+    return {**KINDS[kind][3], **own, **changes, "model_type": KINDS[kind][2]}
 
 
 def make_toy(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Write the toy called ``name`` to ``folder``, and return it as a `transformers` model."""
-    kind, own = TOYS[name]
+    config, made, _, _ = KINDS[TOYS[name][0]]
+    settings = settings_of(name, **changes)
+    del settings["model_type"]
     torch.manual_seed(7)
-    settings = {**COMMON, **own, **changes}
-    if kind == "v2":
-        model = DeepseekV2ForCausalLM(DeepseekV2Config(**settings))
-    else:
-        model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings, num_mtp_layers=0))
+    model = made(config(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # the norms, which start at one
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        for layer in model.model.layers[settings["first_k_dense_replace"] :]:
-            layer.mlp.gate.weight.normal_(0, 0.5)
-            if kind == "v3":
-                layer.mlp.gate.e_score_correction_bias.normal_(0, 0.3)
+        for layer in model.model.layers:
+            if (gate := getattr(layer.mlp, "gate", None)) is not None:
+                gate.weight.normal_(0, 0.5)
+                if hasattr(gate, "e_score_correction_bias"):
+                    gate.e_score_correction_bias.normal_(0, 0.3)
     model.set_experts_implementation("eager")  # the default one takes seconds at these sizes
     model.to(dtype).eval().save_pretrained(folder)
     return model
@@ -80,8 +122,9 @@ def make_toy(name: str, folder: Path, dtype: torch.dtype = torch.float32, **chan
 
 def load_toy(folder: Path) -> Any:
     """A saved toy as a `transformers` model with its weights widened to float32."""
-    kind = DeepseekV2ForCausalLM if "V2" in (folder / "config.json").read_text() else DeepseekV3ForCausalLM
-    return kind.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    made = next(made for _, made, name, _ in KINDS.values() if name == model_type)
+    return made.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

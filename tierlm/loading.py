@@ -36,12 +36,12 @@ from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Source, Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
-from tierlm.models.catalog import GATES, Catalog
+from tierlm.models.catalog import Catalog
 from tierlm.models.decoder import Decoder
 from tierlm.models.embedding import Embedding
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.outline import sizes_of
-from tierlm.models.routing import Routers
+from tierlm.models.router import Router
 from tierlm.planning.plan import AUTO_RAM, Plan, TierPlan, make_plan
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import TierInfo
@@ -50,7 +50,7 @@ from tierlm.policies.prediction import Predictor
 from tierlm.policies.predictors import make_predictor
 from tierlm.policies.recency import Lru
 from tierlm.runtime import Runtime
-from tierlm.spec import ExpertKey
+from tierlm.spec import ExpertKey, ResidentKey
 from tierlm.timeline import Timeline
 from tierlm.tracing.recorder import Recorder
 from tierlm.tracing.trace import TraceInfo
@@ -106,10 +106,11 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         if options.heat:
             hottest = heat.hottest()
             store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
-        kv = KvCache(spec.layers, request.context, spec.latent_dim, KV_DTYPES[options.kv_dtype], request.device)
+        widths = [layer.attention.cache_width for layer in spec.layers]
+        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
         rows = Rows(catalog.embedding, catalog.seals_of(catalog.embedding))
         undo.callback(rows.close)
-        moe = MixtureOfExperts(spec, Routers(spec, resident), store, timeline, recorder)
+        moe = MixtureOfExperts(spec, Router(spec, resident), store, timeline, recorder)
         embedding = Embedding(rows, catalog.embedding, request.device)
         decoder = Decoder(spec, embedding, resident, trunks, catalog.head, kv, moe, request.device, timeline)
         relief = _relief(request, experts[-1])
@@ -167,7 +168,7 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
         raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
     context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
     predictor = make_predictor(options.predictor, spec.experts_per_token)
-    make_policy(options.policy, TierInfo(spec.layers, 1))
+    make_policy(options.policy, TierInfo(len(spec.layers), 1))
     for name, file in (("timeline", options.timeline), ("trace", options.trace)):
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise UsageError(f"{name}: {Path(file).absolute().parent}: no such folder")
@@ -202,9 +203,9 @@ def _open_recorder(file: Path, request: Request) -> Recorder:
     )
     size = max(catalog.size(key) for key in catalog.experts())
     name = catalog.checkpoint.folder.resolve().name
-    info = TraceInfo(name, spec.layers, spec.dense_layers, spec.experts, size, order)
+    info = TraceInfo(name, len(spec.layers), spec.moe_layers, spec.experts, size, order)
     try:
-        return Recorder(file, info, len(layers), spec.experts_per_token, request.options.trace_scores)
+        return Recorder(file, info, spec.experts_per_token, request.options.trace_scores)
     except OSError as error:
         raise UsageError(f"trace: {file}: cannot be written: {error.strerror}") from error
 
@@ -241,9 +242,9 @@ def _stop(transfer: Transfer, reader: Reader) -> None:
 
 def _load_resident(request: Request, disk: Disk, transfer: Transfer) -> Weights:
     """The small tensors that are always resident, on the device that computes."""
-    record = request.catalog.record(GATES)
+    record = request.catalog.record(ResidentKey())
     slot = Slot(allocate(record.nbytes, HOST))
-    ticket, _ = disk.fetch(GATES, slot, Priority.DEMAND, streaming=False)
+    ticket, _ = disk.fetch(ResidentKey(), slot, Priority.DEMAND, streaming=False)
     transfer.wait_any([ticket], request.options.io_timeout)
     if ticket.error is not None:
         raise ticket.error
@@ -267,7 +268,7 @@ def _expert_tiers(request: Request, disk: Disk, transfer: Transfer) -> tuple[Tie
     for tier, plan, device in _tier_plans(request):
         slots = plan.expert_slots
         unneeded = slots >= len(experts) and name == "default"  # nothing ever leaves, so there is nothing to learn
-        policy = make_policy("lru" if unneeded else name, TierInfo(catalog.spec.layers, slots, catalog.size))
+        policy = make_policy("lru" if unneeded else name, TierInfo(len(catalog.spec.layers), slots, catalog.size))
         source: Source = tiers[-1] if tiers else disk
         tiers.append(Tier(tier, _slots([size] * slots, device), source, transfer, policy, catalog.size))
     return tuple(reversed(tiers))
@@ -279,7 +280,7 @@ def _trunk_tiers(request: Request, disk: Disk, transfer: Transfer) -> tuple[Tier
     tiers: list[Tier] = []
     for tier, plan, device in _tier_plans(request):
         sizes = [catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
-        policy = Lru(TierInfo(catalog.spec.layers, len(sizes), catalog.size))
+        policy = Lru(TierInfo(len(catalog.spec.layers), len(sizes), catalog.size))
         source: Source = tiers[-1] if tiers else disk
         tiers.append(Tier(tier, _slots(sizes, device), source, transfer, policy, catalog.size))
     return tuple(reversed(tiers))

@@ -1,9 +1,12 @@
-"""What a model is: its dimensions and rules, read once from its config, and the keys of its records."""
+"""What a model is, layer by layer, read once from its config; and the keys of its records."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+SCORE_VALUES = 2**23  # float32 scores that attention holds at a time, unless one head has more
+EXPANDED_VALUES = 2**18  # float32 values of kv_b_proj that latent attention widens at a time
 
 
 class ExpertKey(NamedTuple):
@@ -12,14 +15,45 @@ class ExpertKey(NamedTuple):
     layer: int
     expert: int
 
+    def __str__(self) -> str:
+        return f"expert {self.expert} of layer {self.layer}"
 
-class TrunkKey(NamedTuple):
-    """The trunk of one layer, or one block of rows of the lm_head (``layer`` counts on past the last layer)."""
+
+@dataclass(frozen=True, slots=True, order=True)
+class TrunkKey:
+    """The trunk of one layer."""
 
     layer: int
 
+    def __str__(self) -> str:
+        return f"trunk of layer {self.layer}"
 
-Key = ExpertKey | TrunkKey
+
+@dataclass(frozen=True, slots=True, order=True)
+class HeadKey:
+    """One block of rows of the lm_head."""
+
+    block: int
+
+    def __str__(self) -> str:
+        return f"block {self.block} of the lm_head"
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentKey:
+    """The small tensors that are always resident: norms and routers."""
+
+    def __str__(self) -> str:
+        return "resident tensors"
+
+
+UnitKey = TrunkKey | HeadKey  # what runs in a cycle, every token
+Key = ExpertKey | TrunkKey | HeadKey | ResidentKey
+
+
+def same_layer(one: Key, other: Key) -> bool:
+    """Whether both are experts of one layer."""
+    return isinstance(one, ExpertKey) and isinstance(other, ExpertKey) and one.layer == other.layer
 
 
 @dataclass(frozen=True)
@@ -46,57 +80,214 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class RouterSpec:
-    """How a token's experts are chosen.
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a token caches one compressed latent and one
+    rotated key for all heads. ``q_rank`` is None where queries take one projection."""
 
-    ``softmax``: DeepSeek-V2 (arXiv 2405.04434), a group's score is its best expert's.
-    ``sigmoid``: DeepSeek-V3 (arXiv 2412.19437), with a correction bias that only the choice sees; a group's score is
-    the sum of its two best.
-    """
-
-    score: str  # "softmax" | "sigmoid"
-    groups: int
-    groups_chosen: int
-    normalize: bool
-    scale: float
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A DeepSeek-style mixture-of-experts decoder with multi-head latent attention. All sizes are counts."""
-
-    model_type: str
-    vocab: int
-    hidden: int
-    layers: int
-    dense_layers: int
-    dense_width: int
-    expert_width: int
-    experts: int
-    experts_per_token: int
-    shared_experts: int
-    router: RouterSpec
     heads: int
     q_rank: int | None
     kv_rank: int
     nope_dim: int
     rope_dim: int
     value_dim: int
-    norm_eps: float
     rope: Rope
+
+    def __post_init__(self) -> None:
+        _positive(self, "heads", "kv_rank", "nope_dim", "rope_dim", "value_dim")
+        if self.rope_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even, found {self.rope_dim}")
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * (self.nope_dim + self.rope_dim)
+
+    @property
+    def cache_width(self) -> int:
+        """Values cached per token: the latent and the rotated key."""
+        return self.kv_rank + self.rope_dim
+
+    @property
+    def expanded_width(self) -> int:
+        """Values per token if keys and values were cached as the heads use them."""
+        return self.heads * (self.nope_dim + self.rope_dim + self.value_dim)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Per new token and token of context."""
+        return self.expanded_width
+
+    def workspace(self, chunk: int, context: int) -> int:
+        """Peak float32 values for a step of ``chunk`` tokens: queries, their rotated copy, outputs, latents, and one
+        group of heads' scores, keys and values."""
+        per_token = self.heads * (2 * (self.nope_dim + self.rope_dim) + 2 * self.value_dim + self.kv_rank)
+        per_token += 2 * self.cache_width
+        group = min(self.heads * (self.nope_dim + self.value_dim), EXPANDED_VALUES // self.kv_rank)
+        return chunk * per_token + _scores(self.heads, chunk, context) + context * (self.cache_width + group)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Grouped-query attention (Ainslie et al., arXiv 2305.13245): a token caches the keys and values of ``kv_heads``.
+
+    ``qk_norm``: queries and keys pass an RMSNorm per head before the rotation. ``bias``: the projections have biases.
+    ``sinks``: each head has a logit of its own in the softmax. ``window``: tokens that a query sees; None: all.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope
+    qk_norm: bool = False
+    bias: bool = False
+    sinks: bool = False
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "heads", "kv_heads", "head_dim")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, found {self.head_dim}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys and values evenly")
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Values cached per token: keys and values."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def expanded_width(self) -> int:
+        """As cached: heads use keys and values as they are."""
+        return self.cache_width
+
+    @property
+    def multiply_adds(self) -> int:
+        """Per new token and token of context."""
+        return 2 * self.query_width
+
+    def workspace(self, chunk: int, context: int) -> int:
+        """Peak float32 values for a step of ``chunk`` tokens: queries and outputs with one copy of each, new keys and
+        values with one copy, the sequence's keys and values, and one group of heads' scores."""
+        per_token = 4 * self.query_width + 2 * self.cache_width
+        return chunk * per_token + _scores(self.heads, chunk, context) + context * self.cache_width
+
+
+AttentionSpec = Latent | Grouped
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How a token's experts are chosen.
+
+    ``softmax``: DeepSeek-V2 (arXiv 2405.04434), a group's score is its best expert's.
+    ``sigmoid``: DeepSeek-V3 (arXiv 2412.19437), a group's score is the sum of its two best.
+    ``correction``: a bias on the scores that only the choice sees, as DeepSeek-V3 has. ``bias``: one on the logits.
+    """
+
+    score: str  # "softmax" | "sigmoid"
+    groups: int = 1
+    groups_chosen: int = 1
+    normalize: bool = True
+    scale: float = 1.0
+    correction: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A SwiGLU that every token uses."""
+
+    width: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "width")
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Routed experts, each a SwiGLU of ``width``, and beside them a shared one of ``shared_width``; 0: none.
+
+    ``clamped``: gpt-oss's experts, which have biases, clamp their gates, and add one to what they gate.
+    """
+
+    experts: int
+    experts_per_token: int
+    width: int
+    shared_width: int
+    router: RouterSpec
+    clamped: bool = False
+
+    def __post_init__(self) -> None:
+        router, chosen = self.router, self.experts_per_token
+        _positive(self, "width")
+        if not 1 <= router.groups_chosen <= router.groups or self.experts % router.groups:
+            raise ValueError(f"{self.experts} experts in {router.groups} groups, {router.groups_chosen} chosen")
+        group = self.experts // router.groups
+        if not 1 <= chosen <= group * router.groups_chosen or (router.score == "sigmoid" and group < 2):
+            raise ValueError(f"{chosen} experts a token out of {router.groups_chosen} groups of {group}")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    attention: AttentionSpec
+    feed_forward: Dense | Moe
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder of ``layers``, each of its own kind. MoE layers may stand anywhere, and are all alike.
+
+    Found once: ``moe``, what the MoE layers are, None where there are none; ``moe_layers``, their numbers; ``experts``
+    and ``experts_per_token``, of one of them; ``cache_width`` and ``expanded_width``, sums over all layers.
+    """
+
+    model_type: str
+    vocab: int
+    hidden: int
+    layers: tuple[LayerSpec, ...]
+    norm_eps: float
     max_position: int
     bos: int | None
     eos: tuple[int, ...]
     tied_head: bool
+    moe: Moe | None = field(init=False, repr=False, compare=False)
+    moe_layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    experts: int = field(init=False, repr=False, compare=False)
+    experts_per_token: int = field(init=False, repr=False, compare=False)
+    cache_width: int = field(init=False, repr=False, compare=False)
+    expanded_width: int = field(init=False, repr=False, compare=False)
 
-    def is_moe(self, layer: int) -> bool:
-        return layer >= self.dense_layers
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no model is."""
+        _positive(self, "vocab", "hidden", "max_position")
+        if not self.layers:
+            raise ValueError("layers must be at least 1, found 0")
+        routed = {i: layer.feed_forward for i, layer in enumerate(self.layers) if isinstance(layer.feed_forward, Moe)}
+        kinds = set(routed.values())
+        if len(kinds) > 1:
+            raise ValueError(f"MoE layers must be alike, found {len(kinds)} kinds")
+        moe = kinds.pop() if kinds else None
+        found = {
+            "moe": moe,
+            "moe_layers": tuple(routed),
+            "experts": 0 if moe is None else moe.experts,
+            "experts_per_token": 0 if moe is None else moe.experts_per_token,
+            "cache_width": sum(layer.attention.cache_width for layer in self.layers),
+            "expanded_width": sum(layer.attention.expanded_width for layer in self.layers),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
-    @property
-    def moe_layers(self) -> range:
-        return range(self.dense_layers, self.layers)
 
-    @property
-    def latent_dim(self) -> int:
-        """Values cached per token and layer: the compressed latent and the one rotated key (MLA)."""
-        return self.kv_rank + self.rope_dim
+def _scores(heads: int, chunk: int, context: int) -> int:
+    """Scores of one group of heads: raw, masked, softmax."""
+    return 3 * min(heads * chunk * context, max(SCORE_VALUES, chunk * context))
+
+
+def _positive(spec: object, *names: str) -> None:
+    for name in names:
+        if getattr(spec, name) < 1:
+            raise ValueError(f"{name} must be at least 1, found {getattr(spec, name)}")

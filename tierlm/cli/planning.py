@@ -108,10 +108,8 @@ class _Answer:
     @property
     def expanded_kv(self) -> int:
         """Bytes of the KV cache if keys and values were cached as they are used."""
-        from tierlm.models.outline import expanded_kv
-
         spec = self.records.spec
-        return self.sizes.kv * expanded_kv(spec) // spec.latent_dim
+        return self.sizes.kv * spec.expanded_width // spec.cache_width
 
     @property
     def tiers(self) -> dict[str, TierPlan]:
@@ -194,8 +192,8 @@ class _Answer:
                 name: {
                     "floor": tier.floor,
                     "expert_slots": tier.expert_slots,
-                    "trunks": [key.layer for key in tier.trunk],
-                    "streamed": [key.layer for key in sizes.trunk if key not in tier.trunk] if tier.ring else [],
+                    "trunks": [str(key) for key in tier.trunk],
+                    "streamed": [str(key) for key in sizes.trunk if key not in tier.trunk] if tier.ring else [],
                     "parts": dict(tier.parts),
                 }
                 for name, tier in self.tiers.items()

@@ -32,7 +32,7 @@ class Disk:
         if record.inside is not None or (record.seal is not None and key not in self._checked):
             assert record.seal is not None  # the catalog has seen to it
             link, nbytes = ("checksum", record.seal.nbytes) if record.inside is None else ("zstd", record.inside.raw)
-            last = Unseal(link, nbytes, str(tuple(key)), self.reader, record, record.seal, slot, key, self._checked)
+            last = Unseal(link, nbytes, str(key), self.reader, record, record.seal, slot, key, self._checked)
         read = Read(self.reader, requests, words, slot, key)
         return self.transfer.submit(read, priority=priority, last=last), None
 

@@ -35,7 +35,7 @@ class Read:
 
     @property
     def what(self) -> str:
-        return str(tuple(self.key))
+        return str(self.key)
 
     def __len__(self) -> int:
         return len(self.requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,11 @@ class Span:
 
 
 class KvCache:
-    """Room for ``capacity`` tokens over all sequences: [layers, capacity, kv_rank + rope_dim]."""
+    """Room for ``capacity`` tokens over all sequences; ``widths``: by layer, values a token."""
 
-    def __init__(self, layers: int, capacity: int, latent_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, widths: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device):
         self.capacity = capacity
-        self._values = torch.empty(layers, capacity, latent_dim, dtype=dtype, device=device)
+        self._layers = [torch.empty(capacity, width, dtype=dtype, device=device) for width in widths]
         self._spans: list[Span] = []  # in order of their starts
 
     def can_reserve(self, tokens: int) -> bool:
@@ -47,18 +48,18 @@ class KvCache:
         self._spans.remove(span)
 
     def layer(self, layer: int) -> Tensor:
-        """One layer's values of all spans, [capacity, kv_rank + rope_dim], for kernels that write spans directly."""
-        return self._values[layer]
+        """One layer's values of all spans, [capacity, width], for kernels that write spans directly."""
+        return self._layers[layer]
 
-    def append(self, layer: int, span: Span, latent: Tensor) -> Tensor:
-        """Write ``latent`` [T, kv_rank + rope_dim] behind the span's tokens; the whole of it, float32 [S, ...].
+    def append(self, layer: int, span: Span, values: Tensor) -> Tensor:
+        """Write ``values`` [T, width] behind the span's tokens; the whole of it, float32 [S, width].
 
         The span's length is advanced once for all layers, by the decoder.
         """
-        end = span.length + latent.shape[0]
+        end = span.length + values.shape[0]
         assert end <= span.capacity, "a sequence outgrew its span"
-        rows = self._values[layer, span.start : span.start + end]
-        rows[span.length :] = latent
+        rows = self._layers[layer][span.start : span.start + end]
+        rows[span.length :] = values
         return rows.float()
 
     def _gap(self, tokens: int) -> tuple[int, int] | None:

@@ -146,7 +146,7 @@ class Tier:
                 return None
         if not demanded:
             self.residency.lend(entry)
-        copy = CopyUp(f"{self.name}->vram", self.size_of(key), str(tuple(key)), entry.slot, slot)
+        copy = CopyUp(f"{self.name}->vram", self.size_of(key), str(key), entry.slot, slot)
         return self.transfer.submit([copy], priority=priority, after=entry.ticket), entry
 
     def settle(self) -> None:

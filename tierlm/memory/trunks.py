@@ -9,7 +9,7 @@ from tierlm.checkpoints.views import Weights
 from tierlm.memory.slots import Entry
 from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Tier
-from tierlm.spec import Key, TrunkKey
+from tierlm.spec import Key, UnitKey
 
 
 class Trunks:
@@ -18,8 +18,8 @@ class Trunks:
     def __init__(
         self,
         tier: Tier,
-        resident: Sequence[TrunkKey],
-        order: Sequence[TrunkKey],
+        resident: Sequence[UnitKey],
+        order: Sequence[UnitKey],
         records: Callable[[Key], Record],
         io_timeout: float,
         exact: bool = False,
@@ -41,7 +41,7 @@ class Trunks:
             entry = self._bring(key)
             yield entry.slot.size
 
-    def get(self, key: TrunkKey) -> Weights:
+    def get(self, key: UnitKey) -> Weights:
         """The weights of ``key``, valid until the next call; the trunk that runs after it is on its way meanwhile.
 
         Raises StorageError.
@@ -55,7 +55,7 @@ class Trunks:
             self.tier.start(follower, priority=Priority.PREFETCH)
         return self._leased.slot.weights(self.records(key), self.exact)
 
-    def _bring(self, key: TrunkKey) -> Entry:
+    def _bring(self, key: UnitKey) -> Entry:
         """The entry of ``key``, resident and pinned."""
         entry = self.tier.demand(key)
         while entry is None:

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
-from tierlm.errors import UnsupportedModelError
-from tierlm.models import deepseek
+from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.models.config_reader import Config
+from tierlm.models.deepseek import DeepSeek
+from tierlm.models.family import Family
+from tierlm.models.gpt_oss import GptOss
+from tierlm.models.mixtral import Mixtral
+from tierlm.models.qwen3_moe import Qwen3Moe
+from tierlm.spec import ModelSpec
 
-FAMILIES: dict[str, ModuleType] = dict.fromkeys(deepseek.MODEL_TYPES, deepseek)
+FAMILIES: dict[str, Family] = {  # by model_type
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), DeepSeek()),
+    "qwen3_moe": Qwen3Moe(),
+    "mixtral": Mixtral(),
+    "gpt_oss": GptOss(),
+}
 
 
-def family_of(config: Mapping[str, Any], where: str) -> ModuleType:
-    """The family module for a ``config.json``. Raises UnsupportedModelError, listing what is supported."""
-    model_type = config.get("model_type")
+def family_of(model_type: object, where: str) -> Family:
+    """The family of a ``config.json``'s model_type. Raises UnsupportedModelError, listing what is supported."""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise UnsupportedModelError(
             f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
     return family
+
+
+def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """The ModelSpec of a ``config.json``. Raises UnsupportedModelError and CheckpointError, naming ``where``."""
+    family = family_of(config.get("model_type"), where)
+    try:
+        return family.read_spec(Config(config, where))
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error

@@ -14,12 +14,12 @@ from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight, float_dtypes
 from tierlm.errors import CheckpointError, UnsupportedModelError
-from tierlm.models import family_of
+from tierlm.models import family_of, read_spec
+from tierlm.models.family import require_runnable
 from tierlm.planning.cost import Formats
-from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
+from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey, UnitKey
 
 HEAD_BLOCK_BYTES = 64 * 2**20  # the lm_head is used in blocks of rows of this size, so that it streams like a trunk
-GATES = TrunkKey(-1)  # the small tensors that are always resident
 
 
 class Catalog:
@@ -33,27 +33,27 @@ class Catalog:
     def __init__(self, folder: Path):
         where = folder / "config.json"
         config = read_json(where)
-        self.family = family_of(config, str(where))
-        self.spec: ModelSpec = self.family.read_spec(config, str(where))
+        self.family = family_of(config.get("model_type"), str(where))
+        self.spec = read_spec(config, str(where))
+        require_runnable(self.spec, str(where))
         self.checkpoint = Checkpoint(folder)
         self.eos = self._eos(folder)
         spec = self.spec
-        claimed = spec.layers + len(spec.moe_layers) * spec.experts
+        claimed = len(spec.layers) + len(spec.moe_layers) * spec.experts
         if claimed > len(self.checkpoint.tensors):  # before anything of that size is built
             raise CheckpointError(
-                f"{where}: {spec.layers} layers of {spec.experts} experts claimed, "
+                f"{where}: {len(spec.layers)} layers of {spec.experts} experts claimed, "
                 f"{len(self.checkpoint.tensors)} tensors found"
             )
         self.embedding = self._plain(self.family.embedding_name(), (spec.vocab, spec.hidden))
         self._seals = {file: read_seals(file, header) for file, header in self.checkpoint.headers.items()}
         self.head_weights = self._head_blocks(self.family.head_name(spec))
-        self.layers = [TrunkKey(layer) for layer in range(spec.layers)]
-        self.head = [TrunkKey(spec.layers + block) for block in range(len(self.head_weights))]
-        self.trunks = self.layers + self.head
-        keys: list[Key] = [*self.trunks, *self.experts()]
+        self.layers = [TrunkKey(layer) for layer in range(len(spec.layers))]
+        self.head = [HeadKey(block) for block in range(len(self.head_weights))]
+        self.trunks: list[UnitKey] = [*self.layers, *self.head]
+        keys: list[Key] = [*self.trunks, *self.experts(), ResidentKey()]
         self._layouts: dict[tuple[tuple[str, Place], ...], Mapping[str, Place]] = {}
         self._records = {key: self._build(key) for key in keys}
-        self._records[GATES] = self._sealed(build_record(self._tensors(self.family.gate_tensors(spec))))
         self.compressed = any(record.inside is not None for record in self._records.values())
         self.ignored = [name for name in self.checkpoint.tensors if self.family.ignored(spec, name)]
 
@@ -106,10 +106,12 @@ class Catalog:
     def _build(self, key: Key) -> Record:
         if isinstance(key, ExpertKey):
             tensors = self._tensors(self.family.expert_tensors(self.spec, key))
-        elif key.layer >= self.spec.layers:
-            tensors = by_role({"lm_head": self.head_weights[key.layer - self.spec.layers]})
-        else:
+        elif isinstance(key, TrunkKey):
             tensors = self._tensors(self.family.trunk_tensors(self.spec, key))
+        elif isinstance(key, HeadKey):
+            tensors = by_role({"lm_head": self.head_weights[key.block]})
+        else:
+            tensors = self._tensors(self.family.resident_tensors(self.spec))
         record = build_record(tensors)
         # What is laid out alike has the same mapping, so that its views can be known for one another's at a glance.
         places = self._layouts.setdefault(tuple(record.places.items()), record.places)

@@ -14,9 +14,11 @@ from tierlm.memory.kvcache import KvCache, Span
 from tierlm.memory.trunks import Trunks
 from tierlm.models.attention import Attention, Rows
 from tierlm.models.embedding import Embedding
+from tierlm.models.grouped import GroupedHeads
+from tierlm.models.latent import LatentHeads
 from tierlm.models.layers import rms_norm
 from tierlm.models.moe import MixtureOfExperts
-from tierlm.spec import ModelSpec, TrunkKey
+from tierlm.spec import AttentionSpec, Grouped, HeadKey, ModelSpec, Moe, TrunkKey
 from tierlm.timeline import Timeline, span
 
 
@@ -29,30 +31,30 @@ class Segment:
 
 
 class Decoder:
-    """``head``: the trunk keys of the lm_head's blocks, in order of rows."""
+    """``resident``: the tensors that are always resident. ``head``: the keys of the lm_head's blocks, in order of
+    rows."""
 
     def __init__(
         self,
         spec: ModelSpec,
         embedding: Embedding,
-        gates: Weights,
+        resident: Weights,
         trunks: Trunks,
-        head: Sequence[TrunkKey],
+        head: Sequence[HeadKey],
         cache: KvCache,
         moe: MixtureOfExperts,
         device: torch.device,
         timeline: Timeline | None = None,
     ):
         self.timeline = timeline
-        self.spec, self.embedding, self.gates, self.trunks, self.head, self.moe = (
-            spec,
-            embedding,
-            gates,
-            trunks,
-            head,
-            moe,
-        )
-        self.attention = Attention(spec, cache, device)
+        self.spec, self.embedding, self.trunks, self.head, self.moe = spec, embedding, trunks, head, moe
+        self._norm = resident["norm"]
+        kinds = list(dict.fromkeys(layer.attention for layer in spec.layers))
+        self._attention = [attention_of(kind, spec.norm_eps, cache, device) for kind in kinds]
+        self._layers = [  # by layer: its trunk, the kind of its attention, the norm after that, and whether MoE follows
+            (TrunkKey(i), kinds.index(layer.attention), resident[f"{i}.norm"], isinstance(layer.feed_forward, Moe))
+            for i, layer in enumerate(spec.layers)
+        ]
 
     @torch.inference_mode()
     def forward(self, steps: Sequence[Segment], *, prefill: bool, out: Tensor | None = None) -> Tensor:
@@ -66,25 +68,24 @@ class Decoder:
         for step in steps:
             start = segments[-1].stop if segments else 0
             segments.append(Rows(start, start + len(step.ids), step.span))
-        positions = self.attention.positions(segments)
+        positions = [attention.positions(segments) for attention in self._attention]
         recorder = self.moe.recorder
         if recorder is not None:
             recorder.begin([(step.span.start, step.span.length, len(step.ids)) for step in steps], prefill)
-        for layer in range(self.spec.layers):
-            trunk = self.trunks.get(TrunkKey(layer))
-            if self.spec.is_moe(layer):
+        for layer, (key, kind, norm, is_moe) in enumerate(self._layers):
+            trunk = self.trunks.get(key)
+            if is_moe:
                 self.moe.before_attention(hidden, layer, prefill)
-            norm = self.gates[f"{layer}.norm"]
             with span(self.timeline, "compute", f"attention {layer}"):
-                hidden, normed = self.attention.forward(hidden, layer, trunk, norm, positions)
-            if self.spec.is_moe(layer):
+                hidden, normed = self._attention[kind].forward(hidden, layer, trunk, norm, positions[kind])
+            if is_moe:
                 hidden = self.moe.forward(hidden, normed, layer, trunk, prefill)
             else:
                 hidden = hidden + gated_mlp(normed, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
         if out is None:
             out = torch.empty(len(steps), self.spec.vocab)
             hidden = hidden[[segment.stop - 1 for segment in segments]]
-        self._logits(rms_norm(hidden, self.gates["norm"], self.spec.norm_eps), out)
+        self._logits(rms_norm(hidden, self._norm, self.spec.norm_eps), out)
         if recorder is not None:
             recorder.end()
         for step in steps:
@@ -99,3 +100,10 @@ class Decoder:
             with span(self.timeline, "compute", "lm_head"):
                 out[:, start : start + block.shape[0]] = linear(x, block)
             start += block.shape[0]
+
+
+def attention_of(spec: AttentionSpec, norm_eps: float, cache: KvCache, device: torch.device) -> Attention:
+    """What computes the layers of one kind of attention."""
+    if isinstance(spec, Grouped):
+        return GroupedHeads(spec, norm_eps, cache, device)
+    return LatentHeads(spec, norm_eps, cache, device)

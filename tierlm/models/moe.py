@@ -11,7 +11,7 @@ from torch import Tensor
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import Groups, combined, gated_mlps, grouped
 from tierlm.memory.store import Leases, Store
-from tierlm.models.routing import Routers
+from tierlm.models.router import Router
 from tierlm.spec import ModelSpec
 from tierlm.timeline import Timeline, span
 from tierlm.tracing.recorder import AHEAD, Recorder
@@ -23,13 +23,15 @@ class MixtureOfExperts:
     def __init__(
         self,
         spec: ModelSpec,
-        routers: Routers,
+        router: Router,
         store: Store,
         timeline: Timeline | None = None,
         recorder: Recorder | None = None,
     ):
-        self.spec, self.routers, self.store = spec, routers, store
+        self.spec, self.router, self.store = spec, router, store
         self.timeline, self.recorder = timeline, recorder
+        self._shared = spec.moe is not None and spec.moe.shared_width > 0
+        self._place = {layer: at for at, layer in enumerate(spec.moe_layers)}
 
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
         """``hidden`` is the residual stream, ``x`` its norm, float32 [T, hidden] both; returns the stream with this
@@ -41,7 +43,7 @@ class MixtureOfExperts:
         lookahead = self.store.lookahead
         targets = lookahead.targets(layer, prefill)
         asked = [target for target, _ in targets] if lookahead.predictor.gates else []
-        weights, experts, rankings = self.routers.route_ahead(x, layer, hidden, asked)  # [T, k] both
+        weights, experts, rankings = self.router.route_ahead(x, layer, hidden, asked)  # [T, k] both
         groups = grouped(experts, self.spec.experts)
         if self.recorder is not None:
             self._record(self.recorder, hidden, x, layer, experts)
@@ -60,7 +62,7 @@ class MixtureOfExperts:
         outputs = x.new_empty(len(groups.order), x.shape[1])  # [T * k, hidden]
         places = zip(_rows(x, groups), outputs.split_with_sizes(groups.counts), strict=True)  # [n, hidden] both
         mine = dict(zip(groups.experts, places, strict=True))
-        shared = torch.empty_like(x) if self.spec.shared_experts else None
+        shared = torch.empty_like(x) if self._shared else None
         jobs = [] if shared is None else [(x, shared, trunk)]
         for batch in itertools.chain((leases.resident(),), leases):
             jobs += [(*mine[expert], record) for expert, record in batch]
@@ -74,7 +76,7 @@ class MixtureOfExperts:
         if self.recorder is not None and self.recorder.scores:
             self._record_guess(self.recorder, hidden, layer, 0)
         if self.store.lookahead.before_attention(prefill):
-            ranked = self.routers.guess(hidden, layer, self.spec.experts_per_token)
+            ranked = self.router.rank(hidden, layer, self.spec.experts_per_token)
             self.store.look_ahead(layer, 0, prefill, ranked.tolist())
 
     def _record(self, recorder: Recorder, hidden: Tensor, x: Tensor, layer: int, experts: Tensor) -> None:
@@ -82,13 +84,13 @@ class MixtureOfExperts:
         if not recorder.scores:
             recorder.choose(layer, experts.cpu().numpy())
             return
-        recorder.choose(layer, experts.cpu().numpy(), self.routers.score(x, layer)[1].cpu().numpy())
+        recorder.choose(layer, experts.cpu().numpy(), self.router.score(x, layer)[1].cpu().numpy())
         later = self.spec.moe_layers[self.spec.moe_layers.index(layer) + 1 :]
         for ahead, target in enumerate(later[: AHEAD - 1], 1):
             self._record_guess(recorder, hidden, target, ahead)
 
     def _record_guess(self, recorder: Recorder, hidden: Tensor, layer: int, ahead: int) -> None:
-        recorder.guess(layer, ahead, self.routers.guess(hidden, layer, recorder.guessed).cpu().numpy())
+        recorder.guess(layer, ahead, self.router.rank(hidden, layer, recorder.guessed).cpu().numpy())
 
 
 def _rows(x: Tensor, groups: Groups) -> Sequence[Tensor]:

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any, Protocol
 
 from tierlm.checkpoints.checkpoint import ALIGNMENT
-from tierlm.errors import UnsupportedModelError, UsageError
-from tierlm.models import FAMILIES, planned
-from tierlm.models.catalog import GATES, HEAD_BLOCK_BYTES
+from tierlm.errors import UsageError
+from tierlm.models import family_of, read_spec
+from tierlm.models.catalog import HEAD_BLOCK_BYTES
+from tierlm.models.family import Family, Shapes
 from tierlm.planning.cost import Formats, Work
 from tierlm.planning.mixtures import MIXTURES
 from tierlm.planning.plan import MAX_LOGITS, Sizes, workspace_bytes
-from tierlm.spec import ExpertKey, Key, ModelSpec, TrunkKey
+from tierlm.spec import ExpertKey, HeadKey, Key, ModelSpec, ResidentKey, TrunkKey, UnitKey
 
 
 class Records(Protocol):
     """What ``Catalog`` and ``Outline`` have in common."""
 
     spec: ModelSpec
-    family: ModuleType
-    trunks: list[TrunkKey]
+    family: Family
+    trunks: list[UnitKey]
 
     @property
     def formats(self) -> Formats: ...
@@ -45,14 +45,8 @@ class Outline:
     """
 
     def __init__(self, config: Mapping[str, Any], where: str, format: str | None = None):
-        families = FAMILIES | dict.fromkeys(planned.MODEL_TYPES, planned)
-        model_type = config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in families:
-            raise UnsupportedModelError(
-                f"{where}: model_type {model_type!r} cannot be planned for; known are {', '.join(families)}"
-            )
-        self.family = families[model_type]
-        self.spec: ModelSpec = self.family.read_spec(config, where)
+        self.family = family_of(config.get("model_type"), where)
+        self.spec = read_spec(config, where)
         self.format = format or published_format(config)
         if self.format not in MIXTURES:
             raise UsageError(f"format: expected one of {', '.join(MIXTURES)}, found {self.format!r}")
@@ -62,7 +56,8 @@ class Outline:
         row = math.ceil(spec.hidden * self._head_bits / 8)
         rows = max(1, HEAD_BLOCK_BYTES // row)
         self._blocks: list[int] = [min(rows, spec.vocab - at) * row for at in range(0, spec.vocab, rows)]
-        self.trunks = [TrunkKey(number) for number in range(spec.layers + len(self._blocks))]
+        layers, blocks = range(len(spec.layers)), range(len(self._blocks))
+        self.trunks: list[UnitKey] = [*map(TrunkKey, layers), *map(HeadKey, blocks)]
         self._prediction_layers = int(config.get("num_nextn_predict_layers") or 0)
         self._sizes: dict[Key, int] = {}
 
@@ -89,18 +84,19 @@ class Outline:
     def used_bytes(self) -> int:
         """Bytes of the tensors that a run uses."""
         spec = self.spec
-        layers = sum(self._bytes(TrunkKey(layer)) for layer in range(spec.layers))
-        experts = len(spec.moe_layers) * spec.experts * self._bytes(ExpertKey(spec.layers - 1, 0))
+        layers = sum(self._bytes(TrunkKey(layer)) for layer in range(len(spec.layers)))
+        experts = sum(spec.experts * self._bytes(ExpertKey(layer, 0)) for layer in spec.moe_layers)
         wide = self._wide_bytes(self._head_bits) if spec.tied_head else self._embedding_and_head
-        return layers + experts + wide + self._bytes(GATES)
+        return layers + experts + wide + self._bytes(ResidentKey())
 
     @property
     def file_bytes(self) -> int:
         """Bytes of all tensors as published. A layer for multi-token prediction brings an embedding, a head and a
         projection of its own (DeepSeek-V3 technical report, arXiv 2412.19437, 2.2)."""
-        last = self.spec.layers - 1
-        layer = self._bytes(TrunkKey(last)) + self.spec.experts * self._bytes(ExpertKey(last, 0))
-        extra = layer + self._embedding_and_head + 4 * self.spec.hidden**2
+        spec = self.spec
+        layer = self._bytes(TrunkKey(len(spec.layers) - 1))
+        layer += sum(spec.experts * self._bytes(ExpertKey(last, 0)) for last in spec.moe_layers[-1:])
+        extra = layer + self._embedding_and_head + 4 * spec.hidden**2
         return self.used_bytes + self._prediction_layers * extra
 
     @property
@@ -113,11 +109,11 @@ class Outline:
     def _bytes(self, key: Key) -> int:
         if isinstance(key, ExpertKey):
             return _bytes(self.family.expert_tensors(self.spec, key), self._expert_bits)
-        if key == GATES:
-            return _bytes(self.family.gate_tensors(self.spec), 16)
-        if key.layer >= self.spec.layers:
-            return self._blocks[key.layer - self.spec.layers]
-        return _bytes(self.family.trunk_tensors(self.spec, key), self._trunk_bits)
+        if isinstance(key, TrunkKey):
+            return _bytes(self.family.trunk_tensors(self.spec, key), self._trunk_bits)
+        if isinstance(key, HeadKey):
+            return self._blocks[key.block]
+        return _bytes(self.family.resident_tensors(self.spec), 16)
 
 
 def sizes_of(records: Records, context: int, chunk: int, kv_item: int) -> Sizes:
@@ -129,8 +125,8 @@ def sizes_of(records: Records, context: int, chunk: int, kv_item: int) -> Sizes:
         trunk={key: records.size(key) for key in records.trunks},
         expert=max((records.size(key) for key in experts), default=0),
         experts=len(experts),
-        resident=records.size(GATES),
-        kv=context * spec.layers * spec.latent_dim * kv_item,
+        resident=records.size(ResidentKey()),
+        kv=context * spec.cache_width * kv_item,
         workspace=workspace_bytes(spec, min(chunk, context), context),
         logits=min(chunk * spec.vocab * 4, MAX_LOGITS),
     )
@@ -139,31 +135,24 @@ def sizes_of(records: Records, context: int, chunk: int, kv_item: int) -> Sizes:
 def work_of(records: Records) -> Work:
     """What one token makes a model do."""
     spec, family = records.spec, records.family
-    layers = [_values(family.trunk_tensors(spec, TrunkKey(layer))) for layer in range(spec.layers)]
-    routed = [key for key in (ExpertKey(spec.layers - 1, 0),) if spec.moe_layers]
-    shared = 3 * spec.hidden * spec.expert_width * spec.shared_experts
+    layers = [_values(family.trunk_tensors(spec, TrunkKey(layer))) for layer in range(len(spec.layers))]
+    routed = [ExpertKey(layer, 0) for layer in spec.moe_layers[:1]]
+    shared = 0 if spec.moe is None else 3 * spec.hidden * spec.moe.shared_width
     return Work(
-        layers=spec.layers,
+        layers=len(layers),
         moe_layers=len(spec.moe_layers),
         experts=spec.experts,
         experts_per_token=spec.experts_per_token,
         expert_weights=sum(_values(family.expert_tensors(spec, key)) for key in routed),
         expert_bytes=sum(records.size(key) for key in routed),
         shared_weights=shared * len(spec.moe_layers),
-        trunk_weights=sum(layers) + _values(family.gate_tensors(spec)) - shared * len(spec.moe_layers),
+        trunk_weights=sum(layers) + _values(family.resident_tensors(spec)) - shared * len(spec.moe_layers),
         head_weights=spec.vocab * spec.hidden,
-        attention=spec.layers * spec.heads * (spec.nope_dim + spec.rope_dim + spec.value_dim),
+        attention=sum(layer.attention.multiply_adds for layer in spec.layers),
         trunk_bytes=sum(records.size(key) for key in records.trunks),
         stored=(records.stored_share(records.experts()), records.stored_share(records.trunks)),
         formats=records.formats,
     )
-
-
-def expanded_kv(spec: ModelSpec) -> int:
-    """Values of a token and layer if keys and values were cached as they are used; ``latent_dim`` are cached."""
-    if spec.rope_dim == 0:  # models/planned.py
-        return spec.latent_dim
-    return spec.heads * (spec.nope_dim + spec.rope_dim + spec.value_dim)
 
 
 def published_format(config: Mapping[str, Any]) -> str:
@@ -173,10 +162,10 @@ def published_format(config: Mapping[str, Any]) -> str:
     return method if method in MIXTURES else "bf16"
 
 
-def _bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], bits: float) -> int:
+def _bytes(tensors: Shapes, bits: float) -> int:
     shapes = [shape for _, shape in tensors.values()]
     return int(sum(math.prod(shape) * (bits if len(shape) > 1 else 16) for shape in shapes) / 8)
 
 
-def _values(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> int:
+def _values(tensors: Shapes) -> int:
     return sum(math.prod(shape) for _, shape in tensors.values())

@@ -25,11 +25,11 @@ from tierlm.files import user_cache
 from tierlm.formats import FORMATS
 from tierlm.formats.tiles import GROUP, LANES
 from tierlm.models.catalog import Catalog
-from tierlm.spec import ExpertKey, TrunkKey
+from tierlm.spec import ExpertKey, ResidentKey
 
 KEEP = "keep"
 CODECS = ("none", "zstd", "auto")
-PLAIN = ("embedding.safetensors", "gates.safetensors")  # never compressed: read row by row, and small
+PLAIN = ("embedding.safetensors", "resident.safetensors")  # never compressed: read row by row, and small
 SAMPLES = 4  # records that are compressed to learn how fast they come back
 BESIDE = (
     "config.json",
@@ -110,17 +110,17 @@ def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[Pac
         "embedding.safetensors": [
             PackedRecord("embedding", [_packing(embedding, KEEP)], block=block_of_rows(catalog.embedding))
         ],
-        "gates.safetensors": [record("gates", family.gate_tensors(spec), KEEP)],
+        "resident.safetensors": [record(str(ResidentKey()), family.resident_tensors(spec), KEEP)],
     }
-    for layer in range(spec.layers):
-        records = [record(f"trunk of layer {layer}", family.trunk_tensors(spec, TrunkKey(layer)), trunk)]
-        for expert in range(spec.experts if spec.is_moe(layer) else 0):
-            weights = family.expert_tensors(spec, ExpertKey(layer, expert))
-            records.append(record(f"expert {expert} of layer {layer}", weights, experts))
-        files[f"layer-{layer:05}.safetensors"] = records
+    for key in catalog.layers:
+        records = [record(str(key), family.trunk_tensors(spec, key), trunk)]
+        for expert in range(spec.experts if key.layer in spec.moe_layers else 0):
+            own = ExpertKey(key.layer, expert)
+            records.append(record(str(own), family.expert_tensors(spec, own), experts))
+        files[f"layer-{key.layer:05}.safetensors"] = records
     files["head.safetensors"] = [
-        PackedRecord(f"block {block} of the lm_head", [_packing(weight, trunk)])
-        for block, weight in enumerate(catalog.head_weights)
+        PackedRecord(str(key), [_packing(weight, trunk)])
+        for key, weight in zip(catalog.head, catalog.head_weights, strict=True)
     ]
     return files
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tierlm.formats import FORMATS
 from tierlm.planning.plan import Plan
-from tierlm.spec import TrunkKey
+from tierlm.spec import UnitKey
 
 
 class Formats(NamedTuple):
@@ -168,7 +168,7 @@ def skewed_hits(share: float, work: Work, skew: float = 0.5, stickiness: float =
     return min(1.0, max(share, stickiness * kept + (1 - stickiness) * popular / everything))
 
 
-def streamed_bytes(plan: Plan, sizes: Mapping[TrunkKey, int]) -> tuple[int, int]:
+def streamed_bytes(plan: Plan, sizes: Mapping[UnitKey, int]) -> tuple[int, int]:
     """Bytes of trunks that a pass through the model brings in anew: from the disk, and over the link."""
     below, above = set(plan.ram.trunk), set() if plan.vram is None else set(plan.vram.trunk)
     from_disk = sum(size for key, size in sizes.items() if key not in below | above)

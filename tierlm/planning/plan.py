@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tierlm.config import format_size
 from tierlm.errors import BudgetError
-from tierlm.spec import ModelSpec, TrunkKey
+from tierlm.spec import Dense, ModelSpec, UnitKey
 
 AUTO_RAM = 0.8  # of what is free, where the budget says auto
 MAX_LOGITS = 64 * 2**20  # bytes set aside for what a call for logits returns
@@ -19,7 +19,7 @@ class Sizes:
     """The bytes of a model's parts. ``trunk``: per streamed unit; ``expert``: of the largest expert record;
     ``resident``: always resident small tensors; ``kv`` and ``workspace``: of this run's context and prefill chunk."""
 
-    trunk: Mapping[TrunkKey, int]
+    trunk: Mapping[UnitKey, int]
     expert: int
     experts: int  # in the whole model
     resident: int
@@ -35,7 +35,7 @@ class TierPlan:
     ``floor`` is the least this tier runs with, ``parts`` what the plan uses, in bytes by name.
     """
 
-    trunk: tuple[TrunkKey, ...]
+    trunk: tuple[UnitKey, ...]
     ring: int  # bytes of each of the two slots of the ring; 0: nothing streams
     expert_slots: int
     floor: int
@@ -51,20 +51,20 @@ class Plan:
 
 
 def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:
-    """Peak bytes of activations for a step of ``chunk`` tokens: the largest of attention and MoE, float32.
+    """Peak bytes of activations for a step of ``chunk`` tokens: the largest of attention and feed-forward, float32.
 
-    Attention: queries, their rotated copy, outputs, and one group of heads' scores, keys and values
-    (models/attention.py caps the group).
-    MoE: one output per token and choice, weighted copy, the rows of one expert. Both: a few [chunk, hidden].
+    Attention: what its spec says. MoE: one output per token and choice, weighted copy, the rows of one expert. Both:
+    a few [chunk, hidden].
     """
     common = 6 * chunk * spec.hidden
-    heads = spec.heads * (2 * (spec.nope_dim + spec.rope_dim) + 2 * spec.value_dim + spec.kv_rank)
-    scores = 3 * min(spec.heads * chunk * context, max(2**23, chunk * context))  # raw, masked, softmax
-    expanded = context * (spec.latent_dim + min(spec.heads * (spec.nope_dim + spec.value_dim), 2**18 // spec.kv_rank))
-    attention = chunk * (heads + 2 * spec.latent_dim) + scores + expanded
-    moe = chunk * (2 * spec.experts_per_token * spec.hidden + 3 * spec.expert_width + 4 * spec.experts)
-    dense = chunk * 3 * max(spec.dense_width, spec.shared_experts * spec.expert_width)
-    return 4 * (common + max(attention, moe + dense) + 4 * spec.vocab + 2**21)
+    attention = max(kind.workspace(chunk, context) for kind in {layer.attention for layer in spec.layers})
+    moe = spec.moe
+    widths = [0 if moe is None else moe.shared_width]
+    widths += [layer.feed_forward.width for layer in spec.layers if isinstance(layer.feed_forward, Dense)]
+    feed_forward = chunk * 3 * max(widths)
+    if moe is not None:
+        feed_forward += chunk * (2 * moe.experts_per_token * spec.hidden + 3 * moe.width + 4 * moe.experts)
+    return 4 * (common + max(attention, feed_forward) + 4 * spec.vocab + 2**21)
 
 
 def make_plan(
@@ -103,14 +103,14 @@ def _plan_tier(
     budget: int,
     fixed: Mapping[str, int],
     sizes: Sizes,
-    trunk: list[TrunkKey],
+    trunk: list[UnitKey],
     min_slots: int,
     max_slots: int | None,
     max_trunks: int | None,
-    through: list[TrunkKey] | None = None,
+    through: list[UnitKey] | None = None,
 ) -> TierPlan:
     """Plan one tier that serves ``trunk``; ``through``: other trunks that pass through its ring while loading."""
-    largest_first = sorted(trunk, key=lambda key: (-sizes.trunk[key], key))
+    largest_first = sorted(trunk, key=lambda key: -sizes.trunk[key])
     streaming = max((sizes.trunk[key] for key in through or ()), default=0)
 
     def need(resident: int) -> tuple[int, int]:
@@ -143,7 +143,8 @@ def _plan_tier(
     expert_slots = slots + (room - held - 2 * ring) // sizes.expert if sizes.experts else 0
     expert_slots = min(expert_slots, sizes.experts, max_slots or sizes.experts)
     used = {**fixed, "trunk": held + 2 * ring, "experts": expert_slots * sizes.expert}
-    return TierPlan(tuple(sorted(largest_first[:resident])), ring, expert_slots, floor, used)
+    kept = set(largest_first[:resident])
+    return TierPlan(tuple(key for key in trunk if key in kept), ring, expert_slots, floor, used)
 
 
 def _bytes(pair: tuple[int, int]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 from tierlm.policies.eviction import Bounds, Policy, TierInfo
-from tierlm.spec import Key
+from tierlm.spec import ExpertKey
 
 T = TypeVar("T", bound=tuple[Any, ...])
 
@@ -29,33 +29,33 @@ class Cycle(Policy):
         self.layers, self.decay = info.layers, decay
         self._token = 0  # counts the passes through the layers
         self._layer = -1  # the one that ran last
-        self._rank: dict[Key, float] = {}  # log p, as of token 0; kept for absent records too
-        self._heaps: dict[int, list[tuple[float, Key]]] = {}
-        self._resident: dict[int, set[Key]] = {}  # by layer
-        self._used: dict[Key, int] = {}  # token of the last use
+        self._rank: dict[ExpertKey, float] = {}  # log p, as of token 0; kept for absent records too
+        self._heaps: dict[int, list[tuple[float, ExpertKey]]] = {}
+        self._resident: dict[int, set[ExpertKey]] = {}  # by layer
+        self._used: dict[ExpertKey, int] = {}  # token of the last use
 
-    def on_insert(self, key: Key, demanded: bool = True) -> None:
+    def on_insert(self, key: ExpertKey, demanded: bool = True) -> None:
         self._resident.setdefault(key.layer, set()).add(key)
         if demanded:
             self._use(key)
         else:
             self._push(key)
 
-    def on_hit(self, key: Key) -> None:
+    def on_hit(self, key: ExpertKey) -> None:
         self._use(key)
 
-    def on_evict(self, key: Key) -> None:
+    def on_evict(self, key: ExpertKey) -> None:
         self._resident[key.layer].remove(key)
 
-    def expect(self, key: Key, share: float) -> None:
+    def expect(self, key: ExpertKey, share: float) -> None:
         if share > 0 and key not in self._used:
             self._rank[key] = math.log(share) - self._token * math.log(self.decay)
             if key in self._resident.get(key.layer, ()):
                 self._push(key)
 
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
+    def victims(self, incoming: ExpertKey | None = None) -> Iterator[ExpertKey]:
         runs = {layer: _drain(heap, self._fresh) for layer, heap in self._heaps.items()}
-        heads: list[tuple[float, int, Key]] = []
+        heads: list[tuple[float, int, ExpertKey]] = []
         for layer, run in runs.items():
             self._offer(heads, layer, run)
         while heads:
@@ -63,17 +63,17 @@ class Cycle(Policy):
             yield key
             self._offer(heads, layer, runs[layer])
 
-    def _offer(self, heads: list[tuple[float, int, Key]], layer: int, run: Iterator[Key]) -> None:
+    def _offer(self, heads: list[tuple[float, int, ExpertKey]], layer: int, run: Iterator[ExpertKey]) -> None:
         key = next(run, None)
         if key is not None:
             distance = ((layer - self._layer - 1) % self.layers + 1) / self.layers
             p = math.exp(self._log_p(key))
             heapq.heappush(heads, (-(distance + 1 / max(p, self.FLOOR) - 1), layer, key))
 
-    def _log_p(self, key: Key) -> float:
+    def _log_p(self, key: ExpertKey) -> float:
         return self._rank.get(key, -math.inf) + self._token * math.log(self.decay)
 
-    def _use(self, key: Key) -> None:
+    def _use(self, key: ExpertKey) -> None:
         # A pass has ended where a layer comes before the last one, or where one record comes twice in a row.
         again = self._used.get(key) == self._token
         if key.layer < self._layer or (key.layer == self._layer and again):
@@ -84,7 +84,7 @@ class Cycle(Policy):
         self._rank[key] = math.log(p) - self._token * math.log(self.decay)
         self._push(key)
 
-    def _push(self, key: Key) -> None:
+    def _push(self, key: ExpertKey) -> None:
         heap = self._heaps.setdefault(key.layer, [])
         heapq.heappush(heap, (self._rank.get(key, -math.inf), key))
         residents = self._resident.get(key.layer, ())
@@ -92,12 +92,12 @@ class Cycle(Policy):
             self._heaps[key.layer] = [(self._rank.get(other, -math.inf), other) for other in residents]
             heapq.heapify(self._heaps[key.layer])
 
-    def _fresh(self, item: tuple[float, Key]) -> bool:
+    def _fresh(self, item: tuple[float, ExpertKey]) -> bool:
         rank, key = item
         return key in self._resident.get(key.layer, ()) and rank == self._rank.get(key, -math.inf)
 
 
-def _drain(heap: list[T], fresh: Callable[[T], bool]) -> Iterator[Key]:
+def _drain(heap: list[T], fresh: Callable[[T], bool]) -> Iterator[ExpertKey]:
     """The keys (last fields) of a heap's fresh items, in order. Stale ones are dropped, the others put back."""
     taken: list[T] = []
     try:

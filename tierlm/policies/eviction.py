@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tierlm.spec import Key
 
@@ -49,18 +49,18 @@ class Policy(ABC):
         self.info = info
 
     @abstractmethod
-    def on_insert(self, key: Key, demanded: bool = True) -> None:
+    def on_insert(self, key: Any, demanded: bool = True) -> None:
         """``key`` has been given a slot; ``demanded`` is False if only a predictor asked for it."""
 
     @abstractmethod
-    def on_hit(self, key: Key) -> None:
+    def on_hit(self, key: Any) -> None:
         """``key``, which has a slot, is demanded."""
 
     @abstractmethod
-    def on_evict(self, key: Key) -> None:
+    def on_evict(self, key: Any) -> None:
         """``key`` has lost its slot."""
 
-    def on_discard(self, key: Key) -> None:
+    def on_discard(self, key: Any) -> None:
         """``key`` never arrived."""
         self.on_evict(key)
 
@@ -68,10 +68,10 @@ class Policy(ABC):
         """``layer`` has demanded all that it needs for this step; what is prefetched meanwhile for others is no part
         of its turn."""
 
-    def expect(self, key: Key, share: float) -> None:
+    def expect(self, key: Any, share: float) -> None:
         """In earlier runs, ``share`` of the tokens used ``key``."""
 
     @abstractmethod
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
+    def victims(self, incoming: Any = None) -> Iterator[Any]:
         """Keys that have a slot, the best victim first; ``incoming`` is for whom. The tier skips those in use, and
         takes one; nothing may be called on the policy while it looks. A look changes nothing."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierlm.policies.eviction import Policy, TierInfo
-from tierlm.spec import Key
+from tierlm.spec import ExpertKey
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.intp]
@@ -38,7 +38,7 @@ class Forecast(Policy):
         self._used: dict[int, None] = {}  # in this turn
         self._open = False  # this turn has not been learnt yet
         self._current = True  # ``_ends`` shows this turn: worked out when somebody looks
-        self._keys: list[dict[int, Key]] = []  # by layer and index, of the residents
+        self._keys: list[dict[int, ExpertKey]] = []  # by layer and index, of the residents
         self._chances: list[float] = []  # by layer, a time in tokens: when the next turn is
         self._waits = np.zeros((0, self.experts), np.float32)  # [layers, experts] tokens; those of absent records too
         self._absent = np.zeros((0, self.experts))  # [layers, experts] 0 for residents, else ABSENT
@@ -54,8 +54,8 @@ class Forecast(Policy):
         np.multiply(logs, -1 / LOSS, out=self._waits[layer])
         self._put_off(layer)
 
-    def on_insert(self, key: Key, demanded: bool = True) -> None:
-        layer, index = key.layer, _index(key)
+    def on_insert(self, key: ExpertKey, demanded: bool = True) -> None:
+        layer, index = key
         if layer >= len(self._keys) or index >= self.experts:
             self._grow(layer, index)
         if demanded:
@@ -64,23 +64,23 @@ class Forecast(Policy):
         self._absent[layer, index] = 0
         self._ends[layer, index] = LAST if demanded else self._chances[layer] + self._waits[layer, index]
 
-    def on_hit(self, key: Key) -> None:
-        layer, index = key.layer, _index(key)
+    def on_hit(self, key: ExpertKey) -> None:
+        layer, index = key
         self._use(layer, index)
         if self._current:
             self._ends[layer, index] = LAST
 
-    def on_evict(self, key: Key) -> None:
-        index = _index(key)
-        del self._keys[key.layer][index]
-        self._absent[key.layer, index] = self._ends[key.layer, index] = ABSENT
+    def on_evict(self, key: ExpertKey) -> None:
+        layer, index = key
+        del self._keys[layer][index]
+        self._absent[layer, index] = self._ends[layer, index] = ABSENT
 
     def on_turn_end(self, layer: int) -> None:
         if self._open:
             self._open, self._current = False, True
             self.learn(self.layer, np.fromiter(self._used, np.intp, len(self._used)))
 
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
+    def victims(self, incoming: ExpertKey | None = None) -> Iterator[ExpertKey]:
         if not self._current:
             self._current = True
             self._put_off(self.layer)
@@ -119,8 +119,3 @@ class Forecast(Policy):
         self._waits = np.pad(np.pad(self._waits, (taller, (0, 0))), ((0, 0), wider), mode="maximum")
         self._absent = np.pad(self._absent, (taller, wider), constant_values=ABSENT)
         self._ends = np.pad(self._ends, (taller, wider), constant_values=ABSENT)
-
-
-def _index(key: Key) -> int:
-    """Of the record in its layer."""
-    return key.expert if len(key) > 1 else 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from tierlm.policies.eviction import Bounds, TierInfo
 from tierlm.policies.forecast import Floats, Forecast, Indices
-from tierlm.spec import ExpertKey, Key
+from tierlm.spec import ExpertKey
 
 AGES, SHARES = 16, 32  # log buckets, two to a doubling
 FLOOR = 1e-6  # of a share: below it, records are equally cold
@@ -48,8 +48,8 @@ class Hazard(Forecast):
     def learn(self, layer: int, used: Indices) -> None:
         self.forecast(layer, np.log(self.hazard(layer, used)))
 
-    def expect(self, key: Key, share: float) -> None:
-        if isinstance(key, ExpertKey) and key.layer not in self._habits:
+    def expect(self, key: ExpertKey, share: float) -> None:
+        if key.layer not in self._habits:
             self._expected.setdefault(key.layer, {})[key.expert] = share
 
     def hazard(self, layer: int, used: Indices) -> Floats:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from tierlm.policies.eviction import Bounds, Policy, TierInfo
-from tierlm.spec import Key
+from tierlm.spec import ExpertKey, Key
 
 
 class Fifo(Policy):
@@ -87,18 +87,18 @@ class LayerLru(Policy):
 
     def __init__(self, info: TierInfo):
         super().__init__(info)
-        self._orders: dict[int, OrderedDict[Key, None]] = {}
+        self._orders: dict[int, OrderedDict[ExpertKey, None]] = {}
 
-    def on_insert(self, key: Key, demanded: bool = True) -> None:
+    def on_insert(self, key: ExpertKey, demanded: bool = True) -> None:
         self._orders.setdefault(key.layer, OrderedDict())[key] = None
 
-    def on_hit(self, key: Key) -> None:
+    def on_hit(self, key: ExpertKey) -> None:
         self._orders[key.layer].move_to_end(key)
 
-    def on_evict(self, key: Key) -> None:
+    def on_evict(self, key: ExpertKey) -> None:
         del self._orders[key.layer][key]
 
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
+    def victims(self, incoming: ExpertKey | None = None) -> Iterator[ExpertKey]:
         own = self._orders.get(incoming.layer) if incoming is not None else None
         if own and len(own) * len(self._orders) >= self.info.capacity:
             yield from own

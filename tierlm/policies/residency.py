@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from tierlm.policies.eviction import Policy
 from tierlm.policies.limits import prefetch_slots, streaming_slots
-from tierlm.spec import Key
+from tierlm.spec import ExpertKey, Key, same_layer
 
 
 class Purpose(IntEnum):
@@ -224,7 +224,8 @@ class Residency(Generic[E]):
 
     def stale(self, layer: int, wanted: Collection[Key]) -> list[E]:
         """The prefetches for ``layer`` that are not among ``wanted``."""
-        return [entry for key, entry in self.prefetched.items() if key.layer == layer and key not in wanted]
+        prefetched = ((key, entry) for key, entry in self.prefetched.items() if isinstance(key, ExpertKey))
+        return [entry for key, entry in prefetched if key.layer == layer and key not in wanted]
 
     def waste(self, entry: E) -> None:
         """The prediction of ``entry``, a prefetch, was wrong: it leaves first."""
@@ -328,9 +329,9 @@ class Residency(Generic[E]):
         protected: E | None = None
         for candidate in self.policy.victims(key):
             entry = self.entries[candidate]
-            if not self._evictable(entry, nbytes) or (prefetch and candidate.layer == key.layer):
+            if not self._evictable(entry, nbytes) or (prefetch and same_layer(candidate, key)):
                 continue
-            if candidate not in self._protected.get(candidate.layer, ()):
+            if not self._protected or candidate not in self._protected.get(candidate.layer, ()):
                 return entry
             protected = protected or entry
         return None if prefetch else protected

@@ -26,7 +26,7 @@ def foresee(trace: Trace, predictor: Predictor, ms: Sequence[int]) -> list[Fores
     says nothing about counts as missed. Raises UsageError where it needs gates and the trace has no guesses."""
     if predictor.gates and trace.guesses is None:
         raise UsageError("this predictor asks the next layers' gates: it needs a trace recorded with --scores")
-    first, layers = trace.info.first_layer, trace.moe_layers
+    numbers, layers = trace.info.moe_layers, trace.moe_layers
     aheads = range(0 if predictor.gates else 1, predictor.lookahead + 1)
     asked: dict[tuple[int, int], list[int]] = {}  # (layer, ahead) -> ranked
     right = {(ahead, m): 0 for ahead in aheads for m in ms}
@@ -37,8 +37,8 @@ def foresee(trace: Trace, predictor: Predictor, ms: Sequence[int]) -> list[Fores
             if layer >= layers or trace.guesses is None or ahead >= trace.guesses.shape[2]:
                 return
             ranked = trace.guesses[row, layer, ahead]
-            predictor.observe_gate(first + layer, ranked[ranked >= 0].tolist())
-        asked[layer % layers, ahead] = [key.expert for key in predictor.predict(first + layer % layers)]
+            predictor.observe_gate(numbers[layer], ranked[ranked >= 0].tolist())
+        asked[layer % layers, ahead] = [key.expert for key in predictor.predict(numbers[layer % layers])]
 
     for step, (start, stop) in zip(trace.passes(), trace.bounds(), strict=True):
         alone = not step.prefill and stop - start == 1
@@ -51,7 +51,7 @@ def foresee(trace: Trace, predictor: Predictor, ms: Sequence[int]) -> list[Fores
                 for m in ms:
                     made[ahead, m] += len(ranked[:m])
                     right[ahead, m] += len(set(ranked[:m]) & set(needed))
-            predictor.observe(first + layer, needed)
+            predictor.observe(numbers[layer], needed)
             for ahead in range(1, predictor.lookahead + 1) if alone else ():
                 ask(start, layer + ahead, ahead)
     return [

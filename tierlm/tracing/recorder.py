@@ -25,10 +25,11 @@ class Recorder:
     which costs an evaluation of each gate for each of AHEAD. A step that fails leaves nothing. Raises OSError.
     """
 
-    def __init__(self, file: Path, info: TraceInfo, moe_layers: int, chosen: int, scores: bool):
+    def __init__(self, file: Path, info: TraceInfo, chosen: int, scores: bool):
         self.info, self.scores = info, scores
         self.guessed = min(info.experts, GUESSED * chosen)
-        self._shape = (moe_layers, chosen)
+        self._shape = (len(info.moe_layers), chosen)
+        self._place = {layer: at for at, layer in enumerate(info.moe_layers)}
         self._writer = TraceWriter(file, info)
         self._sequences: dict[int, int] = {}  # by the place in the KV cache: the number of the sequence there
         self._count = self._step = 0
@@ -52,14 +53,14 @@ class Recorder:
 
     def choose(self, layer: int, experts: Array, scores: Array | None = None) -> None:
         """``layer`` has chosen ``experts`` [T, k], in the router's order; ``scores`` [T, E] if they are wanted."""
-        at = layer - self.info.first_layer
+        at = self._place[layer]
         self._rows["experts"][:, at] = experts
         if scores is not None:
             self._rows["scores"][:, at] = scores
 
     def guess(self, layer: int, ahead: int, ranked: Array) -> None:
         """The gate of ``layer`` ranks ``ranked`` [T, guessed] first, ``ahead`` layers before it runs."""
-        self._rows["guesses"][:, layer - self.info.first_layer, ahead] = ranked
+        self._rows["guesses"][:, self._place[layer], ahead] = ranked
 
     def end(self) -> None:
         """The step is through."""

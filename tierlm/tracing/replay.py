@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,12 +134,7 @@ def open_policy(name: str, trace: Trace, slots: int, **parameters: float) -> Pol
 
 def expert_keys(trace: Trace) -> list[list[ExpertKey]]:
     """The keys of all records, by MoE layer and expert: made once, used a million times."""
-    return [[ExpertKey(layer, expert) for expert in range(trace.info.experts)] for layer in layer_numbers(trace)]
-
-
-def layer_numbers(trace: Trace) -> Sequence[int]:
-    """The numbers of the MoE layers, in order."""
-    return range(trace.info.first_layer, trace.info.first_layer + trace.moe_layers)
+    return [[ExpertKey(layer, expert) for expert in range(trace.info.experts)] for layer in trace.info.moe_layers]
 
 
 def disk_places(trace: Trace) -> Counts | None:

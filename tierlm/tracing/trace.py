@@ -53,14 +53,14 @@ class Demands:
 class TraceInfo:
     """Of which model a trace is. ``experts``: of a layer; where a file does not say, one more than the largest id.
 
-    ``layers`` counts all layers of the model, ``first_layer`` is the first one with routed experts. ``record_bytes``
-    is what one expert takes in its file, 0: not known. ``order``: by MoE layer all experts as they lie on the disk,
-    which is how a prefill reads them; empty: by number.
+    ``layers`` counts all layers of the model, ``moe_layers`` numbers those with routed experts. ``record_bytes`` is
+    what one expert takes in its file, 0: not known. ``order``: by MoE layer all experts as they lie on the disk, which
+    is how a prefill reads them; empty: by number.
     """
 
     model: str
     layers: int
-    first_layer: int
+    moe_layers: tuple[int, ...]
     experts: int
     record_bytes: int = 0
     order: tuple[tuple[int, ...], ...] = ()
@@ -91,8 +91,9 @@ class Trace:
         info = self.info
         if not self.experts.size or not tokens:
             raise TraceError("the trace is empty: it has no token that chose an expert")
-        if not 0 <= info.first_layer <= info.first_layer + layers <= info.layers:
-            raise TraceError(f"expected {layers} MoE layers from layer {info.first_layer} within {info.layers} layers")
+        numbers = info.moe_layers
+        if len(numbers) != layers or any(a >= b for a, b in pairwise((-1, *numbers, info.layers))):
+            raise TraceError(f"expected {layers} MoE layers within {info.layers} layers, found {list(numbers)}")
         if not 1 <= info.experts <= MAX_EXPERTS:
             raise TraceError(f"expected 1 to {MAX_EXPERTS} experts of a layer, found {info.experts}")
         if info.order and (

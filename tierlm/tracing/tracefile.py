@@ -22,7 +22,7 @@ from tierlm.errors import TraceError
 from tierlm.files import whole
 from tierlm.tracing.trace import BLOCK, Trace, TraceInfo
 
-FORMAT, VERSION = "tierlm-trace", 1
+FORMAT, VERSION = "tierlm-trace", 2
 BLOCK_BYTES = 4 * 2**20  # that wait to be written, at most, but for one step
 HEAD = "trace.json"
 DTYPES = {"experts": "<i2", "sequences": "<i4", "steps": "<i4", "prefill": "|b1", "scores": "<f2", "guesses": "<i2"}
@@ -104,8 +104,9 @@ def read_own(archive: zipfile.ZipFile, where: str, scores: bool) -> Trace:
             )
         tokens, blocks = int(head["tokens"]), int(head["blocks"])
         order = tuple(tuple(int(expert) for expert in row) for row in head["order"])
-        counts = {name: int(head[name]) for name in ("layers", "first_layer", "experts", "record_bytes")}
-        info = TraceInfo(str(head["model"]), **counts, order=order)
+        moe_layers = tuple(int(layer) for layer in head["moe_layers"])
+        layers, experts, size = (int(head[name]) for name in ("layers", "experts", "record_bytes"))
+        info = TraceInfo(str(head["model"]), layers, moe_layers, experts, size, order)
     except (KeyError, ValueError, TypeError, *BROKEN) as error:
         raise TraceError(f"{where}: {HEAD}: not the head of a trace: {error!r}") from error
     found: dict[str, list[Array]] = {}

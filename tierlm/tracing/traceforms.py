@@ -121,7 +121,7 @@ def _read_npz(archive: zipfile.ZipFile, file: Path) -> Trace:
 
 def _trace(file: Path, experts: Ids, sequences: Array, steps: Array, prefill: Array) -> Trace:
     """Of a file that does not say of which model it is."""
-    info = TraceInfo(file.stem, experts.shape[1], 0, int(experts.max()) + 1)
+    info = TraceInfo(file.stem, experts.shape[1], tuple(range(experts.shape[1])), int(experts.max()) + 1)
     try:
         return Trace(info, experts, sequences.astype(np.int32), steps.astype(np.int32), prefill.astype(bool))
     except TraceError as error:

@@ -1,0 +1,44 @@
+"""gpt-oss, after `GptOssForCausalLM` in transformers. No torch."""
+
+from __future__ import annotations
+
+from tierlm.models.config_reader import Config
+from tierlm.models.family import Names
+from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
+
+
+class GptOss(Names):
+    """Grouped attention with sinks and, in every other layer, a window; clamped experts with biases in every layer.
+
+    Shapes are those of one expert; the published files stack a layer's experts, in mxfp4.
+    """
+
+    router = "router."
+    router_bias = "router.bias"
+
+    def read_spec(self, config: Config) -> ModelSpec:
+        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
+        full, windowed = (
+            Grouped(
+                heads=heads,
+                kv_heads=config.number("num_key_value_heads"),
+                head_dim=config.number("head_dim", default=hidden // max(1, heads)),
+                rope=config.rope(interleaved=False, theta=150000.0),
+                bias=True,
+                sinks=True,
+                window=window,
+            )
+            for window in (None, config.number("sliding_window", default=128))
+        )
+        moe = Moe(
+            experts=config.number("num_local_experts", "num_experts"),
+            experts_per_token=config.number("num_experts_per_tok", "experts_per_token"),
+            width=config.number("intermediate_size"),
+            shared_width=0,
+            router=RouterSpec("softmax", bias=True),
+            clamped=True,
+        )
+        layers = config.layers()
+        kinds = config.get("layer_types", ["sliding_attention", "full_attention"] * layers)[:layers]
+        stack = (LayerSpec(windowed if kind == "sliding_attention" else full, moe) for kind in kinds)
+        return config.model(tuple(stack), 1e-5)

@@ -1,0 +1,34 @@
+"""Mixtral, after `MixtralForCausalLM` in transformers. No torch."""
+
+from __future__ import annotations
+
+from tierlm.models.config_reader import Config
+from tierlm.models.family import Names
+from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
+
+
+class Mixtral(Names):
+    """Grouped attention, and experts in every layer."""
+
+    moe = "block_sparse_moe."
+    projections = ("w1", "w3", "w2")
+
+    def read_spec(self, config: Config) -> ModelSpec:
+        config.allow_fp8_blocks()
+        config.allow(hidden_act=("silu",))
+        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
+        attention = Grouped(
+            heads=heads,
+            kv_heads=config.number("num_key_value_heads", default=heads),
+            head_dim=config.number("head_dim", default=hidden // max(1, heads)),
+            rope=config.rope(interleaved=False, theta=1e6),
+            window=config.number("sliding_window", default=0) or None,
+        )
+        moe = Moe(
+            experts=config.number("num_local_experts"),
+            experts_per_token=config.number("num_experts_per_tok"),
+            width=config.number("intermediate_size"),
+            shared_width=0,
+            router=RouterSpec("softmax"),
+        )
+        return config.model((LayerSpec(attention, moe),) * config.layers(), 1e-5)

@@ -44,6 +44,13 @@ def toy_v3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @pytest.fixture(scope="session")
+def toy_qwen3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A toy of Qwen3-MoE, whose second of four layers is dense, and its `transformers` model."""
+    folder = tmp_path_factory.mktemp("toy-qwen3")
+    return folder, make_toy("qwen3-dense-between", folder)
+
+
+@pytest.fixture(scope="session")
 def kept(toy_v3: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy, packed as it is. Tests do not write to it."""
     out = tmp_path_factory.mktemp("packed") / "kept"

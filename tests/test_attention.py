@@ -121,3 +121,37 @@ def test_latents_are_rounded_to_the_nearest_of_the_cache() -> None:
     exact = run(spec_of(), "bf16", [(5, 3), (2, 1)], torch.float32)[2]
     rounded = run(spec_of(), "bf16", [(5, 3), (2, 1)], torch.bfloat16)[2]
     assert torch.equal(rounded, exact.bfloat16().float())
+
+
+GROUPED = {
+    "num_key_value_heads": 3,
+    "num_attention_heads": 6,
+    "num_experts": 16,
+    "head_dim": 10,
+    "model_type": "qwen3_moe",
+}
+
+
+@pytest.mark.parametrize("kind", ["latent", "grouped"])
+def test_a_sequence_attends_alike_whoever_is_beside_it(kind: str) -> None:
+    """Beside one that is long enough to take the other path: the same bits."""
+    spec = spec_of(**(GROUPED if kind == "grouped" else {}))
+    attention = spec.layers[0].attention
+    trunk, norm = weights_for(spec, "f32")
+    short, long = torch.randn(9, spec.hidden), torch.randn(latent.EXPAND_FROM + 1, spec.hidden)
+    found = []
+    for hidden in (short, torch.cat((short, long))):
+        cache = KvCache([attention.cache_width], 500, torch.float32, CPU)
+        made = attention_of(attention, spec.norm_eps, cache, CPU)
+        rows = [Rows(0, 9, cache.reserve(9))]
+        if len(hidden) > 9:
+            rows.append(Rows(9, len(hidden), cache.reserve(len(long))))
+        paths: list[int] = []
+        if isinstance(made, latent.LatentHeads):
+            absorbed, expanded = made._absorbed, made._expanded
+            made._absorbed = lambda q, *rest, real=absorbed, paths=paths: (paths.append(-len(q)), real(q, *rest))[1]  # type: ignore
+            made._expanded = lambda q, *rest, real=expanded, paths=paths: (paths.append(len(q)), real(q, *rest))[1]  # type: ignore
+        with torch.inference_mode():
+            found.append(made.forward(hidden, 0, trunk, norm, made.positions(rows))[0][:9])
+        assert not paths or set(paths) == ({-9} if len(rows) == 1 else {-9, len(long)})
+    assert (found[0] - found[1]).abs().max() < 1e-5 * found[0].abs().max()

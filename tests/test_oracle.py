@@ -50,8 +50,29 @@ def test_logits_equal_transformers(name: str, tmp_path: Path, ids: list[int]) ->
         assert_close(decoded_logits(llm, ids, prompt), expected[prompt - 1 :])
 
 
+def test_batch_equals_transformers(toy_qwen3: tuple[Path, Any], ids: list[int]) -> None:
+    """Sequences of a step do not see one another."""
+    prompts = [ids[:9], ids[9:12], ids[12:40]]
+    with LLM.load(toy_qwen3[0], budget=BUDGET) as llm:
+        runtime = llm._runtime
+        runtime.cache.clear()
+        steps = [Segment(prompt, runtime.cache.reserve(len(prompt))) for prompt in prompts]
+        found = runtime.decoder.forward(steps, prefill=True)
+    assert_close(found, torch.stack([reference(toy_qwen3[1], prompt)[-1] for prompt in prompts]))
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5])
+def test_scores_are_taken_a_few_heads_at_a_time(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One head; some, and all, of the four that share keys and values."""
+    model = make_toy("qwen3", tmp_path, num_attention_heads=8, num_hidden_layers=2)
+    ids = [(7 * i) % 129 + 2 for i in range(60)]
+    monkeypatch.setattr("tierlm.models.grouped.SCORE_VALUES", heads * len(ids) ** 2)
+    with LLM.load(tmp_path, budget=BUDGET, prefill_chunk=len(ids)) as llm:
+        assert_close(llm.logits(ids), reference(model, ids))
+
+
 def test_long_prefill_expands_keys_and_values(toy_v3: tuple[Path, Any]) -> None:
-    """From EXPAND_FROM tokens a step, attention takes its other path."""
+    """From EXPAND_FROM tokens of a sequence, attention takes its other path."""
     folder, model = toy_v3
     ids = [(7 * i) % 129 + 2 for i in range(latent.EXPAND_FROM + 60)]
     with LLM.load(folder, budget=BUDGET, prefill_chunk=latent.EXPAND_FROM + 20) as llm:
@@ -64,9 +85,10 @@ def test_routing_of_the_toys_is_not_trivial(toy_v3: tuple[Path, Any], ids: list[
         assert llm.stats().experts["ram"].misses > 3 * 12  # of 3 * 16 experts
 
 
+@pytest.mark.parametrize("name", ["v3", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_weights_are_widened_exactly(dtype: torch.dtype, tmp_path: Path, ids: list[int]) -> None:
-    model = make_toy("v3", tmp_path, dtype)
+def test_sixteen_bit_weights_are_widened_exactly(name: str, dtype: torch.dtype, tmp_path: Path, ids: list[int]) -> None:
+    model = make_toy(name, tmp_path, dtype)
     with LLM.load(tmp_path, budget=BUDGET) as llm:
         found = llm.logits(ids)
     with torch.no_grad():
@@ -113,11 +135,13 @@ def dequantise(folder: Path) -> dict[str, Tensor]:
     return out
 
 
-@pytest.mark.parametrize("name", ["v3", "v2-grouped"])
+@pytest.mark.parametrize("name", ["v3", "v2-grouped", "qwen3"])
 def test_block_scaled_fp8_equals_the_dequantised_weights(name: str, tmp_path: Path, ids: list[int]) -> None:
     """Sizes that 128 does not divide, and several blocks each way."""
     sizes = {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 264, "kv_lora_rank": 144}
     source, plain = tmp_path / "fp8", tmp_path / "plain"
+    if name == "qwen3":
+        del sizes["kv_lora_rank"]
     model = make_toy(name, source, **sizes)
     quantise_fp8(source)
     model.save_pretrained(plain)
@@ -165,8 +189,9 @@ def test_multi_token_prediction_layers_are_ignored_with_a_note(tmp_path: Path, i
         assert any("2 tensors of multi-token prediction" in note for note in llm.stats().notes)
 
 
-def test_greedy_tokens_equal_transformers_generate(toy_v3: tuple[Path, Any], ids: list[int]) -> None:
-    folder, model = toy_v3
+@pytest.mark.parametrize("toy", ["toy_v3", "toy_qwen3"])
+def test_greedy_tokens_equal_transformers_generate(toy: str, request: pytest.FixtureRequest, ids: list[int]) -> None:
+    folder, model = request.getfixturevalue(toy)
     expected = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0, len(ids) :]
     with LLM.load(folder, budget=BUDGET) as llm:
         assert llm.generate([ids], SamplingParams(max_new_tokens=24))[0].ids == expected.tolist()

@@ -28,10 +28,16 @@ LEVELS: dict[str, tuple[Budget, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module", params=["v3", "qwen3"])
+def toy(request: Any, toy_v3: tuple[Path, Any], toy_qwen3: tuple[Path, Any]) -> tuple[Path, Any]:
+    """A toy of each kind of attention, the latter with a dense layer between MoE layers."""
+    return toy_v3 if request.param == "v3" else toy_qwen3
+
+
 @pytest.fixture(scope="module")
-def expected(toy_v3: tuple[Path, Any], ids: list[int] = [11, 7, 90, 45, 3, 3, 62]) -> tuple[list[int], list[int]]:  # noqa: B006
+def expected(toy: tuple[Path, Any], ids: list[int] = [11, 7, 90, 45, 3, 3, 62]) -> tuple[list[int], list[int]]:  # noqa: B006
     """The prompt, and what `transformers` makes of it."""
-    out = toy_v3[1].generate(
+    out = toy[1].generate(
         torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None
     )
     return ids, out[0, len(ids) :].tolist()
@@ -49,32 +55,32 @@ def test_same_tokens(
     policy: str,
     predictor: str,
     reader: str,
-    toy_v3: tuple[Path, Any],
+    toy: tuple[Path, Any],
     expected: tuple[list[int], list[int]],
 ) -> None:
     budget, limits = LEVELS[level]
     prompt, tokens = expected
-    with LLM.load(toy_v3[0], budget=budget, policy=policy, predictor=predictor, reader=reader, **limits) as llm:
+    with LLM.load(toy[0], budget=budget, policy=policy, predictor=predictor, reader=reader, **limits) as llm:
         assert llm.generate([prompt], PARAMS)[0].ids == tokens
         assert llm.generate([prompt], PARAMS)[0].ids == tokens  # warm
 
 
 @pytest.mark.parametrize("threads", [1, 3, 16])
-def test_same_logits_bit_for_bit(threads: int, toy_v3: tuple[Path, Any], ids: list[int]) -> None:
+def test_same_logits_bit_for_bit(threads: int, toy: tuple[Path, Any], ids: list[int]) -> None:
     """The order in which experts arrive does not reach the arithmetic."""
-    with LLM.load(toy_v3[0], budget=RAM) as llm:
+    with LLM.load(toy[0], budget=RAM) as llm:
         first = llm.logits(ids)
         assert torch.equal(llm.logits(ids), first)
     tight = {"ram_slots": 5, "resident_trunks": 1, "transfer_threads": threads}
-    with LLM.load(toy_v3[0], budget=RAM, **tight) as llm:
+    with LLM.load(toy[0], budget=RAM, **tight) as llm:
         assert torch.equal(llm.logits(ids), first)
         assert torch.equal(llm.logits(ids), first)
 
 
-def test_batches_and_waves(toy_v3: tuple[Path, Any]) -> None:
+def test_batches_and_waves(toy: tuple[Path, Any]) -> None:
     """Several prompts of different lengths, more than the context holds at once, give what each gives alone."""
     prompts = [[5, 9, 23], [88], [7] * 30, [64, 2, 111, 12, 40], [3, 3]]
-    with LLM.load(toy_v3[0], budget=RAM, context=60) as llm:
+    with LLM.load(toy[0], budget=RAM, context=60) as llm:
         together = [result.ids for result in llm.generate(prompts, PARAMS)]
         assert together == [llm.generate([prompt], PARAMS)[0].ids for prompt in prompts]
         assert all(len(ids) == 20 for ids in together)
@@ -89,14 +95,14 @@ PACKED = {
 
 
 @pytest.mark.parametrize("formats", PACKED)
-def test_same_logits_of_a_packed_store(formats: str, toy_v3: tuple[Path, Any], ids: list[int], tmp_path: Path) -> None:
+def test_same_logits_of_a_packed_store(formats: str, toy: tuple[Path, Any], ids: list[int], tmp_path: Path) -> None:
     """Within one format: at every budget, reader and number of threads."""
     experts, trunk = PACKED[formats]
-    pack_model(toy_v3[0], tmp_path / "packed", experts=experts, trunk=trunk)
+    pack_model(toy[0], tmp_path / "packed", experts=experts, trunk=trunk)
     with LLM.load(tmp_path / "packed", budget=RAM) as llm:
         expected = llm.logits(ids)
         tokens = llm.generate([ids[:7]], PARAMS)[0].ids
-    with LLM.load(toy_v3[0], budget=RAM) as llm:
+    with LLM.load(toy[0], budget=RAM) as llm:
         error = (llm.logits(ids) - expected).norm() / expected.norm()
     assert error < (1e-6 if experts == "keep" else 0.3)
     for level, reader, threads in (

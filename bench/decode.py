@@ -55,8 +55,8 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
         "tokens_per_second": tokens_made / seconds,
         "bytes_per_token": (decode.disk_bytes - earlier.disk_bytes) / tokens_made,
         "hit_rate": hits / (hits + now.misses - then.misses),
-        "guesses_per_token": (now.prefetched - then.prefetched) / tokens_made,
-        "guess_precision": (now.useful - then.useful) / useful,
+        "predictions_per_token": (now.prefetched - then.prefetched) / tokens_made,
+        "prediction_precision": (now.useful - then.useful) / useful,
         "stall_share": stall / seconds,
         "disk_busy_share": reading / seconds,
         "stolen_per_token": taken / tokens_made,  # core-seconds, by the host of a virtual machine

@@ -50,9 +50,9 @@ def run(job: tuple[str, str, str, float]) -> tuple[Simulated, float]:
     record = trace.info.record_bytes or RECORD
     machine = Rates(record, Speed(1.4e9, 1e-4, 8), layer_seconds=5e-4, expert_seconds=record / 10e9)
     slots = slots_of(trace, fraction)
-    guesses = make_predictor(predictor, trace.experts.shape[2])
+    predictions = make_predictor(predictor, trace.experts.shape[2])
     began = time.perf_counter()
-    found = simulate(trace, open_policy(policy, trace, slots), guesses, slots, machine)
+    found = simulate(trace, open_policy(policy, trace, slots), predictions, slots, machine)
     return found, time.perf_counter() - began
 
 
@@ -65,7 +65,7 @@ def foretell(job: tuple[str, str]) -> list[Foresight]:
 
 def usable(trace: Trace) -> list[str]:
     """Predictors that this trace can feed."""
-    return [name for name, kind in PREDICTORS.items() if trace.guesses is not None or not kind.gates]
+    return [name for name, kind in PREDICTORS.items() if trace.predictions is not None or not kind.gates]
 
 
 def show_hits(hits: dict[str, list[float]], fractions: list[float], console: Console) -> None:

@@ -149,9 +149,9 @@ def main() -> None:
     errors: dict[str, list[float]] = {}
     for ram, row in medians.items():
         shown = []
-        for name, guess in pairs:
-            errors.setdefault(guess, []).append(row[guess] / row[name] - 1)
-            shown.append(f"{row[name]:.2f} / {row[guess]:.2f} ({errors[guess][-1]:+.0%})")
+        for name, prediction in pairs:
+            errors.setdefault(prediction, []).append(row[prediction] / row[name] - 1)
+            shown.append(f"{row[name]:.2f} / {row[prediction]:.2f} ({errors[prediction][-1]:+.0%})")
         table.add_row(
             ram,
             f"{row['slots']:.0f} / {row['predicted_slots']:.0f}",

@@ -4,8 +4,8 @@
     python bench/prefetch.py MODEL --ram 2GiB 4GiB --follow near
 
 Each budget runs in a memory cgroup of its size where one can be made. After a prompt and a warm-up, turns of so many
-tokens are decoded with guesses and without, in the order on off off on, the two of a pair the same tokens. "On" decides
-by its own account whether to guess, and how far ahead (policies/pace.py), as it does for a user; ``--follow near`` and
+tokens are decoded with prefetch and without, in the order on off off on, the two of a pair the same tokens. "On" decides
+for itself whether to prefetch, and how far ahead (policies/pace.py), as it does for a user; ``--follow near`` and
 ``far`` always do. A pair gives a ratio. Cache and policy are shared. The last line is JSON.
 """
 
@@ -69,7 +69,7 @@ def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
                     "on": on,
                     "tokens_per_second": made / seconds,
                     "bytes_per_token": (now.disk_bytes - then.disk_bytes) / made,
-                    "guesses_per_token": (tier.prefetched - earlier.prefetched) / made,
+                    "predictions_per_token": (tier.prefetched - earlier.prefetched) / made,
                     "precision": (tier.useful - earlier.useful) / judged if judged else 0.0,
                     "stall_share": stall / seconds,
                     "disk_busy_share": reading / seconds,
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--predictor", default="gate")
     parser.add_argument("--follow", choices=("pace", "near", "far"), default="pace")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--turns", type=int, default=8, help="with guesses; and as many without")
+    parser.add_argument("--turns", type=int, default=8, help="with predictions; and as many without")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -96,9 +96,9 @@ def main() -> None:
     fixed = {"model": str(args.model), "tokens": args.tokens, "turns": args.turns}
     fixed |= {"predictor": args.predictor, "follow": args.follow}
     in_cgroup = available()
-    title = f"{args.model.name}: medians of {args.turns} turns of {args.tokens} tokens, without / with guesses"
+    title = f"{args.model.name}: medians of {args.turns} turns of {args.tokens} tokens, without / with predictions"
     table = Table(title=title)
-    for column in ("ram", "tok/s", "ratio [quartiles]", "MB/token", "guesses", "right", "stalled", "disk busy",
+    for column in ("ram", "tok/s", "ratio [quartiles]", "MB/token", "predictions", "right", "stalled", "disk busy",
                    "stolen ms", "of the disk"):  # fmt: skip
         table.add_column(column)
     report = []
@@ -119,7 +119,7 @@ def main() -> None:
             f"{off['tokens_per_second']:.2f} / {on['tokens_per_second']:.2f}",
             f"{statistics.median(ratios):.3f} [{quartiles[0]:.3f}-{quartiles[2]:.3f}]",
             f"{off['bytes_per_token'] / 1e6:.0f} / {on['bytes_per_token'] / 1e6:.0f}",
-            f"{on['guesses_per_token']:.0f}",
+            f"{on['predictions_per_token']:.0f}",
             f"{on['precision']:.0%}",
             f"{off['stall_share']:.0%} / {on['stall_share']:.0%}",
             f"{off['disk_busy_share']:.0%} / {on['disk_busy_share']:.0%}",

@@ -24,7 +24,7 @@ Log = Mapping[int, Sequence[Sequence[int]]]  # layer -> token -> experts
 
 
 class RoutingLog(NoPredictor):
-    """Guesses nothing and keeps what every layer chose, token by token, of the model that was loaded last."""
+    """Predictions nothing and keeps what every layer chose, token by token, of the model that was loaded last."""
 
     kept: dict[int, list[list[int]]]
 

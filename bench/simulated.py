@@ -58,8 +58,8 @@ def main() -> None:
                 computing / 2,
                 computing / 2 / chosen,
             )
-            policy, guesses = open_policy("default", trace, slots), make_predictor(args.predictor, chosen)
-            found = simulate(trace, policy, guesses, slots, machine)
+            policy, predictions = open_policy("default", trace, slots), make_predictor(args.predictor, chosen)
+            found = simulate(trace, policy, predictions, slots, machine)
             rows.append(
                 {
                     "slots": slots,

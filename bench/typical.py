@@ -57,9 +57,9 @@ def main() -> None:
     work = Work(layers, layers, args.experts, chosen, 1, 1, 0, 0, 0, 0, 0)
     table, rows = Table("slots, share of all", "hit rate", "typical", "uniform", title=args.trace.name), []
     for share in SHARES:
-        found, guess = replayed(steps, int(share * layers * args.experts)), skewed_hits(share, work)
-        rows.append({"share": share, "hit_rate": found, "typical": guess})
-        table.add_row(f"{share:.0%}", f"{found:.1%}", f"{guess:.1%}", f"{share:.1%}")
+        found, prediction = replayed(steps, int(share * layers * args.experts)), skewed_hits(share, work)
+        rows.append({"share": share, "hit_rate": found, "typical": prediction})
+        table.add_row(f"{share:.0%}", f"{found:.1%}", f"{prediction:.1%}", f"{share:.1%}")
     Console().print(table)
     print(json.dumps(rows))
 

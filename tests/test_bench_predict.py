@@ -20,10 +20,10 @@ def test_a_case_is_measured_and_predicted_alike() -> None:
     case = {"model": str(DEMO), "ram": "2GiB", "tokens": 6, "prompt": 20, "routing": "uniform"}
     found = predict.measure(case)
     assert found["hit_rate"] == 1.0 and found["slots"] == 192 and found["decode"] > 0
-    guess = predict.predict(case, Profile("today", "p", 2, 2**34, 2**34), found)
-    assert guess["predicted_slots"] == found["slots"] and guess["predicted_hit_rate"] == 1.0
-    assert guess["predicted_decode"] == pytest.approx(guess["predicted_decode_at_bytes"], rel=0.01)
-    assert all(value >= 0 for value in guess.values())
+    prediction = predict.predict(case, Profile("today", "p", 2, 2**34, 2**34), found)
+    assert prediction["predicted_slots"] == found["slots"] and prediction["predicted_hit_rate"] == 1.0
+    assert prediction["predicted_decode"] == pytest.approx(prediction["predicted_decode_at_bytes"], rel=0.01)
+    assert all(value >= 0 for value in prediction.values())
 
 
 def test_the_table_has_a_cell_for_each_machine_and_more_is_never_slower() -> None:

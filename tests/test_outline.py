@@ -120,10 +120,10 @@ def test_slots_predicted_are_slots_got(model: str, share: float, toy_v3: tuple[P
     same = {"ram": ram, "vram": None, "process": got.ram.parts["interpreter and libraries"], "min_slots": 4}
     assert make_plan(sizes, **same) == got
     config = json.loads((folder / "config.json").read_text())
-    guessed = make_plan(sizes_of(Outline(config, "", "bf16"), 128, 512, 4), **same).ram
+    predicted = make_plan(sizes_of(Outline(config, "", "bf16"), 128, 512, 4), **same).ram
     if model == "demo":  # the toy is float32, which no published model is
-        assert guessed.expert_slots == pytest.approx(got.ram.expert_slots, rel=0.06)
-        assert guessed.trunk == got.ram.trunk
+        assert predicted.expert_slots == pytest.approx(got.ram.expert_slots, rel=0.06)
+        assert predicted.trunk == got.ram.trunk
 
 
 def test_what_cannot_be_planned_for(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 
 every_policy = pytest.mark.parametrize("name", POLICIES)
 # (what, which key): a key that is absent is inserted whatever is drawn, one that is present leaves or is used.
-traces = st.lists(st.tuples(st.sampled_from(["use", "use", "guess", "evict", "discard"]), st.sampled_from(KEYS)))
+traces = st.lists(st.tuples(st.sampled_from(["use", "use", "prediction", "evict", "discard"]), st.sampled_from(KEYS)))
 
 
 class Mine(Lru):
@@ -166,8 +166,8 @@ def test_discarded_key_is_gone(name: str, demanded: bool) -> None:
 
 
 @every_policy
-def test_guess_that_comes_back_again_and_again(name: str) -> None:
-    """The same key, guessed and dropped many times: one slot, one key."""
+def test_prediction_that_comes_back_again_and_again(name: str) -> None:
+    """The same key, predicted and dropped many times: one slot, one key."""
     policy = make_policy(name, SETTING)
     policy.on_insert(KEYS[1])
     for _ in range(50):
@@ -237,10 +237,12 @@ def test_lfu_order(trace: list[tuple[str, Key]]) -> None:
         ),
         max_size=8,
     ),
-    guesses=st.lists(st.sampled_from(KEYS), min_size=1),
+    predictions=st.lists(st.sampled_from(KEYS), min_size=1),
     slots=st.integers(1, len(KEYS) - 1),
 )
-def test_cycle_takes_the_best_score(tokens: list[tuple[list[set[int]], int]], guesses: list[Key], slots: int) -> None:
+def test_cycle_takes_the_best_score(
+    tokens: list[tuple[list[set[int]], int]], predictions: list[Key], slots: int
+) -> None:
     policy, reference = make_policy("cycle", SETTING), Reference()
     steps = 0
 
@@ -258,7 +260,7 @@ def test_cycle_takes_the_best_score(tokens: list[tuple[list[set[int]], int]], gu
                     use("use", ExpertKey(layer, expert))
                 steps += 1
                 if steps % 3 == 0:
-                    use("guess", guesses[steps % len(guesses)])
+                    use("prediction", predictions[steps % len(predictions)])
     _check_cycle(policy, reference)
 
 

@@ -51,7 +51,7 @@ def test_knows_nothing_at_first(name: str) -> None:
     assert [predictor.predict(layer) for layer in range(LAYERS)] == [[]] * LAYERS
 
 
-def test_none_never_guesses() -> None:
+def test_none_never_predictions() -> None:
     predictor = make_predictor("none", 2)
     predictor.observe(1, [1, 2])
     predictor.observe_gate(1, [1, 2])

@@ -1,4 +1,4 @@
-"""Which guesses are read: the account of what they save and cost, on a clock that is moved by hand."""
+"""Which predictions are read: the account of what they save and cost, on a clock that is moved by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ READ = 0.010  # seconds for one record
 
 
 class Layers:
-    """A model of two layers, A (0) and B (1). While A runs, B's experts are guessed: ``right`` of four come true."""
+    """A model of two layers, A (0) and B (1). While A runs, B's experts are predicted: ``right`` of four come true."""
 
     def __init__(self, window: float, compute: float, absent: int, cpu: float = 0.0):
         self.now = 0.0
@@ -27,10 +27,10 @@ class Layers:
     def step(self, right: int, backlog: float = 0.0, prefill: bool = False) -> list[ExpertKey]:
         """One pass through both; what was chosen to be read for B."""
         self.prefetch.turn(0, [])
-        guessed = [ExpertKey(1, expert) for expert in range(4)]
-        chosen = self.prefetch.choose(1, guessed, 1, prefill, backlog / READ)
+        predicted = [ExpertKey(1, expert) for expert in range(4)]
+        chosen = self.prefetch.choose(1, predicted, 1, prefill, backlog / READ)
         self.now += self.window
-        self.prefetch.turn(1, guessed[:right])
+        self.prefetch.turn(1, predicted[:right])
         self.now += self.compute
         self.prefetch.layer_done(self.absent, self.compute, prefill)
         return chosen
@@ -41,14 +41,14 @@ def test_nothing_is_read_before_anything_is_known() -> None:
 
 
 @pytest.mark.parametrize("prefill", [False, True])
-def test_right_guesses_are_read_as_far_as_the_window_goes(prefill: bool) -> None:
+def test_right_predictions_are_read_as_far_as_the_window_goes(prefill: bool) -> None:
     layers = Layers(window=2.5 * READ, compute=0.0, absent=8)
     for _ in range(10):
         chosen = layers.step(4, prefill=prefill)
     assert [key.expert for key in chosen] == [0, 1, 2]  # two in full, and the half of a third is a gain too
 
 
-def test_a_link_that_is_busy_for_longer_than_the_window_takes_no_guess() -> None:
+def test_a_link_that_is_busy_for_longer_than_the_window_takes_no_prediction() -> None:
     layers = Layers(window=3 * READ, compute=0.0, absent=8)
     for _ in range(10):
         layers.step(4)
@@ -56,7 +56,7 @@ def test_a_link_that_is_busy_for_longer_than_the_window_takes_no_guess() -> None
     assert layers.step(4, backlog=3.01 * READ) == []
 
 
-def test_a_layer_that_would_not_wait_needs_no_guess() -> None:
+def test_a_layer_that_would_not_wait_needs_no_prediction() -> None:
     layers = Layers(window=10 * READ, compute=5 * READ, absent=4)
     for _ in range(10):
         assert layers.step(4) == []
@@ -69,7 +69,7 @@ def test_no_more_is_read_than_what_the_layer_would_wait_for() -> None:
     assert len(chosen) == 2
 
 
-def test_wrong_guesses_are_not_read_where_they_would_be_in_the_way() -> None:
+def test_wrong_predictions_are_not_read_where_they_would_be_in_the_way() -> None:
     layers = Layers(window=0.3 * READ, compute=0.0, absent=8)
     for _ in range(MEMORY):
         chosen = layers.step(1)
@@ -82,7 +82,7 @@ def test_the_processor_time_of_a_read_can_outweigh_it() -> None:
         assert layers.step(4) == []
 
 
-def test_precision_is_learned_from_guesses_that_were_not_read() -> None:
+def test_precision_is_learned_from_predictions_that_were_not_read() -> None:
     layers = Layers(window=READ, compute=0.0, absent=8)
     for _ in range(2 * MEMORY):
         chosen = layers.step(0)
@@ -100,7 +100,7 @@ def test_precision_is_learned_from_guesses_that_were_not_read() -> None:
     right=st.lists(st.integers(0, 4), min_size=1, max_size=40),
     backlog=st.floats(0, 0.1),
 )
-def test_what_is_chosen_is_guessed_in_order_and_fits(
+def test_what_is_chosen_is_predicted_in_order_and_fits(
     window: float, compute: float, absent: int, right: list[int], backlog: float
 ) -> None:
     layers = Layers(window, compute, absent)
@@ -157,7 +157,7 @@ def test_a_way_that_is_much_slower_is_looked_at_seldom_and_taken_up_soon_when_it
     assert ways(pace, 200 + 2 * TRIAL, *cost)[-TRIAL:] == [worse] * TRIAL
 
 
-def test_where_the_ways_are_alike_the_trial_takes_its_time_and_ends_without_guesses() -> None:
+def test_where_the_ways_are_alike_the_trial_takes_its_time_and_ends_without_predictions() -> None:
     pace, costs = Pace(), [itertools.cycle([1.0, 1.1, 1.2]) for _ in WAYS]
     done = []
     for _ in range(len(TURNS) * TRIAL + 10 * REVISIT):
@@ -168,7 +168,7 @@ def test_where_the_ways_are_alike_the_trial_takes_its_time_and_ends_without_gues
     assert done[trial:].count(NONE) > 8 * REVISIT
 
 
-def test_guesses_that_gain_next_to_nothing_are_not_followed() -> None:
+def test_predictions_that_gain_next_to_nothing_are_not_followed() -> None:
     """A hundredth is less than what a read for nothing may cost elsewhere, and than noise."""
     pace = Pace()
     ways(pace, TRIED, 1.0, 0.99, 0.985)

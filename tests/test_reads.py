@@ -158,7 +158,7 @@ def test_demands_go_first(watched: tuple[Shelf, Timeline]) -> None:
     assert order_of(names, timeline) == expected
 
 
-def test_a_promoted_guess_is_a_demand(watched: tuple[Shelf, Timeline]) -> None:
+def test_a_promoted_prediction_is_a_demand(watched: tuple[Shelf, Timeline]) -> None:
     shelf, timeline = watched
     shelf.hold()
     tickets = [shelf.fetch(i, PREFETCH if i < 3 else DEMAND) for i in range(4)]
@@ -172,8 +172,8 @@ def test_a_promoted_guess_is_a_demand(watched: tuple[Shelf, Timeline]) -> None:
     assert all(shelf.bytes_of(i) == shelf.expected(i) for i in range(4))
 
 
-def test_guesses_leave_threads_to_demands(tmp_path: Path) -> None:
-    """Of eight threads, no more than two are in guesses at any time."""
+def test_predictions_leave_threads_to_demands(tmp_path: Path) -> None:
+    """Of eight threads, no more than two are in predictions at any time."""
     file, timeline = tmp_path / "f", Timeline()
     file.write_bytes(content(32 * 2**20))
     shelf = Shelf(file, range(0, 32 * 2**20 + 1, 2**20), Held(8, timeline))
@@ -201,7 +201,7 @@ def test_cancelled_before_it_begins(watched: tuple[Shelf, Timeline]) -> None:
     assert not shelf.slots[1].buffer.any()
 
 
-def test_a_promoted_guess_can_be_cancelled(watched: tuple[Shelf, Timeline]) -> None:
+def test_a_promoted_prediction_can_be_cancelled(watched: tuple[Shelf, Timeline]) -> None:
     shelf, timeline = watched
     shelf.hold()
     tickets = [shelf.fetch(i, PREFETCH) for i in range(2)]

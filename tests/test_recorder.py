@@ -46,16 +46,16 @@ def test_of_which_model(recorded: Trace) -> None:
     assert all(sorted(row) == list(range(32)) for row in info.order)
 
 
-def test_scores_rank_first_what_was_chosen_and_gates_guess_it(recorded: Trace) -> None:
-    assert recorded.scores is not None and recorded.guesses is not None
+def test_scores_rank_first_what_was_chosen_and_gates_prediction_it(recorded: Trace) -> None:
+    assert recorded.scores is not None and recorded.predictions is not None
     ranked = np.take_along_axis(recorded.scores, recorded.experts.astype(int), axis=2)
     assert (np.diff(ranked, axis=2) <= 0).all()  # in the router's order
     best = np.argmax(recorded.scores, axis=2)[..., None]
     assert (best == recorded.experts).any(2).mean() > 0.8  # but for those in groups that are closed
-    assert recorded.guesses.shape[2:] == (AHEAD, 4 * CHOSEN)
+    assert recorded.predictions.shape[2:] == (AHEAD, 4 * CHOSEN)
     for ahead in range(AHEAD):
-        asked = recorded.guesses[:, ahead:, ahead]
-        assert (recorded.guesses[:, :ahead, ahead] == -1).all() and (asked >= 0).all()
+        asked = recorded.predictions[:, ahead:, ahead]
+        assert (recorded.predictions[:, :ahead, ahead] == -1).all() and (asked >= 0).all()
         assert all(len(set(ranked)) == len(ranked) for ranked in asked.reshape(-1, asked.shape[2]).tolist())
         hits = (asked[..., :CHOSEN, None] == recorded.experts[:, ahead:, None, :]).any(2).mean()
         assert hits > 3 * CHOSEN / 32  # by chance, one share

@@ -132,7 +132,7 @@ def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_most_rows_guess_comes_first() -> None:
+def test_what_most_rows_prediction_comes_first() -> None:
     lookahead = Lookahead(GateLookahead(2), [1])
     assert [key.expert for key in lookahead.predict(1, [[3, 1], [1, 2], [1, 3]])] == [1, 3, 2]
     assert [key.expert for key in lookahead.predict(1, [[3, 1]])] == [3, 1]

@@ -1,4 +1,4 @@
-"""The simulator: it counts what the replay counts, its times follow from the machine, guesses pay where they can."""
+"""The simulator: it counts what the replay counts, its times follow from the machine, prefetch pays where it can."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ MACHINE = Rates(1000, Speed(1e6, 1e-5, 4), layer_seconds=1e-3, expert_seconds=1e
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    """Routing that stays for a while; a prefill of 20 tokens, then 200 decode steps; gates that guess rightly."""
+    """Routing that stays for a while; a prefill of 20 tokens, then 200 decode steps; gates that prediction rightly."""
     chance = np.random.default_rng(1)
     experts = np.argsort(chance.random((220, LAYERS, EXPERTS)), axis=2)[:, :, :CHOSEN].astype(np.int16)
     for token in range(1, 220):
         stay = chance.random(LAYERS) < 0.6
         experts[token, stay] = experts[token - 1, stay]
     steps = np.maximum(np.arange(220) - 19, 0).astype(np.int32)
-    guesses = np.repeat(experts[:, :, None], 3, axis=2)
+    predictions = np.repeat(experts[:, :, None], 3, axis=2)
     info = TraceInfo("toy", LAYERS, tuple(range(LAYERS)), EXPERTS)
-    return Trace(info, experts, np.zeros(220, np.int32), steps, steps == 0, guesses=guesses)
+    return Trace(info, experts, np.zeros(220, np.int32), steps, steps == 0, predictions=predictions)
 
 
 def run(
@@ -68,7 +68,7 @@ def same(trace: Trace, policy: str, slots: int, machine: Rates) -> None:
 
 @pytest.mark.parametrize("policy", [*POLICIES, "belady"])
 @pytest.mark.parametrize("slots", [3, 20])
-def test_without_guesses_it_misses_what_the_replay_misses(policy: str, slots: int, trace: Trace) -> None:
+def test_without_predictions_it_misses_what_the_replay_misses(policy: str, slots: int, trace: Trace) -> None:
     result, counts = run(trace, policy, slots=slots), replay(trace, open_policy(policy, trace, slots), slots)
     assert (result.demanded, result.missed) == (counts.demanded, counts.missed)
     assert result.reads == result.missed and result.hit_rate == counts.hit_rate
@@ -84,7 +84,7 @@ def test_without_guesses_it_misses_what_the_replay_misses(policy: str, slots: in
     depth=st.sampled_from([1, 2, 8]),
     computing=st.sampled_from([0.0, 1e-4, 7e-3]),
 )
-def test_the_time_without_guesses_is_that_of_its_events(
+def test_the_time_without_predictions_is_that_of_its_events(
     trace: Trace, slots: int, speed: float, latency: float, depth: int, computing: float
 ) -> None:
     """Prefills that have to wait for slots, several tokens a step, fewer slots than records, fast and slow disks."""
@@ -117,23 +117,23 @@ def test_latency_passes_side_by_side_up_to_the_depth() -> None:
         assert max(link.done.values()) == pytest.approx(expected), depth
 
 
-def test_demands_go_ahead_of_guesses_that_wait() -> None:
+def test_demands_go_ahead_of_predictions_that_wait() -> None:
     link = Link(Speed(1.0, 0.0, 1), 1)
-    first, guess, demand = (ExpertKey(0, expert) for expert in range(3))
+    first, prediction, demand = (ExpertKey(0, expert) for expert in range(3))
     link.submit(first, 0.0, prefetch=False)
-    link.submit(guess, 0.0, prefetch=True)
+    link.submit(prediction, 0.0, prefetch=True)
     link.run(0.5)
     link.submit(demand, 0.5, prefetch=False)
-    assert link.wait({demand}) == 2.0 and guess not in link.done
-    assert link.wait({guess}) == 3.0
-    assert not link.cancel(guess, 1.0)
+    assert link.wait({demand}) == 2.0 and prediction not in link.done
+    assert link.wait({prediction}) == 3.0
+    assert not link.cancel(prediction, 1.0)
 
 
-def test_right_guesses_turn_waiting_into_late_hits_or_hits(trace: Trace) -> None:
-    plain, guessed = run(trace), run(trace, predictor="gate")
-    assert guessed.missed < plain.missed and guessed.useful > 100
-    assert guessed.seconds < plain.seconds and guessed.wasted < guessed.useful / 10
-    assert guessed.reads <= guessed.missed + guessed.prefetched
+def test_right_predictions_turn_waiting_into_late_hits_or_hits(trace: Trace) -> None:
+    plain, predicted = run(trace), run(trace, predictor="gate")
+    assert predicted.missed < plain.missed and predicted.useful > 100
+    assert predicted.seconds < plain.seconds and predicted.wasted < predicted.useful / 10
+    assert predicted.reads <= predicted.missed + predicted.prefetched
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
@@ -163,7 +163,7 @@ def test_recall_and_precision(trace: Trace) -> None:
 def test_gates_need_what_was_recorded_on_request(trace: Trace) -> None:
     for ask in (lambda t: run(t, predictor="gate"), lambda t: foresee(t, make_predictor("gate", CHOSEN), [1])):
         with pytest.raises(UsageError, match="--scores"):
-            ask(replace(trace, guesses=None))
+            ask(replace(trace, predictions=None))
 
 
 # The command

@@ -237,11 +237,11 @@ class Bench:
                 assert entry.pins == sources[id(entry)], f"{key} in {tier.name}"
                 if entry.ticket is None:
                     self._check_bytes(entry)
-            stats, guesses = tier.stats, len(tier.residency.prefetched)
+            stats, predictions = tier.stats, len(tier.residency.prefetched)
             if above is None:
-                assert stats.useful + stats.wasted + stats.cancelled + guesses == stats.prefetched
-            else:  # a guess that the tier above takes over is in the account of that
-                assert stats.useful + stats.wasted + stats.cancelled + guesses <= stats.prefetched
+                assert stats.useful + stats.wasted + stats.cancelled + predictions == stats.prefetched
+            else:  # a prediction that the tier above takes over is in the account of that
+                assert stats.useful + stats.wasted + stats.cancelled + predictions <= stats.prefetched
                 assert stats.hits + stats.late_hits + stats.misses == above.stats.misses
             above = tier
 
@@ -559,7 +559,7 @@ def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(0, [0, 1]) as leases:
             came = all_of(leases)
-            assert next(came)[0] == 0  # the other slot is being filled with the wrong guess
+            assert next(came)[0] == 0  # the other slot is being filled with the wrong prediction
             bench.shelf.come_back(ExpertKey(0, 5))
             for key, entry in bench.top.entries.items():
                 if key == ExpertKey(0, 5) and entry.ticket is not None:
@@ -595,7 +595,7 @@ def test_hint_of_what_is_there_reads_nothing(slots: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("slots", [(2,), (4,), (17,), (4, 4), (17, 4)], ids=str)
-def test_guesses_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, ...]) -> None:
+def test_predictions_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:
         bench.use(2, range(slots[-1]))  # all slots are warm
         for _ in range(2):
@@ -603,7 +603,7 @@ def test_guesses_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, ...])
             bench.drain()
         bench.use(0, range(EXPERTS), streaming=True)
         bench.check()
-        for layer in (1, 0, 1, 0):  # the slots that the last layer has passed through are up for guesses now
+        for layer in (1, 0, 1, 0):  # the slots that the last layer has passed through are up for predictions now
             for _ in range(3):
                 bench.predict(keys(1 - layer, *range(EXPERTS)), streaming=True)
                 bench.drain()
@@ -613,7 +613,7 @@ def test_guesses_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, ...])
 
 @pytest.mark.parametrize("slots", [(4,), (7,), (16,), (4, 7), (2, 7), (1, 16)], ids=str)
 def test_hints_leave_warm_records_alone(slots: tuple[int, ...]) -> None:
-    """All slots are warm; an eighth of them at most is for guesses, however many there are."""
+    """All slots are warm; an eighth of them at most is for predictions, however many there are."""
     with bench_of(*slots) as bench:
         count = slots[-1]
         bench.use(0, range(count // 2))
@@ -627,7 +627,7 @@ def test_hints_leave_warm_records_alone(slots: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("slots", [(4,), (4, 4)], ids=str)
-def test_stale_guesses_are_dropped(slots: tuple[int, ...]) -> None:
+def test_stale_predictions_are_dropped(slots: tuple[int, ...]) -> None:
     """What has not begun is never read; what has begun leaves first."""
     with bench_of(*slots, threads=1) as bench:
         bench.shelf.pause()
@@ -717,7 +717,7 @@ def test_failed_read_names_itself(slots: tuple[int, ...], streaming: bool) -> No
         bench.use(1, [0, 2, 3], streaming=streaming)
 
 
-def test_a_guess_that_fails_is_read_again_for_the_demand_that_joined_it() -> None:
+def test_a_prediction_that_fails_is_read_again_for_the_demand_that_joined_it() -> None:
     with bench_of(4) as bench:
         key = ExpertKey(1, 2)
         bench.shelf.failing.add(key)
@@ -735,7 +735,7 @@ def test_a_guess_that_fails_is_read_again_for_the_demand_that_joined_it() -> Non
         bench.check()
 
 
-def test_guesses_that_took_over_the_streaming_slots_are_no_deadlock() -> None:
+def test_predictions_that_took_over_the_streaming_slots_are_no_deadlock() -> None:
     with bench_of(17) as bench:
         bench.use(2, range(17))  # all slots are warm
         bench.use(0, range(EXPERTS), streaming=True)  # the streaming slots are the first to leave
@@ -746,7 +746,7 @@ def test_guesses_that_took_over_the_streaming_slots_are_no_deadlock() -> None:
 
 
 @pytest.mark.parametrize("slots", [(4,), (4, 4)], ids=str)
-def test_failed_guess_is_forgotten(slots: tuple[int, ...]) -> None:
+def test_failed_prediction_is_forgotten(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:
         bench.shelf.failing.add(ExpertKey(1, 2))
         bench.predict(keys(1, 2))

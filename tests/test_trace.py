@@ -38,12 +38,12 @@ def same(one: Trace, other: Trace, *names: str) -> bool:
 def test_own_format_gives_back_everything(tmp_path: Path) -> None:
     chance = np.random.default_rng(4)
     scores = chance.random((TOKENS, LAYERS, EXPERTS)).astype(np.float16)
-    guesses = chance.integers(-1, EXPERTS, (TOKENS, LAYERS, 3, 8)).astype(np.int16)
-    trace = make_trace(scores=scores, guesses=guesses)
+    predictions = chance.integers(-1, EXPERTS, (TOKENS, LAYERS, 3, 8)).astype(np.int16)
+    trace = make_trace(scores=scores, predictions=predictions)
     write_trace(tmp_path / "t", trace)
     found = read_trace(tmp_path / "t", scores=True)
     assert found.info == trace.info
-    assert same(found, trace, "experts", "sequences", "steps", "prefill", "scores", "guesses")
+    assert same(found, trace, "experts", "sequences", "steps", "prefill", "scores", "predictions")
     assert read_trace(tmp_path / "t").scores is None
     assert np.array_equal(np.load(tmp_path / "t")["0/experts"], trace.experts)
     assert [file.name for file in tmp_path.iterdir()] == ["t"]

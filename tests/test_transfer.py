@@ -103,23 +103,23 @@ def fail(error: BaseException) -> Callable[[], None]:
 
 def test_demand_goes_ahead_of_prefetched(one: Bench) -> None:
     _, gate = one.hold("held")
-    guesses = [one.submit("guess 1", prefetched=True), one.submit("guess 2", prefetched=True)]
+    predictions = [one.submit("prediction 1", prefetched=True), one.submit("prediction 2", prefetched=True)]
     demands = [one.submit("demand 1"), one.submit("demand 2")]
     gate.set()
-    one.finish(*guesses, *demands)
-    assert one.ran == ["held", "demand 1", "demand 2", "guess 1", "guess 2"]
+    one.finish(*predictions, *demands)
+    assert one.ran == ["held", "demand 1", "demand 2", "prediction 1", "prediction 2"]
 
 
 def test_promoted_ticket_becomes_a_demand(one: Bench) -> None:
     _, gate = one.hold("held")
-    first = one.submit("guess 1", prefetched=True)
-    second = one.submit("guess 2a", "guess 2b", prefetched=True)
+    first = one.submit("prediction 1", prefetched=True)
+    second = one.submit("prediction 2a", "prediction 2b", prefetched=True)
     demand = one.submit("demand")
     one.transfer.promote(second)
     assert second.priority is Priority.DEMAND
     gate.set()
     one.finish(first, second, demand)
-    assert one.ran == ["held", "demand", "guess 2a", "guess 2b", "guess 1"]
+    assert one.ran == ["held", "demand", "prediction 2a", "prediction 2b", "prediction 1"]
 
 
 def test_promote_reaches_what_the_ticket_waits_for(one: Bench) -> None:
@@ -134,13 +134,13 @@ def test_promote_reaches_what_the_ticket_waits_for(one: Bench) -> None:
 
 
 def test_promote_is_harmless_when_late(one: Bench) -> None:
-    ticket = one.submit("guess", prefetched=True)
+    ticket = one.submit("prediction", prefetched=True)
     one.finish(ticket)
     one.transfer.promote(ticket)
     demand = one.submit("demand")
     one.transfer.promote(demand)
     one.finish(demand)
-    assert one.ran == ["guess", "demand"]
+    assert one.ran == ["prediction", "demand"]
 
 
 def test_after_runs_behind_and_before_the_queue(one: Bench) -> None:
@@ -186,10 +186,10 @@ def test_after_a_ticket_that_is_done(one: Bench) -> None:
 
 def test_cancelled_ticket_never_runs(one: Bench) -> None:
     _, gate = one.hold("held")
-    guess = one.submit("guess a", "guess b", prefetched=True)
-    assert one.transfer.cancel(guess)
-    assert guess.done and guess.cancelled and guess.error is None
-    one.transfer.wait_any([guess], 0)  # it counts as done
+    prediction = one.submit("prediction a", "prediction b", prefetched=True)
+    assert one.transfer.cancel(prediction)
+    assert prediction.done and prediction.cancelled and prediction.error is None
+    one.transfer.wait_any([prediction], 0)  # it counts as done
     gate.set()
     one.finish(one.submit("last", prefetched=True))
     assert one.ran == ["held", "last"]
@@ -197,9 +197,9 @@ def test_cancelled_ticket_never_runs(one: Bench) -> None:
 
 def test_promoted_ticket_can_be_cancelled(one: Bench) -> None:
     _, gate = one.hold("held")
-    guess = one.submit("guess", prefetched=True)
-    one.transfer.promote(guess)
-    assert one.transfer.cancel(guess)
+    prediction = one.submit("prediction", prefetched=True)
+    one.transfer.promote(prediction)
+    assert one.transfer.cancel(prediction)
     gate.set()
     one.finish(one.submit("last"))
     assert one.ran == ["held", "last"]
@@ -233,9 +233,9 @@ def test_too_late_to_cancel_once_one_job_has_begun(one: Bench) -> None:
 
 def test_cancelled_twice(one: Bench) -> None:
     _, _gate = one.hold("held")
-    guess = one.submit("guess", prefetched=True)
-    assert one.transfer.cancel(guess)
-    assert not one.transfer.cancel(guess)
+    prediction = one.submit("prediction", prefetched=True)
+    assert one.transfer.cancel(prediction)
+    assert not one.transfer.cancel(prediction)
 
 
 def test_cancellation_reaches_dependents(one: Bench) -> None:
@@ -461,7 +461,7 @@ def test_close_drops_what_is_queued_and_says_who_is_stuck() -> None:
     bench = Bench(Transfer(1))
     held, gate = bench.hold("held")
     bench.submit("queued")
-    bench.submit("guess", prefetched=True)
+    bench.submit("prediction", prefetched=True)
     bench.submit("above", after=held)
     assert not bench.transfer.close(0.01)
     gate.set()

@@ -259,7 +259,7 @@ class _Files:
 
 
 def _direct_refusal(file: Path) -> str | None:
-    """Why ``file`` cannot be read with O_DIRECT into 4 KiB-aligned memory, or None. Tried, not guessed."""
+    """Why ``file`` cannot be read with O_DIRECT into 4 KiB-aligned memory, or None. Tried out."""
     if not hasattr(os, "O_DIRECT"):
         return "this system has no O_DIRECT"
     try:

@@ -74,7 +74,7 @@ class MixtureOfExperts:
     def before_attention(self, hidden: Tensor, layer: int, prefill: bool) -> None:
         """The last chance to predict what ``layer`` demands: ``hidden`` lacks its attention only."""
         if self.recorder is not None and self.recorder.scores:
-            self._record_guess(self.recorder, hidden, layer, 0)
+            self._record_prediction(self.recorder, hidden, layer, 0)
         if self.store.lookahead.before_attention(prefill):
             ranked = self.router.rank(hidden, layer, self.spec.experts_per_token)
             self.store.look_ahead(layer, 0, prefill, ranked.tolist())
@@ -87,10 +87,10 @@ class MixtureOfExperts:
         recorder.choose(layer, experts.cpu().numpy(), self.router.score(x, layer)[1].cpu().numpy())
         later = self.spec.moe_layers[self.spec.moe_layers.index(layer) + 1 :]
         for ahead, target in enumerate(later[: AHEAD - 1], 1):
-            self._record_guess(recorder, hidden, target, ahead)
+            self._record_prediction(recorder, hidden, target, ahead)
 
-    def _record_guess(self, recorder: Recorder, hidden: Tensor, layer: int, ahead: int) -> None:
-        recorder.guess(layer, ahead, self.router.rank(hidden, layer, recorder.guessed).cpu().numpy())
+    def _record_prediction(self, recorder: Recorder, hidden: Tensor, layer: int, ahead: int) -> None:
+        recorder.predict(layer, ahead, self.router.rank(hidden, layer, recorder.ranked).cpu().numpy())
 
 
 def _rows(x: Tensor, groups: Groups) -> Sequence[Tensor]:

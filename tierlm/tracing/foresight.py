@@ -1,4 +1,4 @@
-"""How well a predictor foresees a trace: recall and precision at m, whatever is done with the guesses."""
+"""How well a predictor foresees a trace: recall and precision at m, whatever is done with the predictions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from tierlm.tracing.trace import Trace
 
 @dataclass(frozen=True)
 class Foresight:
-    """Of the first ``m`` guesses ``ahead`` layers before: ``recall``, the share of the chosen experts that are among
-    them; ``precision``, the share of them that were chosen. Both over all decode tokens and layers."""
+    """Of the first ``m`` predictions ``ahead`` layers before. ``recall``: the share of the chosen experts among them; ``precision``, the share of them that were chosen. Both over all decode tokens and layers."""
 
     ahead: int
     m: int
@@ -23,8 +22,8 @@ class Foresight:
 
 def foresee(trace: Trace, predictor: Predictor, ms: Sequence[int]) -> list[Foresight]:
     """Ask ``predictor``, which is used up, before each layer of each decode token as the engine does. What a predictor
-    says nothing about counts as missed. Raises UsageError where it needs gates and the trace has no guesses."""
-    if predictor.gates and trace.guesses is None:
+    says nothing about counts as missed. Raises UsageError where it needs gates and the trace has no predictions."""
+    if predictor.gates and trace.predictions is None:
         raise UsageError("this predictor asks the next layers' gates: it needs a trace recorded with --scores")
     numbers, layers = trace.info.moe_layers, trace.moe_layers
     aheads = range(0 if predictor.gates else 1, predictor.lookahead + 1)
@@ -34,9 +33,9 @@ def foresee(trace: Trace, predictor: Predictor, ms: Sequence[int]) -> list[Fores
 
     def ask(row: int, layer: int, ahead: int) -> None:
         if predictor.gates:
-            if layer >= layers or trace.guesses is None or ahead >= trace.guesses.shape[2]:
+            if layer >= layers or trace.predictions is None or ahead >= trace.predictions.shape[2]:
                 return
-            ranked = trace.guesses[row, layer, ahead]
+            ranked = trace.predictions[row, layer, ahead]
             predictor.observe_gate(numbers[layer], ranked[ranked >= 0].tolist())
         asked[layer % layers, ahead] = [key.expert for key in predictor.predict(numbers[layer % layers])]
 

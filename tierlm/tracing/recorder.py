@@ -12,8 +12,8 @@ import numpy.typing as npt
 from tierlm.tracing.trace import TraceInfo
 from tierlm.tracing.tracefile import TraceWriter
 
-AHEAD = 3  # guesses of a gate are recorded from 0, 1 and 2 layers before
-GUESSED = 4  # times as many experts as a token chooses: how far a ranking of guesses goes
+AHEAD = 3  # predictions of a gate are recorded from 0, 1 and 2 layers before
+RANKED = 4  # times as many experts as a token chooses: how far a ranking of predictions goes
 
 Array = npt.NDArray[Any]
 
@@ -21,13 +21,12 @@ Array = npt.NDArray[Any]
 class Recorder:
     """Made for one run; told by the decoder of each step's begin and end, and by the MoE layers of their choices.
 
-    ``chosen``: experts of a token. ``scores``: whether the routers' scores and the gates' guesses are written as well,
-    which costs an evaluation of each gate for each of AHEAD. A step that fails leaves nothing. Raises OSError.
+    ``chosen``: experts of a token. ``scores``: also write the routers' scores and predictions, which evaluates each router AHEAD more times. A step that fails leaves nothing. Raises OSError.
     """
 
     def __init__(self, file: Path, info: TraceInfo, chosen: int, scores: bool):
         self.info, self.scores = info, scores
-        self.guessed = min(info.experts, GUESSED * chosen)
+        self.ranked = min(info.experts, RANKED * chosen)
         self._shape = (len(info.moe_layers), chosen)
         self._place = {layer: at for at, layer in enumerate(info.moe_layers)}
         self._writer = TraceWriter(file, info)
@@ -49,7 +48,7 @@ class Recorder:
         self._rows["prefill"] = np.full(tokens, prefill)
         if self.scores:
             self._rows["scores"] = np.zeros((tokens, layers, self.info.experts), np.float16)
-            self._rows["guesses"] = np.full((tokens, layers, AHEAD, self.guessed), -1, np.int16)
+            self._rows["predictions"] = np.full((tokens, layers, AHEAD, self.ranked), -1, np.int16)
 
     def choose(self, layer: int, experts: Array, scores: Array | None = None) -> None:
         """``layer`` has chosen ``experts`` [T, k], in the router's order; ``scores`` [T, E] if they are wanted."""
@@ -58,9 +57,9 @@ class Recorder:
         if scores is not None:
             self._rows["scores"][:, at] = scores
 
-    def guess(self, layer: int, ahead: int, ranked: Array) -> None:
-        """The gate of ``layer`` ranks ``ranked`` [T, guessed] first, ``ahead`` layers before it runs."""
-        self._rows["guesses"][:, self._place[layer], ahead] = ranked
+    def predict(self, layer: int, ahead: int, ranked: Array) -> None:
+        """The gate of ``layer`` ranks ``ranked`` [T, ranked] first, ``ahead`` layers before it runs."""
+        self._rows["predictions"][:, self._place[layer], ahead] = ranked
 
     def end(self) -> None:
         """The step is through."""

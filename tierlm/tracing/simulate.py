@@ -79,8 +79,8 @@ def simulate(
 ) -> Simulated:
     """Run ``trace``, slots empty at first. ``policy`` and ``predictor`` are used up by it. ``below``: policy and slots
     of a second tier, between the first and the disk. ``prefetch``: what is worth a read, by default as measured. Raises
-    UsageError where the predictor needs gates and the trace has no guesses of theirs."""
-    if predictor.gates and trace.guesses is None:
+    UsageError where the predictor needs gates and the trace has no predictions of theirs."""
+    if predictor.gates and trace.predictions is None:
         raise UsageError("this predictor asks the next layers' gates: it needs a trace recorded with --scores")
     demands = trace.demands
     at_once = demands.counts[~demands.prefill].max(initial=0) <= slots
@@ -232,11 +232,11 @@ class _Run:
         """As Store.look_ahead, if the trace has what the gate of ``layer`` would have chosen so early."""
         rows = None
         if self.lookahead.predictor.gates:
-            assert self.trace.guesses is not None
-            if ahead >= self.trace.guesses.shape[2]:
+            assert self.trace.predictions is not None
+            if ahead >= self.trace.predictions.shape[2]:
                 return
             at, width = self._layers.index(layer), self.lookahead.predictor.width
-            rows = self.trace.guesses[self._rows, at, ahead, :width].tolist()
+            rows = self.trace.predictions[self._rows, at, ahead, :width].tolist()
             if rows[0][0] < 0:
                 return
         keys = self.lookahead.predict(layer, rows)

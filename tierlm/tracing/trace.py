@@ -73,7 +73,7 @@ class Trace:
     ``sequences`` and ``steps``: int32 [N], to which sequence a token belongs and in which step it ran; tokens of one
     step ran together and stand side by side. ``prefill``: bool [N]. On request when recording, else None:
     ``scores``: float16 [N, L, E], what each layer's router gave all experts;
-    ``guesses``: int16 [N, L, A, m], whom its gate would have chosen from the hidden state 0, 1, ... A - 1 layers
+    ``predictions``: int16 [N, L, A, m], whom its gate would have chosen from the hidden state 0, 1, ... A - 1 layers
     earlier, the likeliest first, -1 where it was not asked.
     """
 
@@ -83,7 +83,7 @@ class Trace:
     steps: npt.NDArray[np.int32]
     prefill: npt.NDArray[np.bool_]
     scores: npt.NDArray[np.float16] | None = None
-    guesses: Ids | None = None
+    predictions: Ids | None = None
 
     def __post_init__(self) -> None:
         """Raises TraceError where the parts contradict each other."""
@@ -100,7 +100,7 @@ class Trace:
             len(info.order) != layers or any(sorted(row) != list(range(info.experts)) for row in info.order)
         ):
             raise TraceError(f"order: expected each of {info.experts} experts once for each of {layers} layers")
-        for name in ("sequences", "steps", "prefill", "scores", "guesses"):
+        for name in ("sequences", "steps", "prefill", "scores", "predictions"):
             part = getattr(self, name)
             if part is not None and len(part) != tokens:
                 raise TraceError(f"{name}: expected one entry for each of {tokens} tokens, found {len(part)}")
@@ -125,7 +125,7 @@ class Trace:
 
     def part(self, start: int, stop: int) -> Trace:
         """The tokens from ``start`` to before ``stop``; a step that is cut counts as a smaller one."""
-        names = ("experts", "sequences", "steps", "prefill", "scores", "guesses")
+        names = ("experts", "sequences", "steps", "prefill", "scores", "predictions")
         parts: dict[str, Any] = {name: getattr(self, name) for name in names}
         return replace(self, **{name: part[start:stop] for name, part in parts.items() if part is not None})
 

@@ -1,7 +1,7 @@
 """tierlm's own trace file: a zip of numpy arrays (an npz), written in blocks, in bounded memory, whole or not at all.
 
 Members: for each block b of tokens ``b/experts.npy``, ``b/sequences.npy``, ``b/steps.npy``, ``b/prefill.npy``, and on
-request ``b/scores.npy`` and ``b/guesses.npy``, shapes and dtypes as in ``tracing.trace.Trace``; and last
+request ``b/scores.npy`` and ``b/predictions.npy``, shapes and dtypes as in ``tracing.trace.Trace``; and last
 ``trace.json``: format, version, tokens, blocks, and the fields of TraceInfo. ``numpy.load`` opens it as well.
 """
 
@@ -25,8 +25,8 @@ from tierlm.tracing.trace import BLOCK, Trace, TraceInfo
 FORMAT, VERSION = "tierlm-trace", 2
 BLOCK_BYTES = 4 * 2**20  # that wait to be written, at most, but for one step
 HEAD = "trace.json"
-DTYPES = {"experts": "<i2", "sequences": "<i4", "steps": "<i4", "prefill": "|b1", "scores": "<f2", "guesses": "<i2"}
-OPTIONAL = ("scores", "guesses")
+DTYPES = {"experts": "<i2", "sequences": "<i4", "steps": "<i4", "prefill": "|b1", "scores": "<f2", "predictions": "<i2"}
+OPTIONAL = ("scores", "predictions")
 
 Array = npt.NDArray[Any]
 

@@ -1,4 +1,4 @@
-// Hits and misses of a policy over a trace: tierlm/tracing/replay.py and residency.py, where nothing is guessed.
+// Hits and misses of a policy over a trace: tierlm/tracing/replay.py and residency.py, where nothing is predicted.
 
 #include <algorithm>
 #include <cstring>

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tierlm.memory.executor import Executor
-    from tierlm.memory.jobs import Read
+from typing import Protocol
 
 DISK = "disk->ram"  # the link of everything that is read from files
 
@@ -50,6 +45,14 @@ class Job(ABC):
         """The error that names this job as the one that does not come back."""
 
 
+class Jobs(Protocol):
+    """Some jobs, each made when it is asked for, or at hand."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Job: ...
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """A transfer under way. Only ``Transfer`` and executors change it.
@@ -59,13 +62,13 @@ class Ticket:
     ``error``: the first one; it may be set before the ticket is done, while other jobs are still under way.
     """
 
-    jobs: Sequence[Job] | Read
+    jobs: Jobs
     priority: Priority
     after: Ticket | None = None
     last: Job | None = None
     state: State = State.WAITING
     error: BaseException | None = None
-    executor: Executor | None = None  # none while it waits for ``after``, and none once it is done
+    executor: int | None = None  # by its index in ``Transfer``; none while it waits for ``after``, and once it is done
     dependents: list[Ticket] = field(default_factory=list)
     number: int = 0  # its name in memory/compiled
     unfinished: set[int] | None = None  # in memory/threads: places in ``jobs``

@@ -45,7 +45,9 @@ class Transfer:
         self.reads = self.threads
         if executor is None and compiled.load() is not None:
             self.reads = compiled.Reads(threads, spare, merged_bytes, self.take_ended, timeline)
-        self._executors = (self.threads,) if self.reads is self.threads else (self.threads, self.reads)
+        self._executors: tuple[Executor, ...] = (
+            (self.threads,) if self.reads is self.threads else (self.threads, self.reads)
+        )
 
     def submit(
         self,
@@ -70,7 +72,7 @@ class Transfer:
             else:
                 after.dependents.append(ticket)
                 if after.executor is not None:
-                    after.executor.announce(after)
+                    self._executors[after.executor].announce(after)
                     self._collect()  # if it ended just before
         return ticket
 
@@ -92,7 +94,7 @@ class Transfer:
             link: Ticket | None = ticket
             while link is not None and link.priority is not Priority.DEMAND:
                 if link.executor is not None:
-                    link.executor.promote(link)
+                    self._executors[link.executor].promote(link)
                 link.priority = Priority.DEMAND
                 link = link.after
 
@@ -101,7 +103,7 @@ class Transfer:
         with self._lock:
             if ticket.state is not State.WAITING:
                 return False
-            if ticket.executor is not None and not ticket.executor.cancel(ticket):
+            if ticket.executor is not None and not self._executors[ticket.executor].cancel(ticket):
                 return False
             if ticket.after is not None and ticket in ticket.after.dependents:
                 ticket.after.dependents.remove(ticket)
@@ -149,8 +151,8 @@ class Transfer:
     def _start(self, ticket: Ticket, *, first: bool) -> None:
         """Hand the jobs of ``ticket`` to the executor for their kind."""
         plain = isinstance(ticket.jobs, Read) and ticket.jobs.words is not None
-        ticket.executor = self.reads if plain else self.threads
-        ticket.executor.submit(ticket, first=first)
+        ticket.executor = len(self._executors) - 1 if plain else 0
+        self._executors[ticket.executor].submit(ticket, first=first)
 
     def _collect(self) -> None:
         for executor in self._executors:
@@ -159,7 +161,7 @@ class Transfer:
                 if ticket.error is not None:
                     self._finish(ticket, State.FAILED)
                 elif not good:  # once more, by those who find out why
-                    ticket.executor = self.threads
+                    ticket.executor = 0
                     self.threads.submit(ticket, first=True)
                 elif ticket.last is not None:
                     ticket.jobs, ticket.last = (ticket.last,), None
@@ -187,4 +189,4 @@ class Transfer:
         with self._lock:
             while ticket.after is not None and not ticket.after.done:
                 ticket = ticket.after
-            return None if ticket.executor is None else ticket.executor.unfinished(ticket)
+            return None if ticket.executor is None else self._executors[ticket.executor].unfinished(ticket)

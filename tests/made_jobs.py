@@ -125,6 +125,6 @@ def reads_of(timeline: Timeline) -> list[list[int]]:
     """The bytes of what was read in one go: what began and ended together."""
     together: dict[tuple[float, float], list[int]] = {}
     for track, _, name, began, ended, details in timeline._spans:
-        if track == "disk->ram" and name != str(tuple(HOLD)):
+        if track == "disk->ram" and name != str(HOLD):
             together.setdefault((began, ended), []).append(details["bytes"])
     return list(together.values())

@@ -54,10 +54,9 @@ def test_batch_equals_transformers(toy_qwen3: tuple[Path, Any], ids: list[int]) 
     """Sequences of a step do not see one another."""
     prompts = [ids[:9], ids[9:12], ids[12:40]]
     with LLM.load(toy_qwen3[0], budget=BUDGET) as llm:
-        runtime = llm._runtime
-        runtime.cache.clear()
-        steps = [Segment(prompt, runtime.cache.reserve(len(prompt))) for prompt in prompts]
-        found = runtime.decoder.forward(steps, prefill=True)
+        scheduler = llm._runtime.scheduler
+        steps = [Segment(prompt, scheduler.cache.reserve(len(prompt))) for prompt in prompts]
+        found = scheduler.decoder.forward(steps, prefill=True)
     assert_close(found, torch.stack([reference(toy_qwen3[1], prompt)[-1] for prompt in prompts]))
 
 

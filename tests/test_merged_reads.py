@@ -113,7 +113,7 @@ def test_demand_and_prefetch_do_not_mix(bench: Bench) -> None:
     bench.go(tickets)
     assert sorted(map(len, bench.together)) == [2, 3]
     order = sorted((began, name) for track, _, name, began, _, _ in bench.timeline._spans if track == "disk->ram")
-    assert {name for _, name in order[-2:]} == {"(0, 0)", "(0, 1)"}
+    assert {name for _, name in order[-2:]} == {"expert 0 of layer 0", "expert 1 of layer 0"}
 
 
 def test_what_was_cancelled_is_not_taken_along(bench: Bench) -> None:

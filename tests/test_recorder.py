@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from typer.testing import CliRunner
 from tierlm import LLM, Budget, SamplingParams
 from tierlm.cli import app
 from tierlm.errors import UsageError
+from tierlm.policies.prediction import GateLookahead
+from tierlm.spec import ExpertKey
+from tierlm.tracing.foresight import foresee
 from tierlm.tracing.recorder import AHEAD, Recorder
 from tierlm.tracing.trace import Trace, TraceInfo
 from tierlm.tracing.traceforms import read_trace
@@ -104,3 +108,23 @@ def test_the_commands(tmp_path: Path) -> None:
     assert list(read_trace(tmp_path / "u").passes()) == list(read_trace(file).passes())
     prompts.write_text("\n")
     assert isinstance(CliRunner().invoke(app, record).exception, UsageError)
+
+
+def test_a_dense_layer_between_moe_layers(toy_qwen3: tuple[Path, Any], tmp_path: Path) -> None:
+    """Traces number MoE layers by their place, and remember which they are; gates look one MoE layer ahead."""
+    options = {"heat": False, "trace": tmp_path / "t", "trace_scores": True, "predictor": "gate", "ram_slots": 9}
+    with LLM.load(toy_qwen3[0], budget=Budget("8GiB"), **options) as llm:
+        llm.generate([[7, 8, 9]], PARAMS)
+    trace = read_trace(tmp_path / "t", scores=True)
+    assert trace.info.moe_layers == (0, 2, 3) and trace.info.layers == 4 and trace.moe_layers == 3
+    assert (trace.experts >= 0).all() and trace.guesses is not None
+    assert (trace.guesses[:, 1:, 1] >= 0).all() and (trace.guesses[:, 0, 1] == -1).all()
+    asked: list[int] = []
+
+    class Asked(GateLookahead):
+        def predict(self, layer: int) -> list[ExpertKey]:
+            asked.append(layer)
+            return super().predict(layer)
+
+    one = [each for each in foresee(trace, Asked(CHOSEN), [CHOSEN]) if each.ahead == 1]
+    assert set(asked) == {0, 2, 3} and one[0].recall > 0.3

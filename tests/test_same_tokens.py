@@ -87,18 +87,19 @@ def test_batches_and_waves(toy: tuple[Path, Any]) -> None:
 
 
 PACKED = {
-    "lossless": ("keep", "keep"),
-    "fp8": ("fp8", "fp8"),
-    "int8": ("int8", "int8"),
-    "int4, trunk int8": ("int4", "int8"),
+    "lossless": ("keep", "keep", "none"),
+    "compressed": ("keep", "keep", "zstd"),
+    "fp8": ("fp8", "fp8", "none"),
+    "int8": ("int8", "int8", "none"),
+    "int4, trunk int8": ("int4", "int8", "none"),
 }
 
 
 @pytest.mark.parametrize("formats", PACKED)
 def test_same_logits_of_a_packed_store(formats: str, toy: tuple[Path, Any], ids: list[int], tmp_path: Path) -> None:
     """Within one format: at every budget, reader and number of threads."""
-    experts, trunk = PACKED[formats]
-    pack_model(toy[0], tmp_path / "packed", experts=experts, trunk=trunk)
+    experts, trunk, codec = PACKED[formats]
+    pack_model(toy[0], tmp_path / "packed", experts=experts, trunk=trunk, codec=codec)
     with LLM.load(tmp_path / "packed", budget=RAM) as llm:
         expected = llm.logits(ids)
         tokens = llm.generate([ids[:7]], PARAMS)[0].ids

@@ -9,8 +9,8 @@ G = ceil(in / 32):
     both   scale float16 [O, G, 8]     one for each row of a tile
 
 A value is scale x stored number (int8) or scale x (stored number - 8) (int4). int8 numbers are -127 to 127. A scale may
-be negative; padding rows have scale 0. The 8 rows of a tile are the 8 lanes of a vector: one instruction multiplies four
-columns of each row by four activations shared by all lanes, and one vector holds the tile's scales.
+be negative; padding rows have scale 0. The 8 rows of a tile are the 8 lanes of a vector: one instruction multiplies
+four columns of each row by four activations shared by all lanes, and one vector holds the tile's scales.
 """
 
 from __future__ import annotations

@@ -479,7 +479,7 @@ def test_pack_verify_and_run(model: str, tierlm: Any) -> None:
 def test_pack_refuses_what_cannot_be(model: str, tierlm: Any) -> None:
     with leaves_nothing():
         check_failure(tierlm("pack", model, model), 2, "exists already")
-        check_failure(tierlm("pack", model, f"{model}/packed"), 2, "lies in the folder of the model")
+        check_failure(tierlm("pack", model, f"{model}/packed"), 2, "is inside the model's folder")
         check_failure(tierlm("pack", model, "packed", "--experts", "int3"), 2, "int3", "int4")
         check_failure(tierlm("pack", "nothing-here", "packed"), 1, "nothing-here")
 

@@ -208,7 +208,7 @@ def test_what_was_packed_wrongly_is_named(what: str, squeezed: Path, tmp_path: P
 
 
 def test_what_is_refused(toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no record is of floats alone"):
+    with pytest.raises(UsageError, match="no record contains only floats"):
         pack_model(toy_v3[0], tmp_path / "out", experts="int4", trunk="int8", codec="zstd")
     with pytest.raises(UsageError, match="expected one of none, zstd, auto, found 'lz4'"):
         pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep", codec="lz4")
@@ -269,7 +269,7 @@ def test_auto_compresses_for_slow_disks(
     settings = {"experts": "keep", "trunk": "keep", "codec": "auto"}
     pack_model(toy_v3[0], tmp_path / "out", **settings, say=said.append)  # type: ignore[arg-type]
     assert said[0].startswith(f"codec {codec}: ")
-    words = "is not known" if speed is None else r"\d+% of the bytes are left; 8 threads decompress .* GB/s, .* deliver"
+    words = "is unknown" if speed is None else r"\d+% of the bytes remain; 8 threads decompress .* GB/s, .* deliver"
     assert re.search(words, said[0])
     assert Catalog(tmp_path / "out").compressed == (codec == "zstd")
     assert json.loads((tmp_path / "out" / "tierlm.json").read_text())["packed"].get("codec", "none") == codec
@@ -296,7 +296,7 @@ def test_auto_goes_on_with_what_was_begun(
 def test_auto_leaves_integers(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
     said: list[str] = []
     pack_model(toy_v3[0], tmp_path / "out", experts="int4", trunk="int8", codec="auto", say=said.append)
-    assert said == ["codec none: no record is of floats alone"]
+    assert said == ["codec none: no record contains only floats"]
 
 
 def test_the_plan_reads_less_and_holds_the_same(squeezed: Path, kept: Path) -> None:

@@ -213,7 +213,7 @@ def test_only_records_of_floats_are_compressed(format: Format, toy_v3: tuple[Pat
         pack_model(toy_v3[0], tmp_path / "out", **settings)
         assert Catalog(tmp_path / "out").compressed
     else:
-        with pytest.raises(UsageError, match="no record is of floats alone"):
+        with pytest.raises(UsageError, match="no record contains only floats"):
             pack_model(toy_v3[0], tmp_path / "out", **settings)
 
 

@@ -400,7 +400,7 @@ def test_what_is_made_ahead_is_the_same_and_never_more_than_that(
 def test_what_exists_is_never_written_to(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         pack_model(toy_v3[0], tmp_path, experts="keep", trunk="keep")
-    with pytest.raises(UsageError, match="lies in the folder of the model"):
+    with pytest.raises(UsageError, match="is inside the model's folder"):
         pack_model(toy_v3[0], toy_v3[0] / "packed", experts="keep", trunk="keep")
     with pytest.raises(UsageError, match=r"expected one of keep, .*int4"):
         pack_model(toy_v3[0], tmp_path / "out", experts="int3", trunk="keep")

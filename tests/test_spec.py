@@ -96,7 +96,7 @@ def test_what_qwen3_would_compute_wrong(changes: dict[str, Any]) -> None:
 def test_what_the_engine_lacks_is_named_and_can_be_planned_for() -> None:
     found = find_config("gpt-oss-20b")
     spec = read_spec(found.config, found.where)
-    with pytest.raises(UnsupportedModelError, match="missing: attention sinks, sliding windows, biases of attention"):
+    with pytest.raises(UnsupportedModelError, match="missing: attention sinks, sliding windows, attention biases"):
         require_runnable(spec, "here")
     with pytest.raises(UnsupportedModelError, match=r"missing: sliding windows$"):
         require_runnable(read_spec(settings_of("mixtral", sliding_window=16), "here"), "here")

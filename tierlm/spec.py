@@ -1,12 +1,12 @@
-"""What a model is, layer by layer, read once from its config; and the keys of its records."""
+"""The specification of a model, layer by layer, and the keys of its records."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-SCORE_VALUES = 2**23  # float32 scores that attention holds at a time, unless one head has more
-EXPANDED_VALUES = 2**18  # float32 values of kv_b_proj that latent attention widens at a time
+SCORE_VALUES = 2**23  # float32 scores held at a time by attention, unless one head has more
+EXPANDED_VALUES = 2**18  # float32 values of kv_b_proj widened at a time by latent attention
 
 
 class ExpertKey(NamedTuple):
@@ -41,13 +41,13 @@ class HeadKey:
 
 @dataclass(frozen=True, slots=True)
 class ResidentKey:
-    """The small tensors that are always resident: norms and routers."""
+    """The small tensors that are always in memory: norms and routers."""
 
     def __str__(self) -> str:
         return "resident tensors"
 
 
-UnitKey = TrunkKey | HeadKey  # what runs in a cycle, every token
+UnitKey = TrunkKey | HeadKey  # used by every token, in a fixed cycle
 Key = ExpertKey | TrunkKey | HeadKey | ResidentKey
 
 
@@ -82,7 +82,7 @@ class Rope:
 @dataclass(frozen=True)
 class Latent:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a token caches one compressed latent and one
-    rotated key for all heads. ``q_rank`` is None where queries take one projection."""
+    rotated key for all heads. ``q_rank`` is None if queries have a single projection."""
 
     heads: int
     q_rank: int | None
@@ -108,7 +108,7 @@ class Latent:
 
     @property
     def expanded_width(self) -> int:
-        """Values per token if keys and values were cached as the heads use them."""
+        """Values per token if expanded keys and values were cached."""
         return self.heads * (self.nope_dim + self.rope_dim + self.value_dim)
 
     @property
@@ -117,8 +117,8 @@ class Latent:
         return self.expanded_width
 
     def workspace(self, chunk: int, context: int) -> int:
-        """Peak float32 values for a step of ``chunk`` tokens: queries, their rotated copy, outputs, latents, and one
-        group of heads' scores, keys and values."""
+        """Peak float32 values for a step of ``chunk`` tokens: queries, their rotated copy, outputs, latents, and the
+        scores, keys and values of one group of heads."""
         per_token = self.heads * (2 * (self.nope_dim + self.rope_dim) + 2 * self.value_dim + self.kv_rank)
         per_token += 2 * self.cache_width
         group = min(self.heads * (self.nope_dim + self.value_dim), EXPANDED_VALUES // self.kv_rank)
@@ -129,8 +129,8 @@ class Latent:
 class Grouped:
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245): a token caches the keys and values of ``kv_heads``.
 
-    ``qk_norm``: queries and keys pass an RMSNorm per head before the rotation. ``bias``: the projections have biases.
-    ``sinks``: each head has a logit of its own in the softmax. ``window``: tokens that a query sees; None: all.
+    ``qk_norm``: RMSNorm on each head's queries and keys before rotation. ``bias``: the projections have biases.
+    ``sinks``: each head has an extra logit in the softmax. ``window``: tokens visible to a query; None: all.
     """
 
     heads: int
@@ -160,7 +160,7 @@ class Grouped:
 
     @property
     def expanded_width(self) -> int:
-        """As cached: heads use keys and values as they are."""
+        """The same as ``cache_width``: heads use cached keys and values directly."""
         return self.cache_width
 
     @property
@@ -170,7 +170,7 @@ class Grouped:
 
     def workspace(self, chunk: int, context: int) -> int:
         """Peak float32 values for a step of ``chunk`` tokens: queries and outputs with one copy of each, new keys and
-        values with one copy, the sequence's keys and values, and one group of heads' scores."""
+        values with one copy, the sequence's keys and values, and the scores of one group of heads."""
         per_token = 4 * self.query_width + 2 * self.cache_width
         return chunk * per_token + _scores(self.heads, chunk, context) + context * self.cache_width
 
@@ -180,11 +180,11 @@ AttentionSpec = Latent | Grouped
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """How a token's experts are chosen.
+    """How a router chooses experts.
 
-    ``softmax``: DeepSeek-V2 (arXiv 2405.04434), a group's score is its best expert's.
-    ``sigmoid``: DeepSeek-V3 (arXiv 2412.19437), a group's score is the sum of its two best.
-    ``correction``: a bias on the scores that only the choice sees, as DeepSeek-V3 has. ``bias``: one on the logits.
+    ``softmax``: DeepSeek-V2 (arXiv 2405.04434); a group's score is the score of its best expert.
+    ``sigmoid``: DeepSeek-V3 (arXiv 2412.19437); a group's score is the sum of its two best.
+    ``correction``: DeepSeek-V3's bias on the scores, for selection only. ``bias``: a bias on the logits.
     """
 
     score: str  # "softmax" | "sigmoid"
@@ -198,7 +198,7 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class Dense:
-    """A SwiGLU that every token uses."""
+    """A SwiGLU used by every token."""
 
     width: int
 
@@ -208,9 +208,9 @@ class Dense:
 
 @dataclass(frozen=True)
 class Moe:
-    """Routed experts, each a SwiGLU of ``width``, and beside them a shared one of ``shared_width``; 0: none.
+    """Routed experts, each a SwiGLU of ``width``, plus a shared one of ``shared_width``; 0: none.
 
-    ``clamped``: gpt-oss's experts, which have biases, clamp their gates, and add one to what they gate.
+    ``clamped``: gpt-oss's experts: they have biases, clamp gate and up projections, and add one to the latter.
     """
 
     experts: int
@@ -238,10 +238,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder of ``layers``, each of its own kind. MoE layers may stand anywhere, and are all alike.
+    """A decoder. Each layer has its own spec; MoE layers may be at any position but must be identical.
 
-    Found once: ``moe``, what the MoE layers are, None where there are none; ``moe_layers``, their numbers; ``experts``
-    and ``experts_per_token``, of one of them; ``cache_width`` and ``expanded_width``, sums over all layers.
+    Derived: ``moe``, the spec of the MoE layers, or None; ``moe_layers``, their numbers; ``experts`` and
+    ``experts_per_token`` of one MoE layer; ``cache_width`` and ``expanded_width``, sums over all layers.
     """
 
     model_type: str
@@ -261,7 +261,7 @@ class ModelSpec:
     expanded_width: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no model is."""
+        """Raises ValueError for impossible sizes."""
         _positive(self, "vocab", "hidden", "max_position")
         if not self.layers:
             raise ValueError("layers must be at least 1, found 0")

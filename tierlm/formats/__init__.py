@@ -1,4 +1,4 @@
-"""Formats: how the values of a weight are stored, by name. No torch before values are converted."""
+"""The registry of formats: how the values of a weight are stored. Torch is imported only to convert values."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ FORMATS: dict[str, Format] = {
         FP8,
         INT8,
         INT4,
-        Format("mxfp4", (1, 32), 16 + 1),  # as gpt-oss is published: a scale of 8 bits for 32 values
+        Format("mxfp4", (1, 32), 16 + 1),  # gpt-oss as published: an 8-bit scale for 32 values
         Format("q4_k", (1, 256), 144),  # ggml-common.h, block_q4_K and block_q6_K
         Format("q6_k", (1, 256), 210),
-        Format("q4_k_m", (6, 256), 5 * 144 + 210),  # an expert of that mixture: half of the down projection is q6_k
+        Format("q4_k_m", (6, 256), 5 * 144 + 210),  # an expert in this mixture: half of the down projection is q6_k
     )
 }
 
 
 def recognise(shape: Shape, find: Callable[[str], Part | None]) -> Format | None:
-    """The format of a weight of ``shape``, by the tensors that it has in a file; None if none takes its dtype.
+    """The format of a weight of ``shape``, identified by its tensors in a file; None if no format has its dtype.
 
-    ``find``: ending of the weight's name -> that tensor, or None. Of formats that recognise it, the one of the most
-    tensors is meant; where none does, the first of its dtype, whose parts tell what is wrong.
+    ``find``: name suffix -> tensor, or None. If several formats match, the one with the most tensors wins. If none
+    matches, returns the first with this dtype; its parts tell what is wrong.
     """
     main = find("")
     dtype = None if main is None else main[0]

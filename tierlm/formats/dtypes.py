@@ -1,4 +1,4 @@
-"""The dtypes of safetensors in torch."""
+"""The torch dtypes of safetensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @cache
 def torch_dtypes() -> Mapping[str, torch.dtype]:
-    """By the name that safetensors has for them."""
+    """safetensors name -> torch dtype."""
     import torch
 
     return {

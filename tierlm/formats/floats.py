@@ -1,4 +1,4 @@
-"""Floats as they are, each value on its own."""
+"""Unscaled floats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Floats(Format):
         return matrix.to(torch_dtypes()[self.dtype]), None
 
     def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
-        """A view where they are float32 already."""
+        """Returns ``data`` itself if it is float32."""
         return data.float()
 
 

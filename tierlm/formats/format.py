@@ -1,4 +1,4 @@
-"""What a format is: how the values of a weight are stored. Torch is imported only where values are converted."""
+"""The interface of formats. Torch is imported only to convert values."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
-Part = tuple[str, Shape]  # dtype, as safetensors calls it, and shape of a tensor
+Part = tuple[str, Shape]  # safetensors dtype and shape of a tensor
 
 
 @dataclass(frozen=True)
 class Format:
-    """How the values of a weight are stored. This class alone describes a format that can only be planned for; a
-    subclass adds ``parts``, ``make`` and ``widen``.
+    """How the values of a weight are stored. A direct instance supports planning only; a subclass implements ``parts``,
+    ``make`` and ``widen``.
 
-    ``block``: rows and columns that are stored as one; ``block_bytes``: what a block takes, scales included. ``dtype``:
-    of the tensor that has the weight's own name; empty if nothing can be loaded in this format. ``matrices_only``:
-    vectors cannot have it. ``floats``: it consists of floats alone, whose exponents compress well. ``rounds``: products
-    round their activations to int8.
+    ``block``: rows and columns stored as one unit; ``block_bytes``: its size, scales included. ``dtype``: dtype of the
+    data tensor; empty if the format cannot be loaded. ``matrices_only``: vectors cannot use it. ``floats``: all its
+    tensors are floats, whose exponents compress well. ``rounds``: products round activations to int8.
     """
 
     name: str
@@ -38,7 +37,7 @@ class Format:
 
     @property
     def bits(self) -> float:
-        """Bits of a value, its share of the scales included."""
+        """Bits per value, scales included."""
         return 8 * self.block_bytes / (self.block[0] * self.block[1])
 
     @property
@@ -50,26 +49,27 @@ class Format:
         return self.loadable and (len(shape) == 2 or not self.matrices_only)
 
     def recognises(self, shape: Shape, find: Callable[[str], Part | None]) -> bool:
-        """Whether a weight of ``shape`` is stored in this format. ``find``: ending of its name -> that tensor."""
-        return all(find(ending) == part for ending, part in self.parts(shape).items())
+        """Whether a weight of ``shape`` is stored in this format. ``find``: name suffix -> tensor, or None."""
+        return all(find(suffix) == part for suffix, part in self.parts(shape).items())
 
     def parts(self, shape: Shape) -> Mapping[str, Part]:
-        """The tensors of a weight of ``shape``, data and then scales: ending of its name -> dtype and shape.
+        """The tensors of a weight of ``shape``, data before scales: name suffix -> dtype and shape.
 
-        The first dimension of each counts rows, or blocks of rows.
+        The first dimension of each counts rows or blocks of rows.
         """
         raise NotImplementedError(f"{self.name}: nothing can be loaded in this format")
 
     def make(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Data and scales of a finite float32 ``matrix``. Slices of whole blocks of rows give slices of them."""
+        """Data and scales of a finite float32 ``matrix``. Blocks of rows are independent: a slice of ``matrix`` at
+        block boundaries gives the same slice of the result."""
         raise NotImplementedError(f"{self.name}: nothing can be stored in this format")
 
     def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
-        """The values, float32 of ``shape``."""
+        """The values as float32, with ``shape``."""
         raise NotImplementedError(f"{self.name}: nothing can be loaded in this format")
 
     def rows(self, part: Tensor, total: int, start: int, stop: int) -> Tensor:
-        """Rows ``start``, the first of a block, to ``stop`` of a part of a weight that has ``total`` rows."""
+        """Rows ``start`` to ``stop`` of one part of a weight of ``total`` rows. ``start`` begins a block."""
         if part.shape[0] == total:
             return part[start:stop]
         return part[start // self.block[0] : -(-stop // self.block[0])]

@@ -1,7 +1,4 @@
-"""Float8 with a float32 scale for each block of 128 x 128, as DeepSeek-V3 is published.
-
-DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2.
-"""
+"""float8 with a float32 scale per 128 x 128 block (DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2)."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ BLOCK = 128  # rows and columns that share a scale
 
 
 class Fp8Block(Format):
-    """``NAME`` [out, in], and ``NAME_scale_inv`` [ceil(out / 128), ceil(in / 128)], which multiplies blocks of it."""
+    """``NAME`` [out, in], and ``NAME_scale_inv`` [ceil(out / 128), ceil(in / 128)]: one factor per block."""
 
     def parts(self, shape: Shape) -> Mapping[str, Part]:
         return {"": (self.dtype, shape), "_scale_inv": ("F32", tuple(-(-size // BLOCK) for size in shape))}
 
     def make(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Each block is scaled so that its largest value is the largest of float8."""
+        """Each block is scaled so that its largest value becomes the float8 maximum."""
         import torch
 
         outs, ins = matrix.shape

@@ -1,16 +1,16 @@
-"""int8 and int4: whole numbers in tiles, and a float16 scale for each row of a tile.
+"""int8 and int4: integers in tiles, with a float16 scale for each row of a tile.
 
-A weight [out, in] is cut into tiles of 8 rows x 32 columns, the edges padded with zeros. With O = ceil(out / 8) and
+A weight [out, in] is cut into tiles of 8 rows x 32 columns, zero-padded at the edges. With O = ceil(out / 8) and
 G = ceil(in / 32):
 
     int8   data  int8    [O, G, 256]   byte 32 q + 4 r + j of a tile: row r, column 4 q + j          (q < 8, j < 4)
     int4   data  uint8   [O, G, 128]   byte 32 v + 4 r + j: row r, column 4 v + j in the low four bits,
                                        column 16 + 4 v + j in the high four                          (v < 4, j < 4)
-    both   scale float16 [O, G, 8]     of the 8 rows of a tile
+    both   scale float16 [O, G, 8]     one for each row of a tile
 
-A value is scale x (stored number), less 8 first where it is int4. int8 uses -127 to 127. A scale may be negative; the
-scales of rows that are padding are 0. So the 8 rows are 8 lanes of a vector: four columns of each are multiplied at
-once by four activations that all lanes share, and one vector of scales serves a tile.
+A value is scale x stored number (int8) or scale x (stored number - 8) (int4). int8 numbers are -127 to 127. A scale may
+be negative; padding rows have scale 0. The 8 rows of a tile are the 8 lanes of a vector: one instruction multiplies
+four columns of each row by four activations shared by all lanes, and one vector holds the tile's scales.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from tierlm.formats.format import Format, Part, Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-LANES = 8  # rows of a tile, one in each lane of a vector
-GROUP = 32  # columns of a tile, which share a scale in each row
-# Scales that are tried for a group of int4, as the number that its largest value is mapped to, before rounding. The
-# rest of a group may gain more by a finer scale than its largest value loses.
-LEVELS = tuple(-6 - step / 4 for step in range(13))
+LANES = 8  # rows of a tile, one per vector lane
+GROUP = 32  # columns of a tile; they share one scale in each row
+# Candidate int4 scales, given as the unrounded number of a group's largest value. Clipping that value may be worth a
+# finer scale for the others.
+PEAKS = tuple(-6 - step / 4 for step in range(13))
 
 
 class Tiles(Format):
-    """``NAME`` has the tiles, ``NAME_scale`` their scales."""
+    """``NAME`` holds the tiles, ``NAME_scale`` their scales."""
 
     def parts(self, shape: Shape) -> Mapping[str, Part]:
         tiles = -(-shape[0] // LANES), -(-shape[1] // GROUP)
         return {"": (self.dtype, (*tiles, self.block_bytes - 2 * LANES)), "_scale": ("F16", (*tiles, LANES))}
 
     def make(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """This takes about 20 times the bytes that ``matrix`` has in bf16."""
+        """Needs about 20 times the size of ``matrix`` in bf16."""
         from torch.nn import functional
 
         padded = functional.pad(matrix, (0, -matrix.shape[1] % GROUP, 0, -matrix.shape[0] % LANES))
@@ -57,14 +57,14 @@ class Tiles(Format):
         return wide[: shape[0], : shape[1]].contiguous()
 
     def _numbers(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [..., 32] -> scales float16 [...], numbers int8 [..., 32]: the largest value becomes 127."""
+        """float32 [..., 32] -> scales float16 [...], numbers int8 [..., 32]. The largest magnitude maps to 127."""
         import torch
 
         scale = _half(groups.abs().amax(-1) / 127)
         return scale, _nearest(groups, scale, -127, 127).to(torch.int8)
 
     def _packed(self, tiles: Tensor) -> Tensor:
-        """The bytes of numbers, int8 [O, G, 8 quads, 8 rows, 4]."""
+        """Stored bytes of numbers, int8 [O, G, 8 quads, 8 rows, 4]."""
         return tiles
 
     def _unpacked(self, data: Tensor) -> Tensor:
@@ -72,19 +72,18 @@ class Tiles(Format):
 
 
 class Int4Tiles(Tiles):
-    """Two numbers in each byte."""
+    """Two numbers per byte."""
 
     def _numbers(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """As above, numbers 0 to 15; the scales of least squared error are searched for."""
+        """As in ``Tiles``, but numbers are 0 to 15 and scales are searched for the least squared error."""
         import torch
 
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
         best = torch.full_like(largest, torch.inf)
         scale = torch.zeros_like(largest, dtype=torch.float16)
-        for level in LEVELS:
-            tried = _half(largest / level)
-            numbers = _nearest(groups, tried, -8, 7)
-            # With the numbers fixed, the scale of least squared error.
+        for peak in PEAKS:
+            numbers = _nearest(groups, _half(largest / peak), -8, 7)
+            # The least-squares scale for these numbers.
             tried = _half((groups * numbers).sum(-1) / (numbers * numbers).sum(-1).clamp_(min=1))
             error = (groups - tried.float()[..., None] * _nearest(groups, tried, -8, 7)).pow_(2).sum(-1)
             better = error < best
@@ -108,7 +107,7 @@ def _half(scale: Tensor) -> Tensor:
 
 
 def _nearest(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """The whole numbers whose products with ``scale`` are nearest; 0 where the scale is 0."""
+    """The integers nearest to ``groups / scale``, clamped to ``low`` .. ``high``; 0 where the scale is 0."""
     import torch
 
     inverse = torch.where(scale == 0, 0.0, 1 / scale.float())

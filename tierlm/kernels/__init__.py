@@ -1,4 +1,4 @@
-"""The arithmetic of weights in their stored formats: compiled kernels, and the torch reference beside them."""
+"""Arithmetic on weights in their stored formats: compiled kernels, each with a torch reference."""
 
 from tierlm.kernels.attention import LatentAttention, fused_mla_decode
 from tierlm.kernels.linear import can_absorb, from_latent, gated_mlp, gated_mlps, into_latent, linear, widen

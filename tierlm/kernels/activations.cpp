@@ -1,4 +1,4 @@
-// What is done to activations between the products, in float32.
+// Operations on float32 activations between products.
 
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace {
 
-// e^x by 2^n e^r, |r| <= ln(2) / 2, with a polynomial for e^r (Cephes, expf.c): within 2 units in the last place.
+// e^x = 2^n e^r, |r| <= ln(2) / 2, with a polynomial for e^r (Cephes, expf.c). The error is at most 2 ulp.
 INLINE Floats exponential(Floats x) {
     const Floats low = Floats{} - 87.0f, high = Floats{} + 88.0f;
     x = x < low ? low : x > high ? high : x;
@@ -24,7 +24,7 @@ INLINE Floats exponential(Floats x) {
     return (p * r * r + r + 1.0f) * reinterpret_cast<Floats>((n + 127) << 23);
 }
 
-// The `i`-th vector of `count` values; what is beyond them is `rest`.
+// The vector at index `i` of `count` values, padded with `rest`.
 INLINE Floats vector_of(const float* x, int64_t i, int64_t count, float rest) {
     if (count - i >= LANES) return *reinterpret_cast<const Floats*>(x + i);
     Floats found = Floats{} + rest;

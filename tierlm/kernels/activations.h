@@ -1,16 +1,16 @@
-// What is done to activations between the products, in float32: see activations.cpp.
+// Operations on float32 activations between products.
 #pragma once
 
 #include <cstdint>
 
-// gate = silu(gate) * up, of `count` values.
+// gate = silu(gate) * up, for `count` values.
 void gated(float* gate, const float* up, int64_t count);
 
-// y = weight * x / root mean square of x, of `count` values.
+// y = weight * x / root mean square of x, for `count` values.
 void normalised(const float* x, const float* weight, float* y, int64_t count, float eps);
 
-// x = softmax(scale * x), of `count` values, `scale` above 0.
+// x = softmax(scale * x), for `count` values; `scale` is positive.
 void softmax(float* x, int64_t count, float scale);
 
-// Pairs of x, which are neighbours or `half` apart, rotated; y has the first halves of all pairs, then the second.
+// Rotates the pairs of x, which are neighbours or `half` apart. y holds all first elements, then all second elements.
 void rotated(const float* x, const float* cosine, const float* sine, float* y, int64_t half, bool interleaved);

@@ -1,6 +1,6 @@
-// Multi-head latent attention of a few tokens in one call, with absorbed projections: queries are carried into the
-// latent space and meet the cache as it is (DeepSeek-V2, arXiv 2405.04434, section 2.1). What models/attention.py does
-// in torch, with the norms before and after it; the threads are woken once.
+// Multi-head latent attention for a few tokens in one parallel region, including the norms before and after.
+// Projections are absorbed: queries in the latent space are multiplied with the cache directly (DeepSeek-V2,
+// arXiv 2405.04434, section 2.1). models/latent.py does the same in torch.
 
 #include <cstring>
 
@@ -11,19 +11,19 @@
 namespace {
 
 struct Attention {
-    Matrix query_a, query_b, key_value_a, key_value_b, output;  // query_a all zeros where queries take one step
+    Matrix query_a, query_b, key_value_a, key_value_b, output;  // query_a is zeros if queries have one projection
     Matrix norm, query_norm, latent_norm, next_norm;            // vectors
     int64_t heads, nope, rope, value, interleaved;
-    int64_t cache_format;   // of FLOAT_FORMATS: float32 or bfloat16
+    int64_t cache_format;   // index into FLOAT_FORMATS: float32 or bfloat16
     uint8_t* cache;         // this layer's [capacity, rank + rope]
-    const int64_t* places;  // [rows, 2] where in the cache the token's sequence begins, and its own position there
+    const int64_t* places;  // [rows, 2] cache row where the token's sequence begins, and the token's position in it
     const float *cosine, *sine;  // [rows, rope / 2]
     const float* hidden;         // [rows, hidden]
     float *sum, *normed;         // [rows, hidden] hidden + attention, and its norm
     int64_t rows;
 };
 
-// Activations as products take them.
+// Activations, float32 and rounded, as operands of products.
 class Input {
    public:
     Input(int64_t rows, int64_t ins)
@@ -42,7 +42,7 @@ class Input {
     std::unique_ptr<Rounded[]> rounded_;
 };
 
-// The nearest bfloat16, halves to the even one; what is no number stays none.
+// Rounds half to even; NaN stays NaN.
 uint16_t to_bfloat16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -57,12 +57,12 @@ LAYOUT(Attention, FIELD(query_a), FIELD(query_b), FIELD(key_value_a), FIELD(key_
        FIELD(interleaved), FIELD(cache_format), FIELD(cache), FIELD(places), FIELD(cosine), FIELD(sine),
        FIELD(hidden), FIELD(sum), FIELD(normed), FIELD(rows))
 
-// Each output is computed by one thread in one fixed order, so that results depend on the operands alone.
+// One thread computes each output in a fixed order: results depend only on the operands.
 extern "C" void tierlm_attention(int threads, const Attention* call, double eps, double inner_eps, double scale) {
     const Attention& a = *call;
     const int64_t rows = a.rows, hidden = a.norm.ins, rank = a.latent_norm.ins, latent = rank + a.rope;
     const int64_t query_width = a.nope + a.rope, per_head = a.nope + a.value;
-    const int64_t low_rank = a.query_a.outs;  // 0 where queries take one step
+    const int64_t low_rank = a.query_a.outs;  // 0 if queries have one projection
     const Format& cached = FLOAT_FORMATS[a.cache_format];
     const int64_t item = a.cache_format == 0 ? 4 : 2;
     const Matrix from_latent = a.key_value_b.exact();
@@ -74,7 +74,7 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
     Input x(rows, hidden), low_x(rows, low_rank), attended(rows, a.heads * a.value);
     int64_t longest = 0;
     for (int64_t row = 0; row < rows; ++row) longest = std::max(longest, a.places[2 * row + 1] + 1);
-    // Heads that one thread takes at a time: they share what is read of the cache.
+    // Heads per unit of work; they share reads of the cache.
     const int64_t group = std::max<int64_t>(1, std::min<int64_t>(4, a.heads * rows / threads));
     const int64_t groups = (a.heads + group - 1) / group;
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention of a few tokens in one call of the compiled kernels."""
+"""Multi-head latent attention for a few tokens, in one call of the compiled kernels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tierlm.kernels import native
 from tierlm.kernels.linear import can_absorb
 from tierlm.kernels.weight import VECTORS, Weight
 
-CACHES = {torch.float32: 0, torch.bfloat16: 1}  # what a cache may hold, as product.h numbers it
+CACHES = {torch.float32: 0, torch.bfloat16: 1}  # dtypes of a cache, numbered as in product.h
 
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """What all layers share. ``interleaved``: whether the pairs that are rotated are neighbours. ``eps`` of the norms
-    around attention and ``inner_eps`` of those inside; ``scale`` of the scores."""
+    """Constants of all layers. ``interleaved``: rotated pairs are neighbours. ``eps``: for the norms around attention;
+    ``inner_eps``: for the norms inside; ``scale``: of the scores."""
 
     heads: int
     nope: int
@@ -39,13 +39,13 @@ def fused_mla_decode(
     places: Tensor,
     angles: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """The residual stream plus attention, and the norm of that, float32 [T, hidden] both, as models/attention.py has
-    them; or None where there are no kernels for these weights, or they are not the faster way for as many tokens.
+    """``Attention.forward`` of models/attention.py: the residual stream plus attention, and its norm, both float32
+    [T, hidden]. None if no kernel supports these weights, or torch is faster for this many tokens.
 
-    ``hidden``: the residual stream. ``matrices``: q_a_proj (None where queries take one step), q_b_proj or q_proj,
-    kv_a_proj, kv_b_proj, o_proj. ``norms``: before, of q_a (or None), of the latent, after. ``cache``: of this layer,
-    float32 or bfloat16 [capacity, rank + rope], to which the latents are added. ``places``: int64 [T, 2], where in it a
-    token's sequence begins, and the token's position there. ``angles``: cosine and sine, float32 [T, rope / 2].
+    ``hidden``: the residual stream. ``matrices``: q_a_proj (None if queries have one projection), q_b_proj or q_proj,
+    kv_a_proj, kv_b_proj, o_proj. ``norms``: input, q_a (or None), latent, output. ``cache``: this layer's, float32 or
+    bfloat16 [capacity, rank + rope]; receives the new latents. ``places``: int64 [T, 2], the cache row where each
+    token's sequence begins, and the token's position in it. ``angles``: cosine and sine, float32 [T, rope / 2].
     """
     library, kv_b = native.load(), matrices[3]
     if library is None or kv_b is None or not can_absorb(kv_b, hidden.shape[0], shape.nope, shape.value):

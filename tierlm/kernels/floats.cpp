@@ -1,4 +1,4 @@
-// Weights stored as floats: widened in registers, multiplied and added up in float32.
+// Weights stored as floats: widened in registers, multiplied and summed in float32.
 
 #include <algorithm>
 #include <cstring>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// How LANES stored values become float32, and one of them.
+// Each struct loads LANES stored values as float32.
 struct Float32 {
     static constexpr int size = 4;
     static INLINE Floats load(const uint8_t* p) { return *reinterpret_cast<const Floats*>(p); }
@@ -29,7 +29,7 @@ struct Float16 {
 struct Float8 {  // e4m3
     static constexpr int size = 1;
     static INLINE Floats load(const uint8_t* p) {
-        // In two steps, each of which is one instruction; compilers take the one step apart.
+        // Two conversions of one instruction each; compilers split a single one badly.
         Words raw = __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Halves), Words);
         Words bits = ((raw & 0x80u) << 24) | ((raw & 0x7fu) << 20);
         return reinterpret_cast<Floats>(bits) * 0x1p120f;
@@ -42,8 +42,8 @@ INLINE float sum(Floats v) {
     return total;
 }
 
-// OUTS weight rows against ROWS activation rows, from the first weight row `out` and activation row `row`.
-// Two accumulators for each pair, over even and odd vectors; then what does not fill a vector, one by one.
+// OUTS weight rows times ROWS activation rows, starting at weight row `out` and activation row `row`. Each pair has two
+// accumulators, for even and odd vectors, and a scalar one for the remaining columns.
 template <class Stored, int OUTS, int ROWS>
 INLINE void tile(const Product& p, int64_t out, int64_t row) {
     const auto* scales = static_cast<const float*>(p.scale);
@@ -94,7 +94,7 @@ INLINE void outputs(const Product& p, int64_t first, int64_t last) {
     }
 }
 
-// COUNT weight rows from `n` on, in order, added to y.
+// Adds COUNT weight rows, starting at `n`, to y in order.
 template <class Stored, int COUNT>
 INLINE void add_rows(const Product& p, const float* x, int64_t n, float* y) {
     const auto* scales = static_cast<const float*>(p.scale);
@@ -120,7 +120,7 @@ INLINE void add_rows(const Product& p, const float* x, int64_t n, float* y) {
     }
 }
 
-// The weight rows are added up in order; a run of them stays in cache for all rows of x.
+// Sums the weight rows in order; a run of them stays in cache for all rows of x.
 template <class Stored>
 INLINE void weighted_rows(const Product& p, int64_t first, int64_t last) {
     constexpr int64_t RUN = 64;

@@ -1,10 +1,10 @@
-"""Products with weights as they are stored.
+"""Products with weights in their stored format.
 
-Activations are float32, and so is the arithmetic; but products with int8 and int4 round the activations to int8 in
-groups of 32, and add up whole numbers within a group, unless the weight is ``exact``. A few rows go to the compiled
-kernels, which widen in registers; so do any number of rounded ones. For many in float32, on a CPU without 16-bit matrix
-instructions, widening a tile that stays in cache and multiplying in float32 is several times faster than torch's
-bfloat16 product. Formats without compiled kernels always take this way.
+Activations and arithmetic are float32. Exception: products with int8 and int4 round activations to int8 in groups of 32
+and sum integers within a group, unless the weight is ``exact``. The compiled kernels, which widen in registers, take a
+few rows of float32 activations, or any number of rounded ones. For more rows, one tile at a time is widened in cache
+and torch multiplies in float32; on a CPU without 16-bit matrix instructions, this is several times faster than torch's
+bfloat16 product. Formats without compiled kernels always use torch.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from tierlm.kernels.quantised import rounded
 from tierlm.kernels.weight import Weight
 
 TILE_VALUES = 2**20  # float32 values of one widened tile: 4 MiB
-TILE_ROWS = 128  # a tile is of a multiple of these, so that hardly a block is widened twice
-ROWS_AT_ONCE = 512  # of several experts in one call of the kernels
-ABSORB_ROWS = 8  # rows up to which the kernels carry queries and values through kv_b without widening it
+TILE_ROWS = 128  # a tile has a multiple of this many rows, so that few blocks are widened twice
+ROWS_AT_ONCE = 512  # activation rows of several experts in one call of the kernels
+ABSORB_ROWS = 8  # most rows that the kernels multiply with kv_b without widening it
 
 Job = tuple[Tensor, Tensor, tuple[Weight, Weight, Weight]]  # x, y, and gate, up and down of a gated_mlp
 
 
 def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows ``start`` to ``stop`` as float32 [stop - start, ...]; a view where they are float32 already."""
+    """Rows ``start`` to ``stop`` as float32 [stop - start, ...]; a view if the weight is float32."""
     extra = start % FORMATS[weight.format].block[0]
     part = weight.rows(start - extra, weight.shape[0] if stop is None else stop)
-    kernels = native.kernels_for(part) if part.scale is not None else None  # torch is as fast at floats alone
+    kernels = native.kernels_for(part) if part.scale is not None else None  # torch is as fast without scales
     return (kernels.widen(part) if kernels is not None else widen_reference(part))[extra:]
 
 
 def widen_reference(weight: Weight) -> Tensor:
-    """``widen`` of all rows, in torch alone."""
+    """``widen`` of all rows in torch."""
     return FORMATS[weight.format].widen(weight.data, weight.scale, weight.shape)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    """``x @ weight.T``: float32 [T, in] -> float32 [T, out]. The result depends on the shapes and values alone."""
+    """``x @ weight.T``: float32 [T, in] -> float32 [T, out]. The result depends only on shapes and values."""
     kernels = native.kernels_for(weight)
     if kernels is not None and _few(x, weight):
         return kernels.linear(x, weight)
@@ -51,12 +51,12 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def _few(x: Tensor, weight: Weight) -> bool:
-    """Whether the kernels are the faster way for these rows."""
+    """Whether the kernels are faster for these rows."""
     return (weight.rounds or x.shape[0] <= native.MAX_ROWS) and x.is_contiguous()
 
 
 def linear_reference(x: Tensor, weight: Weight) -> Tensor:
-    """``linear`` by matrix products of torch, a widened tile at a time."""
+    """``linear`` in torch, one widened tile at a time."""
     if weight.rounds:
         x = rounded(x)
     data = weight.data
@@ -79,9 +79,9 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
 
 
 def gated_mlps(jobs: Sequence[Job]) -> None:
-    """Several ``gated_mlp`` at once: (x, y, (gate, up, down)), where y, contiguous, is written.
+    """Several ``gated_mlp`` at once: (x, y, (gate, up, down)) each. Writes the contiguous y.
 
-    What each gives does not depend on the others.
+    Each result is independent of the other jobs.
     """
     library = native.load()
     together: list[Job] = []
@@ -97,7 +97,7 @@ def gated_mlps(jobs: Sequence[Job]) -> None:
 
 
 def _runs(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
-    """The jobs in order, so many at a time that their scratch stays small."""
+    """The jobs in order, split so that scratch memory stays small."""
     first = rows = 0
     for at, (x, _, _) in enumerate(jobs):
         if at > first and rows + x.shape[0] > ROWS_AT_ONCE:
@@ -108,23 +108,23 @@ def _runs(jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
 
 
 def can_absorb(kv_b: Weight, rows: int, nope: int, value: int) -> bool:
-    """Whether ``into_latent`` and ``from_latent`` take this many rows through ``kv_b`` as it is stored."""
-    whole = not kv_b.tiled or (nope % LANES == 0 and value % LANES == 0)  # no head begins within a tile
+    """Whether ``into_latent`` and ``from_latent`` multiply this many rows with ``kv_b`` in its stored format."""
+    whole = not kv_b.tiled or (nope % LANES == 0 and value % LANES == 0)  # heads begin at tile boundaries
     return rows <= ABSORB_ROWS and whole and native.kernels_for(kv_b) is not None
 
 
 def into_latent(q: Tensor, kv_b: Weight, first: int, heads: int) -> Tensor:
-    """Queries carried into the latent space: float32 [T, g, nope] of the ``g`` heads from ``first`` on times the key
-    half of kv_b, whose rows are [heads, nope + value] -> float32 [g, T, rank]. Never rounds them."""
+    """Queries into the latent space: float32 [T, g, nope] of the ``g`` heads starting at ``first``, times the key half
+    of kv_b [heads * (nope + value), rank] -> float32 [g, T, rank]. Never rounds queries."""
     kernels, nope = native.kernels_for(kv_b), q.shape[2]
     if kernels is not None and can_absorb(kv_b, len(q), nope, kv_b.shape[0] // heads - nope) and q.stride(2) == 1:
         return kernels.into_latent(q, kv_b, first, heads)
-    return torch.bmm(q.transpose(0, 1), _widen_heads(kv_b, first, q.shape[1], heads)[:, : q.shape[2]])
+    return torch.bmm(q.transpose(0, 1), _widen_heads(kv_b, first, q.shape[1], heads)[:, :nope])
 
 
 def from_latent(mixed: Tensor, kv_b: Weight, first: int, heads: int, value: int) -> Tensor:
-    """Values out of the latent space: float32 [g, T, rank] of the ``g`` heads from ``first`` on times the value half
-    of kv_b -> float32 [T, g, value]. Never rounds them."""
+    """Values out of the latent space: float32 [g, T, rank] of the ``g`` heads starting at ``first``, times the value
+    half of kv_b -> float32 [T, g, value]. Never rounds ``mixed``."""
     kernels, rows = native.kernels_for(kv_b), mixed.shape[1]
     if kernels is not None and can_absorb(kv_b, rows, kv_b.shape[0] // heads - value, value) and mixed.is_contiguous():
         return kernels.from_latent(mixed, kv_b, first, heads, value)

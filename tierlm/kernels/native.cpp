@@ -1,4 +1,4 @@
-// The library's plain C interface, called through ctypes. No dependency but the compiler.
+// The library's C interface, called through ctypes. Depends on nothing but the compiler.
 
 #include "../layout.h"
 #include "activations.h"
@@ -12,7 +12,7 @@ void share(int threads, Work work, const Matrix& matrix, const Product& product)
     for (int64_t i = 0; i < pieces; ++i) work(product, i * piece, std::min(matrix.outs, (i + 1) * piece));
 }
 
-// The part `part` of `parts` of some rows.
+// Rounds part `part` of `parts` of the rows.
 void round_part(const float* x, Rounded* rounded, int64_t rows, int64_t ins, int64_t part, int64_t parts) {
     const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
     round_activations(x + first * ins, rounded + first * groups_of(ins), last - first, ins, 0, ins);
@@ -36,12 +36,12 @@ void tierlm_linear(int threads, const Matrix* w, const float* x, float* y, int64
     share(threads, w->as().outputs, *w, product);
 }
 
-// y [outs, ins] = w as float32. Row 0 of `w` is the first of a block of scales, or of a tile.
+// y [outs, ins] = w as float32. Row 0 of `w` begins a block of scales or a tile.
 void tierlm_widen(int threads, const Matrix* w, float* y) {
     share(threads, w->as().widened, *w, w->times(nullptr, nullptr, y, 0));
 }
 
-// w [outs, ins] to the tiles of formats/tiles.py: int4 if `four`, else int8.
+// Quantises w [outs, ins] to the tiles of formats/tiles.py: int4 if `four`, else int8.
 void tierlm_quantise(int threads, int four, const float* w, uint8_t* data, uint16_t* scales, int64_t ins,
                      int64_t outs) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
@@ -49,7 +49,7 @@ void tierlm_quantise(int threads, int four, const float* w, uint8_t* data, uint1
         quantised(w, data, scales, outs, ins, row, std::min(outs, row + LANES), four);
 }
 
-// One expert and the rows that chose it.
+// One expert and its rows.
 struct Expert {
     const float* x;  // [rows, hidden]
     Matrix gate, up, down;
@@ -58,13 +58,13 @@ struct Expert {
 };
 LAYOUT(Expert, FIELD(x), FIELD(gate), FIELD(up), FIELD(down), FIELD(y), FIELD(rows))
 
-// And what it needs on the way.
+// An expert with its intermediate buffers.
 struct Inside : Expert {
     float *inner, *scratch;            // [rows, width] each
     Rounded *rounded, *inner_rounded;  // [rows, groups_of(hidden)] and [rows, groups_of(width)], or null
 };
 
-// y = down(silu(gate(x)) * up(x)) of several experts at once: the threads are woken once for all of them.
+// y = down(silu(gate(x)) * up(x)) for several experts in one parallel region.
 void tierlm_gated_mlps(int threads, const Expert* given, int64_t count) {
     int64_t in_pieces = 0, out_pieces = 0, floats = 0, groups = 0;
     const auto rounds = [](const Matrix& w) { return w.as().rounds ? groups_of(w.ins) : 0; };
@@ -118,10 +118,10 @@ void tierlm_gated_mlps(int threads, const Expert* given, int64_t count) {
     }
 }
 
-// The two halves of kv_b in absorbed attention, w [heads, per_head, rank] as stored, for `group` heads from `head` on.
-// In tiles, `nope` and `value` are multiples of 8, and the format is one that does not round.
+// Products with the two halves of kv_b in absorbed attention: w [heads, per_head, rank] as stored, for `group` heads
+// starting at `head`. In tile formats, `nope` and `value` are multiples of 8. Activations are never rounded.
 
-// into: q [rows, group, nope], with these strides in floats -> latent [group, rows, rank]; a head's first `nope` rows.
+// q [rows, group, nope], strides in floats -> latent [group, rows, rank], by the first `nope` rows of each head.
 void tierlm_into_latent(int threads, const Matrix* w, const float* q, float* latent, int64_t rows, int64_t head,
                         int64_t group, int64_t nope, int64_t per_head, int64_t row_stride, int64_t head_stride) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -133,7 +133,7 @@ void tierlm_into_latent(int threads, const Matrix* w, const float* q, float* lat
     }
 }
 
-// out of: mixed [group, rows, rank] -> y [rows, group, value]; a head's last `value` rows.
+// mixed [group, rows, rank] -> y [rows, group, value], by the last `value` rows of each head.
 void tierlm_from_latent(int threads, const Matrix* w, const float* mixed, float* y, int64_t rows, int64_t head,
                         int64_t group, int64_t value, int64_t per_head) {
     const Matrix exact = w->exact();

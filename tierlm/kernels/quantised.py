@@ -1,4 +1,4 @@
-"""A matrix brought to a format, and activations rounded as some products take them."""
+"""Quantisation of matrices, and rounding of activations."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tierlm.formats.tiles import GROUP
 from tierlm.kernels import native
 from tierlm.kernels.weight import DTYPES, EXACT, Weight
 
-NEGLIGIBLE = 1e-30  # a group of activations with nothing larger is taken for zeros
+NEGLIGIBLE = 1e-30  # a group of activations with no larger magnitude becomes zeros
 
 
 def quantise(matrix: Tensor, format: str) -> Weight:
-    """The weight in ``format`` nearest to a finite float ``matrix`` [out, in]: int8 and int4 by the compiled kernels,
-    where there are any. Slices of whole blocks of rows give slices of it."""
+    """A finite float ``matrix`` [out, in] in ``format``. The compiled kernels, if any, make int8 and int4. Blocks of
+    rows are independent: a slice of ``matrix`` at block boundaries gives the same slice of the result."""
     library = native.load()
     if library is None or format not in EXACT or matrix.device.type != "cpu":
         return quantise_reference(matrix, format)
@@ -28,14 +28,14 @@ def quantise(matrix: Tensor, format: str) -> Weight:
 
 
 def quantise_reference(matrix: Tensor, format: str) -> Weight:
-    """``quantise`` in torch alone."""
+    """``quantise`` in torch."""
     data, scale = FORMATS[format].make(matrix.float())
     return Weight(data, format, scale, tuple(matrix.shape))
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Activations as products with int8 and int4 take them, float32 [T, in] both: in groups of 32 columns the nearest
-    multiples of 1 / 127 of the largest; halves go to the even one. Not a number where a group has no finite largest."""
+    """Activations float32 [T, in] rounded as in products with int8 and int4: in groups of 32 columns, to multiples of
+    1 / 127 of the largest magnitude, half to even. A group with an infinity or NaN becomes NaN."""
     groups = functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
     largest = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest <= NEGLIGIBLE, 0.0, torch.full_like(largest, 127).div_(largest))

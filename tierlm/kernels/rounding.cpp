@@ -1,7 +1,6 @@
-// Floats to whole numbers and a scale: activations to int8, weights to tiles of int8 and int4. Halves go to the even
-// number.
+// Floats to integers and a scale, rounding half to even: activations to int8, weights to tiles of int8 and int4.
 //
-// A product is rounded before anything is added to it, so that every processor, and torch, finds the same numbers.
+// Products are rounded before additions (no FMA), so that all processors, and torch, give the same numbers.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #else
@@ -15,13 +14,13 @@
 
 namespace {
 
-constexpr float NEGLIGIBLE = 1e-30f;  // a group with nothing larger is taken for zeros
-constexpr float WHOLE = 0x1.8p23f;    // added and subtracted: the nearest whole number, for less than 2^22
+constexpr float NEGLIGIBLE = 1e-30f;  // a group with no larger magnitude becomes zeros
+constexpr float WHOLE = 0x1.8p23f;    // adding and subtracting it rounds magnitudes below 2^22
 
 INLINE Floats whole(Floats x) { return (x + WHOLE) - WHOLE; }
 
-// Activations: the largest of a group becomes 127 or -127. What is no number makes its group's scale none, so that it
-// reaches the outputs.
+// Rounds a group of activations; the largest magnitude becomes 127. An infinity or NaN makes the scale NaN, so that it
+// propagates to the outputs.
 INLINE void round_group(const float* x, int64_t count, Rounded* to) {
     constexpr int VECTORS = GROUP / LANES;
     Floats values[VECTORS] = {};
@@ -49,7 +48,7 @@ INLINE void round_group(const float* x, int64_t count, Rounded* to) {
     for (int i = 0; i < LANES; ++i) to->sum += sum[i];
 }
 
-// The nearest float16, of at most its largest number, as its bits in each lane.
+// The bits of the nearest float16, clamped to its finite range.
 INLINE Words to_half(Floats x) {
     const Floats size = x < 0.0f ? -x : x;
     const Words bits = reinterpret_cast<Words>((size > 65504.0f ? Floats{} + 65504.0f : size) * 0x1p-112f);
@@ -62,7 +61,7 @@ INLINE Floats as_half(Floats x) {
     return from_half(&bits);
 }
 
-// The number of each value, nearest for the inverse of a scale.
+// The nearest integer to each value times the inverse of its scale, clamped.
 INLINE Floats number(Floats value, Floats inverse, float low, float high) {
     const Floats found = whole(value * inverse);
     return found < low ? Floats{} + low : found > high ? Floats{} + high : found;
@@ -70,7 +69,7 @@ INLINE Floats number(Floats value, Floats inverse, float low, float high) {
 
 INLINE Floats inverse_of(Floats scale) { return scale == 0.0f ? Floats{} : 1.0f / scale; }
 
-// A tile's values, 8 rows in each vector, and for each row the value of largest size.
+// The values of a tile, 8 rows per vector, and each row's value of largest magnitude.
 struct Values {
     Floats columns[GROUP];
     Floats largest;
@@ -93,7 +92,7 @@ INLINE Floats int8_scale(const Values& values) {
     return as_half((values.largest < 0.0f ? -values.largest : values.largest) / 127.0f);
 }
 
-// The search that formats/tiles.py describes.
+// The search in formats/tiles.py, Int4Tiles.
 INLINE Floats int4_scale(const Values& values) {
     Floats best = Floats{} + __builtin_inff(), scale = {};
     for (int step = 0; step < 13; ++step) {

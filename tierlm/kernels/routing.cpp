@@ -1,4 +1,4 @@
-// A router: which experts a token goes to, with what weights, and the (token, choice) pairs by expert.
+// Routing: expert ids and router weights of each token, (token, choice) pairs sorted by expert, and the weighted sum.
 
 #include <cmath>
 #include <limits>
@@ -10,17 +10,17 @@
 namespace {
 
 struct Router {
-    Matrix gate, bias, norm;  // bias and norm: vectors, or all zeros: none, and activations that are normed already
+    Matrix gate, bias, norm;  // vectors bias and norm are zeros if absent; without norm, x is normed already
     int64_t softmax, groups, groups_chosen, normalize, chosen;
     const float* x;  // [rows, hidden]
     int64_t rows;
-    float* weights;    // [rows, chosen], the best first
+    float* weights;    // [rows, chosen], best first
     int64_t* experts;  // [rows, chosen]
 };
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity(), TAKEN = std::numeric_limits<float>::quiet_NaN();
 
-// The place of the largest value, of several the first; what is no number comes after all others.
+// The index of the first largest value; NaN is smaller than all others.
 int64_t largest(const float* x, int64_t count) {
     int64_t best = 0;
     for (int64_t i = 1; i < count; ++i)
@@ -28,7 +28,7 @@ int64_t largest(const float* x, int64_t count) {
     return best;
 }
 
-// Of DeepSeek-V2 a group's best score; of DeepSeek-V3 the sum of its two best.
+// The score of a group: its best expert's (DeepSeek-V2), or the sum of its two best (DeepSeek-V3).
 float worth(const float* choice, int64_t size, bool softmax) {
     const int64_t best = largest(choice, size);
     if (softmax) return choice[best];
@@ -38,7 +38,7 @@ float worth(const float* choice, int64_t size, bool softmax) {
     return choice[best] + second;
 }
 
-// `choice` of the groups that are not among the best becomes NEVER.
+// Sets `choice` to NEVER in all but the best groups.
 void close_groups(const Router& r, float* choice, float* worths) {
     const int64_t size = r.gate.outs / r.groups;
     for (int64_t g = 0; g < r.groups; ++g) worths[g] = worth(choice + g * size, size, r.softmax);
@@ -86,17 +86,17 @@ void route(const Router& r, float eps, float scale) {
 LAYOUT(Router, FIELD(gate), FIELD(bias), FIELD(norm), FIELD(softmax), FIELD(groups), FIELD(groups_chosen),
        FIELD(normalize), FIELD(chosen), FIELD(x), FIELD(rows), FIELD(weights), FIELD(experts))
 
-// One thread does it: a router is small, and waking the others takes longer.
+// Single-threaded: a router is small, and waking threads takes longer.
 extern "C" void tierlm_route(const Router* routers, int64_t count, double eps, double scale) {
     for (int64_t i = 0; i < count; ++i) route(routers[i], static_cast<float>(eps), static_cast<float>(scale));
 }
 
-// The (token, choice) pairs sorted by expert, stable: a counting sort. Every id is below `count`. `order`: the pair in
-// each row; `inverse`: the row of each pair. `heads` [2, min(pairs, count)]: the distinct ids and their counts. Returns
-// how many are distinct.
+// A stable counting sort of (token, choice) pairs by expert. All ids are below `count`. `order`: the pair in each row;
+// `inverse`: the row of each pair. `heads` [2, min(pairs, count)]: the distinct ids and their counts. Returns how many
+// ids are distinct.
 extern "C" int64_t tierlm_grouped(const int64_t* experts, int64_t* order, int64_t* inverse, int64_t pairs,
                                   int64_t count, int64_t* heads) {
-    const auto rows = room<int64_t>(count);  // of each expert: its pairs, then the row of its next pair
+    const auto rows = room<int64_t>(count);  // per expert: number of pairs, then row of its next pair
     std::fill(rows.get(), rows.get() + count, 0);
     for (int64_t pair = 0; pair < pairs; ++pair) ++rows[experts[pair]];
     int64_t found = 0, row = 0, *counts = heads + std::min(pairs, count);
@@ -114,8 +114,8 @@ extern "C" int64_t tierlm_grouped(const int64_t* experts, int64_t* order, int64_
     return found;
 }
 
-// total = hidden + shared + sum over k of weights[row, k] * outputs[inverse[row, k]], added up in that order, from
-// `shared` on; `shared` may be null: zeros.
+// total = (shared + sum over k of weights[row, k] * outputs[inverse[row, k]]) + hidden, summed in that order; a null
+// `shared` is zeros.
 extern "C" void tierlm_combine(const float* hidden, const float* shared, const float* weights, const float* outputs,
                                const int64_t* inverse, float* total, int64_t rows, int64_t width, int64_t chosen) {
     for (int64_t row = 0; row < rows; ++row) {

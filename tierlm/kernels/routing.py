@@ -1,4 +1,4 @@
-"""A router of a few tokens by the compiled kernels; the (token, choice) pairs by expert; the sum over the choices."""
+"""Routers for a few tokens by the compiled kernels; (token, choice) pairs sorted by expert; the weighted sum."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from tierlm.kernels import native
 from tierlm.kernels.weight import VECTORS, Weight
 
-FEW_ROWS = 8  # above it, torch's products and sorts are faster
+FEW_ROWS = 8  # torch is faster for more rows
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What all routers of a model share: softmax rather than sigmoid, groups of experts, groups that are chosen, and
-    whether the weights are made to sum up to one; they are multiplied by ``scale``. ``eps``: of the norm before."""
+    """Constants of all routers of a model. ``softmax``: else sigmoid. ``normalize``: weights sum to one before they are
+    multiplied by ``scale``. ``eps``: for the norm before the router."""
 
     softmax: bool
     groups: int
@@ -29,7 +29,7 @@ class Rules:
 
 
 class RouterCall(NamedTuple):
-    """One router and its input, float32 [T, hidden]. ``norm``: of ``x``, if that is still to be done."""
+    """One router and its input ``x``, float32 [T, hidden]. ``norm``: applied to ``x`` first; None if already normed."""
 
     x: Tensor
     gate: Weight
@@ -38,8 +38,8 @@ class RouterCall(NamedTuple):
 
 
 def route_few(routers: Sequence[RouterCall], rules: Rules, chosen: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Of each router the weights, float32 [T, chosen], and experts, int64 [T, chosen], the best first; of equals the
-    lower number first. None where there are no kernels for these weights, or too many rows."""
+    """For each router, the weights, float32 [T, chosen], and expert ids, int64 [T, chosen], best first; ties go to the
+    lower id. None if no kernel supports these weights or there are too many rows."""
     library = native.load()
     words: list[int] = []
     found = []
@@ -63,8 +63,8 @@ def route_few(routers: Sequence[RouterCall], rules: Rules, chosen: int) -> list[
 class Groups(NamedTuple):
     """The (token, choice) pairs of a layer, sorted by expert. Pair p is choice p % k of token p // k.
 
-    ``experts``: the distinct ids, ascending. ``counts``: the pairs of each. ``order``: int64 [T * k], the pair in each
-    row; an expert's pairs keep their order. ``inverse``: int64 [T, k], the row of each pair.
+    ``experts``: the distinct ids, ascending. ``counts``: pairs per expert. ``order``: int64 [T * k], the pair in each
+    row; the sort is stable. ``inverse``: int64 [T, k], the row of each pair.
     """
 
     experts: list[int]
@@ -74,7 +74,7 @@ class Groups(NamedTuple):
 
 
 def grouped(experts: Tensor, count: int) -> Groups:
-    """The pairs of the expert ids ``experts``, int64 [T, k], all below ``count``."""
+    """Group the expert ids ``experts``, int64 [T, k], all below ``count``."""
     library, pairs = native.load(), experts.numel()
     if library is None or experts.device.type != "cpu" or not experts.is_contiguous():
         return grouped_reference(experts, count)
@@ -84,7 +84,7 @@ def grouped(experts: Tensor, count: int) -> Groups:
 
 
 def grouped_reference(experts: Tensor, count: int) -> Groups:
-    """``grouped`` in torch alone."""
+    """``grouped`` in torch."""
     pairs = experts.flatten()
     order = pairs.argsort(stable=True)
     found = {expert: number for expert, number in enumerate(pairs.bincount(minlength=count).tolist()) if number}
@@ -93,9 +93,9 @@ def grouped_reference(experts: Tensor, count: int) -> Groups:
 
 def combined(hidden: Tensor, shared: Tensor | None, weights: Tensor, outputs: Tensor, inverse: Tensor) -> Tensor:
     """The residual stream after a layer's experts, float32 [T, hidden]: ``hidden`` + ``shared`` + the weighted sum of
-    the outputs, in the router's order.
+    outputs, in the router's order.
 
-    ``weights``: float32 [T, k]. ``outputs``: float32 [T * k, hidden], by expert; ``inverse``: of Groups.
+    ``weights``: float32 [T, k]. ``outputs``: float32 [T * k, hidden], sorted by expert; ``inverse``: from Groups.
     """
     library = native.load()
     operands = hidden, shared, weights, outputs, inverse

@@ -1,7 +1,7 @@
-"""The structs that C++ takes, as it declares them: numbers and pointers of 64 bits each.
+"""The structs passed to C++, declared as there. Every field is a 64-bit integer or pointer.
 
-Calls pack them as lists of words, in this order, which is cheaper than fields by name. ``native.load`` compares these
-declarations with C++'s.
+Calls pack them as lists of words in this order, which is faster than setting fields. ``native.load`` compares these
+declarations with those in C++.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 
 
 def fields(words: str, kind: type = ctypes.c_int64) -> list[tuple[str, type]]:
-    """Several of one type, by their names."""
+    """Several fields of one type."""
     return [(name, kind) for name in words.split()]
 
 

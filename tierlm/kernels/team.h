@@ -1,7 +1,7 @@
-// How the rows of weights are shared out among the threads of a team.
+// Distributes rows of weights among the threads of a team.
 //
-// The threads are OpenMP's, and in practice torch's own: a second pool beside it would fight it for the cores, since
-// either keeps its idle threads spinning for a while.
+// The threads are OpenMP's, in practice the same as torch's: idle threads spin for a while, so two pools would compete
+// for the cores.
 #pragma once
 
 #include <algorithm>
@@ -10,21 +10,21 @@
 
 #include "product.h"
 
-// A weight, or a vector of floats as one row, as Python passes it: Weight.operand in kernels/weight.py.
+// A weight, or a vector of floats as one row, passed from Python: Weight.operand in kernels/weight.py.
 struct Matrix {
-    int64_t format;  // counts FLOAT_FORMATS, then TILE_FORMATS
+    int64_t format;  // index into FLOAT_FORMATS followed by TILE_FORMATS
     const uint8_t* data;
     const void* scale;
     int64_t outs, ins;
 
     const Format& as() const { return format < FLOATS ? FLOAT_FORMATS[format] : TILE_FORMATS[format - FLOATS]; }
-    // The same, taking activations as they are.
+    // The same weight, with unrounded activations.
     Matrix exact() const { return {as().rounds ? format + TILES / 2 : format, data, scale, outs, ins}; }
     Product times(const float* x, const Rounded* rounded, float* y, int64_t rows) const {
         return {x, rounded, data, scale, y, rows, ins, outs, outs};
     }
-    // Work is shared out in pieces of about 64 Ki weights: long enough to outweigh the hand-over, short enough to end
-    // together; and whole tiles and groups of columns, since an expert's inner values are columns next.
+    // Rows per unit of work, about 64 Ki weights: large enough to amortise scheduling, small enough to balance threads.
+    // A multiple of GROUP: whole tiles, and whole groups when an expert's inner values are rounded for `down`.
     int64_t piece() const { return std::max<int64_t>(GROUP, 65536 / std::max<int64_t>(ins, 1) / GROUP * GROUP); }
     int64_t pieces() const { return (outs + piece() - 1) / piece(); }
 };
@@ -34,7 +34,7 @@ struct Job {
     Product product;
 };
 
-// By all threads of a team: the outputs of some products, and every thread waits for all.
+// Computes the outputs of several products, called by all threads of a team. Ends with a barrier.
 inline void compute(std::initializer_list<Job> jobs) {
     int64_t total = 0;
     for (const Job& job : jobs) total += job.matrix->pieces();
@@ -48,7 +48,7 @@ inline void compute(std::initializer_list<Job> jobs) {
     }
 }
 
-// A vector that is one row of stored floats, as float32; null for none.
+// A vector, stored as one row of floats, as float32; null if absent.
 inline std::unique_ptr<float[]> floats_of(const Matrix& vector) {
     if (!vector.data) return nullptr;
     std::unique_ptr<float[]> wide(new float[vector.ins]);
@@ -57,7 +57,7 @@ inline std::unique_ptr<float[]> floats_of(const Matrix& vector) {
     return wide;
 }
 
-// Memory for `count` values, as it comes.
+// Uninitialised memory for `count` values.
 template <class T>
 std::unique_ptr<T[]> room(int64_t count) {
     return std::unique_ptr<T[]>(new T[std::max<int64_t>(count, 1)]);

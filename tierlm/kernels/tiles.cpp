@@ -1,5 +1,5 @@
-// Weights as int8 or int4 in tiles of 8 rows x 32 columns, in the order that formats/tiles.py gives: the 8 rows of a tile
-// are the 8 lanes of a vector.
+// Weights as int8 or int4 in tiles of 8 rows x 32 columns (formats/tiles.py). The 8 rows of a tile are the 8 lanes of a
+// vector.
 
 #include <algorithm>
 #include <cstring>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// The stored numbers of the 8 rows in one column of a tile.
+// Each struct loads the numbers of one column of a tile.
 struct Int8 {
     static constexpr int64_t tile = 256;
     static INLINE Ints column(const uint8_t* w, int64_t c) {
@@ -34,13 +34,13 @@ INLINE Floats scales_at(const Product& p, int64_t block, int64_t group) {
     return from_half(static_cast<const uint16_t*>(p.scale) + (block * groups_of(p.ins) + group) * LANES);
 }
 
-// The outputs of one block of 8 rows, as far as they exist.
+// Stores the outputs of a block of 8 rows, without padding.
 INLINE void store(const Product& p, int64_t row, int64_t block, int64_t last, Floats total) {
     const int64_t first = block * LANES;
     std::memcpy(p.y + row * p.stride + first - p.origin, &total, std::min<int64_t>(LANES, last - first) * sizeof(float));
 }
 
-// ROWS rows of activations as they are.
+// ROWS rows of unrounded activations.
 template <class Stored, int ROWS>
 INLINE void exact_rows(const Product& p, int64_t first, int64_t last, int64_t row) {
     for (int64_t block = first / LANES; block * LANES < last; ++block) {
@@ -72,7 +72,7 @@ INLINE void exact(const Product& p, int64_t first, int64_t last) {
     for (; row < p.rows; ++row) exact_rows<Stored, 1>(p, first, last, row);
 }
 
-// Rounded activations, where no instruction set with a better way is known.
+// Rounded activations on any processor.
 template <class Stored>
 INLINE void outputs(const Product& p, int64_t first, int64_t last) {
     const int64_t groups = groups_of(p.ins);
@@ -91,7 +91,7 @@ INLINE void outputs(const Product& p, int64_t first, int64_t last) {
     }
 }
 
-// As Format::weighted_rows says; `first` and `last` are multiples of 8. The rows of a tile are lanes until the end.
+// Format::weighted_rows; `first` and `last` are multiples of 8. Lanes are summed only at the end.
 template <class Stored>
 INLINE void weighted_rows(const Product& p, int64_t first, int64_t last) {
     constexpr int64_t PART = 8;  // columns whose sums stay in registers

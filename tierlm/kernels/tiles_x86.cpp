@@ -1,5 +1,5 @@
-// Rounded activations times tiles of int8 and int4 with the byte products of x86: AVX2, and AVX-512 VNNI at the same
-// vector length. Both give the same sums of whole numbers, and so the same bits.
+// Rounded activations times tiles of int8 and int4 by x86 byte products: AVX2, or AVX-512 VNNI on 256-bit vectors. Both
+// give the same integer sums, and so the same bits.
 
 #include "product.h"
 
@@ -15,16 +15,16 @@
 
 namespace {
 
-// Four columns of 8 rows, `w`, times the four activations in each lane of `x`, added to `sum`. int4's numbers are
-// stored as 0 to 15: 8 times the sum of the activations is taken off at the end.
+// add4 and add8 add four columns of 8 rows, `w`, times the four activations in each lane of `x`, to `sum`. int4 numbers
+// are stored as 0 to 15: end4 subtracts 8 times the sum of the activations.
 struct Maddubs {
-    STEP __m256i add4(__m256i sum, __m256i w, __m256i x) {  // int16: 8 products of pairs are at most 8 * 2 * 15 * 127
+    STEP __m256i add4(__m256i sum, __m256i w, __m256i x) {  // fits int16: 8 sums of pairs, at most 8 * 2 * 15 * 127
         return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
     }
     STEP __m256i end4(__m256i sum, int32_t of_x) {
         return _mm256_sub_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(8 * of_x));
     }
-    STEP __m256i add8(__m256i sum, __m256i w, __m256i x) {  // the signs go to the activations: 2 * 128 * 127 fits
+    STEP __m256i add8(__m256i sum, __m256i w, __m256i x) {  // signs move to the activations: 2 * 128 * 127 fits int16
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
@@ -32,7 +32,7 @@ struct Maddubs {
 };
 
 struct Vnni {
-    STEP __m256i dot(__m256i sum, __m256i w, __m256i x) {  // as text, so that AVX2 code may contain it
+    STEP __m256i dot(__m256i sum, __m256i w, __m256i x) {  // inline assembly, since the target is AVX2
         __asm__("vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
         return sum;
     }
@@ -50,7 +50,7 @@ STEP __m256i four(const int8_t* x) {
     return _mm256_set1_epi32(quad);
 }
 
-// The sum so far stays in its register: rearranged by the compiler, sums of several rows would not fit.
+// Keeps a sum in its register: if the compiler reordered the sums of several rows, they would spill.
 STEP void settle(__m256i& sum) { __asm__("" : "+x"(sum)); }
 
 STEP __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -90,11 +90,11 @@ struct Int8 {
     }
 };
 
-// Bytes from what is computed to what is fetched. Without it, reading and computing take turns; past the end of a piece
-// follows what the next thread needs, or nothing.
+// Prefetch distance in bytes, so that reads overlap computation. Past the end of a piece lie the weights of another
+// thread, or nothing.
 constexpr int64_t AHEAD = 2048;
 
-// A tile is unpacked once for ROWS rows of activations.
+// Unpacks each tile once for ROWS rows of activations.
 template <class Stored, class Isa, int ROWS>
 AVX2 void outputs_of_rows(const Product& p, int64_t first, int64_t last, int64_t row) {
     const int64_t groups = groups_of(p.ins);

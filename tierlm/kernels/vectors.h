@@ -1,5 +1,5 @@
-// Vectors of the compiler's own kind, compiled once per instruction set: the best one is chosen when the library is
-// loaded. TIERLM_PORTABLE leaves what runs on any processor, to test it.
+// Compiler vector types. CLONES compiles a function once per instruction set; the best is chosen when the library is
+// loaded. TIERLM_PORTABLE builds only portable code, for tests.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,8 @@ typedef Words LooseWords __attribute__((aligned(1), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(1), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
-// float16 to float32. Exponent and mantissa are moved into place and the difference of the exponents' biases multiplied
-// in, which is right for subnormal numbers as well. Infinities and NaN become large numbers: a weight is neither.
+// float16 to float32: shifts exponent and mantissa into place, then multiplies by 2 to the difference of the exponent
+// biases. Exact for subnormal numbers too. Infinities and NaN become large numbers; weights have neither.
 INLINE Floats from_half(const void* p) {
     const Words raw = __builtin_convertvector(*static_cast<const Halves*>(p), Words);
     const Words bits = ((raw & 0x8000u) << 16) | ((raw & 0x7fffu) << 13);

@@ -1,4 +1,4 @@
-"""A matrix as it is stored, and which formats the compiled kernels know."""
+"""A weight in its stored format, and the formats supported by the compiled kernels."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from tierlm.formats import FORMATS, Shape
 from tierlm.formats.dtypes import torch_dtypes
 
-NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}  # of the formats, in kernels/product.h
-EXACT = {"int8": 6, "int4": 7}  # of those in tiles, with activations as they are
-VECTORS = ("f32", "bf16", "f16")  # formats that norms and biases may have for the compiled kernels
+NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}  # format numbers of kernels/product.h
+EXACT = {"int8": 6, "int4": 7}  # numbers of tile formats with unrounded activations
+VECTORS = ("f32", "bf16", "f16")  # formats of norms and biases in the compiled kernels
 
 DTYPES = torch_dtypes()
 
@@ -20,11 +20,11 @@ DTYPES = torch_dtypes()
 class Weight:
     """A matrix [out, in] (or a vector [out]) in its stored format.
 
-    ``data``, ``scale``: the tensors that the format has for a weight of ``shape``; () if that is the shape of ``data``.
-    ``exact``: products take the activations in float32 where the format would round them to int8.
-    ``rounds``: products round the activations; ``tiled``: rows lie interleaved; ``plain``: a matrix that the compiled
-    kernels take as it lies; ``operand``: struct Matrix of kernels/team.h, a vector being one row. These four are found
-    once, since every product asks.
+    ``data``, ``scale``: the parts of the format for a weight of ``shape``; (): the shape of ``data``.
+    ``exact``: products keep activations in float32 even if the format rounds them to int8.
+    Computed once, since every product needs them: ``rounds``: products round activations; ``tiled``: rows are
+    interleaved; ``plain``: the compiled kernels support this matrix; ``operand``: struct Matrix of kernels/team.h, with
+    a vector as one row.
     """
 
     data: Tensor
@@ -45,18 +45,19 @@ class Weight:
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "rounds", FORMATS[format].rounds and not self.exact)
         object.__setattr__(self, "tiled", format in EXACT)
-        object.__setattr__(self, "plain", number >= 0 and len(shape) == 2 and self._lies_as_expected())
+        object.__setattr__(self, "plain", number >= 0 and len(shape) == 2 and self._matches_format())
         outs, ins = shape if len(shape) == 2 else (1, data.numel())
         pointers = data.data_ptr(), 0 if scale is None else scale.data_ptr()
         object.__setattr__(self, "operand", (number, *pointers, outs, ins))
 
-    def _lies_as_expected(self) -> bool:
+    def _matches_format(self) -> bool:
+        """Whether dtypes and shapes are those of the format, contiguous and on the CPU."""
         parts = [self.data] if self.scale is None else [self.data, self.scale]
         found = [(part.dtype, part.shape) for part in parts if part.device.type == "cpu" and part.is_contiguous()]
         return found == [(DTYPES[dtype], shape) for dtype, shape in FORMATS[self.format].parts(self.shape).values()]
 
     def rows(self, start: int, stop: int) -> Weight:
-        """Rows ``start``, where a block of the format begins, to ``stop`` or the last."""
+        """Rows ``start`` to ``stop``, or to the last. ``start`` begins a block of the format."""
         known, total = FORMATS[self.format], self.shape[0]
         stop = min(stop, total)
         if stop - start == total:

@@ -1,4 +1,4 @@
-"""The mathematics of the architectures, and which there are. No torch in this file."""
+"""The model families, and their arithmetic. No torch in this file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
 
 
 def family_of(model_type: object, where: str) -> Family:
-    """The family of a ``config.json``'s model_type. Raises UnsupportedModelError, listing what is supported."""
+    """The family of a ``config.json``'s model_type. Raises UnsupportedModelError, listing the supported ones."""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise UnsupportedModelError(

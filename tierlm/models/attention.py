@@ -1,4 +1,4 @@
-"""What every kind of attention is to the decoder, and what the kinds share."""
+"""The interface between attention and decoder, and code shared by all kinds of attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tierlm.spec import Rope
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The tokens of one sequence within a step: rows ``start`` to ``stop``, and the sequence's place in the cache."""
+    """One sequence's tokens in a step: rows ``start`` to ``stop``, and the sequence's span in the cache."""
 
     start: int
     stop: int
@@ -27,8 +27,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """``places``: int64 [T, 2], where each token's sequence begins in the cache, and the token's position in it.
-    ``angles``: cosine and sine of the rotary embedding there, float32 [T, dim / 2]."""
+    """``places``: int64 [T, 2], the cache row where each token's sequence begins, and the token's position in it.
+    ``angles``: cosine and sine of the rotary embedding at that position, float32 [T, dim / 2]."""
 
     segments: Sequence[Rows]
     places: Tensor
@@ -36,24 +36,24 @@ class Positions:
 
 
 class Attention(Protocol):
-    """The attention of all layers of one kind; the weights come with each call.
+    """The attention of all layers of one kind; each call passes the weights.
 
-    To add a kind: its spec in spec.py, the names of its tensors in models/family.py, a class like this one, and a line
-    in ``attention_of`` (models/decoder.py). What a sequence gets does not depend on the others of the step.
+    To add a kind: a spec in spec.py, tensor names in models/family.py, a class with this interface, and a line in
+    ``attention_of`` (models/decoder.py). A sequence's result does not depend on the others in the step.
     """
 
     def positions(self, segments: Sequence[Rows]) -> Positions:
-        """Where the tokens of a step are: once for all layers."""
+        """The positions of a step's tokens. Called once for all layers."""
 
     def forward(
         self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream, float32 [T, hidden], with this layer's attention, and the norm of that for what comes
-        next; appends the step to the cache."""
+        """Appends the step to the cache. Returns the residual stream plus attention, and its norm for the feed-forward
+        block, both float32 [T, hidden]."""
 
 
 class Rotary:
-    """The angles of rotary embedding. ``dim``: of a head, as far as it is rotated."""
+    """The angles of rotary embedding. ``dim``: rotated dimensions of a head."""
 
     def __init__(self, rope: Rope, dim: int, device: torch.device):
         frequencies, self._factor = rope_frequencies(rope, dim)
@@ -69,7 +69,7 @@ class Rotary:
 
 
 def causal_softmax(scores: Tensor, scale: float) -> Tensor:
-    """Of ``scores`` [g, T, S], which are overwritten, times ``scale``: the last of T queries sees all S keys."""
+    """Softmax of ``scale * scores`` [g, T, S]. The last of T queries sees all S keys. Overwrites ``scores``."""
     tokens, keys = scores.shape[1:]
     scores = scores.mul_(scale)
     if tokens > 1:

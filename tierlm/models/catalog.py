@@ -1,4 +1,4 @@
-"""A model's records: which bytes of a checkpoint each key stands for. No torch."""
+"""A model's records: the bytes of a checkpoint behind each key. No torch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from tierlm.models.family import require_runnable
 from tierlm.planning.cost import Formats
 from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey, UnitKey
 
-HEAD_BLOCK_BYTES = 64 * 2**20  # the lm_head is used in blocks of rows of this size, so that it streams like a trunk
+HEAD_BLOCK_BYTES = 64 * 2**20  # size of the lm_head's blocks of rows, so that it streams like a trunk
 
 
 class Catalog:
-    """The spec and the records of a model folder, checked against each other when it is made.
+    """The spec and the records of a model folder, checked against each other on construction.
 
-    ``trunks``: the keys of all layers' trunks and then the blocks of the lm_head, in the order in which they run;
-    ``head_weights``: those blocks. ``compressed``: some records are.
-    Raises CheckpointError and UnsupportedModelError.
+    ``trunks``: keys of all layers' trunks, then of the lm_head's blocks, in execution order; ``head_weights``: those
+    blocks. ``compressed``: some records are compressed. Raises CheckpointError and UnsupportedModelError.
     """
 
     def __init__(self, folder: Path):
@@ -40,7 +39,7 @@ class Catalog:
         self.eos = self._eos(folder)
         spec = self.spec
         claimed = len(spec.layers) + len(spec.moe_layers) * spec.experts
-        if claimed > len(self.checkpoint.tensors):  # before anything of that size is built
+        if claimed > len(self.checkpoint.tensors):  # checked before allocating that many keys
             raise CheckpointError(
                 f"{where}: {len(spec.layers)} layers of {spec.experts} experts claimed, "
                 f"{len(self.checkpoint.tensors)} tensors found"
@@ -59,12 +58,12 @@ class Catalog:
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold the tensors."""
+        """The files that contain the tensors."""
         return sorted({tensor.file for tensor in self.checkpoint.tensors.values()})
 
     @property
     def formats(self) -> Formats:
-        """The formats of the routed experts' matrices, of the trunks' and of the lm_head's."""
+        """The formats of the matrices in routed experts, trunks and the lm_head."""
         spec, family = self.spec, self.family
         trunk = self._format(family.trunk_tensors(spec, TrunkKey(0)))
         experts = [self._format(family.expert_tensors(spec, key)) for key in self.experts()[:1]]
@@ -72,12 +71,12 @@ class Catalog:
 
     @property
     def sealed(self) -> bool:
-        """Whether this is a packed store, whose records have checksums."""
+        """Whether this is a packed store; its records have checksums."""
         return all(self._seals.values())
 
     @property
     def fingerprint(self) -> str:
-        """Tells this model from others: a hash of its config, and of its files' names and sizes."""
+        """Identifies this model: a hash of its config and of its files' names and sizes."""
         digest = hashlib.sha256((self.checkpoint.folder / "config.json").read_bytes())
         for file in self.files:
             digest.update(f"{file.name} {file.stat().st_size}".encode())
@@ -90,16 +89,16 @@ class Catalog:
         return self._records[key]
 
     def size(self, key: Key) -> int:
-        """Bytes of the slot that ``key`` needs."""
+        """Bytes of a slot for ``key``."""
         return self._records[key].nbytes
 
     def seals_of(self, tensor: TensorInfo) -> list[Seal]:
-        """The seals of what is inside a tensor, if its file has any."""
+        """The seals within a tensor, if its file has any."""
         end = tensor.offset + tensor.nbytes
         return [seal for at, seal in self._seals[tensor.file].items() if tensor.offset <= at < end]
 
     def stored_share(self, keys: Sequence[Key]) -> float:
-        """The bytes that are read for some keys, as a share of their slots."""
+        """Bytes read for ``keys``, as a fraction of their slots."""
         read = sum(extent.hi - extent.lo for key in keys for extent in self._records[key].extents)
         return read / sum(map(self.size, keys)) if keys else 1.0
 
@@ -113,7 +112,7 @@ class Catalog:
         else:
             tensors = self._tensors(self.family.resident_tensors(self.spec))
         record = build_record(tensors)
-        # What is laid out alike has the same mapping, so that its views can be known for one another's at a glance.
+        # Equal layouts share one mapping, so that views are compared by identity.
         places = self._layouts.setdefault(tuple(record.places.items()), record.places)
         return self._sealed(replace(record, places=places))
 
@@ -129,26 +128,26 @@ class Catalog:
                     claimed = inside.nbytes if claimed == inside.raw else -1
                 if len(record.extents) > 1 or seal is None or seal.nbytes != claimed:
                     raise CheckpointError(
-                        f"{extent.file}: {extent.tensors[0].name} at offset {extent.start}: expected a record as "
-                        "it was packed, found something else; pack the model again"
+                        f"{extent.file}: {extent.tensors[0].name} at offset {extent.start}: expected a record as it "
+                        "was packed, found something else; pack the model again"
                     )
                 record = replace(record, seal=seal)
                 return record if inside is None else compressed(record, inside)
         return record
 
     def stored(self, name: str, shape: tuple[int, ...]) -> StoredWeight:
-        """The weight called ``name``, in whichever format it has. Raises CheckpointError, UnsupportedModelError."""
+        """The weight ``name``, in its stored format. Raises CheckpointError, UnsupportedModelError."""
         return find_weight(self.checkpoint, name, shape)
 
     def _tensors(self, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
         return by_role({role: self.stored(*named) for role, named in shapes.items()})
 
     def _format(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-        """Of the largest of them."""
+        """The format of the largest tensor."""
         return self.stored(*max(tensors.values(), key=lambda named: math.prod(named[1]))).format
 
     def _head_blocks(self, name: str) -> list[StoredWeight]:
-        """The lm_head, cut into blocks of rows: as it was packed, or as its size demands."""
+        """The lm_head in blocks of rows: as packed, or of HEAD_BLOCK_BYTES."""
         vocab, hidden = self.spec.vocab, self.spec.hidden
         packed = row_blocks(name, self.checkpoint.tensors)
         if packed:
@@ -171,11 +170,11 @@ class Catalog:
         if tensor.dtype not in known or len(self.stored(name, shape).parts) > 1:
             raise UnsupportedModelError(f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(known)}")
         if tensor.inside is not None:
-            raise UnsupportedModelError(f"{tensor.file}: {name} is compressed; where rows are read, it may not be")
+            raise UnsupportedModelError(f"{tensor.file}: {name} is compressed; its rows are read one by one")
         return tensor
 
     def _eos(self, folder: Path) -> tuple[int, ...]:
-        """Ids that end a text: the config's, and those of ``generation_config.json``."""
+        """End-of-text ids from ``config.json`` and ``generation_config.json``."""
         file = folder / "generation_config.json"
         extra: Any = read_json(file).get("eos_token_id") if file.exists() else None
         more = () if extra is None else tuple(extra) if isinstance(extra, list) else (extra,)

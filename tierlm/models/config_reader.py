@@ -8,11 +8,11 @@ from typing import Any
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.spec import LayerSpec, ModelSpec, Rope, Yarn
 
-MAX_LAYERS = 4096  # about forty times what any model has: more is taken for a broken number
+MAX_LAYERS = 4096  # about forty times the deepest model: more is a corrupt config
 
 
 class Config:
-    """The fields of a ``config.json``; ``where`` names it. Methods raise CheckpointError, and UnsupportedModelError."""
+    """The fields of the ``config.json`` at ``where``. Methods raise CheckpointError and UnsupportedModelError."""
 
     def __init__(self, fields: Mapping[str, Any], where: str):
         self.fields, self.where = fields, where
@@ -22,12 +22,12 @@ class Config:
                 raise CheckpointError(f"{where}: {name}: expected an object, found {fields[name]!r}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field ``name`` as it is, or ``default`` where it is absent or null."""
+        """The field ``name``, unchecked; ``default`` if absent or null."""
         value = self.fields.get(name)
         return default if value is None else value
 
     def number(self, *names: str, default: int | None = None) -> int:
-        """The first field of ``names`` that is there: a whole number, not negative."""
+        """The first field of ``names`` that is present: a non-negative integer."""
         value = next((self.fields[name] for name in names if self.fields.get(name) is not None), default)
         if type(value) is not int or value < 0:
             raise CheckpointError(f"{self.where}: {' or '.join(names)}: expected a whole number, found {value!r}")
@@ -35,7 +35,7 @@ class Config:
 
     def layers(self) -> int:
         count = self.number("num_hidden_layers")
-        if count > MAX_LAYERS:  # before anything of that size is built
+        if count > MAX_LAYERS:  # checked before allocating that many
             raise CheckpointError(f"{self.where}: num_hidden_layers: expected at most {MAX_LAYERS}, found {count}")
         return count
 
@@ -49,13 +49,13 @@ class Config:
         return bool(self.fields.get(name, default))
 
     def token_ids(self, name: str) -> tuple[int, ...]:
-        """Absent, one id, or a list."""
+        """The field ``name``: absent, one id, or a list."""
         value = self.get(name, [])
         return tuple(value) if isinstance(value, list) else (value,)
 
     def model(self, layers: tuple[LayerSpec, ...], norm_eps: float) -> ModelSpec:
-        """The spec of ``layers``, with the fields that all families name alike; ``norm_eps`` where there is none.
-        Raises ValueError too, for sizes that no model has."""
+        """The spec of ``layers``, plus the fields common to all families; ``norm_eps`` is a default.
+        Also raises ValueError, for impossible sizes."""
         return ModelSpec(
             model_type=self.model_type,
             vocab=self.number("vocab_size"),
@@ -69,14 +69,14 @@ class Config:
         )
 
     def allow(self, **allowed: tuple[Any, ...]) -> None:
-        """Refuse fields whose value would silently give wrong text: each is absent, null, or one of those allowed."""
+        """Refuse values that would silently give wrong text: each field must be absent, null, or an allowed value."""
         for name, values in allowed.items():
             if self.get(name, values[0]) not in values:
                 wanted = " or ".join(map(repr, values))
                 raise UnsupportedModelError(f"{self.where}: {name} {self.fields[name]!r} is not supported; {wanted} is")
 
     def allow_fp8_blocks(self) -> None:
-        """Refuse quantisation other than float8 in blocks of 128 x 128."""
+        """Refuse quantisation other than float8 in 128 x 128 blocks."""
         quantization = self.get("quantization_config", {})
         method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
         if quantization and (method != "fp8" or block != [128, 128]):
@@ -85,7 +85,7 @@ class Config:
             )
 
     def rope(self, interleaved: bool, theta: float = 10000.0) -> Rope:
-        """RoPE from ``rope_scaling`` + ``rope_theta`` (as published), or transformers 5's ``rope_parameters``."""
+        """RoPE from the published ``rope_scaling`` and ``rope_theta``, or transformers 5's ``rope_parameters``."""
         table: dict[str, Any] = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
         theta = table.get("rope_theta") or self.get("rope_theta") or theta
         if not isinstance(theta, (int, float)):

@@ -1,4 +1,4 @@
-"""The layer-by-layer executor: embed -> layers -> norm -> logits. One layer's weights at a time."""
+"""The decoder: embed -> layers -> norm -> logits, with one layer's weights at a time."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from tierlm.timeline import Timeline, span
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The new tokens of one sequence in one step."""
+    """One sequence's new tokens in a step."""
 
     ids: Sequence[int]
     span: Span
 
 
 class Decoder:
-    """``resident``: the tensors that are always resident. ``head``: the keys of the lm_head's blocks, in order of
-    rows."""
+    """``resident``: the tensors of ResidentKey. ``head``: keys of the lm_head's blocks, in row order."""
 
     def __init__(
         self,
@@ -51,17 +50,17 @@ class Decoder:
         self._norm = resident["norm"]
         kinds = list(dict.fromkeys(layer.attention for layer in spec.layers))
         self._attention = [attention_of(kind, spec.norm_eps, cache, device) for kind in kinds]
-        self._layers = [  # by layer: its trunk, the kind of its attention, the norm after that, and whether MoE follows
+        self._layers = [  # per layer: trunk, kind of attention, norm after attention, whether it is MoE
             (TrunkKey(i), kinds.index(layer.attention), resident[f"{i}.norm"], isinstance(layer.feed_forward, Moe))
             for i, layer in enumerate(spec.layers)
         ]
 
     @torch.inference_mode()
     def forward(self, steps: Sequence[Segment], *, prefill: bool, out: Tensor | None = None) -> Tensor:
-        """Run the new tokens of some sequences through the model, and advance the sequences.
+        """Run new tokens of several sequences through the model, and advance the sequences.
 
         Returns logits, float32 on the CPU: of each sequence's last token [len(steps), vocab]; or of every new token,
-        written into ``out`` [T, vocab] where that is given. If it raises, the sequences stand where they stood.
+        written into ``out`` [T, vocab] if given. If it raises, no sequence has advanced.
         """
         hidden = self.embedding.read([i for step in steps for i in step.ids])  # [T, hidden]
         segments: list[Rows] = []
@@ -93,7 +92,7 @@ class Decoder:
         return out
 
     def _logits(self, x: Tensor, out: Tensor) -> None:
-        """float32 [T, hidden] -> ``out`` [T, vocab], one block of the lm_head after another."""
+        """float32 [T, hidden] -> ``out`` [T, vocab], block by block of the lm_head."""
         start = 0
         for key in self.head:
             block = self.trunks.get(key)["lm_head"]
@@ -103,7 +102,7 @@ class Decoder:
 
 
 def attention_of(spec: AttentionSpec, norm_eps: float, cache: KvCache, device: torch.device) -> Attention:
-    """What computes the layers of one kind of attention."""
+    """The implementation of one kind of attention."""
     if isinstance(spec, Grouped):
         return GroupedHeads(spec, norm_eps, cache, device)
     return LatentHeads(spec, norm_eps, cache, device)

@@ -1,4 +1,4 @@
-"""DeepSeek-V2, V2-Lite, V3, R1, V3.1, and Kimi-K2, which has the same architecture. No torch."""
+"""DeepSeek-V2, V2-Lite, V3, R1 and V3.1, and Kimi-K2, which shares their architecture. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tierlm.spec import Dense, Latent, LayerSpec, ModelSpec, Moe, RouterSpec
 
 
 class DeepSeek(Names):
-    """Latent attention; a few dense layers, then MoE with a shared expert and, from V3 on, a correction bias."""
+    """Latent attention; a few dense layers, then MoE with a shared expert and, since V3, a correction bias."""
 
     def read_spec(self, config: Config) -> ModelSpec:
         v2 = config.model_type == "deepseek_v2"

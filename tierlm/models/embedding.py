@@ -1,4 +1,4 @@
-"""Token embeddings, read from the checkpoint row by row: the table itself is never loaded."""
+"""Token embeddings, read from the checkpoint row by row; the table is never loaded as a whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tierlm.checkpoints.views import DTYPES
 
 
 class Embedding:
-    """The table at ``place``, whose ``rows`` are read on demand."""
+    """``rows`` of the table at ``place``, read on demand."""
 
     def __init__(self, rows: Rows, place: TensorInfo, device: torch.device):
         self._rows, self._dtype, self._device = rows, DTYPES[place.dtype], device
@@ -24,5 +24,5 @@ class Embedding:
         return rows.view(len(ids), -1).to(self._device, torch.float32)
 
     def close(self) -> None:
-        """Close the file. May be called again."""
+        """Close the file. Idempotent."""
         self._rows.close()

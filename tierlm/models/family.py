@@ -1,52 +1,52 @@
-"""What a family of models says of itself: config -> spec, and the names and shapes of its tensors. No torch."""
+"""The interface of model families: config -> spec, and the names and shapes of tensors. No torch."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from tierlm.errors import UnsupportedModelError
 from tierlm.models.config_reader import Config
-from tierlm.spec import Dense, ExpertKey, Grouped, Latent, LayerSpec, ModelSpec, Moe, TrunkKey
+from tierlm.spec import Dense, ExpertKey, Grouped, Latent, ModelSpec, Moe, TrunkKey
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # role -> (tensor name, shape)
 
 
 class Family(Protocol):
-    """One family. ``Names`` implements all but ``read_spec`` for checkpoints named as most are."""
+    """One family. ``Names`` implements all but ``read_spec``, for the usual tensor names."""
 
     def read_spec(self, config: Config) -> ModelSpec:
-        """Raises UnsupportedModelError, CheckpointError, and ValueError for sizes that no model has."""
+        """Raises UnsupportedModelError, CheckpointError, and ValueError for impossible sizes."""
 
     def expert_tensors(self, spec: ModelSpec, key: ExpertKey) -> Shapes:
-        """What one routed expert consists of."""
+        """The tensors of one routed expert."""
 
     def trunk_tensors(self, spec: ModelSpec, key: TrunkKey) -> Shapes:
-        """What every token uses of one layer, but for its second norm and its router."""
+        """The tensors of one layer that every token uses, except its second norm and its router."""
 
     def resident_tensors(self, spec: ModelSpec) -> Shapes:
-        """The final norm, and each layer's second norm and router. They are apart from the trunks because the layer
-        before evaluates them, to predict what comes next."""
+        """The final norm, and each layer's second norm and router. Predictions use them before the layer's trunk is
+        read, so they are not in the trunk."""
 
     def embedding_name(self) -> str: ...
 
     def head_name(self, spec: ModelSpec) -> str: ...
 
     def ignored(self, spec: ModelSpec, name: str) -> bool:
-        """Whether a tensor is of a part that is not run."""
+        """Whether a tensor belongs to a part that is never run."""
 
 
 class Names:
-    """The names that most families give their tensors. A family overrides those that differ."""
+    """The usual tensor names. A family overrides the ones that differ."""
 
-    moe = "mlp."  # of the MoE within its layer
-    router = "gate."  # within the MoE
+    moe = "mlp."  # prefix of the MoE within its layer
+    router = "gate."  # prefix of the router within the MoE
     router_bias = "gate.bias"
     correction = "gate.e_score_correction_bias"
-    projections = ("gate_proj", "up_proj", "down_proj")  # of an expert
+    projections = ("gate_proj", "up_proj", "down_proj")  # an expert's matrices
 
     def expert_tensors(self, spec: ModelSpec, key: ExpertKey) -> Shapes:
         moe = spec.moe
-        assert moe is not None, "an expert of a model without any"
+        assert moe is not None, "a model without experts"
         prefix = f"model.layers.{key.layer}.{self.moe}experts.{key.expert}."
         found = mlp(prefix, spec.hidden, moe.width, self.projections)
         if moe.clamped:
@@ -57,7 +57,10 @@ class Names:
     def trunk_tensors(self, spec: ModelSpec, key: TrunkKey) -> Shapes:
         prefix, layer = f"model.layers.{key.layer}.", spec.layers[key.layer]
         found: Shapes = {"input_layernorm": (prefix + "input_layernorm.weight", (spec.hidden,))}
-        found |= attention(prefix + "self_attn.", spec.hidden, layer)
+        if isinstance(layer.attention, Grouped):
+            found |= _grouped(prefix + "self_attn.", spec.hidden, layer.attention)
+        else:
+            found |= _latent(prefix + "self_attn.", spec.hidden, layer.attention)
         if isinstance(layer.feed_forward, Dense):
             found |= mlp(prefix + "mlp.", spec.hidden, layer.feed_forward.width)
         elif layer.feed_forward.shared_width:
@@ -84,21 +87,13 @@ class Names:
         return self.embedding_name() if spec.tied_head else "lm_head.weight"
 
     def ignored(self, spec: ModelSpec, name: str) -> bool:
-        """Layers past the last one: multi-token prediction."""
+        """Layers beyond the last are for multi-token prediction."""
         parts = name.split(".")
         return name.startswith("model.layers.") and parts[2].isdigit() and int(parts[2]) >= len(spec.layers)
 
 
-def attention(prefix: str, hidden: int, layer: LayerSpec) -> Shapes:
-    """The tensors of a layer's attention, by its kind."""
-    spec = layer.attention
-    if isinstance(spec, Grouped):
-        return _grouped(prefix, hidden, spec)
-    return _latent(prefix, hidden, spec)
-
-
 def mlp(prefix: str, hidden: int, width: int, names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) -> Shapes:
-    """A SwiGLU; ``names``: of its gate, up and down projections."""
+    """The tensors of a SwiGLU; ``names``: its gate, up and down projections."""
     gate, up, down = names
     return {
         "gate_proj": (f"{prefix}{gate}.weight", (width, hidden)),
@@ -107,27 +102,19 @@ def mlp(prefix: str, hidden: int, width: int, names: tuple[str, ...] = ("gate_pr
     }
 
 
-def missing(spec: ModelSpec) -> list[str]:
-    """What the engine lacks to run such a model; the planner needs none of it."""
-    layers = [layer.attention for layer in spec.layers]
-    grouped = [attention for attention in layers if isinstance(attention, Grouped)]
+def require_runnable(spec: ModelSpec, where: str) -> None:
+    """Raises UnsupportedModelError, naming the features that the engine lacks; the planner does not need them."""
+    grouped = [layer.attention for layer in spec.layers if isinstance(layer.attention, Grouped)]
     moe = spec.moe
-    lacks: dict[str, Any] = {
+    features = {
         "attention sinks": any(attention.sinks for attention in grouped),
         "sliding windows": any(attention.window is not None for attention in grouped),
-        "biases of attention": any(attention.bias for attention in grouped),
-        "biases of routers": moe is not None and moe.router.bias,
+        "attention biases": any(attention.bias for attention in grouped),
+        "router biases": moe is not None and moe.router.bias,
         "clamped experts with biases": moe is not None and moe.clamped,
     }
-    return [name for name, needed in lacks.items() if needed]
-
-
-def require_runnable(spec: ModelSpec, where: str) -> None:
-    """Raises UnsupportedModelError, naming what is missing."""
-    if lacks := missing(spec):
-        raise UnsupportedModelError(
-            f"{where}: {spec.model_type} can be planned for, but not run yet; missing: {', '.join(lacks)}"
-        )
+    if missing := [name for name, needed in features.items() if needed]:
+        raise UnsupportedModelError(f"{where}: {spec.model_type} supports planning only; missing: {', '.join(missing)}")
 
 
 def _latent(prefix: str, hidden: int, spec: Latent) -> Shapes:

@@ -10,7 +10,7 @@ from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
 class GptOss(Names):
     """Grouped attention with sinks and, in every other layer, a window; clamped experts with biases in every layer.
 
-    Shapes are those of one expert; the published files stack a layer's experts, in mxfp4.
+    Shapes describe one expert; the published files stack a layer's experts in mxfp4.
     """
 
     router = "router."

@@ -1,4 +1,4 @@
-"""Grouped-query attention (Ainslie et al., arXiv 2305.13245), with an RMSNorm of queries and keys where asked for."""
+"""Grouped-query attention (Ainslie et al., arXiv 2305.13245), with optional RMSNorm of queries and keys."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tierlm.spec import SCORE_VALUES, Grouped
 
 
 class GroupedHeads:
-    """``Attention`` of the layers of kind ``spec``; ``norm_eps``: of all norms."""
+    """``Attention`` for layers with this ``spec``; ``norm_eps`` applies to all norms."""
 
     def __init__(self, spec: Grouped, norm_eps: float, cache: KvCache, device: torch.device):
         self.spec, self.norm_eps, self.cache = spec, norm_eps, cache
         self._rotary = Rotary(spec.rope, spec.head_dim, device)
         self._scale = softmax_scale(spec.rope, spec.head_dim)
-        self._sharing = spec.heads // spec.kv_heads  # heads that use the same keys and values
+        self._sharing = spec.heads // spec.kv_heads  # query heads per head of keys and values
 
     def positions(self, segments: Sequence[Rows]) -> Positions:
         return self._rotary.positions(segments)
@@ -30,7 +30,7 @@ class GroupedHeads:
     def forward(
         self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
     ) -> tuple[Tensor, Tensor]:
-        """Heads that share keys and values meet them in one product, in the cache as it is."""
+        """Query heads that share keys and values are multiplied with them in one product, directly in the cache."""
         spec, eps, (cos, sin) = self.spec, self.norm_eps, positions.angles
         tokens, dim = len(hidden), spec.head_dim
         x = rms_norm(hidden, trunk["input_layernorm"], eps)
@@ -50,14 +50,14 @@ class GroupedHeads:
         return total, rms_norm(total, next_norm, eps)
 
     def _attend(self, queries: Tensor, past: Tensor, out: Tensor) -> None:
-        """Of one sequence: queries [T, heads, dim], past [S, 2 * kv_heads * dim] -> ``out`` [T, heads, dim]."""
+        """One sequence: queries [T, heads, dim], past [S, 2 * kv_heads * dim] -> ``out`` [T, heads, dim]."""
         spec, sharing, (tokens, heads, dim) = self.spec, self._sharing, queries.shape
         stored = past.view(len(past), 2, spec.kv_heads, dim)
         keys, values = stored[:, 0].permute(1, 2, 0), stored[:, 1].transpose(0, 1)  # [kv, dim, S], [kv, S, dim]
         group = max(1, min(heads, SCORE_VALUES // (tokens * len(past))))
         if group >= sharing:
             group -= group % sharing
-        else:  # no group of heads begins in one and ends in another head of keys and values
+        else:  # a group of query heads never spans two heads of keys and values
             group = next(count for count in range(group, 0, -1) if sharing % count == 0)
         for first in range(0, heads, group):
             count = min(group, heads - first)

@@ -23,12 +23,12 @@ from tierlm.models.attention import Positions, Rotary, Rows, causal_softmax
 from tierlm.models.layers import rms_norm, rotate, softmax_scale
 from tierlm.spec import EXPANDED_VALUES, SCORE_VALUES, Latent
 
-LATENT_NORM_EPS = 1e-6  # of the norms inside attention: fixed in DeepSeek's code, whatever rms_norm_eps says
-EXPAND_FROM = 128  # tokens of a sequence from which expanding its keys and values costs less than absorbed projections
+LATENT_NORM_EPS = 1e-6  # for the norms inside attention: fixed in DeepSeek's code, independent of rms_norm_eps
+EXPAND_FROM = 128  # new tokens of a sequence at which expanding its keys and values beats absorbed projections
 
 
 class LatentHeads:
-    """``Attention`` of the layers of kind ``spec``; ``norm_eps``: of the norms around it."""
+    """``Attention`` for layers with this ``spec``; ``norm_eps`` applies to the norms around it."""
 
     def __init__(self, spec: Latent, norm_eps: float, cache: KvCache, device: torch.device):
         self.spec, self.norm_eps, self.cache = spec, norm_eps, cache
@@ -43,8 +43,8 @@ class LatentHeads:
     def forward(
         self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
     ) -> tuple[Tensor, Tensor]:
-        """Few tokens: queries are carried into the latent space and meet the cache as it is (absorbed projections), by
-        the compiled kernels in one call where they can. Many: keys and values are expanded, a few heads at a time."""
+        """Few tokens: queries are projected into the latent space and multiplied with the cache directly (absorbed
+        projections), in one kernel call if possible. Many: keys and values are expanded, a few heads at a time."""
         queries = (None, trunk["q_proj"]) if self.spec.q_rank is None else (trunk["q_a_proj"], trunk["q_b_proj"])
         matrices = *queries, trunk["kv_a_proj"], trunk["kv_b_proj"], trunk["o_proj"]
         norms = trunk["input_layernorm"], trunk.get("q_a_layernorm"), trunk["kv_a_layernorm"], next_norm
@@ -57,7 +57,7 @@ class LatentHeads:
         return done
 
     def _attend(self, x: Tensor, layer: int, trunk: Weights, positions: Positions) -> Tensor:
-        """The normed ``x`` [T, hidden] -> float32 [T, hidden]."""
+        """Normed ``x`` [T, hidden] -> float32 [T, hidden]."""
         spec, segments, angles = self.spec, positions.segments, positions.angles
         heads, nope, rank = spec.heads, spec.nope_dim, spec.kv_rank
         if spec.q_rank is None:
@@ -90,7 +90,7 @@ class LatentHeads:
         return linear(out.view(len(x), heads * spec.value_dim), trunk["o_proj"])
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, kv_b: Weight, first: int) -> Tensor:
-        """q [T, g, .] of the heads from ``first`` on, past [S, rank + rope] -> [T, g, value]."""
+        """q [T, g, .] of the g heads starting at ``first``, past [S, rank + rope] -> [T, g, value]."""
         spec = self.spec
         q_latent = into_latent(q_nope, kv_b, first, spec.heads)
         query = torch.cat((q_latent, q_rope.transpose(0, 1)), dim=-1)  # [g, T, rank + rope]
@@ -98,7 +98,7 @@ class LatentHeads:
         return from_latent(mixed, kv_b, first, spec.heads, spec.value_dim)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, kv_b: Weight, first: int) -> Tensor:
-        """As ``_absorbed``, with keys and values of every past token."""
+        """Same result as ``_absorbed``, with expanded keys and values."""
         spec = self.spec
         nope, count, rows = spec.nope_dim, q_nope.shape[1], spec.nope_dim + spec.value_dim
         up = widen(kv_b, first * rows, (first + count) * rows).view(count, rows, spec.kv_rank)

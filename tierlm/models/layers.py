@@ -17,11 +17,11 @@ def rms_norm(x: Tensor, weight: Weight, eps: float) -> Tensor:
 
 
 def rope_frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
-    """Angles per position, float32 [dim / 2], and the factor on cosine and sine.
+    """Angle per position, float32 [dim / 2], and a factor for cosine and sine.
 
-    With YaRN (arXiv 2309.00071): dimensions that turn often keep their frequency, those that turn less than
-    ``beta_slow`` times within the original context are slowed by ``factor``, with a ramp between. DeepSeek's
-    ``mscale`` and ``mscale_all_dim`` as in its modeling_deepseek.py.
+    YaRN (arXiv 2309.00071): dimensions that turn more than ``beta_fast`` times within the original context keep their
+    frequency, fewer than ``beta_slow`` times: divided by ``factor``, with a linear ramp between. DeepSeek's ``mscale``
+    and ``mscale_all_dim`` follow its modeling_deepseek.py.
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     plain = 1.0 / rope.theta**exponents
@@ -44,7 +44,7 @@ def rope_frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
 
 
 def softmax_scale(rope: Rope, query_dim: int) -> float:
-    """1 / sqrt(query_dim), with YaRN times DeepSeek's mscale_all_dim term squared."""
+    """1 / sqrt(query_dim); with YaRN, times the square of DeepSeek's mscale_all_dim term."""
     scale: float = query_dim**-0.5
     if rope.yarn is not None and rope.yarn.mscale_all_dim:
         scale *= _mscale(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2
@@ -52,10 +52,10 @@ def softmax_scale(rope: Rope, query_dim: int) -> float:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the pairs of ``x`` [T, heads, dim] by the angles of ``cos`` and ``sin`` [T, dim / 2].
+    """Rotate the pairs of ``x`` [T, heads, dim] by ``cos`` and ``sin`` [T, dim / 2].
 
-    The result has the first halves of all pairs, then the second halves, in either layout: only products of a rotated
-    query with a rotated key are ever taken.
+    The result holds all first elements, then all second elements, even if ``interleaved``: queries and keys are only
+    ever multiplied with each other, so their common order does not matter.
     """
     half = x.shape[-1] // 2
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])

@@ -8,7 +8,7 @@ from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
 
 
 class Mixtral(Names):
-    """Grouped attention, and experts in every layer."""
+    """Grouped attention, and MoE in every layer."""
 
     moe = "block_sparse_moe."
     projections = ("w1", "w3", "w2")

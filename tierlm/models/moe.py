@@ -1,4 +1,4 @@
-"""Mixture of experts: route, acquire, compute, combine. Where the model meets the memory."""
+"""Mixture of experts, where the model meets the memory: route, acquire, compute, combine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tierlm.tracing.recorder import AHEAD, Recorder
 
 
 class MixtureOfExperts:
-    """The MoE part of all layers."""
+    """The MoE block of all layers."""
 
     def __init__(
         self,
@@ -31,14 +31,12 @@ class MixtureOfExperts:
         self.spec, self.router, self.store = spec, router, store
         self.timeline, self.recorder = timeline, recorder
         self._shared = spec.moe is not None and spec.moe.shared_width > 0
-        self._place = {layer: at for at, layer in enumerate(spec.moe_layers)}
 
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
-        """``hidden`` is the residual stream, ``x`` its norm, float32 [T, hidden] both; returns the stream with this
-        layer's experts.
+        """Residual stream ``hidden`` and its norm ``x``, both float32 [T, hidden] -> residual stream plus experts.
 
-        Each expert computes the rows of all tokens that chose it. The sum over a token's choices runs in the router's
-        order, so the order in which experts arrive does not reach the result.
+        Each expert computes the rows of all its tokens. Outputs are summed in the router's order, so the order in
+        which experts arrive does not affect the result.
         """
         lookahead = self.store.lookahead
         targets = lookahead.targets(layer, prefill)
@@ -57,8 +55,8 @@ class MixtureOfExperts:
     def _compute(
         self, x: Tensor, layer: int, trunk: Weights, groups: Groups, leases: Leases
     ) -> tuple[Tensor, Tensor | None]:
-        """The outputs of the routed experts, by expert, and of the shared expert if there is one. The shared expert is
-        computed with the resident ones, while the others are read."""
+        """The outputs of the routed experts, by expert, and of the shared expert if any. The shared expert runs with
+        the resident experts, while the others are read."""
         outputs = x.new_empty(len(groups.order), x.shape[1])  # [T * k, hidden]
         places = zip(_rows(x, groups), outputs.split_with_sizes(groups.counts), strict=True)  # [n, hidden] both
         mine = dict(zip(groups.experts, places, strict=True))
@@ -72,7 +70,7 @@ class MixtureOfExperts:
         return outputs, shared
 
     def before_attention(self, hidden: Tensor, layer: int, prefill: bool) -> None:
-        """The last chance to predict what ``layer`` demands: ``hidden`` lacks its attention only."""
+        """Late prediction of ``layer``'s own experts: ``hidden`` lacks only its attention."""
         if self.recorder is not None and self.recorder.scores:
             self._record_prediction(self.recorder, hidden, layer, 0)
         if self.store.lookahead.before_attention(prefill):
@@ -80,11 +78,11 @@ class MixtureOfExperts:
             self.store.look_ahead(layer, 0, prefill, ranked.tolist())
 
     def _record(self, recorder: Recorder, hidden: Tensor, x: Tensor, layer: int, experts: Tensor) -> None:
-        """Write down what ``layer`` has chosen, and on request what it and the next layers' gates make of it."""
+        """Record the experts of ``layer`` and, on request, its scores and the rankings by the next layers' routers."""
+        scores = self.router.score(x, layer)[1].cpu().numpy() if recorder.scores else None
+        recorder.choose(layer, experts.cpu().numpy(), scores)
         if not recorder.scores:
-            recorder.choose(layer, experts.cpu().numpy())
             return
-        recorder.choose(layer, experts.cpu().numpy(), self.router.score(x, layer)[1].cpu().numpy())
         later = self.spec.moe_layers[self.spec.moe_layers.index(layer) + 1 :]
         for ahead, target in enumerate(later[: AHEAD - 1], 1):
             self._record_prediction(recorder, hidden, target, ahead)
@@ -94,7 +92,7 @@ class MixtureOfExperts:
 
 
 def _rows(x: Tensor, groups: Groups) -> Sequence[Tensor]:
-    """The rows of ``x`` [T, hidden] that each expert takes, [n, hidden]."""
+    """Each expert's rows of ``x`` [T, hidden]: [n, hidden]."""
     chosen = groups.inverse.shape[1]
     if len(x) == 1:
         return [x] * chosen

@@ -1,7 +1,7 @@
-"""A model's records as its config alone gives them: what ``Catalog`` is with the files, before they are downloaded.
+"""A model's records derived from its config alone, before its files are downloaded. No torch.
 
-Both speak of the same tensors, those that the family names, and both give their sizes to the plan through ``sizes_of``.
-No torch.
+``Catalog`` does the same from files. Both get their tensors from the family, and pass sizes to the plan by
+``sizes_of``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tierlm.spec import ExpertKey, HeadKey, Key, ModelSpec, ResidentKey, TrunkKe
 
 
 class Records(Protocol):
-    """What ``Catalog`` and ``Outline`` have in common."""
+    """The common interface of ``Catalog`` and ``Outline``."""
 
     spec: ModelSpec
     family: Family
@@ -39,7 +39,7 @@ class Records(Protocol):
 
 
 class Outline:
-    """The records of a ``config.json``. ``format``: one of MIXTURES; None: as the config says that it is published.
+    """The records of a ``config.json``. ``format``: one of MIXTURES; None: the format stated by the config.
 
     Raises UnsupportedModelError, CheckpointError, UsageError.
     """
@@ -65,8 +65,7 @@ class Outline:
         return [ExpertKey(layer, e) for layer in self.spec.moe_layers for e in range(self.spec.experts)]
 
     def size(self, key: Key) -> int:
-        """Bytes of the slot that ``key`` needs, as a file lays it out that knows nothing of pages: half a page lost at
-        either end."""
+        """Bytes of a slot for ``key``, in a file that is not aligned to pages: half a page lost at either end."""
         like = ExpertKey(key.layer, 0) if isinstance(key, ExpertKey) else key
         if like not in self._sizes:
             self._sizes[like] = (self._bytes(like) // ALIGNMENT + 2) * ALIGNMENT
@@ -82,7 +81,7 @@ class Outline:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the tensors that a run uses."""
+        """Bytes of the tensors used by a run."""
         spec = self.spec
         layers = sum(self._bytes(TrunkKey(layer)) for layer in range(len(spec.layers)))
         experts = sum(spec.experts * self._bytes(ExpertKey(layer, 0)) for layer in spec.moe_layers)
@@ -91,8 +90,8 @@ class Outline:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all tensors as published. A layer for multi-token prediction brings an embedding, a head and a
-        projection of its own (DeepSeek-V3 technical report, arXiv 2412.19437, 2.2)."""
+        """Bytes of all published tensors. A multi-token prediction layer has its own embedding, head and projection
+        (DeepSeek-V3 technical report, arXiv 2412.19437, 2.2)."""
         spec = self.spec
         layer = self._bytes(TrunkKey(len(spec.layers) - 1))
         layer += sum(spec.experts * self._bytes(ExpertKey(last, 0)) for last in spec.moe_layers[-1:])
@@ -117,8 +116,8 @@ class Outline:
 
 
 def sizes_of(records: Records, context: int, chunk: int, kv_item: int) -> Sizes:
-    """What the plan needs to know of a model: ``context`` and ``chunk`` in tokens, ``kv_item`` bytes of a cached
-    value. The engine and the command line both plan with this."""
+    """The sizes that the plan needs: ``context`` and ``chunk`` in tokens, ``kv_item`` in bytes per cached value. The
+    engine and the CLI plan with the same sizes."""
     spec = records.spec
     experts = records.experts()
     return Sizes(
@@ -133,7 +132,7 @@ def sizes_of(records: Records, context: int, chunk: int, kv_item: int) -> Sizes:
 
 
 def work_of(records: Records) -> Work:
-    """What one token makes a model do."""
+    """The work of one token."""
     spec, family = records.spec, records.family
     layers = [_values(family.trunk_tensors(spec, TrunkKey(layer))) for layer in range(len(spec.layers))]
     routed = [ExpertKey(layer, 0) for layer in spec.moe_layers[:1]]
@@ -156,7 +155,7 @@ def work_of(records: Records) -> Work:
 
 
 def published_format(config: Mapping[str, Any]) -> str:
-    """The format that a config says its checkpoint is in."""
+    """The checkpoint format stated by a config."""
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     return method if method in MIXTURES else "bf16"

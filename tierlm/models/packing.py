@@ -1,4 +1,4 @@
-"""What a packed store of a model consists of: its records, by file, and the format that each weight is to have."""
+"""The contents of a model's packed store: the records of each file, and the target format of each weight."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tierlm.spec import ExpertKey, ResidentKey
 
 KEEP = "keep"
 CODECS = ("none", "zstd", "auto")
-PLAIN = ("embedding.safetensors", "resident.safetensors")  # never compressed: read row by row, and small
-SAMPLES = 4  # records that are compressed to learn how fast they come back
+PLAIN = ("embedding.safetensors", "resident.safetensors")  # never compressed: one is read row by row, one is small
+SAMPLES = 4  # records compressed to measure the speed of decompression
 BESIDE = (
     "config.json",
     "generation_config.json",
@@ -55,12 +55,12 @@ def pack_model(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> None:
-    """Write the model of ``folder`` as a packed store to ``out``, a new folder.
+    """Write the model in ``folder`` as a packed store to the new folder ``out``.
 
-    ``experts``, ``trunk``: the formats of the routed experts' matrices, and of those that every token uses, by name, or
-    "keep". Norms, routers and the embedding stay as they are; layers for multi-token prediction are left out.
-    ``codec``: "zstd" compresses the records of floats, "none" none; "auto" is the one that ``choose_codec`` finds.
-    ``say`` is called with what became of the codec, in words. Raises UsageError, CheckpointError, StorageError.
+    ``experts``, ``trunk``: the format of the routed experts' and of all other matrices, by name, or "keep". Norms,
+    routers and the embedding keep theirs; layers for multi-token prediction are omitted. ``codec``: "zstd" compresses
+    the float records, "none" nothing; "auto" calls ``choose_codec``. ``say`` receives messages about the codec.
+    Raises UsageError, CheckpointError, StorageError.
     """
     if codec not in CODECS:
         raise UsageError(f"codec: expected one of {', '.join(CODECS)}, found {codec!r}")
@@ -69,7 +69,7 @@ def pack_model(
         if name not in known:
             raise UsageError(f"{what}: expected one of {', '.join(known)}, found {name!r}")
     if folder.resolve() in out.resolve().parents:
-        raise UsageError(f"{out}: lies in the folder of the model, in which nothing is written; choose another")
+        raise UsageError(f"{out}: is inside the model's folder, which is never modified; choose another folder")
     catalog = Catalog(folder)
     files = records_of(catalog, experts, trunk)
     if codec == "auto":
@@ -77,13 +77,13 @@ def pack_model(
         if say is not None:
             say(f"codec {codec}: {why}")
     if codec == "zstd":
-        load_zstandard()  # or say now that it is missing
+        load_zstandard()  # fails early if it is not installed
         files = compressed(files)
         count, total = len(_compressed_records(files)), sum(map(len, files.values()))
         if not count:
             raise UsageError(
-                "codec zstd: no record is of floats alone; int8 and int4 would gain little, and never are: "
-                "choose other formats (--experts keep --trunk keep), or codec none"
+                "codec zstd: no record contains only floats, and int8 and int4 gain too little to be compressed; "
+                "choose other formats (--experts keep --trunk keep) or codec none"
             )
         if say is not None:
             say(f"codec zstd: {count} of {total} records are compressed")
@@ -93,13 +93,13 @@ def pack_model(
     config = json.loads(beside["config.json"])
     packings = (packing for records in files.values() for record in records for packing in record.packings)
     if "quantization_config" in config and any(packing.target != packing.weight.format for packing in packings):
-        del config["quantization_config"]  # it speaks of a format that not all weights have any more
+        del config["quantization_config"]  # no longer true for all weights
         beside["config.json"] = json.dumps(config, indent=2).encode()
     pack(files, beside, out, describe(catalog, experts, trunk, codec), progress)
 
 
 def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[PackedRecord]]:
-    """The files of the packed store, name -> records: one for each layer, and three for what is no layer's."""
+    """The files of the packed store, name -> records: one per layer, plus embedding, resident tensors and lm_head."""
     spec, family = catalog.spec, catalog.family
 
     def record(name: str, weights: Mapping[str, tuple[str, tuple[int, ...]]], target: str) -> PackedRecord:
@@ -126,7 +126,7 @@ def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[Pac
 
 
 def compressed(files: Mapping[str, Sequence[PackedRecord]]) -> dict[str, list[PackedRecord]]:
-    """The same files, in which the records that are of floats alone are compressed: experts, trunks, the lm_head."""
+    """The same files, with the float records of experts, trunks and the lm_head marked for compression."""
     return {
         name: [replace(record, compress=name not in PLAIN and record.floats) for record in records]
         for name, records in files.items()
@@ -134,14 +134,13 @@ def compressed(files: Mapping[str, Sequence[PackedRecord]]) -> dict[str, list[Pa
 
 
 def choose_codec(catalog: Catalog, files: Mapping[str, Sequence[PackedRecord]], out: Path) -> tuple[str, str]:
-    """The codec for ``files`` on the disk of ``out``, and why, in words: zstd where as many threads as the disk is read
-    with make records again as fast as it would deliver them compressed. What was begun with a codec goes on with it.
-    """
+    """The codec for ``files`` on the disk of ``out``, and the reason: zstd if decompression, with as many threads as
+    the disk's read depth, keeps up with the disk. An unfinished pack keeps its codec."""
     if (description := unfinished(out)) is not None:
-        return description["packed"].get("codec", "none"), "as the unfinished pack was begun"
+        return description["packed"].get("codec", "none"), "continues an unfinished pack"
     records = sorted(_compressed_records(compressed(files)), key=lambda record: record.shape().nbytes)
     if not records:
-        return "none", "no record is of floats alone"
+        return "none", "no record contains only floats"
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     cache = ProfileCache(user_cache())
     profile, name = cache.get(folder), disk_name(folder)
@@ -150,12 +149,12 @@ def choose_codec(catalog: Catalog, files: Mapping[str, Sequence[PackedRecord]], 
         with closing(reader):
             profile, _ = find_profile(reader, catalog.files, "auto", cache)
     if profile is None or profile.bytes_per_second is None:
-        return "none", f"the speed of {name} is not known; running a model of a GiB or more from it measures it"
-    middle = len(records) // 2  # an expert, where there are any
+        return "none", f"the speed of {name} is unknown; running a model of 1 GiB or more from it measures it"
+    middle = len(records) // 2  # an expert, if there are any
     share, speed = measure([raw_bytes(record) for record in records[middle : middle + SAMPLES]], profile.depth)
     wanted = profile.bytes_per_second / share
-    found = f"{share:.0%} of the bytes are left; {profile.depth} threads decompress {speed / 1e9:.2f} GB/s, {name}"
-    return "zstd" if speed >= wanted else "none", f"{found} would deliver {wanted / 1e9:.2f} GB/s so compressed"
+    found = f"{share:.0%} of the bytes remain; {profile.depth} threads decompress {speed / 1e9:.2f} GB/s, {name}"
+    return "zstd" if speed >= wanted else "none", f"{found} would deliver {wanted / 1e9:.2f} GB/s compressed"
 
 
 def _compressed_records(files: Mapping[str, Sequence[PackedRecord]]) -> list[PackedRecord]:
@@ -163,7 +162,7 @@ def _compressed_records(files: Mapping[str, Sequence[PackedRecord]]) -> list[Pac
 
 
 def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str, Any]:
-    """The settings of a pack, and which files it was made from."""
+    """The settings of a pack, and its source files."""
     files = {}
     for file, header in catalog.checkpoint.headers.items():
         status = file.stat()
@@ -178,6 +177,6 @@ def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str
 
 
 def _packing(weight: StoredWeight, target: str) -> Packing:
-    """A weight that has the format already, and a vector, stay as they are."""
+    """Vectors always keep their format."""
     kept = target == KEEP or len(weight.shape) != 2
     return Packing(weight, weight.format if kept else target)

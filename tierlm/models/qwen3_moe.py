@@ -8,7 +8,7 @@ from tierlm.spec import Dense, Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
 
 
 class Qwen3Moe(Names):
-    """Grouped attention with QK-norm; every ``decoder_sparse_step``-th layer is MoE, but for ``mlp_only_layers``."""
+    """Grouped attention with QK-norm; every ``decoder_sparse_step``-th layer is MoE, except ``mlp_only_layers``."""
 
     def read_spec(self, config: Config) -> ModelSpec:
         config.allow_fp8_blocks()

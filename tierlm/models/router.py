@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what router weights."""
+"""Routers: the expert ids and router weights of each token."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from tierlm.spec import ModelSpec, RouterSpec
 
 
 class Router:
-    """The routers of all MoE layers. ``resident``: the tensors that are always resident (models/family.py)."""
+    """The routers of all MoE layers. ``resident``: the tensors of ResidentKey (models/family.py)."""
 
     def __init__(self, spec: ModelSpec, resident: Weights):
         self.spec = spec
         rule = RouterSpec("softmax") if spec.moe is None else spec.moe.router
         softmax = rule.score == "softmax"
-        self._rule = rule
         self._rules = Rules(softmax, rule.groups, rule.groups_chosen, rule.normalize, rule.scale, spec.norm_eps)
         self._layers = {
             layer: (resident[f"{layer}.router"], resident.get(f"{layer}.correction"), resident[f"{layer}.norm"])
@@ -28,22 +27,21 @@ class Router:
         }
 
     def score(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The scores of all experts, and by what the best are chosen, float32 [T, E] both, for normed ``x`` [T,
-        hidden]."""
+        """Normed ``x`` [T, hidden] -> the scores of all experts, and the same corrected for selection, both float32
+        [T, E]."""
         matrix, correction, _ = self._layers[layer]
         logits = linear(x, matrix)
         scores = logits.softmax(-1) if self._rules.softmax else logits.sigmoid()
         return scores, scores if correction is None else scores + correction.data.float()
 
     def route(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The router weights, float32 [T, k], and expert ids, int64 [T, k], of each row of the normed ``x`` [T,
-        hidden], the best first."""
+        """Normed ``x`` [T, hidden] -> router weights, float32 [T, k], and expert ids, int64 [T, k], best first."""
         return self.route_ahead(x, layer, x, ())[:2]
 
     def route_ahead(
         self, x: Tensor, layer: int, hidden: Tensor, ahead: Sequence[int]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """``route``, and what the routers of the layers ``ahead`` make of ``hidden``, as ``rank``."""
+        """``route``, and ``rank`` of ``hidden`` for each layer in ``ahead``."""
         chosen = self.spec.experts_per_token
         matrix, correction, _ = self._layers[layer]
         calls = [RouterCall(x, matrix, correction, None), *(RouterCall(hidden, *self._layers[at]) for at in ahead)]
@@ -54,8 +52,7 @@ class Router:
         return weights, experts, [ranked for _, ranked in others]
 
     def rank(self, hidden: Tensor, layer: int, chosen: int) -> Tensor:
-        """The ``chosen`` experts that ``layer`` would rank first if ``hidden`` [T, hidden], not normed, came to it as
-        it is: int64 [T, chosen]."""
+        """The top ``chosen`` experts of ``layer`` for ``hidden`` [T, hidden], not normed: int64 [T, chosen]."""
         own = self._layers[layer]
         found = route_few([RouterCall(hidden, *own)], self._rules, chosen)
         if found is not None:
@@ -64,11 +61,11 @@ class Router:
 
     def _choose(self, x: Tensor, layer: int, chosen: int) -> tuple[Tensor, Tensor]:
         """``route`` in torch, for any number of rows."""
-        rule = self._rule
+        rule = self._rules
         scores, choice = self.score(x, layer)
         if rule.groups > 1:
             grouped = choice.view(len(x), rule.groups, -1)
-            best = grouped.amax(-1) if rule.score == "softmax" else grouped.topk(2, dim=-1).values.sum(-1)
+            best = grouped.amax(-1) if rule.softmax else grouped.topk(2, dim=-1).values.sum(-1)
             kept = best.topk(rule.groups_chosen, dim=-1).indices
             closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
             choice = grouped.masked_fill(closed[..., None], float("-inf")).view_as(choice)

@@ -204,7 +204,7 @@ def test_doctor_of_limits_and_files(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert next(f for f in health.check_files([file]) if f.area == "file system").level == "note"
     monkeypatch.setattr(health.os, "access", lambda path, mode: False)
     (finding,) = health.check_files([file])
-    assert finding.level == "broken" and "may not be read" in finding.what
+    assert finding.level == "broken" and "is not readable" in finding.what
 
 
 def test_doctor_of_a_machine(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_disk_is_measured_and_left_as_it_was(quick: None, tmp_path: Path) -> N
 def test_what_came_from_ram_is_labelled(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "device_bytes", lambda path: 0)  # made up: the device has seen nothing
     (rate,) = measure_disk(tmp_path, [Cell("mmap", "random", MIB, 1)], 5.0)
-    assert rate.from_ram == "the device delivered 0% of it"
+    assert rate.from_ram == "the device delivered 0% of the bytes"
     monkeypatch.setattr(storage, "file_system", lambda path: "tmpfs")
     (rate,) = measure_disk(tmp_path, [Cell("mmap", "random", MIB, 1)], 5.0)
     assert rate.from_ram == "tmpfs is memory"

@@ -30,9 +30,9 @@ ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 class TensorInfo:
     """Location of one tensor: bytes ``offset`` to ``offset + nbytes`` of ``file``, row-major.
 
-    ``format``, ``size``: format and shape of the weight that this data encodes; empty for scales and before recognition.
-    ``inside``: the compressed record that holds the tensor; ``offset`` is then the record's start in the file plus the
-    tensor's offset in the decompressed record.
+    ``format``, ``size``: format and shape of the encoded weight; empty for scales and before recognition. ``inside``:
+    the compressed record that holds the tensor; ``offset`` is then the record's start in the file plus the tensor's
+    offset in the decompressed record.
     """
 
     name: str
@@ -258,7 +258,7 @@ def read_header(file: Path) -> Header:
 
 
 def _inside(file: Path, tensors: Mapping[str, TensorInfo], text: str) -> dict[str, TensorInfo]:
-    """The tensors inside compressed records. ``text``: JSON, stored tensor -> [record's checksum, name -> [dtype, shape]]."""
+    """The tensors inside compressed records. ``text``: JSON, stored tensor -> [checksum, name -> [dtype, shape]]."""
     found: dict[str, TensorInfo] = {}
     try:
         for outer, (checksum, entries) in json.loads(text).items():

@@ -11,7 +11,7 @@ DEMO = Path(__file__).parent.parent / "demo"
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder of ``model``: a folder, "demo" (embedded), or a Hub id, which is downloaded. Raises CheckpointError."""
+    """The folder of ``model``: a folder, "demo" (embedded) or a Hub id (downloaded). Raises CheckpointError."""
     if model == "demo":
         return DEMO
     folder = Path(model)

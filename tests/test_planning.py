@@ -69,7 +69,7 @@ def test_plan_with_recorded_routing(tierlm: Command, tmp_path: Path) -> None:
     arguments = ("plan", "DeepSeek-V3", "--ram", "64GiB", "--trace", str(trace))
     found = json.loads(tierlm(*arguments, "--json")[1])
     assert found["predicted"]["typical"]["hit_rate"] == 1.0 > found["predicted"]["worst"]["hit_rate"]
-    assert "as recorded" in found["routing"] and "another model's" in found["routing"]
+    assert "as recorded" in found["routing"] and "another model" in found["routing"]
     assert "at the same share of slots" in " ".join(tierlm(*arguments)[1].split())
     trace.write_text("nonsense")
     code, _, err = tierlm(*arguments)
@@ -98,7 +98,7 @@ def test_plan_takes_a_given_disk_and_machine(tierlm: Command, tmp_path: Path) ->
         (("plan", "demo", "--ram", "1GiB", "--context", "99999"), 2, "context"),
         (("plan", "demo", "--ram", "1GiB", "--prompt", "0"), 2, "prompt"),
         (("plan", "demo", "--ram", "1GiB", "--machine", "absent.json"), 2, "cannot be read"),
-        (("plan", "demo", "--ram", "1GiB", "--disk-bandwidth", "0"), 2, "more than nothing"),
+        (("plan", "demo", "--ram", "1GiB", "--disk-bandwidth", "0"), 2, "more than 0"),
         (("profile", "--path", "/nowhere"), 2, "expected a folder"),
         (("profile", "--json", "/nowhere/p.json"), 2, "cannot be written"),
         (("doctor", "nonsense"), 1, "no known model"),

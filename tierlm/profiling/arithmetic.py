@@ -96,8 +96,8 @@ class Stream:
 
 
 def measure_unpacking() -> dict[str, Spread]:
-    """Decompressed bytes a second of zstd on all cores, for the exponent bytes of bfloat16 weights; empty if the package
-    is not installed."""
+    """Decompressed bytes a second of zstd on all cores, for the exponent bytes of bfloat16 weights; empty without the
+    package zstandard."""
     try:
         import zstandard
     except ImportError:

@@ -66,7 +66,7 @@ def check_files(files: Sequence[Path]) -> list[Finding]:
 
 
 def check_limits(files: int, pins: bool) -> list[Finding]:
-    """Check the limits of this process. ``files``: number of the model's; ``pins``: whether a card needs locked memory."""
+    """Check the limits of this process. ``files``: number of files; ``pins``: whether a card needs locked memory."""
     found = []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < files + HANDLES:
@@ -125,7 +125,9 @@ def _kernels() -> Finding:
         try:
             ctypes.CDLL(str(file))
         except OSError as error:
-            return Finding("broken", "kernels", f"{file.name} does not load: {error}", "reinstall tierlm on this machine")
+            return Finding(
+                "broken", "kernels", f"{file.name} does not load: {error}", "reinstall tierlm on this machine"
+            )
         return Finding("ok", "kernels", f"compiled ({file.name})")
     todo = "install a C++ compiler, then reinstall tierlm"
     return Finding("note", "kernels", "not compiled: torch is used instead, several times slower", todo)

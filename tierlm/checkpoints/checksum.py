@@ -15,9 +15,8 @@ DIGITS = 16  # hexadecimal digits of a checksum
 
 
 def new_checksum() -> Any:
-    """An incremental 64-bit XXH3 (``update``, ``hexdigest``; https://github.com/Cyan4973/xxHash).
-
-    It is faster than any disk and detects damage, not forgery."""
+    """An incremental 64-bit XXH3 (``update``, ``hexdigest``): faster than any disk; detects damage, not forgery.
+    https://github.com/Cyan4973/xxHash"""
     return xxhash.xxh3_64()
 
 

@@ -32,8 +32,7 @@ TORCH = 480 * 2**20  # bytes of torch, the weights to measure with and the embed
 
 def profile(
     path: Annotated[
-        list[Path] | None,
-        Option("--path", help="A folder on a disk to measure; repeatable; default: the current folder."),
+        list[Path] | None, Option("--path", help="A folder on a disk to measure; repeatable; default: this folder.")
     ] = None,
     json_file: Annotated[Path | None, Option("--json", help="Also write the profile to this file.")] = None,
     plot: Annotated[Path | None, Option(help="Plot bandwidth against capacity to this file.")] = None,
@@ -125,7 +124,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
     )
     if (free := available_ram()) < TORCH:
         missing.append(
-            f"kernels, cards and the engine: {format_size(free)} of RAM free, torch needs {format_size(TORCH)}"
+            f"kernels, cards and the engine: {format_size(free)} of RAM are free, torch needs {format_size(TORCH)}"
         )
         return measured
     from tierlm.profiling.arithmetic import (

@@ -35,9 +35,7 @@ def record(
     *,
     prompts: Annotated[Path, Option(help="A text file, one prompt a line.")],
     output: Annotated[Path, Option("--output", "-o", help="The trace to write.")],
-    scores: Annotated[
-        bool, Option("--scores", help="Also record the scores of all experts, and gate predictions.")
-    ] = False,
+    scores: Annotated[bool, Option("--scores", help="Also record all experts' scores and gate predictions.")] = False,
     budget: Annotated[Budget, Memory()],
     params: Annotated[SamplingParams, Sampling()],
     options: Annotated[LoadOptions, Loading()],

@@ -125,9 +125,7 @@ def _kernels() -> Finding:
         try:
             ctypes.CDLL(str(file))
         except OSError as error:
-            return Finding(
-                "broken", "kernels", f"{file.name} does not load: {error}", "reinstall tierlm on this machine"
-            )
+            return Finding("broken", "kernels", f"{file.name} does not load: {error}", "reinstall tierlm here")
         return Finding("ok", "kernels", f"compiled ({file.name})")
     todo = "install a C++ compiler, then reinstall tierlm"
     return Finding("note", "kernels", "not compiled: torch is used instead, several times slower", todo)

@@ -465,7 +465,7 @@ def test_pack_verify_and_run(model: str, tierlm: Any) -> None:
     outcome = tierlm("pack", model, "packed", "--experts", "keep", "--trunk", "keep")
     assert outcome.code == 0 and "packed: " in outcome.err
     outcome = tierlm("verify", "packed")
-    assert outcome.code == 0 and "all records are what was packed" in outcome.err
+    assert outcome.code == 0 and "all checksums match" in outcome.err
     assert "no checksums" in tierlm("verify", model).err
     command = ("-p", "the quick", "-n", "5", "--context", "64")
     assert tierlm("run", "packed", *command).out == tierlm("run", model, *command).out
@@ -491,5 +491,5 @@ def test_an_interrupted_pack_says_that_it_goes_on(model: str, tierlm: Any, monke
     with monkeypatch.context() as patch:
         patch.setattr("tierlm.checkpoints.pack.write_file", interrupt)
         outcome = tierlm("pack", model, "packed")
-    assert outcome.code == 1 and "the same command goes on" in outcome.err and not Path("packed").exists()
+    assert outcome.code == 1 and "the same command continues" in outcome.err and not Path("packed").exists()
     assert tierlm("pack", model, "packed").code == 0

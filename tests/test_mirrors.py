@@ -153,7 +153,7 @@ def test_the_account_of_a_disk_ends_with_its_reads() -> None:
     reader = MirrorReader({FILE: [Copy(name, volume) for name, volume in zip(NAMES, volumes, strict=True)]})
     for _ in range(5):
         ask(reader)
-    assert [volume.under_way for volume in volumes] == [0, 0]
+    assert [volume.in_flight for volume in volumes] == [0, 0]
 
 
 # --- failures
@@ -461,4 +461,4 @@ def test_same_tokens_with_a_mirror_on_another_disk(other_disk: Path) -> None:
         reader = llm._runtime.reader
         assert isinstance(reader, MirrorReader) and reader.troubles() == []
         volumes = {copy.volume for copies in reader._copies.values() for copy in copies}
-        assert len(volumes) == 2 and all(volume.total > 0 and volume.under_way == 0 for volume in volumes)
+        assert len(volumes) == 2 and all(volume.total > 0 and volume.in_flight == 0 for volume in volumes)

@@ -206,7 +206,7 @@ def test_off_neither_probes_nor_takes_what_is_remembered(big: list[Path], cache:
     cache.put(big[0], FOUND)
     reader = Counting()
     profile, note = find_profile(reader, big, "off", cache)
-    assert profile == DiskProfile() and "not probed: as asked" in note and not reader.requests
+    assert profile == DiskProfile() and "not probed: as requested" in note and not reader.requests
 
 
 @pytest.mark.parametrize("mode", ["auto", "refresh"])
@@ -397,7 +397,7 @@ def test_a_loaded_model_uses_and_reports_the_profile(
             assert mode == "off" or cache.get(padded / "padding.safetensors") == runtime.disk_profile
             notes.append(next(note for note in llm.stats().notes if note.startswith("disk ")))
             tokens.append(llm.generate([[5, 6, 7]], params)[0].ids)
-    assert notes[0] == notes[1] and "not probed: as asked" in notes[3]
+    assert notes[0] == notes[1] and "not probed: as requested" in notes[3]
     assert len({tuple(ids) for ids in tokens}) == 1
 
 

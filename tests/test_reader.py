@@ -226,7 +226,7 @@ def test_direct_where_the_file_system_supports_it(make_file: Callable[[int], Pat
 
 def test_mmap_as_asked(make_file: Callable[[int], Path]) -> None:
     reader, why = open_reader("mmap", [make_file(5_000)])
-    assert isinstance(reader, MmapReader) and "as asked" in why
+    assert isinstance(reader, MmapReader) and "as requested" in why
 
 
 def test_refused_direct_is_an_error_when_asked_for(

@@ -60,4 +60,4 @@ def test_it_says_whose_trace_it_is() -> None:
     hits = RecordedHits(routing([0, 1], [0, 1]))
     assert "60 tokens of toy" in hits.describe(WORK) and "another" not in hits.describe(WORK)
     other = dataclasses.replace(WORK, experts=64)
-    assert "another model's, 3 layers with 2 of 8 experts, at the same share of slots" in hits.describe(other)
+    assert "another model, 3 layers with 2 of 8 experts, at the same share of slots" in hits.describe(other)

@@ -18,8 +18,8 @@ from tierlm.errors import (
     UsageError,
 )
 
-# Read by OpenMP when torch loads it: how long idle threads spin. For milliseconds, by default, on cores that the system
-# needs for the disk's reads (docs/results.md, what did not work). A choice of the user's own stands.
+# OpenMP reads this when torch loads it. By default, idle threads spin for milliseconds on cores that the system needs
+# for disk reads (docs/results.md, what did not work). The user's own setting wins.
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -50,7 +50,7 @@ _NEEDS_TORCH = {"LLM": "tierlm.llm", "Piece": "tierlm.llm", "Result": "tierlm.ll
 
 
 def __getattr__(name: str) -> Any:
-    """The names that need torch are imported at their first use, so that ``import tierlm`` is quick."""
+    """Import names that need torch at first use, so that ``import tierlm`` is fast."""
     if name not in _NEEDS_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,4 +1,4 @@
-"""What the user asks for: a budget, how to sample, how to run. Frozen, and validated on creation."""
+"""The user's settings: budget, sampling, runtime options. Frozen, and validated on creation."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, TypedDict
 
 from tierlm.errors import UsageError
 
-DEFAULT_CONTEXT = 4096  # tokens, of a model that has more
+DEFAULT_CONTEXT = 4096  # tokens, if the model allows as many
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def parse_size(value: int | float | str, name: str = "size") -> int:
-    """Bytes from a number of bytes or a text such as ``"8GiB"``, ``"500 MB"``, ``"1.5g"`` (bare k, m, g, t are binary).
+    """Parse a number of bytes or a string: ``"8GiB"``, ``"500 MB"``, ``"1.5g"`` (bare k, m, g, t are binary).
 
-    Raises UsageError for anything that is not a finite, non-negative amount.
+    Raises UsageError unless the size is finite and non-negative.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise UsageError(f"{name}: expected bytes or a text such as '8GiB', found {value!r}")
+        raise UsageError(f"{name}: expected bytes or a string such as '8GiB', found {value!r}")
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", value)
         if match is None or match[2].lower() not in _UNITS:
@@ -30,7 +30,7 @@ def parse_size(value: int | float | str, name: str = "size") -> int:
         number = float(match[1]) * _UNITS[match[2].lower()]
     else:
         number = value
-    if not 0 <= number < 2**63:  # NaN compares as false
+    if not 0 <= number < 2**63:  # False for NaN too
         raise UsageError(f"{name}: expected a finite size of at least 0 bytes, found {value!r}")
     return int(number)
 
@@ -46,12 +46,12 @@ def format_size(size: float) -> str:
 
 @dataclass(frozen=True, init=False)
 class Budget:
-    """What the whole process may use, in bytes.
+    """The memory limits of the whole process, in bytes.
 
-    ``ram`` counts everything in host memory: interpreter, torch, trunk, KV, staging and cache. "auto" means four
-    fifths of what is free when the model loads, memory cgroups included. ``vram`` is the accelerator's memory. Without
-    an accelerator it is a second slab in host memory, on top of ``ram``. None: no such tier; with an accelerator, nine
-    tenths of its free memory.
+    ``ram`` covers everything in host memory: interpreter, torch, trunk, KV, staging and cache. "auto" takes four fifths
+    of the memory that is free when the model loads, within memory cgroups. ``vram`` is the accelerator's memory;
+    without an accelerator, a second slab in host memory on top of ``ram``. None: nine tenths of the accelerator's free
+    memory; without one, no such tier.
     """
 
     ram: int | None
@@ -64,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, and when to stop. ``temperature`` 0 is greedy. Each prompt starts from the seed."""
+    """Sampling and stop conditions. ``temperature`` 0 is greedy. Each prompt restarts from ``seed``."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -87,29 +87,28 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How to run. The defaults suit most. Only ``kv_dtype``, ``exact`` and ``prefill_chunk`` (by rounding) may change
-    the tokens.
+    """Runtime options. Only ``kv_dtype``, ``exact`` and ``prefill_chunk`` (by rounding) may change the tokens.
 
-    ``ram_slots``, ``vram_slots`` and ``resident_trunks`` limit the expert slots and the trunks that stay in a tier,
-    below what the budget allows: for experiments.
+    ``ram_slots``, ``vram_slots`` and ``resident_trunks`` limit the expert slots and resident trunks of a tier below
+    what the budget allows, for experiments.
     """
 
     device: str = "auto"
     policy: str = "default"
     predictor: str = "gate"
     reader: str = "auto"
-    context: int | None = None  # tokens of KV reserved, over all sequences of a batch; None: min(model's own, 4096)
+    context: int | None = None  # tokens of KV reserved for all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
     kv_dtype: str = "float32"
-    exact: bool = False  # multiply int8 and int4 weights by float32 activations, not rounded to int8: slower
-    transfer_threads: int | None = None  # reads at a time; None: what suits the disk
-    probe: str = "auto"  # a disk is probed at its first use; "refresh": measure again; "off": use defaults
+    exact: bool = False  # multiply int8 and int4 weights by float32 activations instead of int8 ones: slower
+    transfer_threads: int | None = None  # concurrent reads; None: chosen for the disk
+    probe: str = "auto"  # "auto": measure a disk at its first use; "refresh": measure again; "off": use defaults
     mirrors: Sequence[str | Path] = ()  # folders with copies of the model's files, on other disks
-    heat: bool = True  # remember which experts are used most, and warm up with those the next time
-    timeline: str | Path | None = None  # a file for a trace of events, written when the model is closed
-    trace: str | Path | None = None  # a file for what the routers choose, written when the model is closed
-    trace_scores: bool = False  # with the routers' scores and predictions
-    io_timeout: float = 60.0  # seconds without a finished read before a demand gives up
+    heat: bool = True  # remember the most used experts, and warm up with them next time
+    timeline: str | Path | None = None  # file for a timeline of events, written on close
+    trace: str | Path | None = None  # file for the routers' choices, written on close
+    trace_scores: bool = False  # also trace the routers' scores and predictions
+    io_timeout: float = 60.0  # seconds without a finished read before a demand fails
     ram_slots: int | None = None
     vram_slots: int | None = None
     resident_trunks: int | None = None
@@ -156,7 +155,7 @@ def _is_path(value: object) -> bool:
     return isinstance(value, (str, Path)) and bool(str(value))
 
 
-# Fields, what is expected of them in words, and as a predicate.
+# Names of fields, the expected value in words, the predicate.
 _Checks = tuple[tuple[str, str, Callable[[Any], bool]], ...]
 _SAMPLING: _Checks = (
     ("max_new_tokens", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
@@ -165,8 +164,8 @@ _SAMPLING: _Checks = (
     ("top_p", "a number in (0, 1]", lambda v: _finite(v) and 0 < v <= 1),
     ("min_p", "a number in [0, 1)", lambda v: _finite(v) and 0 <= v < 1),
     ("repetition_penalty", "a number > 0", lambda v: _finite(v) and v > 0),
-    ("seed", "an integer of 64 bits or None", lambda v: v is None or (_is_int(v) and -(2**63) <= v < 2**64)),
-    ("stop", "texts of at least one character", lambda v: all(isinstance(text, str) and text for text in v)),
+    ("seed", "a 64-bit integer or None", lambda v: v is None or (_is_int(v) and -(2**63) <= v < 2**64)),
+    ("stop", "non-empty strings", lambda v: all(isinstance(text, str) and text for text in v)),
     ("stop_ids", "token ids", lambda v: all(_is_int(token) and token >= 0 for token in v)),
     ("ignore_eos", "True or False", lambda v: isinstance(v, bool)),
 )

@@ -1,31 +1,30 @@
-"""All errors that tierlm raises on purpose.
+"""The errors of tierlm.
 
 ::
 
     TierlmError                 (exit code 1)
-    ├── UsageError              a request that is wrong on any machine (exit code 2); also a ValueError
+    ├── UsageError              an invalid argument, on any machine (exit code 2); also a ValueError
     │   └── PromptError         a prompt that is empty, or longer than the context
-    ├── BudgetError             the model does not run in this budget: names the floor, the budget, what dominates
+    ├── BudgetError             the budget is below the floor; names both and the largest part
     ├── CheckpointError         a file of the model is missing, malformed, or contradicts another
     │   └── UnsupportedModelError   a well-formed model whose architecture or format is not implemented
-    ├── StorageError            a read failed, returned short, stalled, or brought other bytes than were packed;
-    │                           or a packed store could not be written
+    ├── StorageError            a read failed, was short, stalled or did not match its checksum, or a write failed
     └── TraceError              a recorded trace is incomplete, malformed, or contradicts itself
 
-A message says what was expected, what was found, where, and what to do about it.
+A message says what was expected, what was found, where, and what to do.
 """
 
 from __future__ import annotations
 
 
 class TierlmError(Exception):
-    """Base class of all errors raised on purpose."""
+    """Base class of all errors of tierlm."""
 
     exit_code = 1
 
 
 class UsageError(TierlmError, ValueError):
-    """An argument or option without a valid meaning."""
+    """An invalid argument or option."""
 
     exit_code = 2
 
@@ -35,10 +34,9 @@ class PromptError(UsageError):
 
 
 class BudgetError(TierlmError):
-    """The budget is below what the model needs.
+    """The budget is below the floor.
 
-    Attributes: ``tier`` ("ram" or "vram"), ``floor`` and ``given`` in bytes, ``dominant``, the largest part of the
-    floor in words.
+    Attributes: ``tier`` ("ram" or "vram"), ``floor`` and ``given`` in bytes, ``dominant`` (the floor's largest part).
     """
 
     def __init__(self, message: str, *, tier: str = "ram", floor: int = 0, given: int = 0, dominant: str = ""):
@@ -51,11 +49,11 @@ class CheckpointError(TierlmError):
 
 
 class UnsupportedModelError(CheckpointError):
-    """A well-formed model of a kind that is not implemented."""
+    """A well-formed model whose architecture or format is not implemented."""
 
 
 class StorageError(TierlmError):
-    """A read or a write that failed. Attributes: ``file``, ``tensor``, ``offset`` (bytes from the file's start)."""
+    """A failed read or write. Attributes: ``file``, ``tensor``, ``offset`` (bytes from the start of the file)."""
 
     def __init__(self, message: str, *, file: str = "", tensor: str = "", offset: int = 0):
         super().__init__(message)

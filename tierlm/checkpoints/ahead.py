@@ -1,4 +1,4 @@
-"""Stages that work side by side: while one item is in use, the next ones are being made in a thread."""
+"""Pipeline stages: a thread produces the next items while the caller uses the current one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ Item = TypeVar("Item")
 
 
 def ahead(items: Generator[Item, None, None], limit: int) -> Generator[Item, None, None]:
-    """``items`` in their order, of which up to ``limit`` that nobody has asked for yet exist at a time.
+    """Yield ``items`` in order, with up to ``limit`` produced ahead of the caller in one thread.
 
-    All of them are made in one thread. An error comes where its item would have come. When this generator is closed,
-    ``items`` is closed too, after the item that is being made.
+    An error is raised in the place of its item. Closing this generator finishes the current item and closes ``items``.
     """
     pool, end = ThreadPoolExecutor(1), object()
     try:
-        waiting = deque(pool.submit(next, items, end) for _ in range(limit))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(pool.submit(next, items, end))
-            yield item  # type: ignore[misc]  # it is not the end
+        pending = deque(pool.submit(next, items, end) for _ in range(limit))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, items, end))
+            yield item  # type: ignore[misc]  # not the sentinel
     finally:
         pool.shutdown(cancel_futures=True)
         items.close()

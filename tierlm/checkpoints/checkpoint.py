@@ -1,8 +1,7 @@
-"""A safetensors checkpoint read in place: where every tensor lies, and the byte ranges that make up a record.
+"""A safetensors checkpoint read in place: the location of every tensor and the byte ranges of each record.
 
-Only headers are read here, each once, and everything they claim is checked before anything is allocated: lengths,
-offsets, overlaps, and that the index names files inside its own folder. The format is specified at
-https://huggingface.co/docs/safetensors. No torch.
+This file reads each header once and no tensor data. It validates lengths, offsets, overlaps and shard names before
+anything is allocated. Specification: https://huggingface.co/docs/safetensors. No torch.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.codec import Compressed, least_and_most
 from tierlm.errors import CheckpointError, UnsupportedModelError
 
-ALIGNMENT = 4096  # direct reads start, end and land on multiples of this many bytes
-MERGE_GAP = 64 * 1024  # reading this much between two tensors costs less than a second request
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-INSIDE = "tierlm.zstd"  # of a header's metadata: which tensors are inside those that are compressed records
+ALIGNMENT = 4096  # bytes; file offset, length and memory address of direct reads
+MERGE_GAP = 64 * 1024  # bytes; reading a gap of this size costs less than a second request
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+INSIDE = "tierlm.zstd"  # metadata key: the tensors inside each compressed record
 ITEM_SIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: bytes ``offset`` to ``offset + nbytes`` of ``file``, row-major.
+    """Location of one tensor: bytes ``offset`` to ``offset + nbytes`` of ``file``, row-major.
 
-    ``format``, ``size``: of the weight whose data it is, the format and the shape; empty for scales, and before it is
-    known. ``inside``: the compressed record that it is in; then ``offset`` is as if that, where it begins, were not
-    compressed.
+    ``format``, ``size``: format and shape of the encoded weight; empty for scales and before recognition. ``inside``:
+    the compressed record that holds the tensor; ``offset`` is then the record's start in the file plus the tensor's
+    offset in the decompressed record.
     """
 
     name: str
@@ -47,7 +46,7 @@ class TensorInfo:
     inside: Compressed | None = None
 
     def rows(self, start: int, stop: int) -> TensorInfo:
-        """The part of this tensor that holds the rows from ``start`` to ``stop`` of its first dimension."""
+        """Rows ``start`` to ``stop`` of the first dimension."""
         stride = self.nbytes // self.shape[0]
         at, size = self.offset + start * stride, (stop - start) * stride
         return TensorInfo(self.name, self.file, at, size, self.dtype, (stop - start, *self.shape[1:]))
@@ -55,9 +54,9 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """One contiguous read. ``start`` to ``stop`` are the bytes wanted; they land ``at`` bytes into the record.
+    """One contiguous read of the file bytes ``start`` to ``stop``.
 
-    ``lo`` and ``hi`` are the same range widened to ALIGNMENT, and ``at`` is aligned and stands for ``lo``.
+    ``lo`` and ``hi`` widen the range to ALIGNMENT. ``at``: offset of ``lo`` in the record, aligned.
     """
 
     file: Path
@@ -75,14 +74,14 @@ class Extent:
         return -(-self.stop // ALIGNMENT) * ALIGNMENT
 
     def tensor_at(self, offset: int) -> str:
-        """The name of the tensor that holds the byte at file offset ``offset``, or the nearest one before it."""
+        """Name of the tensor at file offset ``offset``, or of the nearest one before it."""
         before = [t.name for t in self.tensors if t.offset <= offset]
         return before[-1] if before else self.tensors[0].name
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies inside a record's bytes; the rest as in TensorInfo."""
+    """Location of a tensor inside a record's bytes. Other fields: see TensorInfo."""
 
     offset: int
     nbytes: int
@@ -94,10 +93,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The bytes of one streamed unit: the reads that fetch it, and where each role's tensor is found afterwards.
+    """The bytes of one streamed unit: the reads that fetch it and the place of each role's tensor in them.
 
-    ``seal``: what the bytes of its only extent have to be, in a packed store. ``inside``: they are compressed, and
-    become the record where the extent ends.
+    ``seal``: checksum of the single extent, in a packed store. ``inside``: set if that extent is compressed.
     """
 
     nbytes: int
@@ -108,12 +106,12 @@ class Record:
 
     @property
     def begin(self) -> tuple[str, int]:
-        """Where it begins on the disk, for reads in order."""
+        """File and offset of the first byte, to sort reads by."""
         return str(self.extents[0].file), self.extents[0].start
 
 
 def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
-    """Lay out the record of ``tensors`` (role -> tensor). Tensors that lie together in a file become one read."""
+    """Lay out the record of ``tensors`` (role -> tensor). Neighbours in a file become one read."""
     ordered = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[1].offset, item[1].nbytes))
     groups: list[list[tuple[str, TensorInfo]]] = []
     for role, tensor in ordered:
@@ -137,8 +135,9 @@ def build_record(tensors: Mapping[str, TensorInfo]) -> Record:
 
 
 def compressed(record: Record, inside: Compressed) -> Record:
-    """The record of one extent as it is stored: ``inside`` is read to the end of a slot, and decompressed from there
-    to its beginning. The slot ends a page behind the record, so that this does not overtake itself (codec.py)."""
+    """A record of one extent, stored compressed as ``inside``: read into the end of a slot, decompressed to its start.
+
+    The slot is one page longer than the record, so that output never overwrites unread input (codec.py)."""
     (extent,) = record.extents
     nbytes = -(-max(inside.raw, inside.nbytes) // ALIGNMENT) * ALIGNMENT + ALIGNMENT
     stored = replace(extent, stop=extent.start + inside.nbytes)
@@ -147,12 +146,12 @@ def compressed(record: Record, inside: Compressed) -> Record:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint. Raises CheckpointError."""
+    """Read a JSON object from a checkpoint file. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a model folder in Hugging Face layout has one") from None
-    except OSError as error:  # such as one that this user may not read
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected readable JSON, found: {error}") from error
@@ -162,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Header(NamedTuple):
-    """What one safetensors file says of itself. ``begin``: where its tensors' bytes begin; ``metadata``: free text."""
+    """A parsed safetensors header. ``begin``: file offset of the tensor data; ``metadata``: free text."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -170,7 +169,7 @@ class Header(NamedTuple):
 
 
 class Checkpoint:
-    """All tensors of a model folder. ``tensors``: name -> TensorInfo; ``headers``: of each file."""
+    """All tensors of a model folder. ``tensors``: by name; ``headers``: by file."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -188,7 +187,8 @@ class Checkpoint:
                 f"{folder}: expected model.safetensors, or model.safetensors.index.json and its shards; found neither"
             )
         for file in files:
-            for name, tensor in self._header(file).tensors.items():
+            self.headers[file] = read_header(file)
+            for name, tensor in self.headers[file].tensors.items():
                 if name in self.tensors:
                     raise CheckpointError(f"{file}: tensor {name} is also in {self.tensors[name].file.name}")
                 self.tensors[name] = tensor
@@ -197,26 +197,21 @@ class Checkpoint:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index}: expected a 'weight_map' of tensor names to file names")
-        headers: dict[str, dict[str, TensorInfo]] = {}
+        headers: dict[str, Header] = {}
         for shard in sorted(set(weight_map.values())):
+            file = index.parent / shard
             if os.path.basename(shard) != shard or shard in ("", ".", ".."):
-                raise CheckpointError(f"{index}: names the shard {shard!r}, which is not a file of its own folder")
-            if not (index.parent / shard).exists():
-                raise CheckpointError(
-                    f"{index.parent / shard}: missing shard, named by {index.name}; download it again"
-                )
-            headers[shard] = self._header(index.parent / shard).tensors
+                raise CheckpointError(f"{index}: expected shards in its own folder, found {shard!r}")
+            if not file.exists():
+                raise CheckpointError(f"{file}: missing shard, named by {index.name}; download it again")
+            headers[shard] = self.headers[file] = read_header(file)
         for name, shard in weight_map.items():
-            if name not in headers[shard]:
-                raise CheckpointError(f"{index}: says that {name} is in {shard}; it is not there")
-            self.tensors[name] = headers[shard][name]
-
-    def _header(self, file: Path) -> Header:
-        self.headers[file] = read_header(file)
-        return self.headers[file]
+            if name not in headers[shard].tensors:
+                raise CheckpointError(f"{index}: maps {name} to {shard}, which does not contain it")
+            self.tensors[name] = headers[shard].tensors[name]
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
-        """The tensor called ``name``. Raises CheckpointError if it is missing or not of ``shape``."""
+        """The tensor ``name``. Raises CheckpointError if it is missing or its shape is not ``shape``."""
         found = self.tensors.get(name)
         if found is None:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing ({len(self.tensors)} tensors found)")
@@ -226,7 +221,7 @@ class Checkpoint:
 
 
 def read_header(file: Path) -> Header:
-    """What one safetensors file declares, checked against the file. Raises CheckpointError."""
+    """Read and validate the header of a safetensors file. Raises CheckpointError."""
     try:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -234,7 +229,7 @@ def read_header(file: Path) -> Header:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
                 raise CheckpointError(
-                    f"{file}: not a safetensors file, or truncated: announces a header of {length} bytes, has {size}"
+                    f"{file}: not a safetensors file, or truncated: header of {length} bytes in a file of {size}"
                 )
             text = stream.read(length)
     except OSError as error:
@@ -247,7 +242,7 @@ def read_header(file: Path) -> Header:
         raise CheckpointError(f"{file}: safetensors header is {type(header).__name__}, expected an object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{file}: header: expected texts under __metadata__, found {str(metadata)[:200]}")
+        raise CheckpointError(f"{file}: header: expected strings under __metadata__, found {str(metadata)[:200]}")
     begin = 8 + length
     tensors = {name: _tensor(file, name, entry, begin, size) for name, entry in header.items()}
     tensors_inside = _inside(file, tensors, metadata.get(INSIDE, "{}"))
@@ -255,7 +250,7 @@ def read_header(file: Path) -> Header:
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if previous is not None and tensor.offset < previous.offset + previous.nbytes:
             raise CheckpointError(
-                f"{file}: header lies: {tensor.name} at offset {tensor.offset} overlaps {previous.name}, "
+                f"{file}: wrong header: {tensor.name} at offset {tensor.offset} overlaps {previous.name}, "
                 f"which ends at {previous.offset + previous.nbytes}"
             )
         previous = tensor
@@ -263,8 +258,7 @@ def read_header(file: Path) -> Header:
 
 
 def _inside(file: Path, tensors: Mapping[str, TensorInfo], text: str) -> dict[str, TensorInfo]:
-    """The tensors inside compressed records. ``text``: JSON, tensor of the file -> [checksum of the record, name ->
-    [dtype, shape]]."""
+    """The tensors inside compressed records. ``text``: JSON, stored tensor -> [checksum, name -> [dtype, shape]]."""
     found: dict[str, TensorInfo] = {}
     try:
         for outer, (checksum, entries) in json.loads(text).items():
@@ -292,7 +286,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the key {name!r} stands twice")
+            raise ValueError(f"duplicate key {name!r}")
         found[name] = value
     return found
 
@@ -312,11 +306,11 @@ def _tensor(file: Path, name: str, entry: Any, begin: int, size: int) -> TensorI
     nbytes = math.prod(shape) * ITEM_SIZE[dtype]
     if stop - start != nbytes:
         raise CheckpointError(
-            f"{file}: header lies: {name} {dtype}{list(shape)} takes {nbytes} bytes, its offsets span {stop - start}"
+            f"{file}: wrong header: {name} {dtype}{list(shape)} takes {nbytes} bytes, its offsets span {stop - start}"
         )
     if begin + stop > size:
         raise CheckpointError(
-            f"{file}: truncated, or its header lies: {name} ends at byte {begin + stop}, the file has {size}; "
+            f"{file}: truncated, or wrong header: {name} ends at byte {begin + stop}, the file has {size}; "
             "download it again"
         )
     return TensorInfo(name, file, begin + start, nbytes, dtype, shape)

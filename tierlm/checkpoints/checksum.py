@@ -1,4 +1,4 @@
-"""Seals: what a packed file promises about each of its records, and the comparison of bytes with it."""
+"""Seals: the checksum of each record of a packed file, and its verification."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ DIGITS = 16  # hexadecimal digits of a checksum
 
 
 def new_checksum() -> Any:
-    """A checksum to be fed with ``update(bytes)`` and read with ``hexdigest()``: XXH3 of 64 bits
-    (https://github.com/Cyan4973/xxHash), which is faster than any disk and finds damage, not forgery."""
+    """An incremental 64-bit XXH3 (``update``, ``hexdigest``): faster than any disk; detects damage, not forgery.
+    https://github.com/Cyan4973/xxHash"""
     return xxhash.xxh3_64()
 
 
 def checksum(data: memoryview | bytes) -> str:
-    """The checksum of ``data``, DIGITS hexadecimal digits. Lets other threads run meanwhile."""
+    """The checksum of ``data``: DIGITS hexadecimal digits. Releases the GIL."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
 class Checksums:
-    """The checksums of what ``update`` is given: one for every ``block`` bytes, or, if that is 0, of all of them."""
+    """Checksums of the bytes given to ``update``: one per ``block`` bytes, or a single one if ``block`` is 0."""
 
     def __init__(self, block: int = 0):
         self._block, self._left = block, block
@@ -42,14 +42,14 @@ class Checksums:
         self._left -= data.nbytes
 
     def end(self) -> list[str]:
-        """All of them; the last block may be shorter."""
+        """All checksums; the last block may be shorter."""
         unfinished = not self._block or self._left < self._block
         return self._found + [self._digest.hexdigest()] * unfinished
 
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """One record as it was packed: ``nbytes`` bytes at ``offset`` of ``file``, and their checksum."""
+    """The checksum of a packed record or block: ``nbytes`` bytes at ``offset`` of ``file``."""
 
     name: str
     file: Path
@@ -58,7 +58,7 @@ class Seal:
     checksum: str
 
     def check(self, found: str) -> None:
-        """Raises StorageError if ``found``, the checksum of the bytes as they were read, is another."""
+        """Raise StorageError if ``found``, the checksum of the bytes read, differs."""
         if found != self.checksum:
             raise StorageError(
                 f"{self.file}: {self.name}, {self.nbytes} bytes at offset {self.offset}: expected {ALGORITHM} "

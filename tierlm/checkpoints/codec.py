@@ -1,9 +1,8 @@
-"""Lossless compression of a record of floats: bytes apart by their place in an item, and zstd over each such plane.
+"""Lossless compression of a record of floats: byte planes (byte k of every item), each compressed with zstd.
 
-The high bytes of trained weights, which hold the exponents, take half the room or less; the low ones are noise, and
-stay as they are. A record is cut into blocks of at most BLOCK bytes, none of which holds items of two sizes. What is
-stored: the length of each plane of each block, as uint32, then the planes. One that is as long as it was is not
-compressed. No torch.
+The high bytes of trained weights hold the exponents and shrink to half or less; the low bytes are noise and stay raw.
+A record is cut into blocks of at most BLOCK bytes, each of one item size. Stored: the length of each plane of each
+block as uint32, then the planes. A plane of full length is not compressed. No torch.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from numpy.typing import NDArray
 from tierlm.checkpoints.checksum import checksum
 from tierlm.errors import UsageError
 
-BLOCK = 2**18  # bytes: what its planes are put together from stays in the processor's cache
-LEVEL = 1  # higher ones take longer back, and gain nothing (bench/compression.py)
-WORTH = 0.95  # of its length; a plane that zstd leaves longer is stored as it is
+BLOCK = 2**18  # bytes; the planes of a block fit the processor's cache
+LEVEL = 1  # higher levels decompress more slowly and gain nothing (bench/compression.py)
+WORTH = 0.95  # a plane that zstd leaves longer than this share is stored raw
 ROUNDS, SAMPLE = 5, 2**23  # of a measurement; bytes of each record
 
-Run = tuple[int, int]  # bytes, and bytes of an item
+Run = tuple[int, int]  # total bytes, bytes of an item
 
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """A record as it is stored: the bytes ``start`` to ``start + nbytes`` of a file, which stand for items of the sizes
-    ``runs``. ``checksum``: of the record itself."""
+    """A compressed record: bytes ``start`` to ``start + nbytes`` of a file. ``runs``: its items; ``checksum``: of the
+    decompressed record."""
 
     start: int
     nbytes: int
@@ -42,24 +41,24 @@ class Compressed:
 
     @property
     def raw(self) -> int:
-        """The bytes of the record that they become."""
+        """Decompressed bytes."""
         return sum(nbytes for nbytes, _ in self.runs)
 
     def restore(self, stored: NDArray[np.uint8], out: NDArray[np.uint8], check: bool = True) -> None:
-        """As ``decompress``. ``check``: compare the record with its checksum."""
+        """``decompress``, and verify the checksum if ``check``. Raises ValueError."""
         decompress(stored, out, self.runs)
         if check and (found := checksum(out[: self.raw].data)) != self.checksum:
             raise ValueError(f"expected a record with the checksum {self.checksum}, found {found}")
 
 
 def least_and_most(runs: Sequence[Run]) -> tuple[int, int]:
-    """Between how many and how many bytes are stored for a record."""
+    """Bounds of a record's stored bytes."""
     lengths = 4 * sum(-(-nbytes // BLOCK) * width for nbytes, width in runs)
     return lengths, lengths + sum(nbytes for nbytes, _ in runs)
 
 
 def compress(record: bytes, runs: Sequence[Run]) -> bytes:
-    """What is stored for ``record``. UsageError without zstandard."""
+    """The stored bytes of ``record``. Raises UsageError without zstandard."""
     compressor = load_zstandard().ZstdCompressor(LEVEL)
     data = np.frombuffer(record, np.uint8)
     planes: list[bytes] = []
@@ -72,9 +71,10 @@ def compress(record: bytes, runs: Sequence[Run]) -> bytes:
 
 
 def decompress(stored: NDArray[np.uint8], out: NDArray[np.uint8], runs: Sequence[Run]) -> None:
-    """Make the record again at the beginning of ``out``. ``stored`` may lie at the end of the same memory, if that
-    ends behind the record: no plane takes more room than it stands for, so the record never catches up with what is
-    still to be read. Raises ValueError where ``stored`` is not what ``compress`` made. Lets other threads run."""
+    """Decompress a record into the start of ``out``. Releases the GIL.
+
+    ``stored`` may be the end of the same memory if that is longer than the record: no plane is longer than its raw
+    bytes, so output never overwrites unread input. Raises ValueError for input that ``compress`` did not write."""
     library = load_zstandard()
     decompressor = library.ZstdDecompressor()
     at, _ = least_and_most(runs)
@@ -86,7 +86,7 @@ def decompress(stored: NDArray[np.uint8], out: NDArray[np.uint8], runs: Sequence
             plane = stored[at : at + length]
             if length < size:
                 try:
-                    if library.frame_content_size(plane) != size:  # before anything of that size is made
+                    if library.frame_content_size(plane) != size:  # checked before memory is allocated
                         raise ValueError(f"byte {at}: not a plane of {size} bytes")
                     plane = np.frombuffer(decompressor.decompress(plane, max_output_size=size), np.uint8)
                 except library.ZstdError as error:
@@ -101,14 +101,14 @@ def decompress(stored: NDArray[np.uint8], out: NDArray[np.uint8], runs: Sequence
 
 
 def measure(records: Sequence[tuple[bytes, Sequence[Run]]], threads: int) -> tuple[float, float]:
-    """The share of the bytes of some records that is stored, and how many bytes of records a second ``threads`` threads
-    make again, each in memory of its own. Of large records the beginning stands for the rest."""
+    """The compression ratio (stored / raw) of some records, and the decompression rate of ``threads`` threads in raw
+    bytes a second, each with its own output. Only the first SAMPLE bytes of a record count."""
     records = [_beginning(*record) for record in records]
     stored = [np.frombuffer(compress(*record), np.uint8) for record in records]
     outs = np.empty((threads, max(len(raw) for raw, _ in records)), np.uint8)
     total = sum(len(raw) for raw, _ in records)
 
-    def back(out: NDArray[np.uint8]) -> None:
+    def restore(out: NDArray[np.uint8]) -> None:
         for each, (_, runs) in zip(stored, records, strict=True):
             decompress(each, out, runs)
 
@@ -116,7 +116,7 @@ def measure(records: Sequence[tuple[bytes, Sequence[Run]]], threads: int) -> tup
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(ROUNDS):
             began = time.perf_counter()
-            list(pool.map(back, outs))
+            list(pool.map(restore, outs))
             seconds.append(time.perf_counter() - began)
     return sum(map(len, stored)) / total, threads * total / statistics.median(seconds)
 
@@ -130,7 +130,7 @@ def _beginning(record: bytes, runs: Sequence[Run]) -> tuple[bytes, list[Run]]:
 
 
 def _join(target: NDArray[np.uint8], planes: Sequence[NDArray[np.uint8]]) -> None:
-    if len(planes) == 2:  # whole vectors at a time, where bytes two apart would be stored one by one
+    if len(planes) == 2:  # vectorised; strided stores would go byte by byte
         items = target.view("<u2")
         items[...] = planes[1]
         items <<= 8
@@ -141,7 +141,7 @@ def _join(target: NDArray[np.uint8], planes: Sequence[NDArray[np.uint8]]) -> Non
 
 
 def _blocks(runs: Sequence[Run]) -> Iterator[tuple[int, int, int]]:
-    """Where each block begins and ends, and the bytes of its items."""
+    """Start, stop and item size of each block."""
     at = 0
     for nbytes, width in runs:
         for start in range(at, at + nbytes, BLOCK):
@@ -150,7 +150,7 @@ def _blocks(runs: Sequence[Run]) -> Iterator[tuple[int, int, int]]:
 
 
 def load_zstandard() -> Any:
-    """The module zstandard, which is an extra. Raises UsageError where it is missing."""
+    """Import the optional module zstandard. Raises UsageError if it is missing."""
     try:
         return importlib.import_module("zstandard")
     except ImportError:

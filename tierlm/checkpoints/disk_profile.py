@@ -1,4 +1,4 @@
-"""What a disk can do, and the file in the user's cache folder that remembers it."""
+"""How to read a disk, and the file in the user's cache folder that remembers it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.config import format_size
 from tierlm.files import write_whole
 
-VERSION = 1  # of the file; one of another version is written anew
+VERSION = 1  # of the cache file; a file of another version is replaced
 MAX_DEPTH = 256
-SMALL_DEPTH = 16  # of reads smaller than a disk's own request; more bring little, and each is a thread
+SMALL_DEPTH = 16  # limit for reads smaller than ``request_bytes``: more gain little, and each is a thread
 
 
 @dataclass(frozen=True, slots=True)
 class DiskProfile:
-    """How a disk is to be read: ``depth`` reads of ``request_bytes`` at a time, the least that brings out its speed.
+    """How to read a disk: ``depth`` concurrent reads of ``request_bytes``, the least that reaches its speed.
 
-    ``bytes_per_second``: what it then gives; ``latency``: seconds of one such read alone. None: never measured, and
-    then the other two are what suits most disks.
+    ``bytes_per_second``: the rate measured so; ``latency``: seconds of a single such read. None: not measured, so
+    ``request_bytes`` and ``depth`` are defaults that suit most disks.
     """
 
     request_bytes: int = 8 * 2**20
@@ -33,7 +33,7 @@ class DiskProfile:
     latency: float | None = None
 
     def depth_of(self, nbytes: int) -> int:
-        """How many reads of ``nbytes`` keep as much under way as ``depth`` requests do, if they are smaller."""
+        """Concurrent reads of ``nbytes`` that keep as many bytes in flight as ``depth`` full requests."""
         if self.bytes_per_second is None:
             return self.depth
         return max(self.depth, min(SMALL_DEPTH, self.depth * self.request_bytes // max(nbytes, 1)))
@@ -44,7 +44,7 @@ class DiskProfile:
 
 
 def together(profiles: Sequence[DiskProfile]) -> DiskProfile:
-    """The profile of several disks read side by side. Requests are as large as the one that needs the largest."""
+    """The profile of several disks read in parallel, with the largest request of all."""
     speeds = [p.bytes_per_second for p in profiles if p.bytes_per_second is not None]
     latencies = [p.latency for p in profiles if p.latency is not None]
     return DiskProfile(
@@ -56,7 +56,7 @@ def together(profiles: Sequence[DiskProfile]) -> DiskProfile:
 
 
 def disk_name(file: Path) -> str:
-    """The disk under ``file`` in words: its block device, if there is one, and where it is mounted."""
+    """The disk under ``file`` in words: block device, if any, and mount point."""
     number = os.stat(file).st_dev
     mounted = file.resolve()
     while not os.path.ismount(mounted):
@@ -66,17 +66,17 @@ def disk_name(file: Path) -> str:
 
 
 class ProfileCache:
-    """Profiles of the disks of this machine. ``folder`` None, or unusable: nothing is remembered, nothing fails."""
+    """Profiles of this machine's disks. If ``folder`` is None or unusable, nothing is remembered and nothing fails."""
 
     def __init__(self, folder: Path | None):
         self._file = None if folder is None else folder / "disk.json"
 
     def get(self, file: Path) -> DiskProfile | None:
-        """What is remembered of the disk under ``file``; None for nothing, or nothing that makes sense."""
+        """The remembered profile of the disk under ``file``; None if absent or invalid."""
         return _profile(self._disks().get(_key(file)))
 
     def put(self, file: Path, profile: DiskProfile) -> str | None:
-        """Remember the profile of the disk under ``file``. Returns why that was not possible, or None."""
+        """Remember the profile of the disk under ``file``. Returns the reason if that fails, else None."""
         if self._file is None:
             return "there is no cache folder"
         disks = self._disks() | {_key(file): asdict(profile)}
@@ -87,7 +87,7 @@ class ProfileCache:
         return None
 
     def _disks(self) -> dict[str, Any]:
-        """The entries of the file, unchecked; none if it cannot be read, or is not ours."""
+        """The entries of the file, not validated; empty if it cannot be read or has another version."""
         if self._file is None:
             return {}
         try:
@@ -101,7 +101,7 @@ class ProfileCache:
 
 
 def _key(file: Path) -> str:
-    """Numbers of devices repeat on other machines, which may share the cache folder, and change with a restart."""
+    """Host, device number and disk name: machines may share the cache folder, and numbers change at a reboot."""
     number = os.stat(file).st_dev
     return f"{os.uname().nodename} {os.major(number)}:{os.minor(number)} {disk_name(file)}"
 

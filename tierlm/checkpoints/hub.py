@@ -1,4 +1,4 @@
-"""From what the user calls a model to its folder."""
+"""From a model's name to its folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ DEMO = Path(__file__).parent.parent / "demo"
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder of a model: an existing folder, "demo" for the embedded one, or a hub id, which is downloaded.
-
-    Raises CheckpointError.
-    """
+    """The folder of ``model``: a folder, "demo" (embedded) or a Hub id (downloaded). Raises CheckpointError."""
     if model == "demo":
         return DEMO
     folder = Path(model)
@@ -30,5 +27,5 @@ def find_model(model: str | Path) -> Path:
     try:
         found = snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {error}") from error
+        raise CheckpointError(f"{model}: no such folder, and not available on the Hub: {error}") from error
     return Path(found)

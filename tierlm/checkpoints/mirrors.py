@@ -1,4 +1,4 @@
-"""Copies of a model's files on several disks, read side by side: each request from the disk that is free soonest."""
+"""Copies of a model's files on several disks: each request goes to the disk that finishes it first."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tierlm.errors import CheckpointError, StorageError, UsageError
 
 @dataclass(eq=False)
 class Volume:
-    """One file system that holds files of the model. ``speed`` is relative to that of the others; ``under_way`` and
-    ``total``: bytes asked of it, now and ever."""
+    """One file system with files of the model. ``speed``: relative to the others; ``in_flight``, ``total``: bytes
+    requested now, and since the start."""
 
     reader: Reader
     speed: float = 1.0
-    under_way: int = 0
+    in_flight: int = 0
     total: int = 0
 
 
 @dataclass(eq=False)
 class Copy:
-    """One copy of a file. ``failure``: its first read that failed; it is tried after the others then."""
+    """One copy of a file. ``failure``: its first failed read; a failed copy is tried last."""
 
     file: Path
     volume: Volume
@@ -35,9 +35,9 @@ class Copy:
 
 
 class MirrorReader(Reader):
-    """Reads each request from one of the copies of its file, and from the others where that fails.
+    """Reads each request from one copy of its file; a failed read is retried on the other copies, a hung one is not.
 
-    ``copies``: of each file, by the name that requests have for it. A read that hangs is not tried elsewhere.
+    ``copies``: by the file that requests name.
     """
 
     def __init__(self, copies: Mapping[Path, Sequence[Copy]]):
@@ -60,7 +60,7 @@ class MirrorReader(Reader):
         self._from_a_copy(request.extent.file, len(buffer), read)
 
     def _from_a_copy(self, file: Path, nbytes: int, read: Callable[[Copy], None]) -> None:
-        """Read ``nbytes`` from the best copy of ``file``, or the next best. Raises StorageError when none is left."""
+        """Read ``nbytes`` from the best copy of ``file``, then the next. Raises StorageError if all fail."""
         left, errors = list(self._copies[file]), list[StorageError]()
         while left:
             copy = self._begin(left, nbytes)
@@ -72,29 +72,28 @@ class MirrorReader(Reader):
                 copy.failure = copy.failure or error
             finally:
                 with self._lock:
-                    copy.volume.under_way -= nbytes
+                    copy.volume.in_flight -= nbytes
         first = errors[0]
-        words = "; ".join(map(str, errors))
-        raise StorageError(words, file=first.file, tensor=first.tensor, offset=first.offset) from first
+        message = "; ".join(map(str, errors))
+        raise StorageError(message, file=first.file, tensor=first.tensor, offset=first.offset) from first
 
     def _begin(self, copies: Sequence[Copy], nbytes: int) -> Copy:
-        """The copy to read from: of those that never failed, where the bytes will be through soonest; of idle and
-        equal disks, the one that has done less."""
+        """Choose a copy: one that never failed, then the earliest finish, then the least-used disk."""
 
         def rank(copy: Copy) -> tuple[bool, float, float]:
             volume = copy.volume
-            through = (volume.under_way + nbytes) / volume.speed
-            return copy.failure is not None, through, volume.total / volume.speed
+            seconds = (volume.in_flight + nbytes) / volume.speed
+            return copy.failure is not None, seconds, volume.total / volume.speed
 
         with self._lock:
             chosen = min(copies, key=rank)
-            chosen.volume.under_way += nbytes
+            chosen.volume.in_flight += nbytes
             chosen.volume.total += nbytes
         return chosen
 
     def troubles(self) -> list[str]:
         failed = [copy for each in self._copies.values() if len(each) > 1 for copy in each if copy.failure is not None]
-        return [f"a copy failed, the others of its file are read before it: {copy.failure}" for copy in failed]
+        return [f"a copy failed, other copies of the file are read first: {copy.failure}" for copy in failed]
 
     def close(self) -> None:
         for reader in self._readers:
@@ -104,11 +103,10 @@ class MirrorReader(Reader):
 def open_disks(
     files: Sequence[Path], mirrors: Sequence[Path], reader: str, probe: str, cache: ProfileCache
 ) -> tuple[Reader, DiskProfile, list[str]]:
-    """A reader of ``files`` and of their copies in the folders ``mirrors``, the profile of their disks together, and
-    notes that say how they are read.
+    """A reader of ``files`` and their copies in the folders ``mirrors``, the combined disk profile, and notes.
 
-    Each file system has its own reader, as ``open_reader`` finds it, and its own profile, as ``find_profile`` does.
-    Raises UsageError and CheckpointError, and then leaves no file open.
+    Each file system gets its own reader (``open_reader``) and profile (``find_profile``). Raises UsageError and
+    CheckpointError; an error leaves no file open.
     """
     copies = find_copies(files, mirrors)
     disks: dict[int, list[Path]] = {}
@@ -133,7 +131,7 @@ def open_disks(
         return readers[0], profile, notes
     volume_of: dict[Path, Volume] = {}
     for held, opened, own in zip(disks.values(), readers, profiles, strict=True):
-        measured = profile.bytes_per_second is not None  # all of them; one unknown speed compares with nothing
+        measured = profile.bytes_per_second is not None  # of every disk; else all count as equal
         volume_of |= dict.fromkeys(held, Volume(opened, own.bytes_per_second or 1.0 if measured else 1.0))
     return (
         MirrorReader({file: [Copy(copy, volume_of[copy]) for copy in each] for file, each in copies.items()}),
@@ -143,10 +141,9 @@ def open_disks(
 
 
 def find_copies(files: Iterable[Path], mirrors: Iterable[Path]) -> dict[Path, list[Path]]:
-    """Each of ``files``, with itself and its copies in the folders ``mirrors``: files of the same name, size and
-    safetensors header. The tensors' bytes are not compared.
+    """Each of ``files`` with its copies, itself first: files of the same name, size and header in ``mirrors``.
 
-    Raises UsageError for a folder that adds no copy, CheckpointError for a file that differs.
+    Tensor data is not compared. Raises UsageError for a folder without copies, CheckpointError for a file that differs.
     """
     copies = {file: [file] for file in files}
     for folder in mirrors:
@@ -183,5 +180,5 @@ def _header(file: Path) -> bytes:
 
 
 def _of(file: Path, request: Request) -> Request:
-    """The same request, of another copy of its file."""
+    """``request``, addressed to the copy ``file``."""
     return request if file == request.extent.file else replace(request, extent=replace(request.extent, file=file))

@@ -1,7 +1,7 @@
-"""Packing: weights as they are stored, in; a folder of packed files, out, whole or not at all.
+"""Packing: stored weights in, a folder of packed files out, complete or not at all.
 
-Everything is written into a folder beside the one that was asked for, which gets its name at the end. A file that has
-its own name there is finished; one in which a pack was killed is written again. A few matrices at a time are in memory.
+The output goes to a temporary folder next to the target, which is renamed at the end. Each file in it is renamed when
+complete; after a kill, incomplete files are written again. Only a few matrices are in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from tierlm.files import whole, write_whole
 from tierlm.formats import FORMATS, Part
 from tierlm.kernels import Weight, quantise, widen
 
-DESCRIPTION = "tierlm.json"  # what was packed, and how
+DESCRIPTION = "tierlm.json"  # source and settings of the pack
 INDEX = "model.safetensors.index.json"
-SLICE_VALUES = 2**18  # of a matrix that are converted at a time: what that takes stays in the processor's cache
-SLICE_ROWS = 128  # a slice is of a multiple of these, and of the rows of a block
-AHEAD = 4  # matrices, or pieces of them, that are read before they are converted, and made before they are written
-SPARE = 64 * 2**20  # bytes that are left free on the disk
+SLICE_VALUES = 2**18  # values converted at a time, so that they stay in the processor's cache
+SLICE_ROWS = 128  # a slice has a multiple of these rows, and of the rows of a block
+AHEAD = 4  # matrices or pieces queued between reading, converting and writing
+SPARE = 64 * 2**20  # bytes left free on the disk
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """One weight and the format that it is to have."""
+    """One weight and its target format."""
 
     weight: StoredWeight
     target: str
@@ -55,7 +55,7 @@ class Packing:
         return {self.weight.name + ending: part for ending, part in parts.items()}
 
     def convert(self, parts: Sequence[Tensor]) -> dict[str, memoryview]:
-        """The bytes of its tensors by name, made from the weight's own ``parts`` by way of float32."""
+        """The bytes of the target's tensors by name, converted from the weight's ``parts`` through float32."""
         shape = self.weight.shape
         data, *scales = parts
         stored = Weight(data, self.weight.format, scales[0] if scales else None, shape)
@@ -71,7 +71,7 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The tensor ``name`` of a weight that is converted; ``parts``: what that is made from, at the weight's first."""
+    """A tensor to convert. ``parts``: the weight's stored tensors, with the weight's first tensor only."""
 
     name: str
     packing: Packing
@@ -80,7 +80,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class PackedRecord:
-    """The weights that are to be read as one. ``compress``, ``block``: see RecordShape."""
+    """The weights of one record. ``compress``, ``block``: see RecordShape."""
 
     name: str
     packings: Sequence[Packing]
@@ -95,12 +95,11 @@ class PackedRecord:
 
     @property
     def floats(self) -> bool:
-        """Whether it is of floats and nothing else, whose exponents take less room than they have."""
+        """Whether every format is a float format, so that compression pays."""
         return all(FORMATS[packing.target].floats for packing in self.packings)
 
     def read(self) -> Iterator[memoryview | Wanted]:
-        """The record's tensors in the order of the file: the bytes of what keeps its format, and what the rest is to
-        be made from."""
+        """The record's tensors in file order: bytes where the format stays, else what to convert."""
         owner = {name: packing for packing in self.packings for name in packing.tensors()}
         begun: set[str] = set()
         for name in self.shape().tensors:
@@ -115,13 +114,13 @@ class PackedRecord:
 
 
 def read_records(records: Iterable[PackedRecord]) -> Generator[memoryview | Wanted, None, None]:
-    """All there is to read, in the order in which it is written."""
+    """The items of all records, in the order in which they are written."""
     for record in records:
         yield from record.read()
 
 
 def converted(items: Generator[memoryview | Wanted, None, None]) -> Generator[memoryview, None, None]:
-    """The bytes to be written: ``items``, with what is wanted made."""
+    """The bytes to write: ``items`` with each Wanted converted."""
     made: dict[str, memoryview] = {}
     with closing(items):
         for item in items:
@@ -134,7 +133,7 @@ def converted(items: Generator[memoryview | Wanted, None, None]) -> Generator[me
 
 
 def raw_bytes(record: PackedRecord) -> tuple[bytes, list[Run]]:
-    """A record as it is before it is compressed, and the sizes of its items."""
+    """A record's uncompressed bytes and its runs."""
     return b"".join(converted(read_records([record]))), record.shape().runs
 
 
@@ -145,15 +144,13 @@ def pack(
     description: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> None:
-    """Write ``files`` (name -> records) into the new folder ``out``, and ``beside`` them other files' contents.
+    """Write ``files`` (name -> records) and ``beside`` (name -> content) to the new folder ``out``.
 
-    Reading, converting and writing go on side by side.
-
-    ``description``: of what is "packed" and of its "source"; a pack that was interrupted goes on where it has the same.
-    ``progress`` is called with the bytes written so far, and in total. Raises UsageError, StorageError.
+    Reading, converting and writing overlap. ``description``: "packed" and "source"; an interrupted pack with the same
+    description continues. ``progress``: called with bytes done and in total. Raises UsageError, StorageError.
     """
     if out.exists() or out.is_symlink():
-        raise UsageError(f"{out}: exists already; a pack is written to a new folder: choose another, or remove it")
+        raise UsageError(f"{out}: exists already; a pack needs a new folder: choose another, or remove it")
     metadata = {
         "tierlm.packed": json.dumps(description["packed"]),
         "tierlm.source": description["source"]["fingerprint"],
@@ -193,7 +190,7 @@ def pack(
 
 
 def unfinished(out: Path) -> Any:
-    """The description of a pack to ``out`` that was interrupted; None if there is none, or it cannot be read."""
+    """The description of an interrupted pack to ``out``; None if absent or unreadable."""
     with suppress(OSError, ValueError):
         return json.loads((_beside(out) / DESCRIPTION).read_text(encoding="utf-8"))
     return None
@@ -205,31 +202,31 @@ def _beside(out: Path) -> Path:
 
 @contextmanager
 def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
-    """The folder that is to become ``out``, and nobody else's meanwhile."""
+    """The temporary folder that becomes ``out``, locked against other packs."""
     folder = _beside(out)
     note = folder / DESCRIPTION
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise UsageError(f"{folder}: expected a folder that can be written to: {error.strerror}") from error
+        raise UsageError(f"{folder}: expected a writable folder: {error.strerror}") from error
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         text = json.dumps(description, indent=1) + "\n"
         if note.exists() or any(folder.glob("*.safetensors")):
             if not note.exists() or note.read_text(encoding="utf-8") != text:
                 raise UsageError(
-                    f"{folder}: an unfinished pack of another model, of other settings, or of files that have changed "
-                    "since; remove it, or choose another folder"
+                    f"{folder}: an unfinished pack of another model, of other settings, or of files changed since; "
+                    "remove it, or choose another folder"
                 )
         else:
             write_whole(note, text)
         try:
             yield folder
         except BaseException:
-            if not any(folder.glob("*.safetensors")):  # there is nothing to go on with
+            if not any(folder.glob("*.safetensors")):  # nothing to continue from
                 note.unlink()
-                with suppress(OSError):  # something else is in it
+                with suppress(OSError):  # the folder is not empty
                     folder.rmdir()
             raise
     except BlockingIOError:
@@ -239,19 +236,19 @@ def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _check_room(folder: Path, out: Path, needed: int) -> None:
-    for left in folder.glob("*.unfinished"):  # of a pack that was killed; it is written again
+    for left in folder.glob("*.unfinished"):  # left by a killed pack
         left.unlink()
     free = shutil.disk_usage(folder).free
     if needed + SPARE > free:
         raise StorageError(
             f"{out}: needs {format_size(needed)} and {format_size(SPARE)} to spare, its disk has {format_size(free)} "
-            "free; make room, or choose a folder on another disk",
+            "free; free some space, or choose a folder on another disk",
             file=str(out),
         )
 
 
 def _read(tensor: TensorInfo) -> Tensor:
-    """A tensor, in memory of its own."""
+    """Read a tensor into its own memory."""
     data = torch.empty(tensor.nbytes, dtype=torch.uint8)
     for _ in read_pieces(tensor, data.numpy().data):
         pass

@@ -1,9 +1,9 @@
-"""A packed file: a safetensors file of sealed records, each of which begins on a multiple of ALIGNMENT.
+"""A packed file: a safetensors file of sealed records, each aligned to ALIGNMENT. Specification: docs/packed.md.
 
-The tensors of a record lie together, those of large items first, so that all are aligned; U8 tensors named PADDING fill
-the room up to the next record, since the format allows no holes. The header is padded with spaces, which it does allow.
-Its metadata has the records: name -> [offset from where the tensors begin, bytes, checksum]. A compressed record is one
-U8 tensor, and the metadata has what is inside it. All of it: docs/packed.md.
+A record's tensors are contiguous, largest items first, so that all are aligned. safetensors allows no holes, so U8
+tensors named PADDING fill the gap to the next record; spaces pad the header. The metadata lists the records: name ->
+[offset from the start of the data, bytes, checksum]. A compressed record is one U8 tensor; the metadata lists its
+contents.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ VERSION = "1"
 PADDING = "tierlm.padding."
 COMPRESSED = "tierlm.zstd."
 RECORDS = "tierlm.records"
-FLUSH = 32 * 2**20  # bytes after which the disk is given what was written: it works while more is made
+FLUSH = 32 * 2**20  # bytes between flushes: the disk writes while the next bytes are made
 
 
 @dataclass(frozen=True, slots=True)
 class RecordShape:
-    """A record to be written: its name, and its tensors, name -> dtype and shape, in the order of the file.
+    """A record to write. ``tensors``: name -> dtype and shape, in file order.
 
-    ``compress``: it is stored as codec.py says, as the one tensor COMPRESSED + its offset. ``block``: every so
-    many bytes have a checksum of their own; 0: all have one. Not both.
+    ``compress``: store it as one tensor, COMPRESSED + offset (codec.py). ``block``: bytes per checksum; 0: one for the
+    record. Not both.
     """
 
     name: str
@@ -53,12 +53,12 @@ class RecordShape:
 
     @property
     def most(self) -> int:
-        """What it may take in the file. More than a compressed one takes, so that every number in the header is."""
+        """Upper bound of its bytes in the file. Never less than the actual size, so that the header never grows."""
         return _aligned(least_and_most(self.runs)[1]) + 1 if self.compress else self.nbytes
 
 
 class Written(NamedTuple):
-    """What has become of a record: its bytes in the file, their checksums, and that of what was compressed."""
+    """A written record: its bytes in the file, their checksums, and the checksum before compression."""
 
     nbytes: int
     checksums: Sequence[str]
@@ -66,31 +66,30 @@ class Written(NamedTuple):
 
 
 def in_file_order(tensors: Mapping[str, tuple[str, Shape]]) -> dict[str, tuple[str, Shape]]:
-    """Tensors of large items first: then each begins on a multiple of its own, without holes."""
+    """Sort by item size, largest first: each tensor is aligned to its items, without holes."""
     return dict(sorted(tensors.items(), key=lambda item: -ITEM_SIZE[item[1][0]]))
 
 
 def file_size(records: Sequence[RecordShape], metadata: Mapping[str, str]) -> int:
-    """The bytes of the file that ``write_file`` makes; the most, if records are compressed."""
+    """The bytes of the file that ``write_file`` makes; an upper bound if records are compressed."""
     return len(_header(records, metadata)) + sum(_aligned(record.most) for record in records)
 
 
 def write_file(
     file: Path, records: Sequence[RecordShape], metadata: Mapping[str, str], chunks: Iterator[memoryview]
 ) -> None:
-    """Write a packed file beside ``file``, bring it to the disk, and rename it.
+    """Write a packed file under a temporary name, flush it to disk, and rename it to ``file``.
 
-    ``chunks``: the bytes of one record after another, in the order of their tensors; no chunk is part of two, and what
-    comes after the last record is not asked for. Raises StorageError where the disk is full or fails; then, as after
-    any other error, nothing of the file is left.
+    ``chunks``: the bytes of the records in order; no chunk spans two records, and none is taken after the last record.
+    Raises StorageError if the disk is full or fails. After any error the partial file is removed.
     """
     beside = file.with_name(file.name + ".unfinished")
     done: list[Written] = []
     begin = len(_header(records, metadata))
     try:
         with open(beside, "wb") as stream:
-            stream.write(bytes(begin))  # written last: without it the file is none
-            waiting = 0
+            stream.write(bytes(begin))  # the header comes last: a partial file is never valid
+            unflushed = 0
             for record in records:
                 pieces, raw = _pieces(chunks, record), ""
                 if record.compress:
@@ -101,10 +100,10 @@ def write_file(
                     stream.write(piece)
                     checksums.update(piece)
                     written += piece.nbytes
-                    waiting += piece.nbytes
-                    if waiting >= FLUSH:
+                    unflushed += piece.nbytes
+                    if unflushed >= FLUSH:
                         _flush(stream)
-                        waiting = 0
+                        unflushed = 0
                 stream.write(bytes(_aligned(written) - written))
                 done.append(Written(written, checksums.end(), raw))
             stream.seek(0)
@@ -114,8 +113,8 @@ def write_file(
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise StorageError(
-            f"{file}: cannot be written: {error.strerror or error}; make room, and run the same command "
-            "again: it goes on with this file",
+            f"{file}: cannot be written: {error.strerror or error}; free some space and run the same command again: "
+            "it continues with this file",
             file=str(file),
         ) from error
     except BaseException:
@@ -133,14 +132,14 @@ def _pieces(chunks: Iterator[memoryview], record: RecordShape) -> Iterator[memor
 
 
 def _flush(stream: BinaryIO) -> None:
-    """Bring what was written to the disk, and out of the page cache, which is for what is read next."""
+    """Flush the file to disk and drop it from the page cache, which the next reads need."""
     stream.flush()
     os.fsync(stream.fileno())
     os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_seals(file: Path, header: Header) -> dict[int, Seal]:
-    """The seals of a packed file by their offset in it; none of any other file. Raises CheckpointError."""
+    """The seals of a packed file by file offset; empty for other files. Raises CheckpointError."""
     text = header.metadata.get(RECORDS)
     if text is None:
         return {}
@@ -160,12 +159,12 @@ def read_seals(file: Path, header: Header) -> dict[int, Seal]:
 
 
 def row_block(name: str, start: int, stop: int) -> str:
-    """What the rows from ``start`` to ``stop`` of the matrix ``name`` are called where each block is a record."""
+    """The name of rows ``start`` to ``stop`` of the matrix ``name``, where each block of rows is a record."""
     return f"{name}.rows.{start}.{stop}"
 
 
 def row_blocks(name: str, tensors: Iterable[str]) -> list[tuple[int, int]]:
-    """The blocks of rows of ``name`` among some tensors' names, in order."""
+    """The row blocks of ``name`` among the names ``tensors``, in order."""
     pattern = re.compile(re.escape(name) + r"\.rows\.(\d{1,12})\.(\d{1,12})")
     found = (pattern.fullmatch(each) for each in tensors)
     return sorted((int(match[1]), int(match[2])) for match in found if match)
@@ -174,14 +173,14 @@ def row_blocks(name: str, tensors: Iterable[str]) -> list[tuple[int, int]]:
 def _header(
     records: Sequence[RecordShape], metadata: Mapping[str, str], written: Sequence[Written] = (), begin: int = 0
 ) -> bytes:
-    """The length and the header, padded to ALIGNMENT, and to ``begin`` bytes. While nothing is ``written``: one that is
-    at least as long as it will be then."""
+    """Length prefix and header, padded to ALIGNMENT and to ``begin`` bytes. Without ``written``: a placeholder that is
+    at least as long as the final header."""
     at = 0
     tensors: dict[str, Any] = {}
     seals: dict[str, list[Any]] = {}
     inside: dict[str, Any] = {}
     for record, found in zip(records, written or map(_unknown, records), strict=True):
-        size = max(1, found.nbytes)  # one that is empty has a checksum too
+        size = max(1, found.nbytes)  # an empty record has a checksum too
         block = record.block or size
         for start, digest in zip(range(0, size, block), found.checksums, strict=True):
             name = f"{record.name} from byte {start}" if record.block else record.name

@@ -1,6 +1,6 @@
-"""Measures a disk at its first use: how many reads at a time, and how large, bring out its speed.
+"""Measures a disk at its first use: the request size and the number of concurrent reads that reach its speed.
 
-Small requests and few of them are worth having: what is demanded waits behind what is already under way.
+Few and small requests are better: a demand read waits for the requests already in flight.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from tierlm.config import format_size
 from tierlm.errors import StorageError
 
 MIB = 2**20
-MIDDLE = 2 * MIB  # the size at which the depth is looked for; then the size, at that depth
-# The likeliest first: on a slow disk, or a small model, the time or the bytes run out. Not fewer than 4, nor less than
-# 2 MiB: beside a running model, threads wait for the interpreter between two reads, which a probe alone does not see
-# (2 reads of 1 MiB have won a probe, and decoded more slowly than 8 of 2 MiB).
+MIDDLE = 2 * MIB  # the depth is searched at this size, then the size at that depth
+# Likeliest first: on a slow disk or a small model, time or bytes run out. At least 4 reads and 2 MiB: beside a running
+# model, threads wait for the interpreter between reads, which a probe alone does not see (2 reads of 1 MiB won a probe
+# and decoded more slowly than 8 of 2 MiB).
 DEPTHS = (8, 4, 16)
 SIZES = (MIDDLE, 4 * MIB, 8 * MIB)
-MAX_UNDER_WAY = 64 * MIB
-# Of the best rate. What is under way is in the way of what is demanded next, and more reads at a time take more from
-# the arithmetic than such a share of speed brings; samples of the same setting lie 20 % apart on a shared disk.
+MAX_IN_FLIGHT = 64 * MIB
+# Share of the best rate that is good enough. Requests in flight delay the next demand, and more concurrent reads cost
+# the arithmetic more than the rest of the rate gains. Samples of one setting differ by 20 % on a shared disk.
 ENOUGH = 0.75
-# Seconds that a request takes of the disk's time, if there are sizes that do: to ask for it takes the interpreter some
-# tenths of a millisecond, which the arithmetic beside it lacks.
+# Seconds of the disk's time that a request should last, if any size does: issuing one takes the interpreter some tenths
+# of a millisecond, which the arithmetic beside it loses.
 LASTS = 0.75e-3
-ROUNDS = 3  # over all settings, so that what else the disk does falls on all of them
-SAMPLE_BYTES, SAMPLE_SECONDS = 32 * MIB, 0.05  # of one setting in one round; whichever ends first
-STAGE_BYTES, STAGE_SECONDS = 640 * MIB, 0.6  # of each of the two searches
+ROUNDS = 3  # over all settings, so that other load on the disk affects all of them
+SAMPLE_BYTES, SAMPLE_SECONDS = 32 * MIB, 0.05  # limits of one sample
+STAGE_BYTES, STAGE_SECONDS = 640 * MIB, 0.6  # limits of each of the two searches
 LATENCY_READS = 5
-WORTHWHILE = 512 * MIB  # a smaller model is read before a probe has paid for itself
-MEMORY = 32 * MIB  # reads of a probe may land on each other: nobody looks at the bytes
+WORTHWHILE = 512 * MIB  # reading a smaller model is cheaper than a probe
+MEMORY = 32 * MIB  # shared by the reads of a probe, which may overwrite each other
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What ``depth`` reads of ``request_bytes`` at a time gave."""
+    """The rate of ``depth`` concurrent reads of ``request_bytes``."""
 
     request_bytes: int
     depth: int
@@ -52,8 +52,8 @@ class Measurement:
 
 
 def choose(measurements: Sequence[Measurement]) -> Measurement:
-    """Of those that reach ENOUGH of the best rate, the one with the fewest bytes under way, then the smallest
-    requests; of those whose requests last, or else of the largest."""
+    """Among settings at ENOUGH of the best rate whose requests last LASTS (else those of the largest requests): the one
+    with the fewest bytes in flight, then the smallest requests."""
     best = max(m.bytes_per_second for m in measurements)
     good = [m for m in measurements if m.bytes_per_second >= ENOUGH * best]
     lasting = min(LASTS * best, max(m.request_bytes for m in good))
@@ -62,10 +62,10 @@ def choose(measurements: Sequence[Measurement]) -> Measurement:
 
 
 def find_profile(reader: Reader, files: Sequence[Path], mode: str, cache: ProfileCache) -> tuple[DiskProfile, str]:
-    """The profile of the disk that holds ``files``, and a note that says it in words.
+    """The profile of the disk that holds ``files``, and a note that describes it.
 
-    ``mode``: "auto" probes a disk that the cache does not know, "refresh" any, "off" none. Never raises for what goes
-    wrong in a probe: the defaults do for every disk.
+    ``mode``: "auto" probes a disk that is not in the cache, "refresh" any disk, "off" none. A failed probe does not
+    raise: the defaults work on every disk.
     """
     largest = max(files, key=os.path.getsize)
     name = f"disk {disk_name(largest)}"
@@ -73,7 +73,7 @@ def find_profile(reader: Reader, files: Sequence[Path], mode: str, cache: Profil
     total = sum(map(os.path.getsize, big))
     why_not = None
     if mode == "off":
-        why_not = "as asked"
+        why_not = "as requested"
     elif isinstance(reader, MmapReader):
         why_not = "memory-mapped files are read page by page"
     elif total < WORTHWHILE:
@@ -92,25 +92,25 @@ def find_profile(reader: Reader, files: Sequence[Path], mode: str, cache: Profil
 
 
 def probe(reader: Reader, files: Sequence[Path]) -> DiskProfile:
-    """Measure the disk of ``files``, each of at least max(SIZES) bytes, at random places of them, through ``reader``.
+    """Measure the disk of ``files`` (each of at least max(SIZES) bytes) with random reads through ``reader``.
 
-    Takes about a second, and reads at most about twice STAGE_BYTES, nor much more than there is. Raises StorageError.
+    Takes about a second and reads at most about the size of ``files``, or twice STAGE_BYTES. Raises StorageError.
     """
     with host_memory(MEMORY) as memory, memoryview(memory) as view:
-        for page in range(0, MEMORY, ALIGNMENT):  # a page's first touch is not the disk's time
+        for page in range(0, MEMORY, ALIGNMENT):  # page faults are not the disk's time
             view[page] = 1
         with ThreadPoolExecutor(max(DEPTHS), "tierlm-probe") as pool:
             return _Probe(reader, files, view, pool).run()
 
 
 class _Probe:
-    """One probe: samples of settings, each a size of requests and a number of them at a time."""
+    """One probe: samples of settings (request bytes, depth)."""
 
     def __init__(self, reader: Reader, files: Sequence[Path], memory: memoryview, pool: ThreadPoolExecutor):
         self._reader, self._memory, self._pool = reader, memory, pool
         self._sizes = [os.path.getsize(file) for file in files]
         self._wholes = [
-            Extent(file, 0, size, 0, (TensorInfo("what the probe looks at", file, 0, size, "U8", (size,)),))
+            Extent(file, 0, size, 0, (TensorInfo("the probe's data", file, 0, size, "U8", (size,)),))
             for file, size in zip(files, self._sizes, strict=True)
         ]
         self._rates: dict[tuple[int, int], list[float]] = {}
@@ -119,13 +119,13 @@ class _Probe:
     def run(self) -> DiskProfile:
         self._search([(MIDDLE, depth) for depth in DEPTHS])
         depth = choose(self._measurements()).depth
-        self._search([(size, depth) for size in SIZES if size * depth <= MAX_UNDER_WAY])
+        self._search([(size, depth) for size in SIZES if size * depth <= MAX_IN_FLIGHT])
         found = choose(self._measurements())
         reads = [self._timed(lambda: self._read(found.request_bytes, 0)) for _ in range(LATENCY_READS)]
         return DiskProfile(found.request_bytes, found.depth, found.bytes_per_second, statistics.median(reads))
 
     def _search(self, settings: Sequence[tuple[int, int]]) -> None:
-        """Sample all settings ROUNDS times, as far as the time and the bytes of one stage go."""
+        """Sample all settings ROUNDS times, within the time and bytes of one stage."""
         until = time.perf_counter() + STAGE_SECONDS
         limit = self._bytes + min(STAGE_BYTES, sum(self._sizes) // 2)
         for setting in [*settings] * ROUNDS:
@@ -137,8 +137,8 @@ class _Probe:
         return [Measurement(*setting, statistics.median(rates)) for setting, rates in self._rates.items()]
 
     def _sample(self, size: int, depth: int) -> float:
-        """Bytes per second of ``depth`` threads that each read ``size`` bytes, again and again."""
-        turns = iter(range(max(depth, SAMPLE_BYTES // size)))  # shared: each turn is one thread's
+        """Bytes a second of ``depth`` threads that read ``size`` bytes repeatedly."""
+        turns = iter(range(max(depth, SAMPLE_BYTES // size)))  # shared by the threads
         done: list[int] = []
         until = time.perf_counter() + SAMPLE_SECONDS
 

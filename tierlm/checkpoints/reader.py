@@ -1,4 +1,4 @@
-"""Readers: bytes of a checkpoint file into memory. Two of them, memory-mapped and O_DIRECT, behind one interface."""
+"""Readers: bytes of a checkpoint file into memory, memory-mapped or with O_DIRECT, behind one interface."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tierlm.checkpoints.checkpoint import ALIGNMENT, Extent, TensorInfo
 from tierlm.checkpoints.codec import Compressed
 from tierlm.errors import StorageError, UsageError
 
-PIECE = 16 * 2**20  # bytes of a tensor that is read from end to end
+PIECE = 16 * 2**20  # bytes of one read of ``read_pieces``
 
 
 def host_memory(nbytes: int) -> mmap.mmap:
-    """Memory to read into, page-aligned, which takes up room only as it is written to.
+    """Page-aligned memory to read into, allocated by the system on first write.
 
-    On huge pages where there are any: one touch for 2 MiB, and a direct read is a few segments instead of thousands,
-    which a disk may take several times faster. Private, since shared memory may get none.
+    Uses huge pages if available: one page fault per 2 MiB, and a direct read has a few segments instead of thousands,
+    which can be several times faster. Private, since shared memory may not get huge pages.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -34,8 +34,8 @@ def host_memory(nbytes: int) -> mmap.mmap:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One read of part of an extent: the bytes from file offset ``lo`` to ``hi``, both aligned, into the record at
-    ``at``. Of these ``start`` to ``stop`` are wanted; the rest only fills up the alignment."""
+    """One read of part of an extent: file bytes ``lo`` to ``hi``, both aligned, into the record at ``at``. Only the
+    bytes ``start`` to ``stop`` are needed; the rest is alignment."""
 
     extent: Extent
     lo: int
@@ -55,8 +55,8 @@ class Request:
 
 
 def split(extent: Extent, request_bytes: int) -> list[Request]:
-    """The requests, of at most ``request_bytes`` (a multiple of ALIGNMENT) each and about as long as one another, that
-    together read one extent: what is longer is read by several threads at once."""
+    """Split an extent into requests of about equal size, at most ``request_bytes`` (a multiple of ALIGNMENT) each, so
+    that several threads read a long extent in parallel."""
     nbytes = extent.hi - extent.lo
     if not nbytes:
         return []
@@ -67,37 +67,37 @@ def split(extent: Extent, request_bytes: int) -> list[Request]:
 
 
 class Reader(ABC):
-    """Reads requests. Called from many threads at once; raises StorageError, which names file, tensor and offset."""
+    """Reads requests. Thread-safe; raises StorageError, which names file, tensor and offset."""
 
     name: str
 
     @abstractmethod
     def read(self, request: Request, buffer: memoryview) -> None:
-        """Fill ``buffer``, which stands for ``request.lo`` to ``request.hi``, at least where bytes are wanted.
+        """Fill ``buffer``, the bytes ``request.lo`` to ``request.hi``, at least from ``start`` to ``stop``.
 
-        The buffer is ALIGNMENT-aligned and of ``hi - lo`` bytes.
+        The buffer is ALIGNMENT-aligned and has ``hi - lo`` bytes.
         """
 
     def descriptor(self, file: Path) -> int | None:
-        """The descriptor of ``file``, if ``preadv`` on it does what ``read`` does; None if only ``read`` will do."""
+        """A descriptor of ``file`` on which ``preadv`` is equivalent to ``read``; None if there is none."""
         return None
 
     def repair(self, request: Request, buffer: memoryview, check: Callable[[Path], None]) -> None:
-        """Read what turned out to be wrong from another copy of its file, until ``check``, called with the name of the
-        copy, raises no StorageError. Raises what it raised where there is no other copy."""
+        """Read a damaged request again from the copies of its file until ``check(copy)`` raises no StorageError.
+        Raises that error if no copy passes."""
         check(request.extent.file)
 
     def troubles(self) -> list[str]:
-        """What went wrong so far and was got round, in words."""
+        """Recovered errors so far, in words."""
         return []
 
     @abstractmethod
     def close(self) -> None:
-        """Close all files. No read may be under way."""
+        """Close all files. No read may be in flight."""
 
 
 class DirectReader(Reader):
-    """O_DIRECT: from the device straight into the buffer, past the page cache."""
+    """O_DIRECT: from the device into the buffer, bypassing the page cache."""
 
     name = "direct"
 
@@ -112,7 +112,7 @@ class DirectReader(Reader):
             while got < wanted:
                 count = os.preadv(fd, [buffer[got:] if got else buffer], request.lo + got)
                 got += count
-                if count == 0 or got % ALIGNMENT:  # the end of the file
+                if count == 0 or got % ALIGNMENT:  # end of file
                     break
         except OSError as error:
             raise failure(request, request.lo + got, error.strerror or str(error)) from error
@@ -122,7 +122,7 @@ class DirectReader(Reader):
     def descriptor(self, file: Path) -> int | None:
         try:
             return self._files.get(file)
-        except OSError:  # which ``read`` will tell of
+        except OSError:  # ``read`` reports it
             return None
 
     def close(self) -> None:
@@ -130,8 +130,8 @@ class DirectReader(Reader):
 
 
 class MmapReader(Reader):
-    """Memory-mapped shards. What was copied out is dropped from the page cache again: the budget is the process's
-    whole memory, and the bytes now live in a slot."""
+    """Memory-mapped files. Pages are dropped from the page cache once copied to a slot, since the budget covers all
+    memory of the process."""
 
     name = "mmap"
 
@@ -170,24 +170,25 @@ class MmapReader(Reader):
 
 
 def open_reader(name: str, files: Iterable[Path]) -> tuple[Reader, str]:
-    """The reader called ``name`` ("auto", "direct" or "mmap") for ``files``, and why it is that one.
+    """The reader ``name`` ("auto", "direct" or "mmap") for ``files``, and the reason for it.
 
-    Raises UsageError where "direct" is asked for and the file system refuses it.
+    Raises UsageError if "direct" is requested and the file system refuses it.
     """
     if name == "mmap":
-        return MmapReader(), "mmap: as asked"
+        return MmapReader(), "mmap: as requested"
     refusal = next((reason for file in files if (reason := _direct_refusal(file))), None)
     if refusal is None:
-        return DirectReader(), "direct: as asked" if name == "direct" else "direct: the file system supports O_DIRECT"
+        return DirectReader(), f"direct: {'as requested' if name == 'direct' else 'the file system supports O_DIRECT'}"
     if name == "direct":
         raise UsageError(f"reader direct: {refusal}; use reader 'mmap' or 'auto'")
     return MmapReader(), f"mmap: {refusal}"
 
 
 def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[memoryview]:
-    """The bytes of a tensor from its first to its last, at most PIECE at a time, through the page cache, which does not
-    keep them. ``into``: memory for all of them; else each piece has its own. Of a tensor inside a compressed record the
-    whole record is read."""
+    """Yield the bytes of a tensor in order, at most PIECE at a time, without leaving them in the page cache.
+
+    ``into``: memory for the whole tensor; else each piece gets its own. A tensor inside a compressed record costs a
+    read of the whole record."""
     if tensor.inside is not None:
         stored = TensorInfo(tensor.name, tensor.file, tensor.inside.start, tensor.inside.nbytes, "U8", ())
         begin = tensor.offset - tensor.inside.start
@@ -218,7 +219,7 @@ def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[
 
 
 def restored(tensor: TensorInfo, inside: Compressed, stored: bytes | bytearray) -> memoryview:
-    """The record that was ``stored`` as ``tensor``. Raises StorageError."""
+    """Decompress the record that ``tensor`` stores as ``stored``. Raises StorageError."""
     record = np.empty(inside.raw, np.uint8)
     try:
         inside.restore(np.frombuffer(stored, np.uint8), record)
@@ -229,13 +230,13 @@ def restored(tensor: TensorInfo, inside: Compressed, stored: bytes | bytearray) 
 
 
 def failure(request: Request, offset: int, what: str) -> StorageError:
-    """The error of a read that went wrong at ``offset`` of its file."""
+    """The StorageError of a read that failed at file offset ``offset``."""
     file, tensor = str(request.extent.file), request.extent.tensor_at(offset)
     return StorageError(f"{file}: reading {tensor} at offset {offset}: {what}", file=file, tensor=tensor, offset=offset)
 
 
 class _Files:
-    """File descriptors, each opened once, at its first use."""
+    """File descriptors, each opened at its first use."""
 
     def __init__(self, flags: int):
         self._flags = flags | os.O_CLOEXEC
@@ -243,8 +244,7 @@ class _Files:
         self._lock = threading.Lock()
 
     def get(self, file: Path) -> int:
-        known = self._open.get(file)  # a dictionary can be asked by many threads, and most files are known
-        if known is not None:
+        if (known := self._open.get(file)) is not None:  # safe without the lock, and most files are open
             return known
         with self._lock:
             if file not in self._open:
@@ -259,7 +259,7 @@ class _Files:
 
 
 def _direct_refusal(file: Path) -> str | None:
-    """Why ``file`` cannot be read with O_DIRECT into 4 KiB-aligned memory, or None. Tried out."""
+    """Try to read ``file`` with O_DIRECT into 4 KiB-aligned memory. Returns the reason if that fails, else None."""
     if not hasattr(os, "O_DIRECT"):
         return "this system has no O_DIRECT"
     try:

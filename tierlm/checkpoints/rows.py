@@ -1,4 +1,4 @@
-"""Rows of a matrix that is never loaded: how a token's embedding is looked up on disk."""
+"""Rows of a matrix that stays on disk: the lookup of a token's embedding."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from tierlm.checkpoints.checkpoint import Extent, TensorInfo
 from tierlm.checkpoints.checksum import Seal, checksum
 from tierlm.checkpoints.reader import Request, failure
 
-BLOCK = 2**17  # bytes of rows that share a seal: they are read together when the first of them is
+BLOCK = 2**17  # bytes of rows that share a seal; a block is verified when one of its rows is first read
 
 
 def block_of_rows(tensor: TensorInfo) -> int:
-    """The bytes of about BLOCK in whole rows of a tensor."""
+    """BLOCK, rounded down to whole rows of ``tensor``, at least one."""
     stride = tensor.nbytes // tensor.shape[0]
     return max(1, BLOCK // stride) * stride
 
 
 class Rows:
-    """The rows of ``tensor``, of two dimensions, read through the page cache, with read-ahead off.
+    """The rows of ``tensor`` [rows, columns], read through the page cache without read-ahead.
 
-    The file is open from the beginning to ``close``: whatever becomes of its name, it is the same file. ``seals``: of
-    blocks of the tensor's bytes, each of which is compared when one of its rows is first read; larger ones, of stores
-    that were packed without blocks, are left alone. All but ``close`` raise StorageError.
+    The file stays open until ``close``, so a rename does not matter. ``seals``: of blocks of the tensor; a block is
+    verified when one of its rows is first read. Seals larger than a block (stores packed without blocks) are ignored.
+    All methods but ``close`` raise StorageError.
     """
 
     def __init__(self, tensor: TensorInfo, seals: Iterable[Seal] = ()):
@@ -37,7 +37,7 @@ class Rows:
             raise self._failure(tensor.offset, error.strerror or str(error)) from error
 
     def read(self, rows: Sequence[int]) -> bytes:
-        """Some rows, one after another; each is read once."""
+        """The bytes of ``rows`` in order; each distinct row is read once."""
         for at in sorted({row * self._stride // self._block * self._block for row in rows}) if self._unchecked else ():
             if (seal := self._unchecked.get(self._tensor.offset + at)) is not None:
                 seal.check(checksum(self._read(seal.offset, seal.nbytes)))

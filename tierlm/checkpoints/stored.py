@@ -1,4 +1,4 @@
-"""A weight as it lies in files. No torch."""
+"""A weight in a checkpoint's files. No torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tierlm.checkpoints.checkpoint import Checkpoint, TensorInfo
 from tierlm.errors import UnsupportedModelError
 from tierlm.formats import FORMATS, Part, Shape, recognise
 
-SCALE = ".scale"  # the scales of a role's weight lie under the role's name with this ending
+SCALE = ".scale"  # suffix of the role that holds the scales of a role's weight
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """A weight of ``shape`` in a format. ``parts``: what the format adds to its name -> where that tensor lies."""
+    """A weight of ``shape`` in a format. ``parts``: suffix of the tensor's name -> tensor."""
 
     name: str
     shape: Shape
@@ -23,12 +23,12 @@ class StoredWeight:
 
 
 def float_dtypes() -> list[str]:
-    """The dtypes of weights that need nothing beside them."""
+    """The dtypes of weights without scales."""
     return [format.dtype for format in FORMATS.values() if format.loadable and not format.matrices_only]
 
 
 def find_weight(checkpoint: Checkpoint, name: str, shape: Shape) -> StoredWeight:
-    """The weight called ``name``, in whichever format it has. Raises CheckpointError, UnsupportedModelError."""
+    """The weight ``name`` in any supported format. Raises CheckpointError, UnsupportedModelError."""
     tensor = checkpoint.tensor(name)
 
     def find(ending: str) -> Part | None:
@@ -51,7 +51,7 @@ def find_weight(checkpoint: Checkpoint, name: str, shape: Shape) -> StoredWeight
 
 
 def by_role(weights: Mapping[str, StoredWeight]) -> dict[str, TensorInfo]:
-    """The tensors of some roles' weights, with what they stand for; their scales, if any, as ``role.scale``."""
+    """The tensors of ``weights`` by role, with format and size; scales, if any, as ``role.scale``."""
     return {
         (role + SCALE if ending else role): part if ending else replace(part, format=weight.format, size=weight.shape)
         for role, weight in weights.items()

@@ -1,4 +1,4 @@
-"""Reads a model's files from end to end: each record of a packed file against its seal, the rest for being readable."""
+"""Reads all of a model's files: records of packed files are compared with their seals, others must be readable."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tierlm.errors import StorageError
 
 
 def damage(headers: dict[Path, Header], progress: Callable[[int, int], None]) -> Iterator[StorageError]:
-    """Everything that is wrong with some files. ``progress`` is called with the bytes read so far, and in total."""
+    """Yield every error in the files of ``headers``. ``progress``: called with bytes done and in total."""
     checks = [check for file, header in headers.items() for check in _checks(file, header)]
     done, total = 0, sum(part.nbytes for part, _, _ in checks)
     for part, seal, inside in checks:
         digest = new_checksum()
-        stored = bytearray()  # of what has to be decompressed
+        stored = bytearray()  # of a compressed record
         try:
             for piece in read_pieces(part):
                 digest.update(piece)
@@ -36,8 +36,7 @@ def damage(headers: dict[Path, Header], progress: Callable[[int, int], None]) ->
 
 
 def _checks(file: Path, header: Header) -> Iterator[tuple[TensorInfo, Seal | None, Compressed | None]]:
-    """What is to be read of a file, as if it were one tensor each, the seal of each if the file has any, and how it is
-    compressed if it is."""
+    """The parts of a file to read (records as one tensor each), with seal and compression, if any."""
     if seals := read_seals(file, header):
         inside = {tensor.inside.start: tensor.inside for tensor in header.tensors.values() if tensor.inside is not None}
         for seal in seals.values():

@@ -17,7 +17,7 @@ Weights = Mapping[str, Weight]
 
 
 def view(buffer: Tensor, place: Place) -> Tensor:
-    """The tensor at ``place`` inside a record's bytes (uint8 [n]); a view, unless the file misaligns it."""
+    """The tensor at ``place`` of a record's bytes (uint8 [n]): a view, or a copy if the file misaligns it."""
     data = buffer[place.offset : place.offset + place.nbytes]
     dtype = DTYPES[place.dtype]
     if data.storage_offset() % dtype.itemsize:
@@ -26,13 +26,13 @@ def view(buffer: Tensor, place: Place) -> Tensor:
 
 
 def misaligned(buffer: Tensor, record: Record) -> bool:
-    """Whether some weight of ``record`` in ``buffer`` would be a copy, since its file misaligns it."""
+    """Whether ``view`` would copy a tensor of ``record`` in ``buffer``."""
     start = buffer.storage_offset()
     return any((start + place.offset) % DTYPES[place.dtype].itemsize for place in record.places.values())
 
 
 def weights_of(buffer: Tensor, record: Record, exact: bool = False) -> Weights:
-    """All weights of a record by role, as views into its bytes. ``exact``: see Weight."""
+    """The weights of a record by role, as views into its bytes. ``exact``: see Weight."""
     found: dict[str, Weight] = {}
     for role, place in record.places.items():
         if place.format:

@@ -1,4 +1,4 @@
-"""The command line: a client of the public API. Exit codes: 0 done, 1 failed, 2 used wrongly."""
+"""The command line: a client of the public API. Exit codes: 0 success, 1 failure, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ from tierlm.errors import TierlmError
 
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (run, chat, plan, profile, doctor, pack, verify, simulate):
     app.command()(command)
 app.add_typer(trace, name="trace")
@@ -44,20 +40,20 @@ Version = Annotated[bool, Option("--version", callback=_version, is_eager=True, 
 
 @app.callback()
 def options(version: Version = False) -> None:
-    """Run mixture-of-experts language models that are larger than memory, under a budget you name."""
+    """Run mixture-of-experts language models that are larger than memory, within a budget you set."""
 
 
 def main() -> None:
-    """The console script. An error raised on purpose becomes one line and its exit code."""
+    """The console script. A TierlmError becomes one line and its exit code."""
     try:
         app()
     except TierlmError as error:
         Console(stderr=True).print(f"[red]error:[/red] {type(error).__name__}:", Text(str(error)), soft_wrap=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of the output has gone
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # for example a folder without permission
+    except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
         sys.exit(1)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from tierlm.llm import LLM, Piece
     from tierlm.stats import Stats
 
-ShowStats = Annotated[bool, Option("--stats", help="Print what was moved, hit and waited for.")]
+ShowStats = Annotated[bool, Option("--stats", help="Print transfers, hit rates and waiting times.")]
 Json = Annotated[
-    Path | None, Option("--json", help="Write result and statistics to a file; '-': only that, to stdout.")
+    Path | None, Option("--json", help="Write result and statistics to a file; '-': to stdout, without other output.")
 ]
 
 
@@ -37,7 +37,7 @@ def run(
     stats: ShowStats = False,
     json_file: Json = None,
 ) -> None:
-    """Continue a prompt and print text as it comes. Ctrl-C stops and keeps the text so far."""
+    """Continue a prompt and print the text as it is generated. Ctrl-C stops and keeps the text so far."""
     if json_file not in (None, STDOUT) and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise UsageError(f"{json_file}: cannot be written: expected a file in an existing folder")
     if prompt == "-":
@@ -62,7 +62,7 @@ def chat(
     options: Annotated[LoadOptions, Loading()],
     stats: ShowStats = False,
 ) -> None:
-    """Talk to a model through its own chat template. Ctrl-C ends an answer; Ctrl-D or an empty line ends the talk."""
+    """Chat with a model through its chat template. Ctrl-C ends an answer; Ctrl-D or an empty line ends the chat."""
     messages = [{"role": "system", "content": system}] if system else []
     with _load(model, budget, options) as llm:
         while line := _ask():
@@ -74,7 +74,7 @@ def chat(
 
 
 def _load(model: str, budget: Budget, options: LoadOptions, quiet: bool = False) -> LLM:
-    """The model, with a progress bar while it loads."""
+    """Load the model, with a progress bar."""
     from tierlm.llm import LLM
 
     with progress("loading", quiet) as update:
@@ -82,7 +82,7 @@ def _load(model: str, budget: Budget, options: LoadOptions, quiet: bool = False)
 
 
 def _show(pieces: Iterable[Piece], quiet: bool = False) -> tuple[str, list[int], str]:
-    """Print pieces as they come. Returns text, ids and finish reason; "interrupted" after Ctrl-C."""
+    """Print pieces as they come. Returns text, ids and finish reason ("interrupted" after Ctrl-C)."""
     text, ids, reason = "", list[int](), "interrupted"
     try:
         for piece in pieces:

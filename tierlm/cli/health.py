@@ -1,4 +1,4 @@
-"""``tierlm doctor``: is this machine fit for this model?"""
+"""``tierlm doctor``: can this machine run this model?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def doctor(
     model: Annotated[str, Argument(help="A model folder, or 'demo'.")] = "demo",
     as_json: Annotated[bool, Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Find what is wrong or slow with a model on this machine, and say what to do. Exit code 1: it cannot run."""
+    """Find what breaks or slows a model on this machine, with advice. Exit code 1: it cannot run."""
     from tierlm.models.catalog import Catalog
     from tierlm.planning.known import find_config
     from tierlm.profiling.health import Finding, check_files, check_limits, check_machine
@@ -35,16 +35,16 @@ def doctor(
     try:
         named = find_config(model)
         if named.folder is None:
-            raise CheckpointError(f"{named.where}: a config without weights; `tierlm plan` says what they would need")
+            raise CheckpointError(f"{named.where}: a config without weights; `tierlm plan` predicts what it needs")
         catalog = Catalog(named.folder)
         used = sum(file.stat().st_size for file in catalog.files)
-        what = f"whole: {len(catalog.checkpoint.tensors)} tensors, {format_size(used)} in {len(catalog.files)} files"
+        what = f"complete: {len(catalog.checkpoint.tensors)} tensors, {format_size(used)} in {len(catalog.files)} files"
         findings.append(Finding("ok", "checkpoint", what))
     except OSError as error:
         what = f"{error.filename or model}: {error.strerror or error}"
-        findings.append(Finding("broken", "checkpoint", what, "make it readable for this user, or name another model"))
+        findings.append(Finding("broken", "checkpoint", what, "make it readable for this user, or give another model"))
     except TierlmError as error:
-        findings.append(Finding("broken", "checkpoint", str(error), "download the model again, or name another"))
+        findings.append(Finding("broken", "checkpoint", str(error), "download the model again, or give another"))
     if catalog is not None:
         findings += check_files(catalog.files)
         findings.append(_budget(catalog))
@@ -56,17 +56,17 @@ def doctor(
     else:
         table = pairs(())
         for finding in findings:
-            said = Text(finding.what)
+            text = Text(finding.what)
             if finding.todo:
-                said.append(f"\n-> {finding.todo}", style="bold")
-            table.add_row(Text(finding.level, style=COLOURS[finding.level]), finding.area, said)
+                text.append(f"\n-> {finding.todo}", style="bold")
+            table.add_row(Text(finding.level, style=COLOURS[finding.level]), finding.area, text)
         Console().print(table)
     if broken:
         raise typer.Exit(1)
 
 
 def _budget(catalog: Catalog) -> Finding:
-    """Whether the model runs in the budget of --ram auto."""
+    """Check that the model runs with --ram auto."""
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
     from tierlm.host import available_ram
     from tierlm.models.outline import sizes_of

@@ -1,4 +1,4 @@
-"""``tierlm profile``: every tier of this machine, its capacity and its bandwidth."""
+"""``tierlm profile``: capacity and bandwidth of every tier of this machine."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from tierlm.profiling.profile import Profile, Spread
 
 DISK_SECONDS = 24.0  # over all paths
-TORCH = 480 * 2**20  # bytes of torch, the weights to multiply with and the embedded model
+TORCH = 480 * 2**20  # bytes of torch, the weights to measure with and the embedded model
 
 
 def profile(
     path: Annotated[
-        list[Path] | None, Option("--path", help="A folder on a disk to measure; several times; default: here.")
+        list[Path] | None, Option("--path", help="A folder on a disk to measure; repeatable; default: this folder.")
     ] = None,
-    json_file: Annotated[Path | None, Option("--json", help="Write the profile here as well.")] = None,
-    plot: Annotated[Path | None, Option(help="Draw bandwidth against capacity to this file.")] = None,
-    model: Annotated[str, Option(help="The model whose lines of tokens/s the plot has.")] = "DeepSeek-V3",
+    json_file: Annotated[Path | None, Option("--json", help="Also write the profile to this file.")] = None,
+    plot: Annotated[Path | None, Option(help="Plot bandwidth against capacity to this file.")] = None,
+    model: Annotated[str, Option(help="The model for the plot's lines of tokens/s.")] = "DeepSeek-V3",
     format: Annotated[str | None, Option(help="Its format; default: as published.")] = None,
 ) -> None:
     """Measure caches, RAM, disks, kernels and an accelerator in less than a minute. `tierlm plan` uses the result.
 
-    Large files of a folder are read in place. If there are none, one is written and removed again.
+    Large files of a folder are read in place. If there are none, a temporary file is written.
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -51,7 +51,7 @@ def profile(
     for file in filter(None, (json_file, plot)):
         if not file.absolute().parent.is_dir():
             raise UsageError(f"{file}: cannot be written: {file.absolute().parent} is not a folder")
-        with writing(file):  # now, rather than when all has been measured
+        with writing(file):  # fail now rather than after the measurements
             tempfile.TemporaryFile(dir=file.absolute().parent).close()
     for folder in paths:
         if not folder.is_dir():
@@ -68,7 +68,7 @@ def profile(
         found = _measure([folder.resolve() for folder in paths], step)
     _show(found)
     remembered = default_file()
-    if not found.disks:  # it would take the place of one that has disks
+    if not found.disks:  # it would replace a profile that has disks
         console.print("not remembered: no disk was measured")
     elif remembered is not None:
         try:
@@ -86,7 +86,7 @@ def profile(
         named = find_config(model)
         outline = Outline(named.config, named.where, format)
         draw(plot, found, f"{named.name} {outline.format}", work_of(outline), outline.used_bytes)
-    if not found.disks:  # the main purpose failed
+    if not found.disks:
         raise typer.Exit(1)
 
 
@@ -109,7 +109,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
             capacity[str(folder)] = shutil.disk_usage(folder).total
         except TierlmError as error:
             missing.append(str(error))
-    touch = measure_touch()  # some seconds after the last large block was freed
+    touch = measure_touch()  # after some seconds without freeing a large block
     measured = Profile(
         when=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         processor=_processor(),
@@ -124,7 +124,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
     )
     if (free := available_ram()) < TORCH:
         missing.append(
-            f"kernels, cards and the engine: {format_size(free)} of RAM are free, torch takes {format_size(TORCH)}"
+            f"kernels, cards and the engine: {format_size(free)} of RAM are free, torch needs {format_size(TORCH)}"
         )
         return measured
     from tierlm.profiling.arithmetic import (
@@ -151,7 +151,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
     if not unpack:
         missing.append("decompression: the package zstandard is not installed")
     if not links:
-        missing.append("links to a device: there is no accelerator")
+        missing.append("links to a device: no accelerator")
     layer, record = engine_seconds()
     done()
     return replace(
@@ -205,14 +205,14 @@ def _show(found: Profile) -> None:
     for what, shares in (("one row's", found.beside), ("many rows'", found.beside_many)):
         if shares is not None:
             kept = f"keeps {shares[0]:.0%} of its speed, the disk {shares[1]:.0%}"
-            console.print(f" side by side {what} arithmetic {kept}")
+            console.print(f" together {what} arithmetic {kept}")
     if found.touch is not None:
         huge, ordinary = (1e9 * seconds for seconds in found.touch)
-        console.print(f" first touch of memory {huge:.2f} s/GB in huge pages, {ordinary:.2f} in ordinary ones")
+        console.print(f" first touch of memory {huge:.2f} s/GB in huge pages, {ordinary:.2f} in ordinary pages")
     if found.layer is not None and found.record is not None:
         console.print(
-            f" beside the arithmetic {1e3 * found.layer:.2f} ms for each layer of a decode step, "
-            f"{1e3 * found.record:.2f} ms for each expert of a prefill"
+            f" engine overhead {1e3 * found.layer:.2f} ms per layer of a decode step, "
+            f"{1e3 * found.record:.2f} ms per expert of a prefill"
         )
     for what in found.missing:
         console.print(f" [yellow]not measured[/yellow] {what}")
@@ -222,7 +222,7 @@ def _disk_table(found: Profile, path: str) -> Table:
     cells = [r for r in found.disks if r.path == path and (r.pattern, r.reader) == ("random", "direct")]
     device = next(rate.device for rate in found.disks if rate.path == path)
     counted = [rate.device_share for rate in cells if rate.device_share is not None and not rate.from_ram]
-    proof = f"the device delivered {min(counted):.0%} or more of the bytes" if counted else "not counted at a device"
+    proof = f"the device delivered {min(counted):.0%} or more of the bytes" if counted else "no device counter"
     title = f"{path}: {device}; random direct reads, GB/s (median ms); {proof}"
     depths = sorted({rate.depth for rate in cells})
     table = Table(

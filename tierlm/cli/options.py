@@ -1,4 +1,4 @@
-"""Options that several commands share. A group of options becomes one object of the public API."""
+"""Options shared by several commands. A group of options becomes one object of the public API."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ Model = Annotated[str, Argument(help="A folder in Hugging Face layout, a hub id,
 
 @dataclass(frozen=True)
 class Group:
-    """Options that belong together. The fields are annotated for typer; a field's value is the option's default."""
+    """A group of options. Fields are annotated for typer; a field's value is the option's default."""
 
     def make(self) -> Any:
-        """The object that a command gets in place of the options."""
+        """The object that the command receives instead of the options."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Memory(Group):
-    """What the process may use."""
+    """The memory budget."""
 
-    ram: Annotated[str, Option(help="Host memory for the whole process, such as 8GiB; auto: most of what is free.")] = (
+    ram: Annotated[str, Option(help="Host memory of the whole process, e.g. 8GiB; auto: most of the free memory.")] = (
         "auto"
     )
-    vram: Annotated[str | None, Option(help="Device memory; without an accelerator, host memory that plays one.")] = (
-        None
-    )
+    vram: Annotated[str | None, Option(help="Device memory; emulated in host memory without an accelerator.")] = None
 
     def make(self) -> Budget:
         return Budget(self.ram, self.vram)
@@ -42,16 +40,16 @@ class Memory(Group):
 
 @dataclass(frozen=True)
 class Sampling(Group):
-    """How tokens are chosen, and when to stop."""
+    """Sampling and stop conditions."""
 
-    max_new_tokens: Annotated[int, Option("--max-new-tokens", "-n", help="New tokens, at most.")] = 128
-    temperature: Annotated[float, Option(help="0: always the likeliest token.")] = 0.0
-    top_k: Annotated[int, Option(help="Keep the k likeliest tokens; 0: all.")] = 0
-    top_p: Annotated[float, Option(help="Keep the likeliest tokens that together have this probability.")] = 1.0
-    min_p: Annotated[float, Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0
+    max_new_tokens: Annotated[int, Option("--max-new-tokens", "-n", help="Maximum number of new tokens.")] = 128
+    temperature: Annotated[float, Option(help="0: always the most likely token.")] = 0.0
+    top_k: Annotated[int, Option(help="Keep the k most likely tokens; 0: all.")] = 0
+    top_p: Annotated[float, Option(help="Keep the most likely tokens up to this total probability.")] = 1.0
+    min_p: Annotated[float, Option(help="Drop tokens below this share of the highest probability.")] = 0.0
     repetition_penalty: Annotated[float, Option(help="Above 1: tokens already in the text become less likely.")] = 1.0
-    seed: Annotated[int | None, Option(help="Makes sampling repeatable.")] = None
-    stop: Annotated[list[str] | None, Option(help="Text that ends the answer; may be given several times.")] = None
+    seed: Annotated[int | None, Option(help="Makes sampling reproducible.")] = None
+    stop: Annotated[list[str] | None, Option(help="Text that ends the answer; repeatable.")] = None
 
     def make(self) -> SamplingParams:
         return SamplingParams(**{**vars(self), "stop": tuple(self.stop or ())})
@@ -59,30 +57,27 @@ class Sampling(Group):
 
 @dataclass(frozen=True)
 class Loading(Group):
-    """How a model is loaded and run."""
+    """Loading and runtime options."""
 
     policy: Annotated[
-        str,
-        Option(
-            help="Eviction: default, lru or another of docs/policies.md, a FILE.json of parameters, or module:Class."
-        ),
+        str, Option(help="Eviction: default, lru, another of docs/policies.md, a FILE.json, or module:Class.")
     ] = "default"
     predictor: Annotated[str, Option(help="Prefetch: gate, none, one of docs/traces.md, or module:Class.")] = "gate"
     reader: Annotated[str, Option(help="auto, direct (O_DIRECT) or mmap.")] = "auto"
     mirror: Annotated[
-        list[str] | None, Option(help="A folder with copies of the files on another disk; may be given several times.")
+        list[str] | None, Option(help="A folder with copies of the files on another disk; repeatable.")
     ] = None
-    probe: Annotated[bool, Option("--probe", help="Measure the disk again; without it, only at its first use.")] = False
+    probe: Annotated[bool, Option("--probe", help="Measure the disk again, not only at its first use.")] = False
     no_heat: Annotated[
-        bool, Option("--no-heat", help="Neither remember which experts are used most, nor warm up with them.")
+        bool, Option("--no-heat", help="Do not remember the most used experts, nor warm up with them.")
     ] = False
     timeline: Annotated[
-        Path | None, Option(help="Write a trace of events to this file, for ui.perfetto.dev or chrome://tracing.")
+        Path | None, Option(help="Write a timeline of events to this file, for ui.perfetto.dev or chrome://tracing.")
     ] = None
     exact: Annotated[
-        bool, Option("--exact", help="Multiply int8 and int4 weights by activations that are not rounded: slower.")
+        bool, Option("--exact", help="Multiply int8 and int4 weights by unrounded activations: slower.")
     ] = False
-    device: Annotated[str, Option(help="auto, cpu, or an accelerator as torch names it.")] = "auto"
+    device: Annotated[str, Option(help="auto, cpu, or torch's name of an accelerator.")] = "auto"
     context: Annotated[
         int | None, Option(help="Tokens to reserve KV memory for; default: the model's, up to 4096.")
     ] = None
@@ -103,9 +98,9 @@ class Loading(Group):
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter ``Annotated[made, group]`` of a command by the options of the group.
+    """Replace each parameter ``Annotated[type, group]`` of a command with the options of the group.
 
-    typer reads the options from the new signature. The command gets what ``group.make`` returns.
+    typer reads the options from the new signature. The command receives the result of ``group.make``.
     """
     groups: dict[str, Group] = {}
     options: list[inspect.Parameter] = []

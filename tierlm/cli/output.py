@@ -1,4 +1,4 @@
-"""What commands print: JSON for programs, tables and progress for people."""
+"""Output of commands: JSON for programs, tables and progress bars for people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STDOUT = Path("-")
 
 
 def emit(found: Mapping[str, object], file: Path = STDOUT) -> None:
-    """Write ``found`` as JSON to a file, or to standard output. Raises UsageError if the file cannot be written."""
+    """Write ``found`` as JSON to a file or to standard output. Raises UsageError."""
     text = json.dumps(found, indent=1, default=str)
     if file == STDOUT:
         print(text)
@@ -28,7 +28,7 @@ def emit(found: Mapping[str, object], file: Path = STDOUT) -> None:
 
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Raise UsageError, naming ``file``, where the system refuses to write it."""
+    """Turn an OSError into a UsageError that names ``file``."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def pairs(rows: Iterable[tuple[str, object]], title: str | None = None) -> Table
 
 @contextmanager
 def progress(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes done and in total, with speed and remaining time, on a terminal."""
+    """A progress bar in bytes, with speed and remaining time, if stderr is a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)

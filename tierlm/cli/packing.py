@@ -1,4 +1,4 @@
-"""``tierlm pack`` and ``tierlm verify``: write a packed store, and check one."""
+"""``tierlm pack`` and ``tierlm verify``: write and check a packed store."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tierlm.cli.output import progress
 from tierlm.config import format_size
 
 Experts = Annotated[str, Option(help="Format of the routed experts: int4, int8, fp8, bf16, f16, f32, or keep.")]
-Trunk = Annotated[str, Option(help="Format of attention, shared and dense MLPs, and lm_head; as for experts.")]
-Codec = Annotated[str, Option(help="none; zstd: floats, without loss; auto: zstd if it keeps up with the disk.")]
+Trunk = Annotated[str, Option(help="Format of attention, shared and dense MLPs, and lm_head; like --experts.")]
+Codec = Annotated[str, Option(help="none; zstd: lossless, floats only; auto: zstd if it keeps up with the disk.")]
 
 
 def pack(
@@ -26,9 +26,9 @@ def pack(
     trunk: Trunk = "int8",
     codec: Codec = "none",
 ) -> None:
-    """Write a model as a packed store: each expert is one aligned, checksummed read, in fewer bits if you like.
+    """Write a model as a packed store: each expert is one aligned, checksummed read, quantised if you choose.
 
-    The model's own files are only read. After an interruption, the same command continues where it stopped.
+    The model's own files are not changed. After an interruption, the same command continues where it stopped.
     """
     from tierlm.checkpoints.hub import find_model
     from tierlm.models.packing import pack_model
@@ -42,16 +42,16 @@ def pack(
         with progress("packing") as update:
             pack_model(find_model(model), out, experts=experts, trunk=trunk, codec=codec, progress=update, say=say)
     except KeyboardInterrupt:
-        console.print("[dim]interrupted; finished files are kept: the same command goes on from there[/dim]")
+        console.print("[dim]interrupted; finished files are kept: the same command continues from there[/dim]")
         raise typer.Exit(1) from None
     size = sum(file.stat().st_size for file in out.iterdir())
     console.print(Text(f"{out}: {format_size(size)}"))
 
 
 def verify(model: Model) -> None:
-    """Read all files of a model, and compare the records of a packed store with their checksums.
+    """Read all files of a model, and verify the checksums of a packed store.
 
-    Exit code 1 if anything is wrong. Each damaged record is named.
+    Names each damaged record. Exit code 1 if anything is wrong.
     """
     from tierlm.checkpoints.hub import find_model
     from tierlm.checkpoints.verify import damage
@@ -65,6 +65,5 @@ def verify(model: Model) -> None:
         console.print("[red]error:[/red]", Text(str(problem)), soft_wrap=True)
     if problems:
         raise typer.Exit(1)
-    sealed = catalog.sealed
-    what = "all records are what was packed" if sealed else "all tensors can be read; the files have no checksums"
+    what = "all checksums match" if catalog.sealed else "all tensors can be read; the files have no checksums"
     console.print(Text(f"{catalog.checkpoint.folder}: {len(catalog.files)} files; {what}"))

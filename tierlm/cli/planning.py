@@ -1,4 +1,4 @@
-"""``tierlm plan``: what a budget will do for a model, before it is downloaded. No torch."""
+"""``tierlm plan``: the predicted speed of a model within a budget, before it is downloaded. No torch."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Model = Annotated[
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.")]
 WIDTH = 116
-ASSUMED_ROUTING = "as of trained models"
+ASSUMED_ROUTING = "like trained models'"
 
 
 def plan(
     model: Model,
-    ram: Annotated[str, Option(help="Host memory for the whole process, such as 32GiB; auto: of this machine.")],
+    ram: Annotated[str, Option(help="Host memory of the whole process, e.g. 32GiB; auto: this machine's.")],
     vram: Annotated[str | None, Option(help="Memory of the card that computes.")] = None,
-    disk_bandwidth: Annotated[str | None, Option(help="Of random reads, in bytes a second, such as 3.5GB.")] = None,
-    machine: Annotated[Path | None, Option(help="What `tierlm profile --json` wrote, here or elsewhere.")] = None,
+    disk_bandwidth: Annotated[str | None, Option(help="Random reads, in bytes a second, e.g. 3.5GB.")] = None,
+    machine: Annotated[Path | None, Option(help="A file from `tierlm profile --json`, of any machine.")] = None,
     format: Annotated[str | None, Option(help="bf16, fp8, int8, int4, mxfp4 or q4_k_m; default: as published.")] = None,
     context: Annotated[int | None, Option(help="Tokens to reserve; default: the model's, up to 4096.")] = None,
-    prompt: Annotated[int, Option(help="Tokens of the prompt that the first token waits for.")] = 512,
-    trace: Annotated[Path | None, Option(help="Recorded routing, instead of what is assumed of it.")] = None,
+    prompt: Annotated[int, Option(help="Tokens of the prompt, for the time to the first token.")] = 512,
+    trace: Annotated[Path | None, Option(help="A trace of routing to use instead of assumed hit rates.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict what a budget means for a model on a machine: bytes, slots, tokens a second. No weights are needed."""
+    """Predict bytes, slots and tokens a second of a model on a machine within a budget. Needs no weights."""
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
     from tierlm.host import available_ram
     from tierlm.models.outline import sizes_of, work_of
@@ -92,14 +92,14 @@ class _Answer:
 
     @property
     def outline(self) -> Outline | None:
-        """The records, if they are computed from a config."""
+        """The records, if computed from a config."""
         from tierlm.models.outline import Outline
 
         return self.records if isinstance(self.records, Outline) else None
 
     @property
     def format(self) -> str:
-        """In a word, or the experts' and the trunk's."""
+        """One name, or the experts' and the trunk's."""
         experts, trunk, _ = self.records.formats
         if self.outline is not None:
             return self.outline.format
@@ -107,7 +107,7 @@ class _Answer:
 
     @property
     def expanded_kv(self) -> int:
-        """Bytes of the KV cache if keys and values were cached as they are used."""
+        """Bytes of the KV cache with expanded keys and values."""
         spec = self.records.spec
         return self.sizes.kv * spec.expanded_width // spec.cache_width
 
@@ -117,9 +117,9 @@ class _Answer:
         return {name: tier for name, tier in tiers.items() if tier is not None}
 
     def bytes(self) -> Iterator[tuple[str, str]]:
-        """What the model is."""
+        """Sizes of the model."""
         sizes, work = self.sizes, self.work
-        yield "trunk", f"{format_size(work.trunk_bytes)}, which every token uses"
+        yield "trunk", f"{format_size(work.trunk_bytes)}, used by every token"
         used = work.moe_layers * work.experts_per_token
         what = f"{format_size(sizes.experts * sizes.expert)}: {sizes.experts} of {format_size(sizes.expert)}"
         yield "experts", f"{what}; a token uses {used} of them, {format_size(used * sizes.expert)}"
@@ -135,7 +135,7 @@ class _Answer:
         yield f"KV cache of {self.question.context} tokens", kv
 
     def plan(self) -> Iterator[tuple[str, str]]:
-        """What each tier holds."""
+        """Contents of each tier."""
         trunks = self.sizes.trunk
         for name, tier in self.tiers.items():
             yield name, ", ".join(f"{what} {format_size(size)}" for what, size in tier.parts.items() if size)
@@ -146,11 +146,10 @@ class _Answer:
             yield "", f"{len(tier.trunk)} trunks stay, {held}{streams}"
 
     def speed(self, routing: str) -> Iterator[tuple[str, str]]:
-        """What to expect, and the rates that say so."""
+        """Expected speed, and the rates behind it."""
         found, machine = self.found, self.machine
         worst, typical = found.worst, found.typical
-        uniform = f"{worst.hit_rate:.0%} where it is uniform"
-        yield "hit rate", f"{typical.hit_rate:.0%} with routing {routing}; {uniform}"
+        yield "hit rate", f"{typical.hit_rate:.0%} with routing {routing}; {worst.hit_rate:.0%} with uniform routing"
         yield (
             "decode",
             f"[bold]{typical.decode:.2f} tokens/s[/bold] ({worst.decode:.2f} with uniform routing; range "
@@ -219,7 +218,7 @@ class _Answer:
 
 
 def _records(model: str, format: str | None) -> tuple[str, Records]:
-    """The records of a model, from its files if they exist and keep their format, else from its config."""
+    """The records of a model: from its files, if they exist and ``format`` is None, else from its config."""
     from tierlm.models.catalog import Catalog
     from tierlm.models.outline import Outline
     from tierlm.planning.known import find_config
@@ -231,7 +230,7 @@ def _records(model: str, format: str | None) -> tuple[str, Records]:
 
 
 def _recorded(file: Path | None, work: Work) -> tuple[Callable[[float], float] | None, str]:
-    """The hit rates of a trace, if there is one, and the expected routing in words."""
+    """The hit rates of a trace, if given, and the expected routing in words."""
     if file is None:
         return None, ASSUMED_ROUTING
     from tierlm.planning.recorded import RecordedHits
@@ -242,7 +241,7 @@ def _recorded(file: Path | None, work: Work) -> tuple[Callable[[float], float] |
 
 
 def _machine(file: Path | None, bandwidth: str | None, card: bool) -> tuple[Machine, str]:
-    """The rates to predict with, and their source in words."""
+    """The rates of the machine, and their source in words."""
     from tierlm.profiling.profile import default_file, machine_of, read_profile
 
     remembered = default_file()
@@ -255,6 +254,6 @@ def _machine(file: Path | None, bandwidth: str | None, card: bool) -> tuple[Mach
     if bandwidth is not None:
         given = parse_size(bandwidth, "disk bandwidth")
         if not given:
-            raise UsageError("disk bandwidth: expected more than nothing")
+            raise UsageError("disk bandwidth: expected more than 0")
         machine = dataclasses.replace(machine, disk=float(given), origins={**machine.origins, "disk": "given"})
     return machine, source

@@ -1,4 +1,4 @@
-"""Statistics as a table for people."""
+"""Statistics as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def table(stats: Stats) -> Table:
-    """What ``--stats`` prints."""
+    """The table that ``--stats`` prints."""
     rows = {
         "load": f"{stats.load_seconds:.2f} s",
         "first token after": f"{_number(stats.first_token)} s",

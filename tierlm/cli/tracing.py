@@ -1,4 +1,4 @@
-"""``tierlm trace`` and ``tierlm simulate``: what a run demanded, and how another policy would have done."""
+"""``tierlm trace`` and ``tierlm simulate``: record the experts a run demands, and replay them with another policy."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from tierlm.tracing.timing import Rates
     from tierlm.tracing.trace import Trace
 
-RECORD_BYTES = 8 * 2**20  # where a trace does not say: an expert of DeepSeek-V2-Lite in fp8
-FRACTION = 0.25  # of the experts in the cache, where nothing is said
+RECORD_BYTES = 8 * 2**20  # default for traces without it: an expert of DeepSeek-V2-Lite in fp8
+FRACTION = 0.25  # default share of experts with slots
 
 File = Annotated[Path, Argument(metavar="TRACE", help="A trace: tierlm's own, jsonl or npz.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 
-trace = typer.Typer(no_args_is_help=True, help="Record what a model's routers choose; look at it; convert it.")
+trace = typer.Typer(no_args_is_help=True, help="Record the choices of a model's routers; describe and convert traces.")
 
 
 @trace.command()
@@ -35,12 +35,12 @@ def record(
     *,
     prompts: Annotated[Path, Option(help="A text file, one prompt a line.")],
     output: Annotated[Path, Option("--output", "-o", help="The trace to write.")],
-    scores: Annotated[bool, Option("--scores", help="Also the scores of all experts, and what gates predict.")] = False,
+    scores: Annotated[bool, Option("--scores", help="Also record all experts' scores and gate predictions.")] = False,
     budget: Annotated[Budget, Memory()],
     params: Annotated[SamplingParams, Sampling()],
     options: Annotated[LoadOptions, Loading()],
 ) -> None:
-    """Continue prompts, one after the other, and record which experts every token chose."""
+    """Continue prompts one by one, and record the experts of every token."""
     from tierlm.llm import LLM
 
     try:
@@ -58,7 +58,7 @@ def record(
 
 @trace.command()
 def info(file: File, as_json: Json = False) -> None:
-    """Describe a trace. A file that is not a trace is refused, with the line or offset."""
+    """Describe a trace. An invalid file is refused with the line or offset of the error."""
     from tierlm.tracing.traceforms import read_trace
 
     found = read_trace(file, scores=True)
@@ -84,7 +84,7 @@ def convert(
     output: Annotated[Path, Argument(help="The file to write.")],
     form: Annotated[str, Option("--to", help="tierlm, jsonl, npz, or oracle (libCacheSim's).")] = "tierlm",
 ) -> None:
-    """Write a trace in another form."""
+    """Convert a trace to another file format."""
     from tierlm.tracing.traceforms import convert as write
     from tierlm.tracing.traceforms import read_trace
 
@@ -100,21 +100,21 @@ def simulate(
     ] = "default",
     predictor: Annotated[str, Option(help="Prefetch: none, gate, previous, frequency, ...")] = "none",
     cache_fraction: Annotated[float | None, Option(help="Slots, as a share of all experts.")] = None,
-    ram: Annotated[str | None, Option(help="Slots, as the memory for experts alone, such as 4GiB.")] = None,
+    ram: Annotated[str | None, Option(help="Slots, as memory for experts only, e.g. 4GiB.")] = None,
     record_bytes: Annotated[str | None, Option(help="Bytes of an expert; default: the trace's, or 8MiB.")] = None,
     disk_bandwidth: Annotated[str, Option(help="Bytes a second of the disk.")] = "1.4GB",
-    disk_latency: Annotated[float, Option(help="Milliseconds of a read before its bytes come.")] = 0.1,
-    disk_depth: Annotated[int, Option(help="Reads at a time.")] = 8,
-    layer_ms: Annotated[float, Option(help="Milliseconds a token computes in a layer beside its experts.")] = 0.5,
-    expert_ms: Annotated[float | None, Option(help="And in an expert; default: its bytes at 10 GB/s.")] = None,
+    disk_latency: Annotated[float, Option(help="Latency of a read in milliseconds.")] = 0.1,
+    disk_depth: Annotated[int, Option(help="Concurrent reads.")] = 8,
+    layer_ms: Annotated[float, Option(help="Compute of a layer without experts, in ms a token.")] = 0.5,
+    expert_ms: Annotated[float | None, Option(help="Compute of an expert in ms; default: bytes at 10 GB/s.")] = None,
     tune: Annotated[
-        int | None, Option(metavar="TRIALS", help="Search the policy's parameters on the first part.")
+        int | None, Option(metavar="TRIALS", help="Tune the policy's parameters on the first part of the trace.")
     ] = None,
-    output: Annotated[Path | None, Option("--output", "-o", help="Where a tuned policy is written.")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="File for the tuned policy.")] = None,
     as_json: Json = False,
 ) -> None:
     """Replay a trace with a policy and a predictor on a machine. The cache starts empty, and its first misses count.
-    Without --cache-fraction and --ram a quarter of the experts have slots."""
+    Without --cache-fraction and --ram, a quarter of the experts have slots."""
     from tierlm.policies.predictors import PREDICTORS, make_predictor
     from tierlm.tracing.replay import open_policy
     from tierlm.tracing.simulate import simulate as run
@@ -134,20 +134,20 @@ def simulate(
     result = run(found, open_policy(policy, found, slots), chosen, slots, machine)
     numbers = {"policy": policy, "predictor": predictor, "cache_fraction": slots / found.records, **result.as_json()}
     share = f"{slots} of {found.records} experts, {slots / found.records:.1%}"
-    defaulted = " (by default: a quarter)" if cache_fraction is None and ram is None else ""
+    share += " (default: a quarter)" if cache_fraction is None and ram is None else ""
     demands = f"of {result.demanded} demands; {result.missed} misses, {result.late_hits} late hits"
     per_token = format_size(result.bytes_read / result.tokens)
     rows = {
         "policy, predictor": f"{policy}, {predictor}",
-        "slots": share + defaulted,
+        "slots": share,
         "hit rate": f"{result.hit_rate:.1%} {demands}",
         "prefetched": f"{result.prefetched}: {result.useful} useful, {result.wasted} wasted, "
         f"{result.cancelled} cancelled",
         "read": f"{format_size(result.bytes_read)}, {per_token} a token",
         "waited": f"{result.stall_seconds / result.seconds:.0%} of {result.seconds:.2f} s",
         "tokens/s": f"{result.tokens_per_second:.2f}",
-        "machine": f"{format_size(nbytes)} an expert, computed in {machine.expert_seconds * 1e3:.3g} ms, "
-        f"{layer_ms:g} ms a layer beside; disk {disk_bandwidth}/s",
+        "machine": f"{format_size(nbytes)} and {machine.expert_seconds * 1e3:.3g} ms an expert, {layer_ms:g} ms a "
+        f"layer without experts; disk {disk_bandwidth}/s",
     }
     _print(numbers, rows.items(), as_json, f"{file.name}: {len(found)} tokens, cold start included")
 
@@ -183,7 +183,7 @@ def _machine(
 def _slots(found: Trace, fraction: float | None, ram: str | None, nbytes: int) -> int:
     """The number of slots: at least one token's experts of one layer. Raises UsageError."""
     if fraction is not None and ram is not None:
-        raise UsageError("--cache-fraction and --ram say the same: give one of them")
+        raise UsageError("--cache-fraction and --ram both set the slots: give one of them")
     if fraction is not None and not 0 < fraction <= 1:
         raise UsageError(f"cache-fraction: expected a share above 0 and up to 1, found {fraction}")
     if ram is not None:
@@ -206,7 +206,7 @@ def _tune(found: Trace, policy: str, slots: int, trials: int, output: Path, as_j
     numbers = {"policy": tuned.policy, "parameters": tuned.parameters, "slots": slots, "trials": trials}
     numbers |= {"train": tuned.train, "test": tuned.test, "test_untuned": tuned.untuned, "file": str(output)}
     rows = {
-        "hit rate there": f"{tuned.train:.2%}",
+        "hit rate on the first part": f"{tuned.train:.2%}",
         "on the rest, tuned": f"{tuned.test:.2%}",
         "on the rest, untuned": f"{tuned.untuned:.2%}",
         "parameters": ", ".join(f"{name} {value:.4g}" for name, value in tuned.parameters.items()) or "the defaults",

@@ -1,6 +1,6 @@
-"""How long a model takes on a machine: seconds of a decode step and of a prefill, from rates that can be measured.
+"""The cost model: seconds of a decode step and of a prefill, from measurable rates.
 
-docs/planning.md explains each term, and how far it is from what was measured. No torch.
+docs/planning.md explains each term and its error. No torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import NamedTuple
 
 from tierlm.formats import FORMATS
@@ -17,7 +17,7 @@ from tierlm.spec import UnitKey
 
 
 class Formats(NamedTuple):
-    """Names of formats: of the routed experts, of what every token uses, of the lm_head."""
+    """Names of formats: routed experts, trunk with shared experts, lm_head."""
 
     experts: str
     trunk: str
@@ -29,15 +29,15 @@ BF16 = Formats("bf16", "bf16", "bf16")
 
 @dataclass(frozen=True)
 class Work:
-    """What one token makes a model do. Weights and values are counts, sizes bytes of records.
+    """The work of one token. Weights are counts; ``*_bytes`` are sizes of records.
 
-    ``trunk_weights``: without embedding, head and shared experts. ``attention``: products for each token of context.
-    ``stored``: the shares of the bytes of experts and of trunks that are read from the disk, where they are compressed.
+    ``trunk_weights``: without embedding, head and shared experts. ``attention``: multiply-adds per token of context.
+    ``stored``: compression ratios (bytes on disk / bytes) of experts and trunks.
     """
 
     layers: int
     moe_layers: int
-    experts: int  # of a layer
+    experts: int  # per layer
     experts_per_token: int
     expert_weights: int
     expert_bytes: int
@@ -51,7 +51,7 @@ class Work:
 
     @property
     def routed_weights(self) -> int:
-        """Weights of the experts that a token uses."""
+        """Weights of the routed experts of a token."""
         return self.moe_layers * self.experts_per_token * self.expert_weights
 
     @property
@@ -61,8 +61,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A card. ``memory`` and ``link`` (from host memory) in bytes a second, ``products`` in multiply-adds a second,
-    ``launch``: seconds of a layer's step that no arithmetic hides."""
+    """A card. ``memory`` and ``link`` (from host memory) in bytes a second, ``products`` in multiply-adds a second.
+    ``launch``: overhead of a layer in seconds."""
 
     memory: float
     link: float
@@ -72,15 +72,14 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Machine:
-    """The rates that time depends on. ``origins``: of each, whether it was measured, given, or assumed.
+    """The rates of a machine. ``origins``: whether each is measured, given or assumed.
 
-    ``disk`` in bytes a second, of reads of the size and depth that the engine uses; ``latency``: seconds of the
-    first of them. ``weights``: by format, weights a second times one row. ``products``: by format and rows,
-    multiply-adds a second of a product with that many rows. ``beside``: the shares of the arithmetic's and of the
-    disk's speed that are left when both are at work on one row, ``beside_many`` on a prefill's. ``layer``: seconds
-    of a layer's step that no kernel accounts for; ``record``: of a prefill for each expert that it goes through,
-    likewise. ``touch``: seconds a byte that memory takes when it is first written to, in huge pages as slots are
-    and in ordinary ones. ``start``: seconds from the command to the first byte loaded.
+    ``disk``: bytes a second with the engine's request size and depth; ``latency``: seconds of one read. ``weights``:
+    by format, weights a second with one row. ``products``: by format and rows, multiply-adds a second. ``beside``:
+    shares of their own speed that arithmetic with one row and the disk keep when they run together; ``beside_many``:
+    with the rows of a prefill. ``layer``: overhead of a layer of a step in seconds; ``record``: overhead of an expert
+    of a prefill. ``touch``: seconds a byte of the first write to memory, in huge pages (slots) and in ordinary ones.
+    ``start``: seconds from the command to the first byte loaded.
     """
 
     disk: float
@@ -97,7 +96,7 @@ class Machine:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def product_rate(self, format: str, rows: float) -> float:
-        """Multiply-adds a second at ``rows``, between those measured in proportion to the logarithm of the rows."""
+        """Multiply-adds a second at ``rows``, interpolated over log(rows)."""
         known = sorted(self.products[format].items())
         if rows <= known[0][0]:
             return known[0][1]
@@ -110,8 +109,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Seconds:
-    """One step: the whole, and what each resource would take alone. ``exposed``: of ``disk`` and ``link``, what the
-    arithmetic does not hide."""
+    """The time of one step: ``total``, and of each resource alone. ``exposed``: transfers that arithmetic does not
+    hide."""
 
     total: float
     compute: float
@@ -126,23 +125,22 @@ class Seconds:
 
     @property
     def bound(self) -> str:
-        """What to make faster first."""
+        """The bottleneck."""
         waits = "disk" if self.disk >= self.link else "link"
         parts = {waits: self.exposed, "compute": self.compute, "dispatch": self.overhead}
         return max(parts, key=lambda name: parts[name])
 
 
 def side_by_side(compute: float, reading: float, beside: tuple[float, float]) -> float:
-    """Seconds of arithmetic and reads that need ``compute`` and ``reading`` alone, begun together: both at their share
-    until one is through, then the other alone."""
+    """Seconds of overlapped arithmetic and reads, which alone take ``compute`` and ``reading``: both at their share of
+    speed until one ends, then the other at full speed."""
     arithmetic, disk = beside
     together = min(compute / arithmetic, reading / disk)
-    left = compute - together * arithmetic, reading - together * disk
-    return together + max(left)
+    return together + max(compute - together * arithmetic, reading - together * disk)
 
 
 def cached_share(plan: Plan, work: Work) -> tuple[float, float]:
-    """The shares of all experts that have slots: in the compute tier, and anywhere."""
+    """The shares of all experts that have slots: in the compute tier, and in any tier."""
     total = max(1, work.moe_layers * work.experts)
     above = (plan.ram if plan.vram is None else plan.vram).expert_slots / total
     everywhere = above + (0 if plan.vram is None else plan.ram.expert_slots / total)
@@ -150,18 +148,18 @@ def cached_share(plan: Plan, work: Work) -> tuple[float, float]:
 
 
 def uniform_hits(share: float) -> float:
-    """The hit rate if every expert is as likely as any other at each token: no policy does better, and no use of a
-    real model is worse."""
+    """The hit rate of uniform routing: no policy does better on it, and no real model is worse."""
     return share
 
 
 def skewed_hits(share: float, work: Work, skew: float = 0.5, stickiness: float = 0.3) -> float:
-    """The hit rate if experts are used as those of trained models are: with probability ``stickiness`` a token uses
-    what the one before it used, else the expert of rank r with a probability in proportion to r ** -skew, and the
-    most used ones are those in the slots. Both numbers are at the cautious end of what bench/synthetic.py cites."""
+    """The hit rate of routing like a trained model's, with the most used experts in the slots.
+
+    With probability ``stickiness`` a token reuses an expert of the previous token, else it uses the expert of rank r
+    with probability proportional to r ** -skew. Both are at the cautious end of the figures in bench/synthetic.py."""
     slots = share * work.experts
     kept = min(1.0, slots / work.experts_per_token)
-    slots = max(0.0, slots - stickiness * work.experts_per_token)  # the others hold what was used just now
+    slots = max(0.0, slots - stickiness * work.experts_per_token)  # the rest holds the previous token's experts
     popular = sum(math.pow(rank, -skew) for rank in range(1, int(slots) + 1))
     popular += (slots - int(slots)) * math.pow(int(slots) + 1, -skew)
     everything = sum(math.pow(rank, -skew) for rank in range(1, work.experts + 1))
@@ -169,7 +167,7 @@ def skewed_hits(share: float, work: Work, skew: float = 0.5, stickiness: float =
 
 
 def streamed_bytes(plan: Plan, sizes: Mapping[UnitKey, int]) -> tuple[int, int]:
-    """Bytes of trunks that a pass through the model brings in anew: from the disk, and over the link."""
+    """Bytes of trunks that each pass through the model reads from disk and copies over the link."""
     below, above = set(plan.ram.trunk), set() if plan.vram is None else set(plan.vram.trunk)
     from_disk = sum(size for key, size in sizes.items() if key not in below | above)
     over_link = 0 if plan.vram is None else sum(size for key, size in sizes.items() if key not in above)
@@ -179,7 +177,7 @@ def streamed_bytes(plan: Plan, sizes: Mapping[UnitKey, int]) -> tuple[int, int]:
 def decode_seconds(
     work: Work, machine: Machine, hits: tuple[float, float], streamed: tuple[int, int], context: int
 ) -> Seconds:
-    """One token's step. ``hits``: of the compute tier, and of all memory; ``streamed``: as ``streamed_bytes``."""
+    """One decode step. ``hits``: hit rates of the compute tier and of all memory; ``streamed``: see streamed_bytes."""
     missed = [work.moe_layers * work.experts_per_token * (1 - rate) for rate in hits]
     disk_bytes = missed[1] * work.expert_bytes * work.stored[0] + streamed[0] * work.stored[1]
     disk = disk_bytes / machine.disk + min(missed[1], work.moe_layers) * machine.latency
@@ -187,7 +185,7 @@ def decode_seconds(
     card = machine.accelerator
     if card is None:
         rates = machine.weights
-        # A layer's reads begin when its router has chosen: its experts' arithmetic is beside them.
+        # A layer's reads start after its router, so they overlap the experts' arithmetic only.
         mixture = work.routed_weights / rates[stored.experts] + work.shared_weights / rates[stored.trunk]
         other = work.trunk_weights / rates[stored.trunk] + work.head_weights / rates[stored.head]
         other += work.attention * context / rates["f32"]
@@ -200,7 +198,7 @@ def decode_seconds(
     other += work.attention * context * FORMATS["f32"].bits / 8 / card.memory
     link = (missed[0] * work.expert_bytes + streamed[1]) / card.link
     overhead = work.layers * card.launch
-    total = other + overhead + max(mixture, disk, link)  # nothing of the host's is in a card's way
+    total = other + overhead + max(mixture, disk, link)  # the host does not slow the card down
     return Seconds(total, mixture + other, overhead, disk, link, disk_bytes)
 
 
@@ -214,8 +212,8 @@ def prefill_seconds(
     slot_bytes: int = 0,
     workspace: float = 0,
 ) -> Seconds:
-    """A prompt of ``tokens`` in chunks: each record once a chunk. ``resident``: the share of experts that are there
-    already. ``slot_bytes``: of slots that nothing has been written to yet; ``workspace``: of activations, likewise."""
+    """A prompt of ``tokens`` in chunks; each chunk reads each record once. ``resident``: share of experts in memory.
+    ``slot_bytes``, ``workspace``: bytes of slots and activations that have never been written."""
     fresh = 0.0 if machine.accelerator is not None else workspace * machine.touch[1]
     total = Seconds(fresh, 0.0, fresh, 0.0, 0.0, 0.0)
     for start in range(0, tokens, chunk):
@@ -235,25 +233,19 @@ def prefill_seconds(
             stored = work.formats
             compute = experts / machine.product_rate(stored.experts, together)
             compute += trunk / machine.product_rate(stored.trunk, rows) + attention / machine.product_rate("f32", rows)
-            compute += work.head_weights / machine.weights[stored.head]  # of the last token alone
+            compute += work.head_weights / machine.weights[stored.head]  # the last token only
             overhead, link = work.layers * machine.layer + used * work.moe_layers * machine.record, 0.0
             whole = touch + overhead + side_by_side(compute, disk, machine.beside_many)
         else:
-            compute, overhead = (
-                (experts + trunk + attention + work.head_weights) / card.products,
-                work.layers * card.launch,
-            )
+            compute = (experts + trunk + attention + work.head_weights) / card.products
+            overhead = work.layers * card.launch
             link = (used * work.moe_layers * work.expert_bytes + streamed[1]) / card.link
             whole = touch + overhead + max(compute, disk, link)
         parts = (whole, compute, overhead + touch, disk, link, disk_bytes)
-        total = Seconds(*(a + b for a, b in zip(_values(total), parts, strict=True)))
+        total = Seconds(*(a + b for a, b in zip(astuple(total), parts, strict=True)))
     return total
 
 
 def load_seconds(machine: Machine, resident_bytes: int, stored: float = 1.0) -> float:
-    """Loading the trunks that stay, of which the share ``stored`` is read."""
+    """Loading the resident trunks. ``stored``: their compression ratio."""
     return resident_bytes * stored / machine.disk + resident_bytes * machine.touch[0]
-
-
-def _values(seconds: Seconds) -> tuple[float, ...]:
-    return (seconds.total, seconds.compute, seconds.overhead, seconds.disk, seconds.link, seconds.disk_bytes)

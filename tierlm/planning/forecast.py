@@ -1,4 +1,4 @@
-"""What a budget will do for a model on a machine: its plan, the speed to expect, and what more of each would bring."""
+"""The forecast for a model, a budget and a machine: plan, expected speed, and the gain from more of each resource."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tierlm.planning.cost import (
 from tierlm.planning.plan import Plan, Sizes, TierPlan, make_plan
 
 GIB = 2**30
-PROCESS = 256 * 2**20  # bytes of interpreter and libraries, which the engine measures: 242 MiB with torch 2.13 for CPUs
-OS_SHARE = 0.9  # of a machine's memory; what is above is missed by the system and by other programs
+PROCESS = 256 * 2**20  # bytes of interpreter and libraries: the engine measures 242 MiB with torch 2.13 for CPUs
+OS_SHARE = 0.9  # of a machine's memory; the system and other programs need the rest
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: budgets in bytes, lengths in tokens."""
+    """The inputs of a forecast: budgets in bytes, lengths in tokens."""
 
     ram: int
     vram: int | None
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Speed:
-    """What to expect under one assumption about routing. Rates in tokens a second, times in seconds."""
+    """Expected speed under one assumption about routing. Rates in tokens a second, times in seconds."""
 
     hit_rate: float
     decode: float
@@ -52,12 +52,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Forecast:
-    """``worst``: routing that no cache helps with beyond its size. ``typical``: of trained models, or as recorded.
-    ``low`` and ``high``: the range of decode tokens/s, from the slower of both without any overlap to the typical one
-    with perfect overlap.
+    """``worst``: uniform routing. ``typical``: routing of trained models, or recorded. ``low``, ``high``: decode
+    tokens/s, from the slower of both without overlap to the typical one with perfect overlap.
 
-    ``first_token``: seconds from the request; ``load`` and ``start``: before it, once. ``more``: decode tokens/s with
-    more of something. ``warnings``: cliffs that are near.
+    ``first_token``: seconds from the request; ``load``, ``start``: once, before it. ``streamed``: trunk bytes read for
+    each token. ``more``: decode tokens/s with more of a resource. ``warnings``: cliffs nearby.
     """
 
     plan: Plan
@@ -81,8 +80,8 @@ def forecast(
     ram_free: int | None = None,
     recorded: Callable[[float], float] | None = None,
 ) -> Forecast:
-    """Answer a question. ``ram_free``: what this machine has, if the budget is meant for it. ``recorded``: the typical
-    hit rate at a share of all experts, in the place of the assumed one. Raises BudgetError."""
+    """Answer ``question``. ``ram_free``: free memory, if the budget is for this machine. ``recorded``: share of experts
+    with slots -> typical hit rate, instead of the assumed one. Raises BudgetError."""
 
     def plan_for(ram: int, vram: int | None) -> Plan:
         return make_plan(sizes, ram=ram, vram=vram, process=question.process, min_slots=work.experts_per_token or 1)
@@ -142,7 +141,7 @@ def _speed(
     streamed = streamed_bytes(plan, sizes.trunk)
     step = decode_seconds(work, machine, hits, streamed, question.prompt)
     slot_bytes = plan.ram.expert_slots * sizes.expert
-    # The first prompt finds every slot empty, and no memory of activations.
+    # For the first prompt, all slots and activations are memory that has never been written.
     workspace = sizes.workspace * min(1.0, question.prompt / min(question.chunk, question.context))
     prompt = prefill_seconds(work, machine, 0.0, streamed, question.prompt, question.chunk, slot_bytes, workspace)
     return Speed(hits[1], 1 / step.total, step, question.prompt / prompt.total, prompt)
@@ -157,23 +156,23 @@ def _tiers(plan: Plan) -> list[TierPlan]:
 
 
 def _warnings(plan: Plan, work: Work, question: Question, streamed: tuple[int, int], ram_free: int | None) -> list[str]:
-    """What a little less, or a little more, of a budget would turn into a fall."""
+    """Cliffs near this budget, in words."""
     found = []
     if streamed[0]:
         found.append(
-            f"trunks of {format_size(streamed[0])} do not fit and are read again for every token: the first thing that "
-            "more ram is good for"
+            f"trunks of {format_size(streamed[0])} do not fit and are read again for every token: more ram helps this "
+            "first"
         )
     token = work.moe_layers * work.experts_per_token
     slots = sum(tier.expert_slots for tier in _tiers(plan))
     if slots < token:
         found.append(
-            f"{slots} expert slots are fewer than the {token} experts of one token: most of them are gone again before "
-            "the next token wants them"
+            f"{slots} expert slots are fewer than the {token} experts of one token: most are evicted before the next "
+            "token needs them"
         )
     if ram_free is not None and question.ram > OS_SHARE * ram_free:
         found.append(
             f"{format_size(ram_free)} are free here: a budget of {format_size(question.ram)} leaves less than a tenth "
-            "of it for the system and other programs, and may be killed or make them slow"
+            "for the system and other programs; the process may be killed or slow them down"
         )
     return found

@@ -1,4 +1,4 @@
-"""From what the user calls a model to its config, without its weights: published models are known by name."""
+"""From a model's name to its config, without its weights. Published models are known by name."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tierlm.checkpoints.checkpoint import read_json
 from tierlm.checkpoints.hub import DEMO
 from tierlm.errors import CheckpointError
 
-# name -> hub ids; where the dimensions are from, and a second place that they were compared with; the config
+# name -> Hub ids, source of the dimensions, second source that they were checked against, config
 DATA = Path(__file__).with_name("known.json")
 
 
 @dataclass(frozen=True)
 class Named:
-    """A model's config, and where it was found; ``folder``: the model's own, where its weights are there too."""
+    """A model's config and where it was found. ``folder``: the model's folder, if it has the weights too."""
 
     name: str
     config: Mapping[str, Any]
@@ -28,14 +28,14 @@ class Named:
 
 
 def known_models() -> dict[str, Any]:
-    """The published models whose dimensions come with the package, by name."""
+    """The published models whose configs ship with the package, by name."""
     found: dict[str, Any] = json.loads(DATA.read_text(encoding="utf-8"))
     return found
 
 
 def find_config(model: str) -> Named:
-    """The config of ``model``: "demo", a folder, a ``config.json``, a known name or hub id, or another hub id, of which
-    the config alone is downloaded. Raises CheckpointError."""
+    """The config of ``model``: "demo", a folder, a ``config.json``, a known name or Hub id, or another Hub id, of which
+    only the config is downloaded. Raises CheckpointError."""
     path = DEMO if model == "demo" else Path(model)
     if path.is_dir():
         config = read_json(path / "config.json")
@@ -58,5 +58,5 @@ def find_config(model: str) -> Named:
     try:
         file = Path(hf_hub_download(model, "config.json"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {error}") from error
+        raise CheckpointError(f"{model}: no such folder, and not available on the Hub: {error}") from error
     return Named(model, read_json(file), str(file))

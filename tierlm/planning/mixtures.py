@@ -1,4 +1,4 @@
-"""Which formats a model's weights are in, as checkpoints are published and as `tierlm pack` makes them. No torch."""
+"""The formats of a model's parts, in published checkpoints and in the output of `tierlm pack`. No torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tierlm.formats import FORMATS
 
 
 class Mixture(NamedTuple):
-    """Names of formats: of the matrices of routed experts and of trunks, of the embedding, of the lm_head. Vectors,
-    routers and biases take 16 bits everywhere."""
+    """Names of formats: matrices of routed experts, of trunks, embedding, lm_head. Vectors, routers and biases always
+    take 16 bits."""
 
     experts: str
     trunk: str
@@ -18,7 +18,7 @@ class Mixture(NamedTuple):
 
     @property
     def bits(self) -> tuple[float, float, float, float]:
-        """Of a weight of each."""
+        """Bits of a weight of each."""
         experts, trunk, embedding, head = (FORMATS[name].bits for name in self)
         return experts, trunk, embedding, head
 

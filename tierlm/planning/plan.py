@@ -1,4 +1,4 @@
-"""What a budget means for a model: which trunks stay, how many expert slots each tier gets, and the floor. No torch."""
+"""The plan for a budget: which trunks stay resident, the expert slots of each tier, and the floor. No torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from tierlm.config import format_size
 from tierlm.errors import BudgetError
 from tierlm.spec import Dense, ModelSpec, UnitKey
 
-AUTO_RAM = 0.8  # of what is free, where the budget says auto
-MAX_LOGITS = 64 * 2**20  # bytes set aside for what a call for logits returns
-SLACK = 48 * 2**20  # bytes of ram for what cannot be counted: thread stacks, allocator rounding, library scratch
+AUTO_RAM = 0.8  # share of free memory that "auto" takes
+MAX_LOGITS = 64 * 2**20  # bytes reserved for the result of a call for logits
+SLACK = 48 * 2**20  # bytes of ram that cannot be counted: thread stacks, allocator rounding, library scratch
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The bytes of a model's parts. ``trunk``: per streamed unit; ``expert``: of the largest expert record;
-    ``resident``: always resident small tensors; ``kv`` and ``workspace``: of this run's context and prefill chunk."""
+    """Bytes of a model's parts. ``trunk``: per streamed unit; ``expert``: the largest expert record; ``resident``:
+    small tensors that never leave; ``kv``, ``workspace``: for this context and prefill chunk."""
 
     trunk: Mapping[UnitKey, int]
     expert: int
@@ -25,18 +25,18 @@ class Sizes:
     resident: int
     kv: int
     workspace: int
-    logits: int  # of the result of one call for logits, in ram
+    logits: int  # the result of one call for logits, in ram
 
 
 @dataclass(frozen=True)
 class TierPlan:
-    """One tier: what is resident in it, the two slots through which the other trunks stream, and the expert slots.
+    """One tier: its resident trunks, the ring through which other trunks stream, and its expert slots.
 
-    ``floor`` is the least this tier runs with, ``parts`` what the plan uses, in bytes by name.
+    ``floor``: the least that works; ``parts``: what the plan uses; both in bytes.
     """
 
     trunk: tuple[UnitKey, ...]
-    ring: int  # bytes of each of the two slots of the ring; 0: nothing streams
+    ring: int  # bytes of each of the ring's two slots; 0: nothing streams
     expert_slots: int
     floor: int
     parts: Mapping[str, int] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class TierPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one budget means for one model. ``vram`` is None where the compute tier is ``ram``."""
+    """The tiers of one model under one budget. ``vram`` is None if the compute tier is ``ram``."""
 
     ram: TierPlan
     vram: TierPlan | None
@@ -53,8 +53,8 @@ class Plan:
 def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:
     """Peak bytes of activations for a step of ``chunk`` tokens: the largest of attention and feed-forward, float32.
 
-    Attention: what its spec says. MoE: one output per token and choice, weighted copy, the rows of one expert. Both:
-    a few [chunk, hidden].
+    Attention: from its spec. MoE: one output per token and choice, a weighted copy, the rows of one expert. Both: a few
+    [chunk, hidden].
     """
     common = 6 * chunk * spec.hidden
     attention = max(kind.workspace(chunk, context) for kind in {layer.attention for layer in spec.layers})
@@ -78,11 +78,10 @@ def make_plan(
     vram_slots: int | None = None,
     resident_trunks: int | None = None,
 ) -> Plan:
-    """Divide a budget. Trunk first, since every token uses all of it; experts get what is left.
+    """Divide a budget: trunks first, since every token uses all of them, then expert slots.
 
-    ``process``: bytes that the interpreter and its libraries hold already. ``min_slots``: one token's experts of one
-    layer. ``ram_slots``, ``vram_slots`` and ``resident_trunks`` hold these at or below a number. Raises BudgetError
-    below the floor.
+    ``process``: bytes of the interpreter and its libraries. ``min_slots``: one token's experts of one layer.
+    ``ram_slots``, ``vram_slots``, ``resident_trunks``: upper limits. Raises BudgetError below the floor.
     """
     state = {"KV cache": sizes.kv, "activations": sizes.workspace, "routers and norms": sizes.resident}
     host = {"interpreter and libraries": process, "slack": SLACK, "logits": sizes.logits}
@@ -93,7 +92,7 @@ def make_plan(
         )
     compute = _plan_tier("vram", vram, state, sizes, everything, min_slots, vram_slots, resident_trunks)
     streamed = [key for key in everything if key not in compute.trunk]
-    # The ring of the host also carries what is loaded into vram once, so it takes the largest trunk of all.
+    # Trunks that stay in vram are loaded through the host's ring, so it must fit the largest of all.
     below = _plan_tier("ram", ram, host, sizes, streamed, 1, ram_slots, resident_trunks, through=everything)
     return Plan(below, compute)
 
@@ -109,12 +108,12 @@ def _plan_tier(
     max_trunks: int | None,
     through: list[UnitKey] | None = None,
 ) -> TierPlan:
-    """Plan one tier that serves ``trunk``; ``through``: other trunks that pass through its ring while loading."""
+    """Plan one tier that serves ``trunk``. ``through``: trunks that go through its ring while loading."""
     largest_first = sorted(trunk, key=lambda key: -sizes.trunk[key])
     streaming = max((sizes.trunk[key] for key in through or ()), default=0)
 
     def need(resident: int) -> tuple[int, int]:
-        """Bytes of the ``resident`` largest trunks, and of one ring slot for the rest."""
+        """Bytes of the ``resident`` largest trunks and of one ring slot for the rest."""
         rest = largest_first[resident:]
         ring = max(sizes.trunk[rest[0]] if rest else 0, streaming)
         return sum(sizes.trunk[key] for key in largest_first[:resident]), ring
@@ -148,5 +147,5 @@ def _plan_tier(
 
 
 def _bytes(pair: tuple[int, int]) -> int:
-    """Bytes of resident trunks and a ring of two slots."""
+    """Bytes of (resident trunks, ring slot), with two ring slots."""
     return pair[0] + 2 * pair[1]

@@ -1,4 +1,4 @@
-"""The hit rate to expect with routing that was recorded."""
+"""The expected hit rate of recorded routing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from tierlm.policies import DEFAULT
 from tierlm.tracing.replay import open_policy, replay
 from tierlm.tracing.trace import Trace
 
-TOKENS = 2000  # of a trace that are replayed, so that a plan is answered in seconds
+TOKENS = 2000  # of a trace that are replayed, so that a plan takes seconds
 
 
 class RecordedHits:
-    """Hit rates of a trace's decode steps under the default policy, the trace's first half only filling the slots.
+    """Hit rates of a trace's decode steps under the default policy. The first half of the trace only fills the slots.
 
-    A trace of a model of another shape is replayed at the same share of its experts. Raises TraceError where nothing
-    is left to count.
+    A trace of another model is replayed at the same share of experts. Raises TraceError if nothing is left to count.
     """
 
     def __init__(self, trace: Trace):
@@ -27,7 +26,7 @@ class RecordedHits:
             raise TraceError("expected decode steps in the second half of the trace, found a prefill alone")
 
     def rate(self, share: float) -> float:
-        """The hit rate where ``share`` of all experts have slots, at the least those of one token in a layer."""
+        """The hit rate with slots for ``share`` of all experts, at least for one token's in a layer."""
         trace = self._trace
         slots = min(trace.records, max(trace.experts.shape[2], round(share * trace.records)))
         if slots not in self._found:
@@ -36,13 +35,11 @@ class RecordedHits:
         return self._found[slots]
 
     def describe(self, work: Work) -> str:
-        """What is replayed, and whether it is another model's."""
+        """The replayed trace in words, and whether it is another model's."""
         trace = self._trace
         layers, experts, chosen = trace.moe_layers, trace.info.experts, int(trace.experts.shape[2])
         model = trace.info.model or "a model"
-        said = f"{len(trace)} tokens of {model}, policy {DEFAULT}"
+        found = f"{len(trace)} tokens of {model}, policy {DEFAULT}"
         if (layers, experts, chosen) == (work.moe_layers, work.experts, work.experts_per_token):
-            return said
-        return (
-            f"{said}; another model's, {layers} layers with {chosen} of {experts} experts, at the same share of slots"
-        )
+            return found
+        return f"{found}; another model, {layers} layers with {chosen} of {experts} experts, at the same share of slots"

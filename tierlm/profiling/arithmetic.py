@@ -1,6 +1,6 @@
-"""How fast the kernels are, alone and while a disk is read; what a card gives; how fast records are unpacked.
+"""The speed of the kernels, alone and beside disk reads, of a card and its links, and of decompression.
 
-The only file of this folder that loads torch, when a function of it is called.
+The only file of this folder that loads torch, when a function is called.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
     from tierlm.kernels import Weight
 
-HIDDEN, WIDTH, TOGETHER = 2048, 1408, 6  # a DeepSeek-V2-Lite expert, and how many of them a token uses
-# Those that products are measured in: f32 and f16 are taken to be bound by memory as bf16 is.
+HIDDEN, WIDTH, TOGETHER = 2048, 1408, 6  # a DeepSeek-V2-Lite expert; experts a token uses in a layer
+# The formats to measure. f32 and f16 are assumed to be memory-bound like bf16.
 MEASURED = tuple(f.name for f in FORMATS.values() if f.loadable and f.name not in ("f32", "f16"))
-# Two over a multiple of four, as the rows of an expert are on average: the kernels take four at a time, and the rest
-# one by one. 62 is next to the most that those for floats take (kernels/native.py).
+# Two more than a multiple of four, the average case: the kernels take four rows at a time and the rest one by one. 62
+# is close to the limit of the float kernels (kernels/native.py).
 ROWS = (1, 10, 34, 62, 256)
 MANY = 34  # rows of an expert in a prefill
-RESIDENT = 256 * 2**20  # bytes of experts to go through: no cache holds them
+RESIDENT = 256 * 2**20  # bytes of experts; more than any cache holds
 ROUNDS, SECONDS = 3, 0.08
-READ, DEPTH = 2 * 2**20, 8  # as the engine reads a disk it has not probed for long
+READ, DEPTH = 2 * 2**20, 8  # bytes and number of concurrent reads, like the engine's
 Experts = list[tuple["Weight", "Weight", "Weight"]]
 
 
 def measure_kernels(done: Callable[[], None] = lambda: None) -> list[KernelRate]:
-    """Gated MLPs in each stored format, at several numbers of rows; ``done`` is called after each."""
+    """Measure gated MLPs in each format of MEASURED at each of ROWS; ``done`` is called after each."""
     import torch
 
     found = []
@@ -54,9 +54,9 @@ def measure_kernels(done: Callable[[], None] = lambda: None) -> list[KernelRate]
 
 
 def measure_beside(files: Sequence[Path], rows: int, seconds: float = 1.0) -> tuple[float, float]:
-    """The shares of their speed alone that arithmetic with ``rows`` rows and the disk keep when both are at work.
+    """The shares of their own speed that arithmetic with ``rows`` rows and the disk keep when they run together.
 
-    Both are measured alone and together by turns. Raises OSError where ``files`` cannot be read past the page cache.
+    They are measured alone and together by turns. Raises OSError if ``files`` cannot be read with O_DIRECT.
     """
     experts = _experts("bf16")
     shares: tuple[list[float], list[float]] = ([], [])
@@ -78,14 +78,14 @@ def measure_beside(files: Sequence[Path], rows: int, seconds: float = 1.0) -> tu
 
 
 class Stream:
-    """As much arithmetic as a layer of a large model has for one token."""
+    """The arithmetic of one token in one layer of a large model."""
 
     def __init__(self) -> None:
         self._experts = _experts("int4")
         self._turn = itertools.cycle(range(0, len(self._experts) - TOGETHER + 1, TOGETHER))
 
     def run(self) -> None:
-        """Go through the next experts: what was in the caches no longer is."""
+        """Compute the next experts, which evicts everything else from the caches."""
         import torch
 
         from tierlm.kernels import gated_mlps
@@ -96,8 +96,8 @@ class Stream:
 
 
 def measure_unpacking() -> dict[str, Spread]:
-    """Bytes a second that come out of zstd with all cores, of bytes like the exponents of bfloat16 weights; nothing
-    where the package is not installed."""
+    """Decompressed bytes a second of zstd on all cores, for the exponent bytes of bfloat16 weights; empty without the
+    package zstandard."""
     try:
         import zstandard
     except ImportError:
@@ -111,21 +111,21 @@ def measure_unpacking() -> dict[str, Spread]:
     packed = zstandard.ZstdCompressor(level=3).compress(plane)
     threads = len(os.sched_getaffinity(0))
 
-    def unpack(_: int) -> int:
+    def decompress(_: int) -> int:
         return len(zstandard.ZstdDecompressor().decompress(packed))
 
     speeds = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(ROUNDS):
             began = time.perf_counter()
-            total = sum(pool.map(unpack, range(4 * threads)))
+            total = sum(pool.map(decompress, range(4 * threads)))
             speeds.append(total / (time.perf_counter() - began))
     return {f"zstd, bfloat16 exponents, {len(plane) / len(packed):.1f}:1": spread(speeds)}
 
 
 def measure_links() -> tuple[dict[str, Spread], int]:
-    """Rates between host and accelerator, of its memory and of its products, and the bytes of its memory; nothing and 0
-    without one."""
+    """The rates of an accelerator's links, memory and matrix products by name, and its memory in bytes; empty and 0
+    without an accelerator."""
     import torch
 
     if not torch.accelerator.is_available():
@@ -159,7 +159,7 @@ def measure_links() -> tuple[dict[str, Spread], int]:
 
 
 def _experts(name: str) -> Experts:
-    """Experts of one format in memory of huge pages, as slots are: the same one again and again."""
+    """Copies of one expert in the format ``name``, in huge pages like the engine's slots."""
     import torch
 
     from tierlm.kernels import Weight, quantise
@@ -187,8 +187,8 @@ def _experts(name: str) -> Experts:
 
 
 def _products(experts: Experts, rows: int, seconds: float) -> float:
-    """Multiply-adds a second of gated MLPs with ``rows`` rows on experts by turns: several at once as in a layer's
-    decode step, one after the other as a prefill brings them."""
+    """Multiply-adds a second of gated MLPs with ``rows`` rows, cycling through ``experts``: one row in TOGETHER experts
+    at once, as in decode; more rows in one expert at a time, as in prefill."""
     import torch
 
     from tierlm.kernels import gated_mlps
@@ -206,7 +206,7 @@ def _products(experts: Experts, rows: int, seconds: float) -> float:
 
 
 class _Reads:
-    """DEPTH threads that read random places of some files, while they are let."""
+    """DEPTH threads that read random places of some files while ``running``."""
 
     def __init__(self, files: Sequence[Path]):
         large = [file for file in files if file.stat().st_size > READ]

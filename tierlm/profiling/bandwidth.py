@@ -1,7 +1,7 @@
-"""How fast caches and RAM are: read, write and copy, with one core and with all, on each NUMA node's memory.
+"""The bandwidth of caches and RAM: read, write and copy, with one core and with all, on each NUMA node.
 
-numpy's loops, which let other threads run, over blocks that fit the level in question. A level whose block takes less
-time than a call is not measured. No torch.
+Uses numpy loops, which release the GIL, over blocks that fit the cache. Caches so small that the call overhead
+dominates are not measured. No torch.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tierlm.profiling.profile import MemoryRate, Spread, spread
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 NODES = Path("/sys/devices/system/node")
-BLOCK = 256 * 2**20  # bytes of RAM for each thread, where there is room; many times a cache's share
-TOUCHED, PIECE = 2**30, 32 * 2**20  # bytes that are touched for the first time, and of each sample of it
+BLOCK = 256 * 2**20  # bytes of RAM per thread, if available; many times a cache's share
+TOUCHED, PIECE = 2**30, 32 * 2**20  # bytes touched for the first time; bytes of one sample
 ROUNDS, SECONDS = 5, 0.06  # of each figure
-SMALLEST = 256 * 2**10  # bytes; a call takes about a tenth of the time of less
-Block = NDArray[np.int32]  # whose largest value is found as fast as it can be read
+SMALLEST = 256 * 2**10  # bytes; the call is about a tenth of the time of a smaller block
+Block = NDArray[np.int32]  # ``max`` of int32 runs at memory speed
 Action = Callable[[Block], None]
 
 
 def cache_sizes(folder: Path = CACHES) -> dict[str, int]:
-    """Bytes of the data caches of a core, by level: {"L1": ..., "L2": ...}; what a virtual machine hides is absent."""
+    """Bytes of a core's data caches: {"L1": ..., "L2": ...}, without those that a virtual machine hides."""
     found = {}
     for index in sorted(folder.glob("index*")):
         try:
@@ -44,7 +44,7 @@ def cache_sizes(folder: Path = CACHES) -> dict[str, int]:
 
 
 def nodes(folder: Path = NODES) -> dict[int, list[int]]:
-    """The processors of each NUMA node that this process may run on; one node 0 where the system does not tell."""
+    """The processors this process may use, by NUMA node; all on node 0 if the system does not say."""
     allowed = os.sched_getaffinity(0)
     found = {}
     for node in sorted(folder.glob("node[0-9]*")):
@@ -59,20 +59,19 @@ def nodes(folder: Path = NODES) -> dict[int, list[int]]:
 
 
 def measure_touch() -> tuple[float, float]:
-    """Seconds a byte that the first write to memory takes with all cores at it, in huge pages as slots are and in
-    ordinary ones.
+    """Seconds a byte of the first write to memory with all cores, in huge pages like slots and in ordinary pages.
 
-    Of memory that has been free for a while: the host of a virtual machine takes that back, and what was freed just now
-    costs a tenth of it. So more is touched than this process has freed, and the upper quartile of the pieces counts.
+    Measures memory that has been free for a while: the host of a virtual machine reclaims it, and memory freed just now
+    costs a tenth. So more is touched than this process has freed, and the upper quartile of the pieces counts.
     """
     room = min(TOUCHED, available_ram() // 4)
-    huge = host_memory(room)  # kept until the end, or the second figure would be of what the first has freed
+    huge = host_memory(room)  # kept alive, or the second measurement would reuse its pages
     ordinary = mmap.mmap(-1, room // 4, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return _touch(huge), _touch(ordinary)
 
 
 def measure_memory(done: Callable[[], None] = lambda: None) -> list[MemoryRate]:
-    """The rates of every level. ``done`` is called after each."""
+    """The rates of every cache and of RAM. ``done`` is called after each."""
     places = nodes()
     home, cpus = next(iter(places.items()))
     found = []
@@ -110,28 +109,28 @@ def _touch(memory: mmap.mmap) -> float:
 def _rate(
     name: str, capacity: int, nbytes: int, node: int, cpus: Sequence[int], where: int, owners: Sequence[int]
 ) -> MemoryRate:
-    """``cpus`` of ``node`` at work, each on ``nbytes`` that one of ``owners`` of the node ``where`` has placed."""
+    """Measure ``cpus`` of ``node``, each on ``nbytes`` placed on the node ``where`` by one of its ``owners``."""
     placed = [owners[i % len(owners)] for i in range(len(cpus))]
     with ThreadPoolExecutor(len(cpus)) as pool:
         blocks = list(pool.map(_fresh, [nbytes] * len(cpus), placed))
 
         def rate(action: Action) -> Spread:
             rounds = [sum(pool.map(_speed, [action] * len(cpus), blocks, cpus)) for _ in range(ROUNDS + 1)]
-            return spread(rounds[1:])  # the first one also wakes the processors up
+            return spread(rounds[1:])  # the first round is warm-up
 
         return MemoryRate(name, capacity, node, where, len(cpus), rate(_read), rate(_write), rate(_copy))
 
 
 def _fresh(nbytes: int, cpu: int) -> Block:
-    """A block of ``nbytes``, first written to, and so placed, by ``cpu``."""
-    os.sched_setaffinity(0, {cpu})  # of the calling thread
+    """A block of ``nbytes`` that ``cpu`` writes first, which places it on that processor's node."""
+    os.sched_setaffinity(0, {cpu})  # the calling thread only
     block = np.empty(nbytes // 4, np.int32)
     block.fill(1)
     return block
 
 
 def _speed(action: Action, block: Block, cpu: int) -> float:
-    """Bytes a second of one thread on ``cpu``, over as many whole passes as SECONDS have room for."""
+    """Bytes a second of one thread on ``cpu``, in whole passes for at least SECONDS."""
     os.sched_setaffinity(0, {cpu})
     passes, spent, began = 0, 0.0, time.perf_counter()
     while spent < SECONDS:
@@ -155,7 +154,7 @@ def _copy(block: Block) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    """The numbers of a list such as "0-3,8"."""
+    """Parse a list of numbers: "0-3,8"."""
     found: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")

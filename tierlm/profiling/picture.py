@@ -1,5 +1,5 @@
-"""The picture: bandwidth against capacity, this machine's tiers before a backdrop of reference hardware, and the lines
-on which a model makes so many tokens a second. Needs matplotlib."""
+"""The plot of bandwidth against capacity: this machine's tiers, reference hardware, and lines of equal tokens a second.
+Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tierlm.errors import UsageError
 from tierlm.planning.cost import Work
 from tierlm.profiling.profile import Profile
 
-HARDWARE = Path(__file__).with_name("hardware.json")  # name, kind, bytes a second, bytes, and the source of each
+HARDWARE = Path(__file__).with_name("hardware.json")  # name, kind, bytes a second, bytes, source
 KINDS = {
     "device": ("#7b6fb0", "cards"),
     "unified": ("#b07a3f", "unified memory"),
@@ -20,7 +20,7 @@ KINDS = {
     "storage": ("#6b8299", "storage"),
 }
 TOKENS = (0.1, 1, 10, 100)
-# Where a label goes, in points from its mark, if not to the right of it.
+# Label offsets in points; the others are to the right of the mark.
 PLACES = {
     "RTX 4060": (-46, -3),
     "V100 16 GB": (-56, -3),
@@ -34,13 +34,13 @@ PLACES = {
 
 
 def hardware() -> list[dict[str, Any]]:
-    """The reference hardware. Bandwidths are what is published, which nothing quite reaches."""
+    """The reference hardware, with published bandwidths, which are never quite reached."""
     found: list[dict[str, Any]] = json.loads(HARDWARE.read_text(encoding="utf-8"))
     return found
 
 
 def draw(file: Path, profile: Profile, model: str, work: Work, model_bytes: int) -> None:
-    """Write the plot to ``file``. Raises UsageError without matplotlib, or for a file that cannot be written."""
+    """Write the plot to ``file``. Raises UsageError without matplotlib or if ``file`` cannot be written."""
     try:
         import matplotlib
 
@@ -99,7 +99,7 @@ def draw(file: Path, profile: Profile, model: str, work: Work, model_bytes: int)
         Line2D([], [], marker="o", color=colour, alpha=0.6, linestyle="", label=f"{what}, as published")
         for colour, what in KINDS.values()
     ]
-    what = f"{model}, tokens/s if all its active weights\nwere read from there at each token"
+    what = f"{model}, tokens/s if all active weights\nwere read from there for each token"
     marks.append(Line2D([], [], color="#c23b22", alpha=0.6, label=what))
     axes.legend(handles=marks, fontsize=8, frameon=False, loc="lower left")
     ticks = {10**power: name for power, name in zip((6, 9, 12), ("1 MB", "1 GB", "1 TB"), strict=True)}
@@ -117,7 +117,7 @@ def draw(file: Path, profile: Profile, model: str, work: Work, model_bytes: int)
 
 
 def tiers(profile: Profile) -> Mapping[str, tuple[int, float]]:
-    """This machine's points: name -> (bytes, bytes a second read), of the fastest way to read each."""
+    """This machine's points: name -> (bytes, bytes a second read), each by its fastest read."""
     found: dict[str, tuple[int, float]] = {}
     for rate in profile.memory:
         capacity = rate.capacity or profile.ram

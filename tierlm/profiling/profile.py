@@ -1,4 +1,4 @@
-"""What a machine's tiers have been measured to give, kept as JSON, and the rates that the cost model takes from it."""
+"""A machine's measured rates, stored as JSON, and the rates that the cost model derives from them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tierlm.formats import FORMATS
 from tierlm.planning.cost import Accelerator, Machine
 
 VERSION = 2
-ENGINE_SIZES = tuple(size * 2**20 for size in (1, 4, 8))  # bytes of a request, as checkpoints/probe.py chooses them
+ENGINE_SIZES = tuple(size * 2**20 for size in (1, 4, 8))  # bytes of a request, like the choices of checkpoints/probe.py
 ENGINE_DEPTHS = (4, 8, 16)
 
-# Where nothing was measured: a desktop with two channels of memory and an NVMe disk of the third generation.
+# Without a measurement: a desktop with two memory channels and a PCIe 3.0 NVMe disk.
 ASSUMED_DISK, ASSUMED_LATENCY = 3e9, 1e-3
-ASSUMED_WEIGHT_BYTES = 20e9  # bytes of weights a second that one row is multiplied with: half of the memory's rate
-ASSUMED_PRODUCTS = 15e9  # multiply-adds a second and core of a large float32 product: a third of AVX2's peak
+ASSUMED_WEIGHT_BYTES = 20e9  # bytes of weights a second for one row: half of the memory bandwidth
+ASSUMED_PRODUCTS = 15e9  # multiply-adds a second per core of a large float32 product: a third of AVX2's peak
 ASSUMED_BESIDE = (0.8, 0.8)
 ASSUMED_LAYER, ASSUMED_RECORD, ASSUMED_TOUCH, ASSUMED_START = 1e-3, 3e-4, (0.5e-9, 1e-9), 3.0
 LIKE_BF16 = "bf16's, by the bytes of a weight"
@@ -31,7 +31,7 @@ LIKE_BF16 = "bf16's, by the bytes of a weight"
 
 @dataclass(frozen=True)
 class Spread:
-    """Of several rounds, in bytes or operations a second."""
+    """Several rounds, in bytes or operations a second."""
 
     median: float
     low: float
@@ -40,8 +40,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class MemoryRate:
-    """A cache or the RAM of a node: ``capacity`` in bytes, rates of ``threads`` cores of node ``cpus`` on memory of
-    node ``node``. A copy counts the bytes read and those written."""
+    """A cache or a node's RAM: ``capacity`` in bytes, rates of ``threads`` cores of the node ``cpus`` on memory of the
+    node ``node``. A copy counts both reads and writes."""
 
     name: str
     capacity: int
@@ -55,10 +55,10 @@ class MemoryRate:
 
 @dataclass(frozen=True)
 class DiskRate:
-    """``depth`` reads of ``request_bytes`` at a time. ``percentiles``: seconds of a read, 50, 90 and 99 %.
+    """``depth`` concurrent reads of ``request_bytes``. ``percentiles``: seconds of a read, 50, 90 and 99 %.
 
-    ``device_share``: bytes that the block device counted, of those read; None where it has no counter.
-    ``from_ram``: why this is not the disk's figure, or "".
+    ``device_share``: bytes counted by the block device / bytes read; None without a counter. ``from_ram``: why the
+    rate is not the disk's, or "".
     """
 
     path: str
@@ -75,7 +75,7 @@ class DiskRate:
 
 @dataclass(frozen=True)
 class KernelRate:
-    """Gated MLPs of weights that no cache holds: multiply-adds a second with ``rows`` rows."""
+    """Gated MLPs with weights outside any cache: multiply-adds a second with ``rows`` rows."""
 
     format: str
     rows: int
@@ -85,19 +85,19 @@ class KernelRate:
 
 @dataclass(frozen=True)
 class Profile:
-    """All that was measured. Rates in bytes a second, capacities in bytes. ``disk_capacity``: by path.
+    """All measurements. Rates in bytes a second, capacities in bytes. ``disk_capacity``: by path.
 
-    ``beside``: shares of the arithmetic's and the disk's speed that are left when both are at work, of one row;
-    ``beside_many``: of the rows of a prefill. ``links``: host to
-    device and back, pinned and pageable, and the device's memory, by name. ``unpack``: decompressed bytes a second.
-    ``missing``: what was not measured, and why.
+    ``beside``: shares of their own speed that arithmetic with one row and the disk keep when they run together;
+    ``beside_many``: with the rows of a prefill. ``links``: host to device and back, pinned and pageable, and the
+    device's memory and products, by name. ``unpack``: decompressed bytes a second. ``layer``, ``record``, ``touch``,
+    ``start``: see Machine. ``missing``: what was not measured, and why.
     """
 
     when: str
     processor: str
     cores: int
     ram: int
-    ram_limit: int  # what this process may use
+    ram_limit: int  # available to this process
     memory: Sequence[MemoryRate] = ()
     disks: Sequence[DiskRate] = ()
     disk_capacity: Mapping[str, int] = field(default_factory=dict)
@@ -115,13 +115,13 @@ class Profile:
     version: int = VERSION
 
     def write(self, file: Path) -> None:
-        """Keep it as JSON. Raises OSError."""
+        """Write it as JSON. Raises OSError."""
         write_whole(file, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     def engine_disk(self) -> tuple[float, float] | None:
-        """Bytes a second and the latency of the fastest disk, read as the engine reads: the median over random direct
-        reads of ENGINE_SIZES at ENGINE_DEPTHS, since the best of many samples is luck; the seconds of one that is
-        alone. None where no disk's own figures are known."""
+        """Bytes a second and latency in seconds of the fastest disk as the engine reads it: the median over random
+        direct reads of ENGINE_SIZES at ENGINE_DEPTHS (the best sample would be luck), and a single read. None if no
+        disk was measured without the page cache."""
         found: list[tuple[float, float]] = []
         for path in self.disk_capacity:
             real = [r for r in self.disks if r.path == path and r.pattern == "random" and not r.from_ram]
@@ -135,13 +135,13 @@ class Profile:
 
 
 def default_file() -> Path | None:
-    """Where ``tierlm profile`` leaves its result for ``tierlm plan``; None where the user has no cache folder."""
+    """The file through which ``tierlm profile`` passes its result to ``tierlm plan``; None without a cache folder."""
     cache = user_cache()
     return None if cache is None else cache / "profile.json"
 
 
 def read_profile(file: Path) -> Profile:
-    """What ``Profile.write`` has kept. Raises UsageError for a file that is not one."""
+    """Read a file written by ``Profile.write``. Raises UsageError."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found.get("version") != VERSION:
@@ -160,13 +160,13 @@ def read_profile(file: Path) -> Profile:
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{file}: expected what `tierlm profile --json` writes, found: {error}") from error
+        raise UsageError(f"{file}: expected a file from `tierlm profile --json`, found: {error}") from error
 
 
 def machine_of(profile: Profile | None, vram: bool) -> Machine:
-    """The rates of a profile, and assumptions in the place of what it lacks; None: assumptions alone.
+    """The rates of ``profile``, with assumptions for missing ones; None: assumptions only.
 
-    ``vram``: whether a card computes. ``origins`` has a format's under its name.
+    ``vram``: whether a card computes. ``origins`` lists a format's rate under its name.
     """
     origins: dict[str, str] = {}
     measured = "measured" if profile is None else f"measured {profile.when}"
@@ -190,7 +190,7 @@ def machine_of(profile: Profile | None, vram: bool) -> Machine:
             weights[format], origins[format] = like[min(like)] * FORMATS["bf16"].bits / kind.bits, LIKE_BF16
         else:
             weights[format], origins[format] = ASSUMED_WEIGHT_BYTES * 8 / kind.bits, "assumed"
-        # As many rows as one, at the least.
+        # More rows are never slower than one.
         by_rows = by_rows or like or {64: ASSUMED_PRODUCTS * cores}
         products[format] = {rows: max(rate, weights[format]) for rows, rate in by_rows.items()}
     return Machine(
@@ -210,18 +210,17 @@ def machine_of(profile: Profile | None, vram: bool) -> Machine:
 
 
 def _accelerator(profile: Profile | None, origins: dict[str, str]) -> Accelerator | None:
-    """The card of a profile. One that is only asked about is as reference hardware of the middle is."""
+    """The card of a profile; without one, assumed mid-range hardware."""
     links = {} if profile is None else profile.links
     if "pinned to device" in links and "device memory" in links and "device products" in links:
         origins["accelerator"] = "measured"
-        speeds = [links[name].median for name in ("device memory", "pinned to device", "device products")]
-        return Accelerator(*speeds)
+        return Accelerator(*(links[name].median for name in ("device memory", "pinned to device", "device products")))
     origins["accelerator"] = "assumed: 400 GB/s, PCIe 4.0 x16"
     return Accelerator(memory=400e9, link=25e9, products=20e12)
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
@@ -229,7 +228,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """The values that 50, 90 and 99 % do not exceed."""
+    """The 50th, 90th and 99th percentiles."""
     ordered = sorted(seconds)
     at = [ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.9, 0.99)]
     return at[0], at[1], at[2]

@@ -1,7 +1,7 @@
-"""How fast a folder's disk is, at every size and depth of read, and whether it was the disk that answered.
+"""The read speed of a folder's disk by size and depth, with a check that the disk served the reads.
 
-Reads go through tierlm's own readers, into huge pages as its slots are. Large files that are there already are read
-where they are; else a file is written for it, which takes no more than a small share of what is free, and is removed.
+Reads go through tierlm's readers into huge pages, like its slots. They use the folder's large files; if there are none,
+a temporary file is written, which takes a small share of the free space.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MIB = 2**20
 SIZES = tuple(size * 1024 for size in (64, 256, 1024, 4096, 8192, 32768))
 DEPTHS = (1, 2, 4, 8, 16, 32)
 ROUNDS = 3
-CELL_SECONDS, CELL_BYTES = 0.08, 128 * MIB  # of one setting in one round; whichever ends first
-UNDER_WAY = 256 * MIB  # bytes of buffers, at most: an eighth of what this process may still take
-SCRATCH_BYTES, SCRATCH_SHARE = 1024 * MIB, 0.05  # written where no files are: of what is free
+CELL_SECONDS, CELL_BYTES = 0.08, 128 * MIB  # limits of one sample
+IN_FLIGHT = 256 * MIB  # limit of the buffers, and at most an eighth of the available memory
+SCRATCH_BYTES, SCRATCH_SHARE = 1024 * MIB, 0.05  # limits of the temporary file: bytes, share of the free space
 HUGE_PAGE = 2 * MIB
 SCRATCH_LEAST = 64 * MIB
-ENOUGH = 256 * MIB  # in files that are there already
-PROOF = 0.9  # of the bytes read must have left the device
+ENOUGH = 256 * MIB  # bytes in existing files
+PROOF = 0.9  # share of the bytes read that the device must have delivered
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
 
@@ -53,17 +53,17 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All settings that there is memory for: random direct reads of every size and depth; sequential and mapped ones
-    to compare with."""
+    """All settings that fit memory: random direct reads of every size and depth; sequential and mapped reads to
+    compare with."""
     grid = [Cell("direct", "random", size, depth) for size in SIZES for depth in DEPTHS]
-    beside = [Cell("direct", "sequential", 8 * MIB, depth) for depth in (1, 8)]
+    sequential = [Cell("direct", "sequential", 8 * MIB, depth) for depth in (1, 8)]
     mapped = [Cell("mmap", pattern, 8 * MIB, depth) for pattern in ("random", "sequential") for depth in (1, 8)]
-    room = min(UNDER_WAY, available_ram() // 8)
-    return [cell for cell in grid + beside + mapped if cell.request_bytes * cell.depth <= room]
+    room = min(IN_FLIGHT, available_ram() // 8)
+    return [cell for cell in grid + sequential + mapped if cell.request_bytes * cell.depth <= room]
 
 
 def file_system(path: Path) -> str:
-    """The type of the file system that holds ``path``, as /proc/self/mountinfo names it; "" where it does not."""
+    """The type of the file system that holds ``path`` in /proc/self/mountinfo; "" if unknown."""
     device = os.stat(path).st_dev
     found = ""
     with contextlib.suppress(OSError):
@@ -75,8 +75,8 @@ def file_system(path: Path) -> str:
 
 
 def device_bytes(path: Path) -> int | None:
-    """Bytes read so far from the block device under ``path``; where that has no counter, as under an overlay, those
-    that this process has made any device read. None where the system tells neither."""
+    """Bytes read so far from the block device under ``path``; without a counter (overlay), bytes this process has read
+    from any device. None if the system has neither."""
     device = os.stat(path).st_dev
     try:
         fields = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
@@ -92,12 +92,9 @@ def device_bytes(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def files_of(folder: Path) -> Iterator[list[Path]]:
-    """Files to read in ``folder``: its own large ones, or one that is written for it and removed again.
-
-    Raises UsageError where neither can be.
-    """
+    """Files to read in ``folder``: its own large files, or a temporary one. Raises UsageError if neither works."""
     if not folder.is_dir():
-        raise UsageError(f"{folder}: expected a folder on the disk that is to be measured")
+        raise UsageError(f"{folder}: expected a folder on the disk to measure")
     try:
         own = [file for file in sorted(folder.iterdir()) if file.is_file() and os.access(file, os.R_OK)]
         own = [file for file in own if file.stat().st_size >= max(SIZES)]
@@ -113,14 +110,14 @@ def files_of(folder: Path) -> Iterator[list[Path]]:
     if size < SCRATCH_LEAST:
         raise UsageError(
             f"{folder}: no files of {format_size(ENOUGH)} to read, and {format_size(room)}, a twentieth of what is "
-            f"free, is less than the {format_size(SCRATCH_LEAST)} that would be written"
+            f"free, is less than the {format_size(SCRATCH_LEAST)} of the smallest temporary file"
         )
     scratch = None
     try:
         handle, name = tempfile.mkstemp(prefix=".tierlm-profile-", dir=folder)
         scratch = Path(name)
         with os.fdopen(handle, "wb") as stream:
-            piece = random.Random(0).randbytes(4 * MIB)  # what a disk compresses or deduplicates it would answer faster
+            piece = random.Random(0).randbytes(4 * MIB)  # cannot be compressed or deduplicated
             for number in range(size // len(piece)):
                 stream.write(number.to_bytes(8, "little") + piece[8:])
             stream.flush()
@@ -128,7 +125,7 @@ def files_of(folder: Path) -> Iterator[list[Path]]:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         yield [scratch]
     except OSError as error:
-        raise UsageError(f"{folder}: nothing can be written to measure with: {error.strerror}") from error
+        raise UsageError(f"{folder}: cannot write a file to measure with: {error.strerror}") from error
     finally:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
@@ -142,9 +139,10 @@ def measure_disk(
     *,
     huge: bool = True,
 ) -> list[DiskRate]:
-    """Measure ``wanted`` in ROUNDS over all of them, so that what else the disk does falls on all, within about
-    ``seconds``. ``done`` is called after each sample; ``huge``: into huge pages, as the engine's slots are. Raises
-    UsageError, StorageError."""
+    """Measure ``wanted`` in about ``seconds``, in ROUNDS over all settings, so that other load affects all of them.
+
+    ``done`` is called after each sample. ``huge``: read into huge pages, like the engine. Raises UsageError,
+    StorageError."""
     with files_of(folder) as files, _Bench(files, wanted, huge) as bench:
         limit = time.perf_counter() + seconds
         for turn in range(ROUNDS):
@@ -169,9 +167,9 @@ class _Bench:
         self._memory = host_memory(nbytes + 2 * HUGE_PAGE)
         if not huge and hasattr(mmap, "MADV_NOHUGEPAGE"):
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
-        start = -np.frombuffer(self._memory, np.uint8).ctypes.data % HUGE_PAGE  # smaller than one, and it gets none
+        start = -np.frombuffer(self._memory, np.uint8).ctypes.data % HUGE_PAGE  # huge pages need aligned memory
         self._view = memoryview(self._memory)[start : start + nbytes]
-        for page in range(0, nbytes, ALIGNMENT):  # a page's first touch is not the disk's time
+        for page in range(0, nbytes, ALIGNMENT):  # page faults are not the disk's time
             self._view[page] = 1
         self._pool = ThreadPoolExecutor(max(DEPTHS))
         self._readers: dict[str, Reader | str] = {"mmap": MmapReader()}
@@ -198,7 +196,7 @@ class _Bench:
             return
         if cell.reader == "mmap":
             self._forget()
-        # All that can be is done beforehand: a small read takes some tens of microseconds, the interpreter as many.
+        # Requests are built beforehand: a small read takes some tens of microseconds, like the interpreter's part.
         requests = [Request(whole, lo, lo + cell.request_bytes) for whole, lo in self._places(cell)]
         times: list[float] = []
         shared = iter(requests)
@@ -234,9 +232,9 @@ class _Bench:
         if kind in MEMORY_FILE_SYSTEMS:
             from_ram = f"{kind} is memory"
         elif share is not None and share < PROOF:
-            from_ram = f"the device delivered {share:.0%} of it"
+            from_ram = f"the device delivered {share:.0%} of the bytes"
         elif share is None and cell.reader == "mmap":
-            from_ram = f"{kind or 'the file system'} has no device to count at: maybe"
+            from_ram = f"maybe: {kind or 'the file system'} has no device counter"
         return DiskRate(
             path=str(self._files[0].parent),
             device=f"{disk_name(self._files[0])}, {kind}",
@@ -251,7 +249,7 @@ class _Bench:
         )
 
     def _places(self, cell: Cell) -> list[tuple[Extent, int]]:
-        """Where to read, shared by all threads: at least two reads each."""
+        """Places to read, shared by all threads: at least two per thread."""
         count = max(2 * cell.depth, CELL_BYTES // cell.request_bytes)
         weights = [whole.stop for whole in self._wholes]
         if cell.pattern == "random":
@@ -264,7 +262,7 @@ class _Bench:
         return [(whole, (first + i) % fit * cell.request_bytes) for i in range(count)]
 
     def _forget(self) -> None:
-        """Drop the files from the page cache, as far as the system follows."""
+        """Ask the system to drop the files from the page cache."""
         for file in self._files:
             fd = os.open(file, os.O_RDONLY)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -30,7 +30,7 @@ from tierlm.memory.heat import Heat
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import Pressure, PressureRelief
-from tierlm.memory.slots import Slot, allocate, can_give_back
+from tierlm.memory.slots import Slot, allocate, can_decommit
 from tierlm.memory.store import Store
 from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Source, Tier
@@ -309,7 +309,7 @@ def _slots(sizes: Sequence[int], device: torch.device) -> list[Slot]:
 
 def _relief(request: Request, ram: Tier) -> PressureRelief | None:
     """A budget that was named is kept; one that was chosen for what is free gives way to others."""
-    if not request.auto or not can_give_back():
+    if not request.auto or not can_decommit():
         return None
     reserve = int(request.ram_budget * (1 - AUTO_RAM) / AUTO_RAM)
     return PressureRelief(Pressure(reserve), ram, request.catalog.spec.experts_per_token)

@@ -39,15 +39,13 @@ class Disk:
     def _split(self, key: Key, record: Record) -> tuple[list[Request], array[int] | None]:
         """The requests of ``record``, and their ``Read.words``: None unless all are plain reads."""
         requests = [part for extent in record.extents for part in split(extent, self.request_bytes)]
-        words: array[int] | None = array("q")
+        words = array("q")
         for request in requests:
             descriptor = self.reader.descriptor(request.extent.file)
             if descriptor is None:
-                words = None
-                break
+                return self._requests.setdefault(key, (requests, None))
             words.extend((descriptor, request.lo, request.stop - request.lo, request.hi - request.lo, request.at))
-        self._requests[key] = requests, words
-        return requests, words
+        return self._requests.setdefault(key, (requests, words))
 
     def settle(self) -> None:
         """Collect finished reads; nothing arrives at the disk itself."""

@@ -30,7 +30,7 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, ticket: Ticket, *, first: bool) -> None:
-        """Queue the jobs of ``ticket`` in order, at the front (``first``) or back of its priority. No-op once closed."""
+        """Queue the jobs of ``ticket`` in order, at the front (``first``) or back of its queue. No-op once closed."""
 
     @abstractmethod
     def announce(self, ticket: Ticket) -> None:

@@ -45,8 +45,8 @@ class Store:
         return Leases(self, layer, [ExpertKey(layer, expert) for expert in experts], streaming)
 
     def look_ahead(self, layer: int, ahead: int, streaming: bool, rows: Sequence[Sequence[int]] | None = None) -> None:
-        """Predict the demands of ``layer``, ``ahead`` MoE layers from now. Resident records are protected; absent records
-        worth reading queue behind all demand reads while slots last. ``rows``: see Lookahead.predict."""
+        """Predict the demands of ``layer``, ``ahead`` MoE layers from now. Resident records are protected; absent
+        records worth reading queue behind all demand reads while slots last. ``rows``: see Lookahead.predict."""
         lookahead, tier = self.lookahead, self.tier
         keys = lookahead.predict(layer, rows)
         tier.cancel_stale(layer, set(keys), begun=False)

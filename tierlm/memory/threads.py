@@ -15,7 +15,7 @@ Item = tuple[Ticket, int, Job]  # the job and its index in its ticket
 
 
 class Threads(Executor):
-    """``count`` threads; ``spare`` of them may do prefetch and warm-up. A thread calls ``announce`` after each ticket."""
+    """``count`` threads, at most ``spare`` of them on prefetch and warm-up. ``announce``: called after each ticket."""
 
     def __init__(self, count: int, spare: int, announce: Callable[[], None], timeline: Timeline | None = None):
         self._spare, self._announce, self._timeline = spare, announce, timeline

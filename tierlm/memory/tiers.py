@@ -45,8 +45,8 @@ class Source(Protocol):
         """``layer`` has made all its demands of this step."""
 
     def warm(self, keys: Sequence[Key], shares: Mapping[Key, float]) -> None:
-        """Fill free slots with ``keys``, hottest first; the rest goes to the source. ``shares``: for policies, the share
-        of tokens that used each record in earlier runs."""
+        """Fill free slots with ``keys``, hottest first; the rest goes to the source. ``shares``: for policies, the
+        share of tokens that used each record in earlier runs."""
 
     def in_flight(self) -> list[Ticket]:
         """Transfers to this tier and to those below."""
@@ -262,9 +262,7 @@ class Tier:
         """Raises AssertionError if residency, slots and tickets disagree."""
         self.residency.check_integrity()
         used = {id(slot) for at, slot in enumerate(self._slots) if at not in self.residency.retired}
-        assert used == {id(slot) for slot in self.slots}, (
-            f"{self.name}: slots and residency disagree on the slots in use"
-        )
+        assert used == {id(slot) for slot in self.slots}, f"{self.name}: residency counts other slots as in use"
         for key, entry in self.entries.items():
             assert entry.slot is self._slots[entry.index], f"{key} is in a slot with another index"
             assert entry.slot.filled, f"{key} is in a slot that was never filled"

@@ -19,8 +19,8 @@ LEAVE = 1.0  # seconds that reads in progress get when Python exits
 
 
 class Request(ctypes.Structure):
-    """One request of ``Read.words``: read ``length`` bytes of descriptor ``file``, of which at least the first ``wanted``
-    must arrive, to ``at`` bytes into the slot. All fields but ``wanted`` are aligned."""
+    """One request of ``Read.words``: read ``length`` bytes of descriptor ``file``, at least the first ``wanted``, to
+    ``at`` bytes into the slot. All fields but ``wanted`` are aligned."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("file", "offset", "wanted", "length", "at")]
 

@@ -183,9 +183,9 @@ class LLM:
         if wrong := [token for token in ids if not 0 <= token < spec.vocab]:
             raise PromptError(f"token id {wrong[0]} is not in the vocabulary of {spec.vocab}")
         if len(ids) > context:
-            advice = f"; context={len(ids)} reserves enough" if len(ids) <= spec.max_position else ""
+            more = f"; context={len(ids)} reserves enough" if len(ids) <= spec.max_position else ""
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, the context {context} (the model's own: {spec.max_position}){advice}"
+                f"the prompt has {len(ids)} tokens, the context {context} (the model's own: {spec.max_position}){more}"
             )
         return ids
 

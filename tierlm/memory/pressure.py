@@ -15,7 +15,7 @@ from tierlm.host import available_ram
 from tierlm.memory.tiers import Tier
 
 INTERVAL = 0.5  # seconds between two readings
-STALLED = 0.10  # memory is short above this share of the last 10 s with a task stalled on memory
+STALLED = 0.10  # memory is short if tasks waited for it for more than this share of the last 10 s
 SHORT, PLENTY = 0.5, 1.5  # of the reserve: shrink below, grow above
 STEP = 0.125  # share of the slots to shrink by, at least, on a stall
 

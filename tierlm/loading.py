@@ -80,7 +80,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
     """The runtime of the model in ``folder``, with its resident trunks loaded.
 
     ``progress`` is called with the trunk bytes loaded so far and in total. Raises UsageError, BudgetError,
-    CheckpointError, StorageError; no thread then runs and no file stays open.
+    CheckpointError, StorageError; after an error no thread runs and no file is open.
     """
     began = time.perf_counter()
     request = _check(folder, budget, options)
@@ -169,7 +169,7 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise UsageError(f"{name}: {Path(file).absolute().parent}: no such folder")
     sizes = sizes_of(catalog, context, options.prefill_chunk, KV_DTYPES[options.kv_dtype].itemsize)
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # libraries allocate before the process is measured
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # math libraries allocate before RAM use is measured
     held = process_ram()
     ram = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
     vram = budget.vram

@@ -115,11 +115,11 @@ def test_memory_goes_back_to_the_system() -> None:
     size = 64 * 2**20
     slab = allocate(size, torch.device("cpu"))
     slot = Slot(slab)
-    assert slot.give_back() == 0, "nothing was written: there is nothing to give"
+    assert slot.decommit() == 0, "nothing was written: there is nothing to decommit"
     slab.fill_(7)
     slot.filled = True
     before = process_ram()
-    assert slot.give_back() == size
+    assert slot.decommit() == size
     assert process_ram() < before - size // 2
     slab.fill_(9)
     assert int(slab[12345]) == 9

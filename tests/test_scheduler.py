@@ -198,7 +198,7 @@ def test_closing_while_others_run(toy_v3: tuple[Path, Any]) -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(1, 40)), max_size=60))
 def test_spans_never_overlap(acts: list[tuple[bool, int, int]]) -> None:
-    cache = KvCache(1, 100, 4, torch.float32, torch.device("cpu"))
+    cache = KvCache([4], 100, torch.float32, torch.device("cpu"))
     held: list[Span] = []
     for take, which, tokens in acts:
         if take and cache.can_reserve(tokens):

@@ -793,7 +793,7 @@ def test_what_has_just_arrived_is_not_waited_for() -> None:
     """A read may end between looking for what is ready and waiting."""
     with bench_of(2) as bench, bench.store.acquire(0, [3]) as leases:
         bench.drain()
-        bench.store.wait(list(leases._held.values()))
+        bench.store.wait(list(leases._leased.values()))
 
 
 @pytest.mark.parametrize("slots", [(2,), (2, 2)], ids=str)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and where a user's own are kept."""
+"""Atomic file writes, and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 @contextmanager
 def whole(file: Path) -> Iterator[BinaryIO]:
-    """A stream to a file beside ``file``; at the end of the ``with`` block it is brought to the disk and renamed: a
-    reader finds the old or the new. After an error the old one stays. OSError."""
+    """A stream to a temporary file that is synced and renamed to ``file`` after the ``with`` block: a reader finds the
+    old file or the new. An error leaves the old one. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     try:
@@ -28,15 +28,15 @@ def whole(file: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write ``text`` to ``file``, whole or not at all. OSError."""
+    """Write ``text`` to ``file`` atomically. Raises OSError."""
     with whole(file) as stream:
         stream.write(text.encode("utf-8"))
 
 
 def user_cache() -> Path | None:
-    """tierlm's folder in the user's cache folder; None where the user has none."""
+    """tierlm's folder in the user's cache folder; None if the user has no home."""
     chosen = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(chosen):  # the specification says to ignore any other
+    if os.path.isabs(chosen):  # the XDG specification ignores relative paths
         return Path(chosen) / "tierlm"
     try:
         return Path.home() / ".cache" / "tierlm"

@@ -1,4 +1,4 @@
-"""What this machine has free, as far as this process may use it."""
+"""Host memory available to this process."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import psutil
 
 
 def process_ram() -> int:
-    """Bytes of host memory that this process holds now (resident set)."""
+    """Resident set of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_ram() -> int:
-    """Bytes of host memory that this process has held at most."""
+    """Peak resident set of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def total_ram() -> int:
-    """Bytes of host memory of the machine, or of the smallest memory cgroup around this process."""
+    """Bytes of host memory: the machine's, or the smallest limit of this process's memory cgroups."""
     return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _cgroups())])
 
 
 def available_ram() -> int:
-    """Bytes of host memory that this process could still take: the machine's, or less within a memory cgroup."""
+    """Bytes that this process can still allocate: the machine's, or less in a memory cgroup."""
     free = int(psutil.virtual_memory().available)
     return min([free, *(max(0, limit - used) for limit, used in _cgroups())])
 
 
 def _cgroups() -> list[tuple[int, int]]:
-    """(limit, used without reclaimable file pages) of this process's memory cgroup and those around it, v1 and v2."""
+    """(limit, use without reclaimable file pages) of this process's memory cgroup and its parents, v1 and v2."""
     found = []
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()

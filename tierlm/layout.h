@@ -1,11 +1,11 @@
-// Where the fields of a struct lie, for Python to compare with what it passes: tierlm/library.py.
+// Exports the layout of a struct, which tierlm/library.py compares with its ctypes twin.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 struct Field {
-    const char* name;  // null for the struct itself, at the end
+    const char* name;  // null in the last entry, whose size is the struct's
     int64_t offset, size;
 };
 

@@ -1,4 +1,4 @@
-"""The libraries that were compiled from C++, to be called through ctypes."""
+"""Compiled C++ libraries, called through ctypes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def find_library(folder: Path) -> Path | None:
-    """The library of a folder's C++, or None where it was not built: there was no compiler."""
+    """The library built from a folder's C++, or None if it was not built for want of a compiler."""
     files = (folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((file for file in files if file.exists()), None)
 
@@ -20,8 +20,8 @@ class Field(ctypes.Structure):
 
 
 def check_layout(library: ctypes.CDLL, struct: type[ctypes.Structure]) -> None:
-    """Compare ``struct`` with the one of the same name in C++, which has a LAYOUT (layout.h): its fields' names, places
-    and sizes, and its own size. Raises ImportError if they differ, since Python would pass wrong words."""
+    """Compare ``struct`` with the C++ struct of the same name, which has a LAYOUT (layout.h): names, offsets and sizes
+    of the fields, and the total size. Raises ImportError if they differ, since Python would pass wrong values."""
     layout = library[f"tierlm_layout_{struct.__name__}"]
     layout.restype = ctypes.POINTER(Field)
     fields, found = layout(), list[tuple[str, int, int]]()

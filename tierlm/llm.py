@@ -1,4 +1,4 @@
-"""Text in, text out: the public face of a loaded model."""
+"""The public API of a loaded model: text in, text out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has come, and the ids behind it; ``finish_reason`` is set on the last piece."""
+    """New text and its ids. ``finish_reason`` is set on the last piece."""
 
     text: str
     ids: list[int]
@@ -37,9 +37,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Result:
-    """One prompt's outcome. ``ids``: what was generated, a stop id included; ``text``: None if there is no tokenizer.
+    """The result of one prompt. ``ids``: generated, including a stop id. ``text``: None without a tokenizer.
 
-    ``finish_reason``: "stop" (a stop id or text), "length", or "error", and then ``error`` is set.
+    ``finish_reason``: "stop" (a stop id or text), "length" or "error"; "error" also sets ``error``.
     """
 
     prompt_ids: list[int]
@@ -50,9 +50,9 @@ class Result:
 
 
 class LLM:
-    """A loaded model. Made by ``LLM.load``; a context manager.
+    """A loaded model and context manager, made by ``LLM.load``.
 
-    Many requests may be alive at once, from one thread or several: each gets the tokens that it gets alone.
+    Requests may run concurrently, from one thread or several; each gets the same tokens as when it runs alone.
     """
 
     def __init__(self, runtime: Runtime, folder: Path):
@@ -69,10 +69,10 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         **options: Unpack[LoadOptions],
     ) -> LLM:
-        """Load a model: a folder in Hugging Face layout, a hub id, or "demo". Nothing is converted or written.
+        """Load a model: a folder in Hugging Face layout, a Hub id, or "demo". Nothing is converted or written.
 
-        ``budget``: what the process may use. ``options``: the fields of ``RuntimeOptions``. ``progress`` is called with
-        the bytes loaded so far, and in total. Raises UsageError, BudgetError, CheckpointError, StorageError.
+        ``budget``: limits of the process. ``options``: the fields of ``RuntimeOptions``. ``progress`` is called with
+        the bytes loaded so far and in total. Raises UsageError, BudgetError, CheckpointError, StorageError.
         """
         known = RuntimeOptions.__dataclass_fields__
         if unknown := sorted(set(options) - set(known)):
@@ -82,15 +82,15 @@ class LLM:
         return cls(load_runtime(folder, budget or Budget(), chosen, progress), folder)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Result]:
-        """Generate for one prompt or several, text or ids; the results in the order of the prompts.
+        """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
 
-        Prompts run side by side as far as the context allows. One whose reads fail ends with finish_reason "error"
-        while the others go on; if it is the only one, its StorageError is raised. Raises PromptError.
+        Prompts run concurrently if the context has room. A prompt whose reads fail ends with finish_reason "error" and
+        the others go on; a single prompt raises its StorageError. Raises PromptError.
         """
         params = params or SamplingParams()
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         several: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
-        prepared = [self._prepare(prompt, params) for prompt in several]  # all are checked before one is queued
+        prepared = [self._prepare(prompt, params) for prompt in several]  # check all before any is queued
         scheduler = self._runtime.scheduler
         requests = [_Request(scheduler.submit(ids, params), text) for ids, text in prepared]
         try:
@@ -106,9 +106,9 @@ class LLM:
         return [request.result() for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Generate for one prompt, yielding text as it comes: whole characters, and nothing of a stop text.
+        """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
-        For a prompt of ids and a model without tokenizer the texts are empty. Raises as ``generate``.
+        Texts are empty for a prompt of ids without a tokenizer. Raises as ``generate``.
         """
         params, scheduler = params or SamplingParams(), self._runtime.scheduler
         ids, text_stream = self._prepare(prompt, params)
@@ -125,23 +125,21 @@ class LLM:
             request.sequence.cancel()
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, through the checkpoint's
-        own chat template. Raises UsageError if it has none."""
-        codec = self.codec
-        ids = codec.encode(codec.chat(messages), special=False)
-        yield from self.stream(ids, params)
+        """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
+        chat template. Raises UsageError if it has none."""
+        yield from self.stream(self.codec.encode(self.codec.chat(messages), special=False), params)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after every token of ``ids``, float32 [T, vocab]: for perplexity, or comparison with a reference.
+        """Logits after every token of ``ids``, float32 [T, vocab], for perplexity or comparison with a reference.
 
-        Raises PromptError, StorageError, and BudgetError for too large a result.
+        Raises PromptError, StorageError, and BudgetError if the result is too large.
         """
         ids, runtime = self._ids(ids), self._runtime
         per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
         if len(ids) * per_token > room:
             raise BudgetError(
-                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, of the ram budget "
-                f"{format_size(room)} are left: ask for at most {room // per_token} tokens at a time",
+                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, but the ram "
+                f"budget has {format_size(room)} left: ask for at most {room // per_token} tokens at a time",
                 floor=runtime.ram_budget - room + len(ids) * per_token,
                 given=runtime.ram_budget,
                 dominant="logits",
@@ -149,7 +147,7 @@ class LLM:
         return runtime.scheduler.logits(ids)
 
     def stats(self) -> Stats:
-        """What has happened since the model was loaded."""
+        """Counters since the model was loaded."""
         return collect(self._runtime)
 
     @property
@@ -160,8 +158,8 @@ class LLM:
         return self._codec
 
     def close(self) -> None:
-        """Stop all transfers, free the memory, close the files. May be called twice. A step that runs in another thread
-        is waited for; requests that are alive then raise UsageError."""
+        """Stop transfers, free the memory and close the files. Waits for a step in another thread; live requests then
+        raise UsageError. May be called twice."""
         if not self._closed:
             self._closed = True
             self._runtime.close()
@@ -175,7 +173,7 @@ class LLM:
         self.close()
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        """A prompt as ids, checked against the vocabulary and the context."""
+        """The ids of a prompt, checked against vocabulary and context."""
         if self._closed:
             raise UsageError("this model is closed")
         spec, context = self._runtime.catalog.spec, self._runtime.context
@@ -185,14 +183,14 @@ class LLM:
         if wrong := [token for token in ids if not 0 <= token < spec.vocab]:
             raise PromptError(f"token id {wrong[0]} is not in the vocabulary of {spec.vocab}")
         if len(ids) > context:
-            hint = f"; context={len(ids)} or more reserves more" if len(ids) <= spec.max_position else ""
+            more = f"; context={len(ids)} reserves enough" if len(ids) <= spec.max_position else ""
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, the context {context} (the model's own: {spec.max_position}){hint}"
+                f"the prompt has {len(ids)} tokens, the context {context} (the model's own: {spec.max_position}){more}"
             )
         return ids
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:
-        """Ids to run, and what makes text of those that come; None where there is no tokenizer."""
+        """The ids to run, and the stream that decodes the new ones; None without a tokenizer."""
         ids = self._ids(prompt)
         try:
             return ids, TextStream(self.codec, tuple(params.stop))
@@ -203,7 +201,7 @@ class LLM:
 
 
 class _Request:
-    """A sequence, and the text that its tokens make. ``ids``: the new ones, up to where the text ends."""
+    """A sequence and its text. ``ids``: the new tokens, up to the end of the text."""
 
     def __init__(self, sequence: TokenSequence, text: TextStream | None):
         self.sequence, self.text = sequence, text
@@ -212,7 +210,7 @@ class _Request:
         self.error: StorageError | None = None
 
     def add(self, new: Progress) -> str:
-        """Take up new tokens; the text that they make certain."""
+        """Add new tokens. Returns the text that is now final."""
         self.error, found = new.error, ""
         for at, token in enumerate(new.ids, 1):
             self.ids.append(token)

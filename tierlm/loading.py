@@ -1,4 +1,4 @@
-"""Loads a model under a budget: everything is checked first, then opened; an error leaves nothing open."""
+"""Loads a model under a budget: checks everything, then opens it. An error leaves nothing open."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tierlm.memory.heat import Heat
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import Pressure, PressureRelief
-from tierlm.memory.slots import Slot, allocate, can_give_back
+from tierlm.memory.slots import Slot, allocate, can_decommit
 from tierlm.memory.store import Store
 from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Source, Tier
@@ -48,15 +48,14 @@ from tierlm.policies.eviction import TierInfo
 from tierlm.policies.lookahead import Lookahead
 from tierlm.policies.prediction import Predictor
 from tierlm.policies.predictors import make_predictor
-from tierlm.policies.recency import Lru
 from tierlm.runtime import Runtime
 from tierlm.spec import ExpertKey, ResidentKey
 from tierlm.timeline import Timeline
 from tierlm.tracing.recorder import Recorder
 from tierlm.tracing.trace import TraceInfo
 
-COPY_THREADS = 2  # to vram
-AUTO_VRAM = 0.9  # the share of what is free
+COPY_THREADS = 2  # for copies to vram
+AUTO_VRAM = 0.9  # share of the free memory
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HOST = torch.device("cpu")
 
@@ -65,7 +64,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A load that can be done, as far as can be known without opening or allocating anything."""
+    """A checked load: everything known without opening or allocating anything."""
 
     catalog: Catalog
     options: RuntimeOptions
@@ -74,14 +73,14 @@ class Request:
     predictor: Predictor
     plan: Plan
     ram_budget: int
-    auto: bool  # the budget was chosen for what is free
+    auto: bool  # the ram budget was derived from the free memory
 
 
 def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress: Progress | None = None) -> Runtime:
-    """The parts of the model in ``folder``, trunks resident as far as they are to be.
+    """The runtime of the model in ``folder``, with its resident trunks loaded.
 
-    ``progress`` is called with trunk bytes loaded, and in total. Raises UsageError, BudgetError, CheckpointError,
-    StorageError, and then leaves no thread running and no file open.
+    ``progress`` is called with the trunk bytes loaded so far and in total. Raises UsageError, BudgetError,
+    CheckpointError, StorageError; after an error no thread runs and no file is open.
     """
     began = time.perf_counter()
     request = _check(folder, budget, options)
@@ -98,8 +97,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         heat = Heat() if heat_file is None else Heat.read(heat_file, catalog.experts())
         disk = Disk(reader, catalog.record, transfer, profile.request_bytes)
         resident = _load_resident(request, disk, transfer)
-        experts = _expert_tiers(request, disk, transfer)
-        trunk_tiers = _trunk_tiers(request, disk, transfer)
+        experts, trunk_tiers = _expert_tiers(request, disk, transfer), _trunk_tiers(request, disk, transfer)
         trunks = _load_trunks(request, trunk_tiers, progress or (lambda done, total: None))
         lookahead = Lookahead(request.predictor, spec.moe_layers)
         store = Store(experts[0], catalog.record, lookahead, options.io_timeout, heat, options.exact)
@@ -143,23 +141,21 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
 
 
 def find_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the accelerator where there is one. Raises UsageError."""
+    """The device ``name``; "auto" is the accelerator, or the CPU without one. Raises UsageError."""
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or HOST
+        return torch.accelerator.current_accelerator(check_available=True) or HOST
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here: {reason}") from error
+        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type == "meta":
         raise UsageError("device 'meta' holds no data")
     return device
 
 
 def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
-    """Everything that can be wrong with a load before anything is opened."""
+    """Check a load before anything is opened."""
     device, catalog = find_device(options.device), Catalog(folder)
     spec = catalog.spec
     if catalog.compressed:
@@ -173,7 +169,7 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise UsageError(f"{name}: {Path(file).absolute().parent}: no such folder")
     sizes = sizes_of(catalog, context, options.prefill_chunk, KV_DTYPES[options.kv_dtype].itemsize)
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own memory is there before it is counted
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # math libraries allocate before RAM use is measured
     held = process_ram()
     ram = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
     vram = budget.vram
@@ -193,10 +189,10 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
 
 
 def _open_recorder(file: Path, request: Request) -> Recorder:
-    """Of a trace, with the order in which a prefill reads. Raises UsageError."""
+    """Open the recorder of a trace, which stores the prefill read order. Raises UsageError."""
     catalog, spec = request.catalog, request.catalog.spec
     if not spec.moe_layers:
-        raise UsageError("trace: this model has no experts, so that there is no routing to record")
+        raise UsageError("trace: this model has no experts, so there is no routing to record")
     layers = [[ExpertKey(layer, expert) for expert in range(spec.experts)] for layer in spec.moe_layers]
     order = tuple(
         tuple(key.expert for key in sorted(keys, key=lambda key: catalog.record(key).begin)) for keys in layers
@@ -211,7 +207,7 @@ def _open_recorder(file: Path, request: Request) -> Recorder:
 
 
 def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, DiskProfile, Transfer, list[str]]:
-    """What reads the model's files: a reader, what its disks like, threads; and notes."""
+    """Open the reader, the profile of its disks and the transfer threads; and notes for ``Stats``."""
     options, catalog = request.options, request.catalog
     mirrors = [Path(folder) for folder in options.mirrors]
     reader, profile, notes = open_disks(
@@ -226,7 +222,7 @@ def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, Dis
 
 
 def _transfer_threads(request: Request, profile: DiskProfile) -> int:
-    """Enough to read this model's experts as fast as the disk goes, and to copy to vram meanwhile."""
+    """Threads to read this model's experts at the disk's full speed, plus those for copies to vram."""
     sizes = [profile.request_bytes]
     if experts := request.catalog.experts():
         extents = request.catalog.record(experts[0]).extents
@@ -241,7 +237,7 @@ def _stop(transfer: Transfer, reader: Reader) -> None:
 
 
 def _load_resident(request: Request, disk: Disk, transfer: Transfer) -> Weights:
-    """The small tensors that are always resident, on the device that computes."""
+    """The small always-resident tensors, on the compute device."""
     record = request.catalog.record(ResidentKey())
     slot = Slot(allocate(record.nbytes, HOST))
     ticket, _ = disk.fetch(ResidentKey(), slot, Priority.DEMAND, streaming=False)
@@ -252,42 +248,44 @@ def _load_resident(request: Request, disk: Disk, transfer: Transfer) -> Weights:
 
 
 def _tier_plans(request: Request) -> list[tuple[str, TierPlan, torch.device]]:
-    """From the disk up."""
-    found = [("ram", request.plan.ram, HOST)]
-    if request.plan.vram is not None:
-        found.append(("vram", request.plan.vram, request.device))
-    return found
+    """Name, plan and device of each tier, lowest first."""
+    plan = request.plan
+    return [("ram", plan.ram, HOST)] + ([] if plan.vram is None else [("vram", plan.vram, request.device)])
 
 
 def _expert_tiers(request: Request, disk: Disk, transfer: Transfer) -> tuple[Tier, ...]:
-    """The tiers of the routed experts, the one that computes first."""
-    catalog, name = request.catalog, request.options.policy
-    experts = catalog.experts()
-    size = max(map(catalog.size, experts), default=0)
-    tiers: list[Tier] = []
-    for tier, plan, device in _tier_plans(request):
-        slots = plan.expert_slots
-        unneeded = slots >= len(experts) and name == "default"  # nothing ever leaves, so there is nothing to learn
-        policy = make_policy("lru" if unneeded else name, TierInfo(len(catalog.spec.layers), slots, catalog.size))
-        source: Source = tiers[-1] if tiers else disk
-        tiers.append(Tier(tier, _slots([size] * slots, device), source, transfer, policy, catalog.size))
-    return tuple(reversed(tiers))
+    """The tiers of the routed experts, the compute tier first."""
+    size = max(map(request.catalog.size, request.catalog.experts()), default=0)
+    return _tiers(request, disk, transfer, request.options.policy, lambda plan: [size] * plan.expert_slots)
 
 
 def _trunk_tiers(request: Request, disk: Disk, transfer: Transfer) -> tuple[Tier, ...]:
-    """The tiers of the trunks, the one that computes first."""
+    """The tiers of the trunks, the compute tier first."""
+
+    def sizes(plan: TierPlan) -> list[int]:
+        return [request.catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
+
+    return _tiers(request, disk, transfer, "lru", sizes)
+
+
+def _tiers(
+    request: Request, disk: Disk, transfer: Transfer, name: str, sizes_in: Callable[[TierPlan], list[int]]
+) -> tuple[Tier, ...]:
+    """Tiers with policy ``name`` and slots of ``sizes_in``, the compute tier first."""
     catalog = request.catalog
     tiers: list[Tier] = []
     for tier, plan, device in _tier_plans(request):
-        sizes = [catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
-        policy = Lru(TierInfo(len(catalog.spec.layers), len(sizes), catalog.size))
+        sizes = sizes_in(plan)
+        info = TierInfo(len(catalog.spec.layers), len(sizes), catalog.size)
+        fits = name == "default" and len(sizes) >= len(catalog.experts())  # no evictions, so nothing to learn
         source: Source = tiers[-1] if tiers else disk
+        policy = make_policy("lru" if fits else name, info)
         tiers.append(Tier(tier, _slots(sizes, device), source, transfer, policy, catalog.size))
     return tuple(reversed(tiers))
 
 
 def _load_trunks(request: Request, tiers: Sequence[Tier], progress: Progress) -> Trunks:
-    """Bring in the trunks that stay, from the lowest tier up; those of the tier that computes."""
+    """Load the resident trunks, lowest tier first. Returns the trunks of the compute tier."""
     catalog, options = request.catalog, request.options
     plans = _tier_plans(request)
     total = sum(catalog.size(key) for _, plan, _ in plans for key in plan.trunk)
@@ -301,15 +299,15 @@ def _load_trunks(request: Request, tiers: Sequence[Tier], progress: Progress) ->
 
 
 def _slots(sizes: Sequence[int], device: torch.device) -> list[Slot]:
-    """Slots of some sizes in one slab, one behind the other."""
+    """Adjacent slots of ``sizes`` in one slab."""
     slab: Tensor = allocate(sum(sizes), device)
     ends = itertools.accumulate(sizes)
     return [Slot(slab[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _relief(request: Request, ram: Tier) -> PressureRelief | None:
-    """A budget that was named is kept; one that was chosen for what is free gives way to others."""
-    if not request.auto or not can_give_back():
+    """An automatic ram budget yields to memory pressure; an explicit one does not."""
+    if not request.auto or not can_decommit():
         return None
     reserve = int(request.ram_budget * (1 - AUTO_RAM) / AUTO_RAM)
     return PressureRelief(Pressure(reserve), ram, request.catalog.spec.experts_per_token)
@@ -320,10 +318,9 @@ def _platform_notes(request: Request) -> list[str]:
     if request.catalog.ignored:
         notes.append(f"{len(request.catalog.ignored)} tensors of multi-token prediction layers are not used")
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        notes.append("torch was imported before tierlm: its idle threads spin on cores that reads need")
+        notes.append("torch was imported before tierlm: its idle threads spin on cores needed for reads")
     if native.load() is None:
-        what = "the compiled kernels and reads were not built (no C++ compiler)"
-        notes.append(f"{what}: torch and Python do their work, more slowly")
+        notes.append("the compiled kernels and reads were not built (no C++ compiler): torch and Python are slower")
     if request.plan.vram is not None and request.device.type == "cpu":
-        notes.append("no accelerator: vram is a second slab of host memory, beside the ram budget")
+        notes.append("no accelerator: vram is a second slab of host memory, on top of the ram budget")
     return notes

@@ -1,4 +1,4 @@
-"""The parts of a loaded model, and what of them is closed and kept at the end. Made by loading.py."""
+"""The parts of a loaded model, made by loading.py, and how they are closed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tierlm.tracing.recorder import Recorder
 
 @dataclass(frozen=True)
 class Runtime:
-    """One model under one budget. ``experts`` and ``trunk_tiers``: by tier, the one that computes first.
+    """One model under one budget. ``experts`` and ``trunk_tiers``: the compute tier first.
 
-    ``ram_budget`` in bytes, ``context`` in tokens. ``loading_notes``: what the platform or the checkpoint made of the
-    options. ``heat_file``: where the heat is kept, if it is.
+    ``ram_budget`` in bytes, ``context`` in tokens. ``loading_notes``: how platform and checkpoint affected the load.
+    ``heat_file``: None if heat is not saved.
     """
 
     catalog: Catalog
@@ -62,13 +62,13 @@ class Runtime:
 
     @property
     def logits_room(self) -> int:
-        """Bytes that the result of a call for logits may take."""
+        """Maximum bytes of the result of a logits call."""
         parts = self.plan.ram.parts
         return self.ram_budget - sum(parts.values()) + parts["logits"]
 
     def close(self) -> None:
-        """Stop the threads, close the files, and write what is to be kept; warns where that is not possible. A thread
-        that is stuck in a read keeps its file."""
+        """Stop the threads, close the files, and write heat, trace and timeline; warns if a write fails. If a thread is
+        stuck in a read, its files stay open."""
         self.scheduler.close()
         if self.transfer.close():
             self.reader.close()

@@ -1,4 +1,4 @@
-"""What a loaded model has done, in numbers."""
+"""Statistics of a loaded model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from tierlm.runtime import Runtime
 
 @dataclass(frozen=True)
 class Stats:
-    """What has happened since the model was loaded. Sizes in bytes, times in seconds, rates in tokens a second.
+    """Statistics since the model was loaded. Sizes in bytes, times in seconds, rates in tokens per second.
 
-    ``prefill`` counts prompt tokens, ``decode`` those new tokens that a step of their own has made: all but each
-    prompt's first. ``first_token``: from the latest prompt to its first token. ``links``: bytes moved and seconds busy
-    on each link, loading and the background included. ``experts`` and ``trunks``: records by tier, the compute tier
-    first; demands for one that is not there go on to the next. ``hit_rate``: of the experts demanded, the share that
-    was in the compute tier or on its way there.
+    ``prefill`` counts prompt tokens; ``decode`` counts new tokens except each prompt's first, which prefill makes.
+    ``first_token``: from the latest prompt to its first token. ``links``: bytes moved and seconds busy by link,
+    including loading and warm-up. ``experts`` and ``trunks``: records by tier, the compute tier first; a miss is
+    demanded from the next tier. ``hit_rate``: share of demanded experts resident in or in flight to the compute tier.
     """
 
     load_seconds: float
@@ -41,7 +40,7 @@ class Stats:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, the derived rates and shares included, in plain types but for paths and keys."""
+        """All fields and derived rates and shares, in plain types except paths and keys."""
         found = asdict(self)
         for name, phase in (("prefill", self.prefill), ("decode", self.decode)):
             derived = ("rate", "compute", "stall_share", "overlap", "disk_bytes_per_token")

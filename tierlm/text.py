@@ -1,4 +1,4 @@
-"""Text to ids and back: the checkpoint's own tokenizer and chat template, and text that is streamed as it comes."""
+"""Text to ids and back: the checkpoint's tokenizer and chat template, and streamed decoding."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Message = Mapping[str, Any]
 
 
 class TextCodec:
-    """``tokenizer.json``, ``tokenizer_config.json`` and the chat template of a model folder."""
+    """The tokenizer and chat template of a model folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         file = folder / "tokenizer.json"
         if not file.exists():
             raise CheckpointError(
-                f"{file}: no such file; give prompts as token ids, or add the tokenizer (AutoTokenizer of transformers "
-                "writes one with save_pretrained)"
+                f"{file}: no such file; give prompts as token ids, or add the tokenizer (save_pretrained of "
+                "transformers' AutoTokenizer writes it)"
             )
         try:
             self.tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
+            raise CheckpointError(f"{file}: not a readable tokenizer: {error}") from error
         config = folder / "tokenizer_config.json"
         self._config = read_json(config) if config.exists() else {}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids; ``special``: with the tokens that the tokenizer puts around a text (a chat template has put its own)."""
+        """The ids of ``text``. ``special``: add special tokens (False after a chat template, which adds its own)."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -52,9 +52,9 @@ class TextCodec:
         return text
 
     def chat(self, messages: Sequence[Message]) -> str:
-        """The prompt text for a conversation, from the checkpoint's template, run in a sandbox.
+        """The prompt text of a conversation, from the checkpoint's template, which runs in a sandbox.
 
-        Raises UsageError if the model has no template, or its template refuses the messages.
+        Raises UsageError if the model has no template or the template rejects the messages.
         """
         template = self._template()
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -65,15 +65,15 @@ class TextCodec:
             return environment.from_string(template).render(
                 messages=list(messages), add_generation_prompt=True, **tokens
             )
-        except Exception as error:  # a template is a program of somebody else's: it may raise anything
-            raise UsageError(f"{self.folder}: the chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is foreign code: it may raise anything
+            raise UsageError(f"{self.folder}: the chat template rejects these messages: {error}") from error
 
     def _template(self) -> str:
         plain, packed = self.folder / "chat_template.jinja", self.folder / "chat_template.json"
         if plain.exists():
             return plain.read_text(encoding="utf-8")
         template = (read_json(packed) if packed.exists() else self._config).get("chat_template")
-        if isinstance(template, list):  # several, by name
+        if isinstance(template, list):  # several named templates
             template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
         if not isinstance(template, str):
             raise UsageError(f"{self.folder}: this model has no chat template; use `run` with a plain prompt")
@@ -89,37 +89,36 @@ def _refuse(message: str) -> None:
 
 
 class TextStream:
-    """Turns ids, one by one, into text that is safe to show: no half of a UTF-8 character, and nothing that may yet
-    turn out to be the beginning of a stop text.
+    """Decodes ids one by one into final text: no partial UTF-8 characters, no possible start of a stop text.
 
-    A few tokens of context go along with every decode, since what a token looks like may depend on the one before.
+    Every decode includes a few tokens of context, since the text of a token may depend on the one before.
     """
 
     def __init__(self, codec: TextCodec, stop: Sequence[str]):
         self._codec, self._stop = codec, stop
         self._ids: list[int] = []
-        self._before = 0  # ids[before:after] is context whose text is out already
+        self._before = 0  # ids[before:after]: context, already released
         self._after = 0
         self._held = ""
         self.text = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that can be shown now that ``token`` has come; ``stopped`` tells that a stop text was met."""
+        """Add ``token`` and return the text that is now final. Sets ``stopped`` at a stop text."""
         self._ids.append(token)
-        known = self._codec.decode(self._ids[self._before : self._after])
-        text = self._codec.decode(self._ids[self._before :])
-        if len(text) <= len(known) or text.endswith("\ufffd"):
-            return ""
-        self._before, self._after = self._after, len(self._ids)
-        return self._release(text[len(known) :], final=False)
+        return self._decode(final=False)
 
     def flush(self) -> str:
-        """What is left when no more tokens come; bytes that never became a character are shown as U+FFFD."""
+        """The rest, after the last token. Bytes of an incomplete character become U+FFFD."""
+        return self._decode(final=True)
+
+    def _decode(self, final: bool) -> str:
         known = self._codec.decode(self._ids[self._before : self._after])
         text = self._codec.decode(self._ids[self._before :])
-        self._before = self._after = len(self._ids)
-        return self._release(text[len(known) :], final=True)
+        if not final and (len(text) <= len(known) or text.endswith("\ufffd")):
+            return ""
+        self._before, self._after = self._after, len(self._ids)
+        return self._release(text[len(known) :], final)
 
     def _release(self, text: str, final: bool) -> str:
         if self.stopped:
@@ -138,5 +137,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

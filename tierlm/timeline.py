@@ -1,4 +1,4 @@
-"""What happened when: spans of time on tracks, for a picture of what overlaps what.
+"""A timeline: spans of time on tracks, to show what overlaps.
 
 The file is in Chrome's Trace Event Format (complete events, microseconds), which ui.perfetto.dev and chrome://tracing
 open: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tierlm.files import write_whole
 
-LIMIT = 500_000  # spans that are kept, the latest: about 100 MB
+LIMIT = 500_000  # the latest spans are kept: about 100 MB
 
 
 class Timeline:
@@ -29,14 +29,14 @@ class Timeline:
     def add(
         self, track: str, name: str, began: float, ended: float, lane: int | None = None, **details: object
     ) -> None:
-        """A span; ``began`` and ``ended`` as of time.perf_counter. ``lane``: of its track, without overlaps within it;
-        by default this thread's own."""
+        """Add a span; ``began`` and ``ended`` are times of time.perf_counter. Spans of one ``lane`` of a track do not
+        overlap; the default lane is the current thread's."""
         lane = threading.get_ident() if lane is None else lane
         self._spans.append((track, lane, name, began, ended, details))
 
     @contextmanager
     def span(self, track: str, name: str, **details: object) -> Iterator[None]:
-        """The span of a ``with`` block."""
+        """Add the span of a ``with`` block."""
         began = time.perf_counter()
         try:
             yield
@@ -62,5 +62,5 @@ class Timeline:
 
 
 def span(timeline: Timeline | None, track: str, name: str) -> AbstractContextManager[None]:
-    """``timeline.span``, or nothing where no timeline is kept."""
+    """``timeline.span``, or no-op without a timeline."""
     return nullcontext() if timeline is None else timeline.span(track, name)

@@ -1,4 +1,4 @@
-"""What the engine has done, in numbers."""
+"""Counters of the engine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tierlm.memory.meter import Usage
 
 @dataclass
 class Phase:
-    """Prefill, or decode. ``seconds`` in the engine; of these ``stall`` while computation waited for transfers, and
-    ``reading`` while the disk was busy, with ``disk_bytes`` read. A batched step counts each sequence's token."""
+    """Prefill or decode. Of ``seconds`` in the engine, computation waited for transfers for ``stall``, and the disk was
+    busy for ``reading`` and read ``disk_bytes``. ``tokens`` counts each token of a batched step."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -20,12 +20,12 @@ class Phase:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second."""
+        """Tokens per second."""
         return ratio(self.tokens, self.seconds)
 
     @property
     def compute(self) -> float:
-        """Seconds in which computation did not wait."""
+        """Seconds without stall."""
         return self.seconds - self.stall
 
     @property
@@ -51,7 +51,7 @@ class Phase:
 
 @dataclass
 class Counters:
-    """``first_tokens``: sequences that got one. ``first_token``: seconds from the latest such request to it."""
+    """``first_tokens``: sequences with a first token. ``first_token``: its latency in seconds, for the latest one."""
 
     prefill: Phase = field(default_factory=Phase)
     decode: Phase = field(default_factory=Phase)
@@ -60,5 +60,5 @@ class Counters:
 
 
 def ratio(amount: float, over: float) -> float | None:
-    """None where there is nothing to compare with."""
+    """``amount / over``; None if ``over`` is 0."""
     return amount / over if over else None

@@ -11,7 +11,7 @@ from tierlm.config import SamplingParams
 
 
 class Sampler:
-    """The choices of one sequence, with a random generator of its own."""
+    """Samples the tokens of one sequence with its own random generator."""
 
     def __init__(self, params: SamplingParams):
         self.params = params
@@ -22,9 +22,9 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def choose(self, logits: Tensor, *seen: Sequence[int]) -> int:
-        """The next token from float32 [vocab]. ``seen``: prompt and generated ids, for the repetition penalty.
+        """The next token from ``logits``, float32 [vocab]. ``seen``: prompt and generated ids, for the penalty.
 
-        In the order of `transformers`: penalty, temperature, top-k, top-p, min-p.
+        As in `transformers`, the order is: repetition penalty, temperature, top-k, top-p, min-p.
         """
         params = self.params
         if params.repetition_penalty != 1.0 and any(seen):

@@ -1,4 +1,4 @@
-"""Who runs in which step. Everything that computes goes through here: generation, chat, and logits."""
+"""Decides which sequences run in each step. All computation goes through it: generation, chat and logits."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from tierlm.models.decoder import Decoder, Segment
 
 
 class Scheduler:
-    """Runs sequences on one decoder, step by step. Usable from many threads.
+    """Runs sequences on one decoder, step by step. Thread-safe.
 
-    It has no thread of its own: whoever waits for a token takes the lock and runs a step, which serves all sequences
-    that want one; the others find their token when they get the lock. A sequence whose token was not taken yet stays
-    where it is, so that no stream runs further ahead than one token. Only where a request waits for room do the others
-    run on.
+    It has no thread: a caller that waits for a token takes the lock and runs a step for all sequences that need one;
+    the other callers find their tokens when they get the lock. A sequence with an unread token pauses, so a stream is
+    at most one token ahead of its reader. If all running sequences pause while a request waits for room, they all run.
 
-    ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts that are waiting.
+    ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it.
     """
 
     def __init__(
@@ -48,12 +47,12 @@ class Scheduler:
         self._running: list[Sequence] = []
 
     def submit(self, prompt: abc.Sequence[int], params: SamplingParams) -> Sequence:
-        """Queue a prompt that fits the context. It runs when somebody waits for it (``advance``)."""
+        """Queue a prompt that fits the context. It runs during calls of ``advance``."""
         limit = min(params.max_new_tokens, self.cache.capacity - len(prompt) + 1)
-        return self._queue(Sequence(prompt, params, len(prompt) + limit - 1, limit))  # the last is never fed back
+        return self._queue(Sequence(prompt, params, len(prompt) + limit - 1, limit))  # the last token is never fed back
 
     def advance(self, sequences: abc.Sequence[Sequence]) -> list[Progress]:
-        """Run steps until one of ``sequences`` has a new token or has ended; what is new of each.
+        """Run steps until one of ``sequences`` has a new token or has ended. Returns the progress of each.
 
         Raises UsageError once the scheduler is closed.
         """
@@ -78,7 +77,7 @@ class Scheduler:
         return out
 
     def close(self) -> None:
-        """Wait for the step that runs, if any, and run no other."""
+        """Wait for the current step, if any; run no more."""
         with self._lock:
             self._closed = True
 
@@ -87,7 +86,8 @@ class Scheduler:
         return sequence
 
     def _step(self) -> None:
-        self._drop_cancelled()
+        for sequence in [sequence for sequence in self._running if sequence.cancelled]:
+            self._end(sequence, sequence.finish)
         self._admit()
         if self.relief is not None:
             self.relief.follow()
@@ -98,25 +98,22 @@ class Scheduler:
             wanted = [sequence for sequence in self._running if not sequence.unread]
             self._decode(wanted or list(self._running))
 
-    def _drop_cancelled(self) -> None:
-        for sequence in [sequence for sequence in self._running if sequence.cancelled]:
-            self._end(sequence, sequence.finish)
-        while self._waiting and self._waiting[0].cancelled:
-            self._waiting.popleft().state = State.ENDED
-
     def _admit(self) -> None:
-        """Give room in the KV cache to those that wait, in order."""
-        while self._waiting and self.cache.can_reserve(self._waiting[0].capacity):
-            sequence = self._waiting.popleft()
+        """Reserve KV cache for waiting sequences, in order; drop cancelled ones."""
+        while self._waiting:
+            sequence = self._waiting[0]
             if sequence.cancelled:
                 sequence.state = State.ENDED
-                continue
-            sequence.span, sequence.state = self.cache.reserve(sequence.capacity), State.PREFILL
-            self._running.append(sequence)
+            elif self.cache.can_reserve(sequence.capacity):
+                sequence.span, sequence.state = self.cache.reserve(sequence.capacity), State.PREFILL
+                self._running.append(sequence)
+            else:
+                return
+            self._waiting.popleft()
 
     def _prefill(self, sequences: list[Sequence]) -> None:
-        """One step of prompts. Of each it takes a whole chunk, or the rest, or nothing: a prompt is cut in the same
-        places whoever shares its steps."""
+        """One prefill step. It takes a whole chunk of a prompt, the rest, or nothing, so the cuts in a prompt do not
+        depend on the other sequences."""
         batch: list[Sequence] = []
         segments: list[Segment] = []
         room = self.chunk
@@ -136,7 +133,7 @@ class Scheduler:
         self._run(batch, segments, prefill=False)
 
     def _run(self, batch: list[Sequence], segments: list[Segment], prefill: bool) -> None:
-        """One step of ``batch``. A sequence whose reads fail ends with its error; the others go on."""
+        """Run one step of ``batch``. A sequence whose reads fail ends with its error; the others go on."""
         if not batch:
             return
         phase = self.counters.prefill if prefill else self.counters.decode
@@ -156,7 +153,7 @@ class Scheduler:
     def _forward(
         self, batch: list[Sequence], segments: list[Segment], prefill: bool
     ) -> abc.Sequence[Tensor | StorageError]:
-        """The logits of each segment's last token, float32 [vocab], or why there are none."""
+        """Per segment: the logits of its last token, float32 [vocab], or the error."""
         logits = batch[0].logits
         out = None if logits is None else logits[batch[0].done :][: len(segments[0].ids)]
         try:
@@ -171,7 +168,7 @@ class Scheduler:
         ]
 
     def _take(self, sequence: Sequence, logits: Tensor) -> None:
-        """Choose the next token, and see whether it is the last."""
+        """Sample the next token and end the sequence if it is the last."""
         if sequence.logits is not None:
             self._end(sequence, "length")
             return

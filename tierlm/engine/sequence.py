@@ -1,4 +1,4 @@
-"""One request's tokens, from the prompt to the end."""
+"""One request: its prompt, its tokens and its state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tierlm.memory.kvcache import Span
 
 
 class State(Enum):
-    """WAITING for room in the KV cache; PREFILL until the whole prompt has run; DECODE; ENDED."""
+    """WAITING: for room in the KV cache. PREFILL: until the whole prompt has run."""
 
     WAITING = auto()
     PREFILL = auto()
@@ -26,8 +26,8 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is new of a sequence: ``ids``, a stop id included. ``finish``: None while it goes on, then "stop", "length"
-    or "error"; ``error`` is set with the last one."""
+    """New ``ids`` of a sequence, including a stop id. ``finish``: None until it ends, then "stop", "length" or "error";
+    "error" also sets ``error``."""
 
     ids: list[int]
     finish: str | None
@@ -36,11 +36,11 @@ class Progress:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A prompt and what was generated after it. The scheduler alone changes it, but for ``cancelled``.
+    """A prompt and its generated tokens, ``ids``. Only the scheduler changes it, except ``cancelled``.
 
-    ``capacity``: tokens that it may need in the KV cache. ``limit``: new tokens, at most. ``logits``: float32
-    [T, vocab], to be filled after every token of the prompt; then nothing is generated. ``done``: tokens of the prompt
-    that have run. ``taken``: new tokens that its owner has seen.
+    ``capacity``: tokens reserved in the KV cache. ``limit``: maximum of new tokens. ``logits``: float32 [T, vocab];
+    if set, filled for every prompt token, and nothing is generated. ``done``: prompt tokens that have run. ``taken``:
+    new tokens that the caller has read.
     """
 
     prompt: abc.Sequence[int]
@@ -64,7 +64,7 @@ class Sequence:
 
     @property
     def unread(self) -> bool:
-        """Whether there is a token that its owner has not seen. Such a sequence does not run on."""
+        """Whether the caller has yet to read a token. Such a sequence pauses."""
         return len(self.ids) > self.taken
 
     @property
@@ -72,10 +72,10 @@ class Sequence:
         return self.state is State.ENDED
 
     def take(self) -> Progress:
-        """Hand out what is new."""
+        """Return the new tokens and mark them read."""
         new, self.taken = self.ids[self.taken :], len(self.ids)
         return Progress(new, self.finish, self.error)
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: the scheduler drops it before its next step. From any thread, at any time."""
+        """Let the scheduler drop it before its next step. Thread-safe."""
         self.cancelled = True

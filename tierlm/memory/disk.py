@@ -1,4 +1,4 @@
-"""The tier at the bottom. Sealed records are compared with their seals when they are first read."""
+"""The lowest tier: files on disk. A sealed record is checked against its seal when it is first read."""
 
 from __future__ import annotations
 
@@ -15,43 +15,40 @@ from tierlm.spec import Key
 
 
 class Disk:
-    """The tier at the bottom: records are always there, and are read, at most ``request_bytes`` at a time."""
+    """The lowest tier: holds every record, and reads it in requests of at most ``request_bytes``."""
 
     def __init__(self, reader: Reader, records: Callable[[Key], Record], transfer: Transfer, request_bytes: int):
         self.reader, self.records, self.transfer = reader, records, transfer
         self.request_bytes = request_bytes
-        self._checked: set[Key] = set()  # added to by the transfer's threads
+        self._checked: set[Key] = set()  # transfer threads add to it
         self._requests: dict[Key, tuple[list[Request], array[int] | None]] = {}
 
     def fetch(self, key: Key, slot: Slot, priority: Priority, streaming: bool) -> tuple[Ticket, None]:
         record = self.records(key)
         requests, words = self._requests.get(key) or self._split(key, record)
-        if slot.guard is not None:  # a thread of Python waits for it
+        if slot.guard is not None:  # only a Python thread can wait for the event
             words = None
         last = None
         if record.inside is not None or (record.seal is not None and key not in self._checked):
-            assert record.seal is not None  # the catalog has seen to it
+            assert record.seal is not None  # ensured by the catalog
             link, nbytes = ("checksum", record.seal.nbytes) if record.inside is None else ("zstd", record.inside.raw)
             last = Unseal(link, nbytes, str(key), self.reader, record, record.seal, slot, key, self._checked)
         read = Read(self.reader, requests, words, slot, key)
         return self.transfer.submit(read, priority=priority, last=last), None
 
     def _split(self, key: Key, record: Record) -> tuple[list[Request], array[int] | None]:
-        """The requests of ``record``; if they are plain reads, as ``Read.words`` too."""
+        """The requests of ``record``, and their ``Read.words``: None unless all are plain reads."""
         requests = [part for extent in record.extents for part in split(extent, self.request_bytes)]
-        descriptors = [self.reader.descriptor(request.extent.file) for request in requests]
-        words: array[int] | None = array("q")
-        for request, descriptor in zip(requests, descriptors, strict=True):
-            if words is None or descriptor is None:
-                words = None
-            else:
-                nbytes, wanted = request.hi - request.lo, request.stop - request.lo
-                words.extend((descriptor, request.lo, wanted, nbytes, request.at))
-        self._requests[key] = requests, words
-        return requests, words
+        words = array("q")
+        for request in requests:
+            descriptor = self.reader.descriptor(request.extent.file)
+            if descriptor is None:
+                return self._requests.setdefault(key, (requests, None))
+            words.extend((descriptor, request.lo, request.stop - request.lo, request.hi - request.lo, request.at))
+        return self._requests.setdefault(key, (requests, words))
 
     def settle(self) -> None:
-        """Nothing arrives at the disk, but what has left it may."""
+        """Collect finished reads; nothing arrives at the disk itself."""
         self.transfer.collect()
 
     def copied(self, entry: Entry) -> None:

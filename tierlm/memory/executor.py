@@ -1,4 +1,4 @@
-"""Who performs the jobs of tickets."""
+"""The interface of executors: threads that run the jobs of tickets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tierlm.memory.ticket import Job, Ticket
 
 @dataclass
 class LinkStats:
-    """``seconds``: during which at least one job was under way on this link; ``cpu``: processor time of the threads."""
+    """``seconds``: time with at least one job in progress on the link; ``cpu``: CPU seconds of its threads."""
 
     bytes: int = 0
     seconds: float = 0.0
@@ -21,60 +21,60 @@ class LinkStats:
 
 
 class Executor(ABC):
-    """Threads that take jobs off queues: demands first, then prefetch, then warm-up.
+    """Threads that take jobs from queues: demands first, then prefetch, then warm-up.
 
     ``Transfer`` is the only caller. It calls ``submit``, ``announce``, ``promote``, ``cancel``, ``unfinished`` and
-    ``ended`` under its lock; they return at once, and raise nothing. An executor has a lock of its own, and calls
-    nobody while it holds it.
+    ``ended`` under its lock; they return at once and never raise. An executor has its own lock and makes no outside
+    call while it holds it.
     """
 
     @abstractmethod
     def submit(self, ticket: Ticket, *, first: bool) -> None:
-        """Queue the jobs of ``ticket`` by its priority, in order, ``first`` or last. Dropped once closed."""
+        """Queue the jobs of ``ticket`` in order, at the front (``first``) or back of its queue. No-op once closed."""
 
     @abstractmethod
     def announce(self, ticket: Ticket) -> None:
-        """Call back when ``ticket`` has ended, so that what waits for it begins although nobody asks."""
+        """Call back when ``ticket`` ends, so that its dependents start without a poll."""
 
     @abstractmethod
     def promote(self, ticket: Ticket) -> None:
-        """Make the jobs of ``ticket`` that have not begun demands, behind the others. The caller sets the priority."""
+        """Move the queued jobs of ``ticket`` to the back of the demand queue. The caller sets the priority."""
 
     @abstractmethod
     def cancel(self, ticket: Ticket) -> bool:
-        """Drop the jobs of ``ticket``. False, and nothing happens, if one has begun."""
+        """Drop the jobs of ``ticket``. Returns False and does nothing if one has begun."""
 
     @abstractmethod
     def unfinished(self, ticket: Ticket) -> Job | None:
-        """The first job of ``ticket`` that has not ended; None if all have."""
+        """The first unfinished job of ``ticket``, or None."""
 
     @abstractmethod
     def ended(self) -> Iterator[tuple[Ticket, bool]]:
-        """The tickets whose jobs have all ended since the last call, and whether all is well. If it is not, and
-        ``ticket.error`` is not set, another executor is to find out why."""
+        """Tickets whose jobs have all ended since the last call, and whether all succeeded. If one failed without
+        setting ``ticket.error``, another executor must run it again to find the cause."""
 
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many tickets have ended, and calls of ``wake``: changes when there is something to look at."""
+        """Ended tickets plus calls of ``wake``: changes when there is something to collect."""
 
     @abstractmethod
     def wait(self, seen: int, timeout: float) -> None:
-        """Return once ``count`` is not ``seen``, or after ``timeout`` seconds."""
+        """Return once ``count`` differs from ``seen``, or after ``timeout`` seconds."""
 
     @abstractmethod
     def wake(self) -> None:
-        """Count one more thing that has ended: end all waits."""
+        """Add one to ``count`` and end all waits."""
 
     @abstractmethod
     def links(self) -> dict[str, LinkStats]:
-        """Per link, what has been done so far."""
+        """Totals so far, by link."""
 
     @abstractmethod
     def backlog(self) -> int:
-        """Bytes of demands that no thread has taken up."""
+        """Bytes of queued demands that no thread has taken."""
 
     @abstractmethod
     def close(self, timeout: float) -> bool:
-        """Stop the threads after the jobs that they are in; drop the rest. False if a thread is stuck in one after
+        """Let the threads finish their current jobs; drop the rest. False if a thread is still stuck after
         ``timeout`` seconds. May be called again."""

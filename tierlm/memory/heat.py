@@ -1,4 +1,4 @@
-"""Which experts are used most, over this run and, fading, the ones before: what to load first the next time."""
+"""Which experts are used most, in this run and, faded, in earlier ones: the order of the next warm-up."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tierlm.files import write_whole
 from tierlm.spec import ExpertKey
 
 VERSION = 1
-REMEMBERED = 1000  # turns of a layer that earlier runs count for at most
+REMEMBERED = 1000  # the most turns of a layer that earlier runs count for
 
 
 class Heat:
-    """Uses of each expert, and turns of each layer."""
+    """Uses per expert and turns per layer."""
 
     def __init__(self) -> None:
         self.uses: Counter[ExpertKey] = Counter()
         self.turns: Counter[int] = Counter()
 
     def note(self, layer: int, needed: Iterable[ExpertKey]) -> None:
-        """``layer`` has run once and used ``needed``."""
+        """Count one turn of ``layer``, which used ``needed``."""
         self.turns[layer] += 1
         self.uses.update(needed)
 
@@ -32,17 +32,17 @@ class Heat:
         return self.uses[key] / max(1, self.turns[key.layer])
 
     def hottest(self) -> list[ExpertKey]:
-        """The experts that have been used, most often first."""
+        """The used experts, hottest first."""
         return sorted(self.uses, key=lambda key: (-self.share(key), key))
 
     def write(self, file: Path) -> None:
-        """Keep it in ``file``, as JSON. Raises OSError."""
+        """Save as JSON. Raises OSError."""
         uses = [[*key, round(count, 3)] for key, count in sorted(self.uses.items())]
         write_whole(file, json.dumps({"version": VERSION, "turns": sorted(self.turns.items()), "uses": uses}))
 
     @classmethod
     def read(cls, file: Path, known: Iterable[ExpertKey]) -> Heat:
-        """What ``write`` has kept, faded; of a file that is missing or makes no sense, nothing."""
+        """Load what ``write`` saved, faded; empty if the file is missing or invalid."""
         heat, keys = cls(), set(known)
         try:
             found: Any = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What transfers do: read a record, unseal it, copy it up."""
+"""The jobs of transfers: read a record, unseal it, copy it up."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from tierlm.spec import Key
 
 @dataclass(slots=True, eq=False)
 class Read:
-    """All reads of one record into ``slot``, a job for each request. memory/compiled takes them as they are, any other
-    executor one by one.
+    """All reads of one record into ``slot``. memory/compiled takes them whole, other executors as one job a request.
 
-    ``words``: struct Request of memory/compiled for each of ``requests``; None where only ``reader`` can perform them.
+    ``words``: one struct Request of memory/compiled per request; None if only ``reader`` can perform them.
     """
 
     reader: Reader
@@ -47,8 +46,6 @@ class Read:
 
 @dataclass(slots=True, eq=False)
 class ReadPart(Job):
-    """One request."""
-
     reader: Reader
     request: Request
     slot: Slot
@@ -62,8 +59,8 @@ class ReadPart(Job):
 
 @dataclass(slots=True, eq=False)
 class Unseal(Job):
-    """Makes sure of a record that has been read: compares it with ``seal``, unless ``key`` is among ``checked``, and
-    restores it if it is compressed. A record that differs is read again from a mirror."""
+    """Checks a record against ``seal`` unless ``key`` is in ``checked``, and decompresses it if needed. A damaged
+    record is read again from a mirror."""
 
     reader: Reader
     record: Record
@@ -86,12 +83,12 @@ class Unseal(Job):
                 stored.restore(self._packed(stored.nbytes), self.slot.buffer.numpy(), check=first)
             except ValueError as error:
                 self.checked.discard(self.key)
-                why = f"{error}; it was damaged on the way, or packed wrongly: pack the model again"
+                why = f"{error}; the record was damaged in transit or packed wrongly: pack the model again"
                 raise self.stalled(why) from error
         self.checked.add(self.key)
 
     def compare(self, file: Path) -> None:
-        """Raises StorageError, which names ``file``, where the record came from."""
+        """Raises StorageError that names ``file``, the origin of the record."""
         replace(self.seal, file=file).check(checksum(self._packed(self.seal.nbytes).data))
 
     def _packed(self, nbytes: int) -> NDArray[np.uint8]:
@@ -101,14 +98,14 @@ class Unseal(Job):
     def stalled(self, why: str) -> Exception:
         seal = self.seal
         if self.record.inside is None:
-            return StorageError(f"comparing {seal.name} of {seal.file} with its checksum: {why}")
+            return StorageError(f"checking {seal.name} of {seal.file} against its checksum: {why}")
         what = f"{seal.file}: decompressing {seal.name}, {seal.nbytes} bytes at offset {seal.offset}: {why}"
         return StorageError(what, file=str(seal.file), tensor=seal.name, offset=seal.offset)
 
 
 @dataclass(slots=True, eq=False)
 class CopyUp(Job):
-    """Copies ``nbytes`` of ``source`` into ``slot`` of the tier above."""
+    """Copies ``nbytes`` from ``source`` to ``slot`` of the tier above."""
 
     source: Slot
     slot: Slot
@@ -122,7 +119,7 @@ class CopyUp(Job):
 
 
 def buffer_of(request: Request, slot: Slot) -> memoryview:
-    """The place of a request in its slot, once nobody reads the old content any more."""
+    """The destination of ``request`` in ``slot``. Waits until the old content is no longer read."""
     slot.wait()
     assert slot.memory is not None
     return slot.memory[request.at : request.at + request.hi - request.lo]

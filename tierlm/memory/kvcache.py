@@ -1,4 +1,4 @@
-"""The KV cache: what attention keeps of every token, by layer, in spans that belong to sequences."""
+"""The KV cache: values per token and layer, in one contiguous span per sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tierlm.errors import PromptError
 
 @dataclass(slots=True, eq=False)
 class Span:
-    """One sequence's place in the cache: ``start``, ``capacity`` and ``length`` in tokens."""
+    """One sequence's part of the cache. All fields are in tokens."""
 
     start: int
     capacity: int
@@ -21,19 +21,19 @@ class Span:
 
 
 class KvCache:
-    """Room for ``capacity`` tokens over all sequences; ``widths``: by layer, values a token."""
+    """Holds ``capacity`` tokens over all sequences. ``widths``: values per token, by layer."""
 
     def __init__(self, widths: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device):
         self.capacity = capacity
         self._layers = [torch.empty(capacity, width, dtype=dtype, device=device) for width in widths]
-        self._spans: list[Span] = []  # in order of their starts
+        self._spans: list[Span] = []  # sorted by start
 
     def can_reserve(self, tokens: int) -> bool:
-        """Whether ``tokens`` fit in one piece beside the other sequences."""
+        """Whether a contiguous gap of ``tokens`` is free."""
         return self._gap(tokens) is not None
 
     def reserve(self, tokens: int) -> Span:
-        """A span for one sequence, until ``release``. Raises PromptError where ``can_reserve`` says no."""
+        """Reserve a span until ``release``. Raises PromptError if ``can_reserve`` is False."""
         place = self._gap(tokens)
         if place is None:
             free = self.capacity - sum(span.capacity for span in self._spans)
@@ -44,7 +44,7 @@ class KvCache:
         return span
 
     def release(self, span: Span) -> None:
-        """Give the room of a sequence to others."""
+        """Free ``span``."""
         self._spans.remove(span)
 
     def layer(self, layer: int) -> Tensor:
@@ -52,9 +52,9 @@ class KvCache:
         return self._layers[layer]
 
     def append(self, layer: int, span: Span, values: Tensor) -> Tensor:
-        """Write ``values`` [T, width] behind the span's tokens; the whole of it, float32 [S, width].
+        """Append ``values`` [T, width] to the span. Returns all its values, float32 [S, width].
 
-        The span's length is advanced once for all layers, by the decoder.
+        The decoder advances ``span.length`` once, after all layers.
         """
         end = span.length + values.shape[0]
         assert end <= span.capacity, "a sequence outgrew its span"
@@ -63,7 +63,7 @@ class KvCache:
         return rows.float()
 
     def _gap(self, tokens: int) -> tuple[int, int] | None:
-        """The first gap that holds ``tokens``: before which span, and where it starts."""
+        """The first gap of at least ``tokens``: index of the span after it, and its start."""
         start = 0
         for index, span in enumerate(self._spans):
             if span.start - start >= tokens:

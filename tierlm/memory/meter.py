@@ -1,4 +1,4 @@
-"""How much was waited for and read, to be charged to a step."""
+"""Time waited and bytes read, to charge to a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tierlm.memory.trunks import Trunks
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Running totals: seconds waited for transfers, seconds in which the disk was busy, bytes read from it."""
+    """Totals: seconds waited for transfers, seconds the disk was busy, bytes read from it."""
 
     stall: float
     reading: float
@@ -32,4 +32,4 @@ class Meter:
 
     def read(self) -> Usage:
         disk = self.transfer.busy()[DISK]
-        return Usage(self.store.stall + self.trunks.stall, disk.seconds, disk.bytes)
+        return Usage(self.store.tier.stall + self.trunks.tier.stall, disk.seconds, disk.bytes)

@@ -1,6 +1,6 @@
-"""Whether this machine is short of memory, and what is done about it under a budget that was chosen for it.
+"""Memory pressure on the host, and the response to it under an automatic budget.
 
-Decisions are a pure function of readings, so that they can be tested with readings that are made up.
+Decisions depend only on readings, so tests can supply their own.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from tierlm.config import format_size
 from tierlm.host import available_ram
 from tierlm.memory.tiers import Tier
 
-INTERVAL = 0.5  # seconds between two looks
-STALLED = 0.10  # share of the last ten seconds in which something waited for memory, from which on there is too little
-SHORT, PLENTY = 0.5, 1.5  # of the reserve: give back below, take again above
-STEP = 0.125  # of the slots that are given back, at the least, when something stalls
+INTERVAL = 0.5  # seconds between two readings
+STALLED = 0.10  # memory is short if tasks waited for it for more than this share of the last 10 s
+SHORT, PLENTY = 0.5, 1.5  # of the reserve: shrink below, grow above
+STEP = 0.125  # share of the slots to shrink by, at least, on a stall
 
 
 @dataclass(frozen=True)
 class Reading:
-    """``available``: bytes that can still be taken; ``stalled``: share of time that something waited for memory."""
+    """``available``: bytes still free to take; ``stalled``: share of time with a task stalled on memory."""
 
     available: int
     stalled: float
 
 
 def read_pressure() -> Reading:
-    """Of this machine, or the memory cgroups around this process; ``stalled`` is 0 where the system does not tell."""
+    """A reading of this machine and this process's memory cgroups; ``stalled`` is 0 where the system has no PSI."""
     return Reading(available_ram(), _stalled(Path("/proc/pressure/memory")))
 
 
 class Pressure:
-    """Follows the pressure with a budget. ``reserve``: bytes to leave free for others. ``read`` and ``clock`` are
-    replaced in tests."""
+    """Turns readings into changes of the budget. ``reserve``: bytes to leave free for other processes."""
 
     def __init__(
         self,
@@ -47,7 +46,7 @@ class Pressure:
         self._next = clock() + INTERVAL
 
     def change(self, held: int) -> int:
-        """Bytes to give back (negative) or that may be taken again, of ``held`` in slots; 0 between two looks."""
+        """Bytes to shrink (negative) or grow by, given ``held`` bytes in slots; 0 between two readings."""
         now = self._clock()
         if now < self._next:
             return 0
@@ -57,20 +56,20 @@ class Pressure:
         if reading.available < SHORT * self.reserve:
             return -short
         plenty = reading.available > PLENTY * self.reserve
-        if reading.stalled > STALLED:  # with plenty, something waits in a cgroup of its own: nothing here would help
+        if reading.stalled > STALLED:  # with plenty free, the stall is in another cgroup: shrinking would not help
             return 0 if plenty else -max(int(held * STEP), short)
         return -short if plenty else 0
 
 
 class PressureRelief:
-    """Shrinks ``tier`` while others need its memory, down to ``least`` slots, and grows it again after."""
+    """Shrinks ``tier`` under memory pressure, to ``least`` slots at the lowest, and grows it again afterwards."""
 
     def __init__(self, pressure: Pressure, tier: Tier, least: int):
         self.pressure, self.tier, self.least = pressure, tier, least
         self.shrunk = self.grown = 0  # bytes
 
     def follow(self) -> None:
-        """Look, now and then, and act: between two steps, when nothing is leased."""
+        """Adapt ``tier`` to the pressure. Call between steps, when nothing is leased."""
         tier = self.tier
         change = self.pressure.change(sum(slot.size for slot in tier.slots if slot.filled))
         if change < 0:
@@ -79,15 +78,15 @@ class PressureRelief:
             self.grown += tier.grow(change)
 
     def notes(self) -> list[str]:
-        """What was done, in words."""
+        """A sentence for ``Stats.notes``, if the tier was shrunk."""
         if not self.shrunk:
             return []
-        done = f"{format_size(self.shrunk)} of slots were given up, {format_size(self.grown)} taken again"
-        return [f"this machine was short of memory: {done}"]
+        shrunk, grown = format_size(self.shrunk), format_size(self.grown)
+        return [f"this machine was short of memory: slots shrank by {shrunk} and grew again by {grown}"]
 
 
 def _stalled(file: Path) -> float:
-    """``some avg10`` of a pressure file (Linux, Documentation/accounting/psi.rst), as a share."""
+    """``some avg10`` of a PSI file, as a share (Linux, Documentation/accounting/psi.rst)."""
     try:
         fields = file.read_text().split("\n", 1)[0].split()
         return float(dict(field.split("=") for field in fields[1:])["avg10"]) / 100

@@ -1,4 +1,4 @@
-"""Slots: places in a slab of a device's memory that hold one record each."""
+"""Slots: parts of a slab of device memory, each with room for one record."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tierlm.policies import residency
 
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
-    """A slab: uint8 [nbytes], page-aligned. In host memory it takes up room only as it is written to, and is pinned
-    where there is an accelerator to copy to."""
+    """A slab: uint8 [nbytes], page-aligned. Host memory is pinned if there is an accelerator; otherwise its pages are
+    committed when first written."""
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     if torch.accelerator.is_available():
@@ -28,24 +28,23 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
     return torch.frombuffer(host_memory(max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
 
 
-def can_give_back() -> bool:
-    """Whether memory of ``allocate`` on the host can be returned to the system: pinned memory cannot."""
+def can_decommit() -> bool:
+    """Whether host memory of ``allocate`` can be returned to the system: pinned memory cannot."""
     return hasattr(mmap, "MADV_DONTNEED") and not torch.accelerator.is_available()
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A place for one record. ``guard``: the event after which the last reader of the old content is through.
-    ``filled``: something has been written to it, so that it takes up memory. ``stream``: what is copied into it runs
-    on, apart from computation; None on a host."""
+    """Room for one record. ``guard``: the event that ends the last read of the old content. ``filled``: it was written
+    to, so its pages are committed. ``stream``: runs copies into the slot beside computation; None on the host."""
 
     buffer: Tensor  # uint8 [size]
     guard: torch.Event | None = None
     filled: bool = False
     stream: torch.Stream | None = None
     size: int = field(init=False)
-    memory: memoryview | None = field(init=False, default=None)  # the same bytes, to read files into, on a host
-    _queued: bool = field(init=False)  # computation on it may go on after the call
+    memory: memoryview | None = field(init=False, default=None)  # on the host: the same bytes, to read files into
+    _queued: bool = field(init=False)  # computation on it is asynchronous
     _views: tuple[Mapping[str, Place], Record | None, Weights] | None = None
 
     def __post_init__(self) -> None:
@@ -54,25 +53,25 @@ class Slot:
             self.memory = self.buffer.numpy().data
 
     def weights(self, record: Record, exact: bool) -> Weights:
-        """The weights of ``record``, which is here: views, which serve all records that are laid out alike."""
+        """The weights of ``record``, which this slot holds. Views are cached; records of equal layout share them."""
         if self._views is not None:
             places, copied, found = self._views
             if places is record.places and (copied is None or copied is record):
                 return found
         found = weights_of(self.buffer, record, exact)
-        copied = record if misaligned(self.buffer, record) else None  # what its file misaligns is no view
+        copied = record if misaligned(self.buffer, record) else None  # misaligned tensors are copies, not views
         self._views = record.places, copied, found
         return found
 
     def release(self) -> None:
-        """Note that computation on this slot has been queued: the slot may be overwritten only after it."""
+        """Let the slot be overwritten only after the computation queued so far."""
         if self._queued:
             self.guard = torch.Event(self.buffer.device)
             self.guard.record()
 
-    def give_back(self) -> int:
-        """Return the memory of this slot, which holds nothing, to the system; the next write takes it again. Returns
-        the bytes of the pages that are its own."""
+    def decommit(self) -> int:
+        """Return the memory of this empty slot to the system, until the next write. Returns the bytes freed: whole
+        pages only."""
         if not self.filled:
             return 0
         self.filled = False
@@ -83,17 +82,17 @@ class Slot:
         return last - first
 
     def copy(self, other: Slot, nbytes: int) -> None:
-        """In a transfer thread: copy the first ``nbytes`` of ``other``, and wait for it."""
+        """Copy the first ``nbytes`` of ``other`` and wait for the copy. For transfer threads."""
         target, source = self.buffer[:nbytes], other.buffer[:nbytes]
         if self.stream is None:
             target.copy_(source)
             return
-        torch.accelerator.set_stream(self.stream)  # of this thread only
+        torch.accelerator.set_stream(self.stream)  # for this thread only
         target.copy_(source, non_blocking=True)
         self.stream.synchronize()
 
     def wait(self) -> None:
-        """Wait, in a transfer thread, until nobody reads the old content any more."""
+        """Wait until the old content is no longer read. For transfer threads."""
         if self.guard is not None:
             self.guard.synchronize()
             self.guard = None
@@ -108,7 +107,7 @@ def _libc() -> ctypes.CDLL:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Entry(residency.Entry):
-    """A record in ``slot``, on its way while ``ticket`` is set. ``source``: the entry below it is copied from."""
+    """A record in ``slot``, in flight while ``ticket`` is set. ``source``: the entry below that it is copied from."""
 
     slot: Slot
     ticket: Ticket | None

@@ -1,4 +1,4 @@
-"""The routed experts, as the model sees them: acquire what a layer needs, look ahead to what comes."""
+"""The model's view of the routed experts: acquire those a layer needs, prefetch those predicted next."""
 
 from __future__ import annotations
 
@@ -33,26 +33,20 @@ class Store:
         self.tier, self.records, self.lookahead, self.io_timeout = tier, records, lookahead, io_timeout
         self.heat, self.exact = heat or Heat(), exact
         self._cores = os.cpu_count() or 1
-        self._link = LinkStats()  # as it was when the time of a read was last measured
-
-    @property
-    def stall(self) -> float:
-        """Seconds waited for transfers."""
-        return self.tier.stall
+        self._link = LinkStats()  # at the last measurement of read time
 
     def acquire(self, layer: int, experts: Sequence[int], *, streaming: bool = False) -> Leases:
-        """Leases of ``experts`` (each once) of ``layer``, for a ``with`` statement. Reads begin on entering. Inside,
-        first ``leases.resident()``, then ``for batch in leases``; each batch is leased until the next is asked for.
+        """Leases of distinct ``experts`` of ``layer``, for a ``with`` statement. Reads start on entry. Inside, call
+        ``leases.resident()`` first, then ``for batch in leases``; a batch is leased until the next one is requested.
 
-        ``streaming``: a prefill, which goes through a few slots, in the order of the disk, and leaves the warm records
-        where they are. Raises StorageError when a read fails or stalls; every lease ends with the ``with`` block,
-        whatever happens in it.
+        ``streaming``: a prefill; it uses a few slots, in disk order, and evicts few warm records. Raises
+        StorageError when a read fails or stalls. All leases end with the ``with`` block, also after an error.
         """
         return Leases(self, layer, [ExpertKey(layer, expert) for expert in experts], streaming)
 
     def look_ahead(self, layer: int, ahead: int, streaming: bool, rows: Sequence[Sequence[int]] | None = None) -> None:
-        """Predict what ``layer`` demands, ``ahead`` MoE layers from now. What is resident is protected; absent records
-        worth a read queue behind all demands, as far as there are slots. ``rows``: see Lookahead.predict."""
+        """Predict the demands of ``layer``, ``ahead`` MoE layers from now. Resident records are protected; absent
+        records worth reading queue behind all demand reads while slots last. ``rows``: see Lookahead.predict."""
         lookahead, tier = self.lookahead, self.tier
         keys = lookahead.predict(layer, rows)
         tier.cancel_stale(layer, set(keys), begun=False)
@@ -66,7 +60,7 @@ class Store:
         self.start_reads()
 
     def start_reads(self) -> None:
-        """Start planned prefetches, as far as there are slots."""
+        """Start planned prefetches while slots last."""
         tier, lookahead = self.tier, self.lookahead
         while (wanted := lookahead.next_read(tier.entries)) is not None:
             key, streaming = wanted
@@ -74,7 +68,7 @@ class Store:
                 return
 
     def turn(self, layer: int, needed: Sequence[ExpertKey]) -> None:
-        """``layer`` runs now: predictions for it are judged, and prefetches that are not ``needed`` are dropped."""
+        """Begin ``layer``: judge the predictions for it and drop prefetches that are not ``needed``."""
         wanted = set(needed)
         self.heat.note(layer, needed)
         self.lookahead.turn(layer, wanted)
@@ -82,19 +76,19 @@ class Store:
         self.tier.cancel_stale(layer, wanted)
 
     def warm(self, keys: Sequence[ExpertKey]) -> None:
-        """Fill the free slots of all tiers with ``keys``, the most wanted first. Policies learn how hot each is."""
+        """Fill the free slots of all tiers with ``keys``, hottest first. Policies learn the heat of each key."""
         self.tier.warm(keys, {key: self.heat.share(key) for key in keys})
 
     def wait(self, entries: Sequence[Entry]) -> None:
-        """Wait until one of ``entries`` has arrived, or failed."""
+        """Wait until one of ``entries`` has arrived or failed."""
         self.tier.wait(entries, self.io_timeout)
 
     def in_order(self, keys: Sequence[ExpertKey]) -> list[ExpertKey]:
-        """``keys`` as they lie on the disk."""
+        """``keys`` in disk order."""
         return sorted(keys, key=lambda key: self.records(key).begin)
 
     def _measure(self) -> None:
-        """Take what the disk has delivered since the last time into the time of a read."""
+        """Update the predicted time of a read from the disk's throughput since the last call."""
         now, before = self.tier.transfer.busy().get(DISK, LinkStats()), self._link
         size = self.tier.slots[0].size
         moved = now.bytes - before.bytes
@@ -104,22 +98,22 @@ class Store:
             self._link = now
 
 
-Batch = list[tuple[int, Weights]]  # of expert ids and their weights
+Batch = list[tuple[int, Weights]]  # expert ids and their weights
 
 
 class Leases:
-    """What ``Store.acquire`` returns: a context manager; inside, ``resident`` once, then iterable once."""
+    """The context manager of ``Store.acquire``: call ``resident`` once, then iterate once."""
 
     def __init__(self, store: Store, layer: int, keys: list[ExpertKey], streaming: bool):
         self._store, self._tier, self._layer, self._streaming = store, store.tier, layer, streaming
         self._keys = keys
-        self._held: dict[ExpertKey, Entry] = {}
-        self._lent: list[ExpertKey] = []  # the batch that the caller has
+        self._leased: dict[ExpertKey, Entry] = {}
+        self._batch: list[ExpertKey] = []  # the batch the caller has now
         self._missing: list[ExpertKey] = []
-        self._joined: set[ExpertKey] = set()  # those whose read was under way already
-        self._turn_open = True  # until all that is needed has been demanded
-        self._read = 0  # records that were absent, or would have been without a prefetch
-        self._began, self._stalled = time.perf_counter(), store.stall
+        self._joined: set[ExpertKey] = set()  # their reads were already in flight
+        self._turn_open = True  # until all keys are demanded
+        self._read = 0  # records read on demand or by a useful prefetch
+        self._began, self._stalled = time.perf_counter(), store.tier.stall
 
     def __enter__(self) -> Leases:
         self._tier.settle()
@@ -130,7 +124,7 @@ class Leases:
             if entry is None:
                 self._missing.append(key)
             else:
-                self._held[key] = entry
+                self._leased[key] = entry
                 self._read += self._tier.stats.useful - useful
                 if entry.ticket is not None:
                     self._joined.add(key)
@@ -143,38 +137,39 @@ class Leases:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for key in list(self._held):
+        for key in list(self._leased):
             self._release(key)
         self._end_turn()
-        spent = time.perf_counter() - self._began - (self._store.stall - self._stalled)
+        spent = time.perf_counter() - self._began - (self._tier.stall - self._stalled)
         self._store.lookahead.prefetch.layer_done(self._read, spent, self._streaming)
 
     def resident(self) -> Batch:
-        """The first batch, without a wait: what is there now, possibly nothing. The caller computes it together with
-        what needs no record. A streaming one is a single expert, as all batches are then."""
+        """The first batch: the experts resident now, without a wait. It may be empty, so the caller can overlap other
+        work. When streaming, it holds at most one expert."""
         ready = self._ready()
         return self._lend(ready[:1] if self._streaming else ready)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches of what arrives, none empty: all that are there; one at a time where they are streamed through, so
-        that each slot is free for the next read as soon as it can be."""
+        """Yield non-empty batches as experts arrive. When streaming, a batch is one expert, so that each slot is reused
+        for the next read at once."""
         self._end_batch()
-        while self._held or self._missing:
+        while self._leased or self._missing:
             ready = self._ready()
             if not ready:
-                self._tier.wait(list(self._held.values()), self._store.io_timeout)
+                self._tier.wait(list(self._leased.values()), self._store.io_timeout)
                 self._start_missing()
-            for batch in [[key] for key in ready] if self._streaming else [ready] * bool(ready):
+                continue
+            for batch in [[key] for key in ready] if self._streaming else [ready]:
                 yield self._lend(batch)
                 self._end_batch()
 
     def _ready(self) -> list[ExpertKey]:
-        """The held experts whose reads have ended, well or badly; a prefetch that failed is read again."""
+        """Leased experts whose reads have arrived or failed. A failed prefetch is read again as a demand."""
         self._tier.settle()
-        ready = [key for key, entry in self._held.items() if entry.ticket is None]
-        for key in [key for key in ready if self._held[key].error is not None and key in self._joined]:
-            self._joined.remove(key)  # nobody has demanded what failed: it is demanded now
-            self._tier.stats.late_hits -= 1  # and counted as what it turns out to be
+        ready = [key for key, entry in self._leased.items() if entry.ticket is None]
+        for key in [key for key in ready if self._leased[key].error is not None and key in self._joined]:
+            self._joined.remove(key)
+            self._tier.stats.late_hits -= 1  # the demand that follows is counted instead
             self._release(key)
             self._missing.append(key)
             ready.remove(key)
@@ -182,24 +177,24 @@ class Leases:
         return ready
 
     def _lend(self, batch: list[ExpertKey]) -> Batch:
-        self._lent = batch
+        self._batch = batch
         return [(key.expert, self._weights(key)) for key in batch]
 
     def _end_batch(self) -> None:
-        """End the leases of the last batch, and use its slots."""
-        for key in self._lent:
+        """End the leases of the last batch and reuse its slots."""
+        for key in self._batch:
             self._release(key)
-        self._lent = []
+        self._batch = []
         self._start_missing()
 
     def _weights(self, key: ExpertKey) -> Weights:
-        entry = self._held[key]
+        entry = self._leased[key]
         if entry.error is not None:
             raise entry.error
         return entry.slot.weights(self._store.records(key), self._store.exact)
 
     def _start_missing(self) -> None:
-        """Start as many reads as there are slots for, in order, and planned prefetches behind them."""
+        """Start missing reads in order while slots last, then planned prefetches."""
         while self._missing:
             key = self._missing[0]
             entry = self._tier.demand(key, streaming=self._streaming) or self._tier.start(
@@ -207,7 +202,7 @@ class Leases:
             )
             if entry is None:
                 return
-            self._held[self._missing.pop(0)] = entry
+            self._leased[self._missing.pop(0)] = entry
         self._end_turn()
         self._store.start_reads()
 
@@ -217,4 +212,4 @@ class Leases:
             self._tier.end_turn(self._layer)
 
     def _release(self, key: ExpertKey) -> None:
-        self._tier.unpin(self._held.pop(key))
+        self._tier.unpin(self._leased.pop(key))

@@ -1,4 +1,4 @@
-"""The executor that performs any job: threads of Python."""
+"""The executor for any job: Python threads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.ticket import Job, Priority, State, Ticket
 from tierlm.timeline import Timeline
 
-Item = tuple[Ticket, int, Job]  # the job, and its place among those of its ticket
+Item = tuple[Ticket, int, Job]  # the job and its index in its ticket
 
 
 class Threads(Executor):
-    """``count`` threads, of which ``spare`` may turn to prefetch and warm-up. A thread calls ``announce`` when it
-    has ended a ticket."""
+    """``count`` threads, at most ``spare`` of them on prefetch and warm-up. ``announce``: called after each ticket."""
 
     def __init__(self, count: int, spare: int, announce: Callable[[], None], timeline: Timeline | None = None):
         self._spare, self._announce, self._timeline = spare, announce, timeline
@@ -42,13 +41,13 @@ class Threads(Executor):
             self._work.notify(len(items))
 
     def announce(self, ticket: Ticket) -> None:
-        """Nothing to do: every end is announced."""
+        """Nothing to do: every ended ticket is announced."""
 
     def promote(self, ticket: Ticket) -> None:
         with self._lock:
             moved = self._remove(ticket)
             self._waiting[Priority.DEMAND].extend(moved)
-            self._work.notify(len(moved))  # a prefetch may have had no thread
+            self._work.notify(len(moved))  # all threads for prefetch may be busy
 
     def cancel(self, ticket: Ticket) -> bool:
         with self._lock:
@@ -103,7 +102,7 @@ class Threads(Executor):
         return not any(thread.is_alive() for thread in self._threads)
 
     def _remove(self, ticket: Ticket) -> list[Item]:
-        """Take the jobs of ``ticket`` off the queues."""
+        """Remove the queued jobs of ``ticket``."""
         found = []
         for priority, queue in self._waiting.items():
             if own := [item for item in queue if item[0] is ticket]:
@@ -114,10 +113,10 @@ class Threads(Executor):
     def _run(self) -> None:
         while (taken := self._take()) is not None:
             self._perform(*taken)
-            taken = None
+            taken = None  # drop the references while waiting
 
     def _take(self) -> tuple[bool, Item] | None:
-        """Wait for a job whose turn it is: whether it takes a spare thread, and the job. None at the end."""
+        """Wait for the next job. Returns whether it takes a spare thread, and the job; None once closed."""
         with self._lock:
             while not self._closed:
                 for priority, queue in self._waiting.items():
@@ -141,7 +140,7 @@ class Threads(Executor):
         if error is None:
             try:
                 job.run()
-            except BaseException as failure:  # whatever it is, the thread lives on, and the waiter gets it
+            except BaseException as failure:  # the thread survives; the waiter gets the error
                 error = failure
         ended, cpu = time.perf_counter(), time.thread_time() - cpu
         if self._timeline is not None:

@@ -1,4 +1,4 @@
-"""What is asked of a transfer: jobs, how urgent they are, and the ticket that says how far they are."""
+"""Transfer requests: jobs, their priority, and the ticket that tracks them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Protocol
 
-DISK = "disk->ram"  # the link of everything that is read from files
+DISK = "disk->ram"  # the link of all file reads
 
 
 class Priority(IntEnum):
-    """What a transfer is for: the layer that runs now waits for it, a predictor asked for it, or a free slot did."""
+    """The purpose of a transfer: the current layer waits for it, a predictor asked for it, or a slot was free."""
 
     DEMAND = 0
     PREFETCH = 1
@@ -19,10 +19,10 @@ class Priority(IntEnum):
 
 
 class State(Enum):
-    """How far a ticket is. A ticket stays in the last three."""
+    """The state of a ticket. The last three are final."""
 
-    WAITING = "waiting"  # for the ticket before it, or for a thread
-    BEGUN = "begun"  # its executor may know this before the ticket does
+    WAITING = "waiting"  # for its predecessor or a thread
+    BEGUN = "begun"  # the executor may know before the ticket does
     ARRIVED = "arrived"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -30,7 +30,7 @@ class State(Enum):
 
 @dataclass(slots=True, eq=False)
 class Job(ABC):
-    """Work for one thread: moves ``nbytes`` over ``link`` ("disk->ram", ...). ``what`` names it in a timeline."""
+    """Work for one thread: move ``nbytes`` over ``link`` ("disk->ram", ...). ``what`` names it in a timeline."""
 
     link: str
     nbytes: int
@@ -38,15 +38,15 @@ class Job(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Do it, in a thread of an executor. Any exception is the ticket's error."""
+        """Run in an executor's thread. An exception becomes the ticket's error."""
 
     @abstractmethod
     def stalled(self, why: str) -> Exception:
-        """The error that names this job as the one that does not come back."""
+        """The error to raise when this job does not return."""
 
 
 class Jobs(Protocol):
-    """Some jobs, each made when it is asked for, or at hand."""
+    """A sequence of jobs, which may be made on access."""
 
     def __len__(self) -> int: ...
 
@@ -55,11 +55,11 @@ class Jobs(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A transfer under way. Only ``Transfer`` and executors change it.
+    """A transfer in progress. Only ``Transfer`` and executors change it.
 
-    ``jobs``: what ``executor`` has, or is to get; they run in any order and side by side. ``after``: the ticket that
-    must arrive first. ``last``: a job that begins, ahead of all others, once ``jobs`` are through without error.
-    ``error``: the first one; it may be set before the ticket is done, while other jobs are still under way.
+    ``jobs``: for ``executor``; they run concurrently, in any order. ``after``: the ticket that must arrive first.
+    ``last``: a job that jumps the queue once all ``jobs`` have succeeded. ``error``: the first error; it may be set
+    before the ticket is done, while other jobs still run.
     """
 
     jobs: Jobs
@@ -68,14 +68,14 @@ class Ticket:
     last: Job | None = None
     state: State = State.WAITING
     error: BaseException | None = None
-    executor: int | None = None  # by its index in ``Transfer``; none while it waits for ``after``, and once it is done
+    executor: int | None = None  # index in ``Transfer``; None while ``after`` is not done, and once done
     dependents: list[Ticket] = field(default_factory=list)
-    number: int = 0  # its name in memory/compiled
-    unfinished: set[int] | None = None  # in memory/threads: places in ``jobs``
+    number: int = 0  # its id in memory/compiled
+    unfinished: set[int] | None = None  # in memory/threads: indices into ``jobs``
 
     @property
     def done(self) -> bool:
-        """Whether nothing of it is left to do, for whatever reason."""
+        """Whether the ticket has arrived, failed or been cancelled."""
         return self.state is not State.WAITING and self.state is not State.BEGUN
 
     @property

@@ -1,7 +1,7 @@
-"""A tier: slots on a device, and the transfers that fill them. Who gets a slot is decided in policies/residency.py.
+"""A tier: slots on a device, and the transfers that fill them. policies/residency.py decides who gets a slot.
 
-One thread, the one that computes, calls a tier. Transfers run elsewhere; a tier learns of their end when it looks
-(``settle``), so that residency is never changed behind the caller's back.
+Only the compute thread calls a tier. Transfers run elsewhere; a tier sees their end in ``settle``, so residency
+changes only during calls.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from tierlm.timeline import span
 
 
 class Source(Protocol):
-    """Where a tier gets records from: the disk, or the tier below."""
+    """Where a tier gets its records: the disk or the tier below."""
 
     def fetch(self, key: Key, slot: Slot, priority: Priority, streaming: bool) -> tuple[Ticket, Entry | None] | None:
-        """Start to bring ``key`` into ``slot``. Returns the ticket, and the entry below that stays pinned until it is
-        done; None if there is no room on the way now."""
+        """Start to read ``key`` into ``slot``. Returns the ticket and the entry below, pinned until the ticket is done;
+        None if a tier on the way has no free slot now."""
 
     def settle(self) -> None:
-        """Take note of what has arrived."""
+        """Register finished transfers."""
 
     def copied(self, entry: Entry) -> None:
-        """The copy out of ``entry`` has ended."""
+        """Unpin ``entry``: the copy out of it has ended."""
 
     def keep(self, key: Key) -> None:
         """The tier above has evicted ``key``."""
 
     def cancel_stale(self, layer: int, wanted: Collection[Key], *, begun: bool = True) -> None:
-        """Drop the prefetches for ``layer`` that are not ``wanted``; of those that have begun, only if ``begun``."""
+        """Drop prefetches for ``layer`` that are not ``wanted``; those that have begun only if ``begun``."""
 
     def end_turn(self, layer: int) -> None:
-        """``layer`` has demanded all that it needs for this step."""
+        """``layer`` has made all its demands of this step."""
 
     def warm(self, keys: Sequence[Key], shares: Mapping[Key, float]) -> None:
-        """Fill free slots with ``keys``, the most wanted first; what is left goes to the source. ``shares``: of the
-        tokens that used each record in earlier runs, for policies."""
+        """Fill free slots with ``keys``, hottest first; the rest goes to the source. ``shares``: for policies, the
+        share of tokens that used each record in earlier runs."""
 
     def in_flight(self) -> list[Ticket]:
-        """What is on its way here, or on the way to here."""
+        """Transfers to this tier and to those below."""
 
 
 class Tier:
-    """Slots and what is in them. ``name`` is "ram" or "vram"; ``size_of`` gives the bytes of a record. ``stall``:
-    seconds waited for transfers."""
+    """Slots and their records. ``name``: "ram" or "vram". ``size_of``: bytes of a record. ``stall``: seconds waited for
+    transfers."""
 
     def __init__(
         self,
@@ -68,18 +68,18 @@ class Tier:
         self.name, self.source, self.transfer, self.policy, self.size_of = name, source, transfer, policy, size_of
         self.residency = Residency[Entry](policy, [slot.size for slot in slots], size_of)
         self.entries, self.stats = self.residency.entries, self.residency.stats
-        self.slots = list(slots)  # those in use
+        self.slots = list(slots)  # those not retired
         self.stall = 0.0
-        self._slots = tuple(slots)  # by index, retired ones too
+        self._slots = tuple(slots)  # by index, including retired ones
         devices = {slot.buffer.device for slot in slots if slot.buffer.device.type != "cpu"}
         streams = {device: torch.Stream(device) for device in devices}
         for slot in slots:
             slot.stream = streams.get(slot.buffer.device)
 
     def demand(self, key: Key, *, streaming: bool = False) -> Entry | None:
-        """The entry of ``key`` for use now, pinned and counted, resident or on its way; None if it must be started.
+        """The entry of ``key`` for use now, resident or in flight, pinned and counted; None if it is absent.
 
-        ``streaming``: a record that was streamed still is, and leaves first.
+        ``streaming``: a streamed record stays marked as streaming, and leaves first.
         """
         entry = self.residency.demand(key, streaming)
         if entry is not None and entry.ticket is not None:
@@ -87,10 +87,10 @@ class Tier:
         return entry
 
     def start(self, key: Key, *, priority: Priority = Priority.DEMAND, streaming: bool = False) -> Entry | None:
-        """Begin to bring in ``key``, which is absent. A demanded entry comes pinned. None: no slot can be had now.
+        """Start to read ``key``, which is absent. A demanded entry is pinned. None if no slot is available now.
 
-        ``streaming``: a record that takes a warm record's place leaves first. A warm-up takes free slots only, and
-        gives them up for any other use until its read has begun.
+        ``streaming``: a record that displaces a warm record leaves first. A warm-up takes free slots only, and yields
+        them to any other use until its read has begun.
         """
         self.settle()
         purpose = Purpose(priority)
@@ -111,7 +111,7 @@ class Tier:
         return entry
 
     def _find(self, key: Key, purpose: Purpose, streaming: bool) -> Placement[Entry] | None:
-        """A placement; a warm-up that is in its way is cancelled if its read has not begun."""
+        """Find a placement; cancels a warm-up in its way whose read has not begun."""
         while True:
             placement = self.residency.find(key, purpose, streaming)
             if placement is None or not placement.cancels:
@@ -121,7 +121,7 @@ class Tier:
                 self.residency.begun(placement.victim)
 
     def _cancel(self, entry: Entry) -> bool:
-        """Drop the read of ``entry``. False if it has begun."""
+        """Cancel the read of ``entry``. False if it has begun."""
         if entry.ticket is None or not self.transfer.cancel(entry.ticket):
             return False
         self._end_transfer(entry)
@@ -129,7 +129,7 @@ class Tier:
         return True
 
     def protect(self, layer: int, keys: Collection[Key]) -> None:
-        """Spare ``keys`` of ``layer`` while others can leave instead, until the next call for ``layer``."""
+        """Keep ``keys`` of ``layer`` while others can leave instead, until the next call for ``layer``."""
         self.residency.protect(layer, keys)
 
     def end_turn(self, layer: int) -> None:
@@ -137,7 +137,7 @@ class Tier:
         self.source.end_turn(layer)
 
     def fetch(self, key: Key, slot: Slot, priority: Priority, streaming: bool) -> tuple[Ticket, Entry] | None:
-        """As the source of the tier above: copy ``key`` up, out of a slot of this tier."""
+        """As the source of the tier above: copy ``key`` up from a slot of this tier."""
         demanded = priority is Priority.DEMAND
         entry = self.demand(key, streaming=streaming) if demanded else self.entries.get(key)
         if entry is None:
@@ -150,7 +150,7 @@ class Tier:
         return self.transfer.submit([copy], priority=priority, after=entry.ticket), entry
 
     def settle(self) -> None:
-        """Take note of what has arrived, and of what has failed."""
+        """Register transfers that have arrived or failed."""
         self.source.settle()
         if not self.residency.loading:
             return
@@ -172,7 +172,7 @@ class Tier:
             entry.source = None
 
     def unpin(self, entry: Entry) -> None:
-        """End a lease. The slot can be given away once the computation queued so far has ended."""
+        """End a lease. The slot can be reused once the computation queued so far has ended."""
         entry.slot.release()
         self.residency.release(entry)
 
@@ -183,8 +183,8 @@ class Tier:
         self.residency.keep(key)
 
     def cancel_stale(self, layer: int, wanted: Collection[Key], *, begun: bool = True) -> None:
-        """Drop the prefetches for ``layer`` that are not ``wanted``. Those that have begun leave first when they end;
-        unless ``begun``, their time has not come yet, and they stay as they are."""
+        """Drop prefetches for ``layer`` that are not ``wanted``. If ``begun``, those whose read has begun are marked to
+        leave first; otherwise they stay as they are, since ``layer`` has yet to run."""
         self.source.cancel_stale(layer, wanted, begun=begun)
         if self.residency.prefetched:
             self.settle()
@@ -205,14 +205,14 @@ class Tier:
         return self.source.in_flight() + here
 
     def wait(self, entries: Sequence[Entry], timeout: float) -> None:
-        """Wait until one of ``entries`` has arrived, or failed; of none, until anything has. Raises the stalled read's
-        error after ``timeout`` seconds."""
+        """Wait until one of ``entries`` (any transfer if empty) has arrived or failed. Raises the stalled read's error
+        after ``timeout`` seconds."""
         tickets = [entry.ticket for entry in entries if entry.ticket is not None]
         if len(tickets) < len(entries):
             return
         tickets = tickets or self.in_flight()
         if not tickets:
-            raise RuntimeError(f"{self.name}: no slot is free and nothing is on its way: this is a bug in tierlm")
+            raise RuntimeError(f"{self.name}: no slot is free and nothing is in flight: this is a bug in tierlm")
         began = time.perf_counter()
         try:
             with span(self.transfer.timeline, "wait", self.name):
@@ -222,9 +222,8 @@ class Tier:
         self.settle()
 
     def shrink(self, nbytes: int, least: int) -> int:
-        """Return ``nbytes`` of slots' memory to the system, or as much as there is in slots that nothing holds, and go
-        on with the rest of them, ``least`` or more. Returns the bytes. Slots that were never filled free nothing, and
-        go first, so that they are not filled now."""
+        """Return ``nbytes`` of memory to the system by retiring unpinned slots, but keep ``least`` slots. Returns the
+        bytes freed. Slots never filled free nothing; they are retired first, so that they are not filled now."""
         self.settle()
         freed = 0
         for index in sorted(self.residency.free, key=lambda free: self._slots[free].filled):
@@ -239,7 +238,7 @@ class Tier:
         return freed
 
     def grow(self, nbytes: int) -> int:
-        """Use retired slots again, of ``nbytes`` at most. Returns the bytes."""
+        """Restore retired slots of at most ``nbytes``. Returns the bytes."""
         taken, retired = 0, self.residency.retired
         while retired and taken + self._slots[retired[-1]].size <= nbytes:
             slot = self._slots[self.residency.restore()]
@@ -249,7 +248,7 @@ class Tier:
 
     @property
     def retired(self) -> int:
-        """Slots whose memory has gone back to the system."""
+        """Number of slots whose memory was returned to the system."""
         return len(self.residency.retired)
 
     def _retire(self, index: int) -> int:
@@ -257,18 +256,18 @@ class Tier:
         slot = self._slots[index]
         slot.wait()
         self.slots.remove(slot)
-        return slot.give_back()
+        return slot.decommit()
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if residency, slots and tickets contradict each other."""
+        """Raises AssertionError if residency, slots and tickets disagree."""
         self.residency.check_integrity()
         used = {id(slot) for at, slot in enumerate(self._slots) if at not in self.residency.retired}
-        assert used == {id(slot) for slot in self.slots}, f"{self.name}: another set of slots is in use"
+        assert used == {id(slot) for slot in self.slots}, f"{self.name}: residency counts other slots as in use"
         for key, entry in self.entries.items():
-            assert entry.slot is self._slots[entry.index], f"{key} is in a slot of another index"
+            assert entry.slot is self._slots[entry.index], f"{key} is in a slot with another index"
             assert entry.slot.filled, f"{key} is in a slot that was never filled"
             loading = entry.state is EntryState.LOADING
             assert (entry.ticket is not None) == loading, f"{key} is {entry.state.value}, its ticket {entry.ticket}"
-            assert entry.error is None, f"{key} failed and has a slot: {entry.error}"
-            assert entry.source is None or loading, f"{key} has arrived and still pins its source"
-            assert entry.source is None or entry.source.pins, f"{key} is copied from an entry without a pin"
+            assert entry.error is None, f"{key} failed but has a slot: {entry.error}"
+            assert entry.source is None or loading, f"{key} has arrived but still pins its source"
+            assert entry.source is None or entry.source.pins, f"{key} is copied from an unpinned entry"

@@ -1,7 +1,7 @@
-"""What moves bytes: tickets, over two executors.
+"""Moves bytes: runs tickets on two executors.
 
-Plain reads of files go to threads that do without Python (memory/compiled), where they were built. Everything else,
-copies between memories, checksums, reads that have a choice of files, and reads that failed, goes to threads of Python.
+Plain file reads go to native threads (memory/compiled), if built. Everything else goes to Python threads: copies
+between tiers, checksums, reads with a choice of files, and retries of failed reads.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from tierlm.memory.ticket import DISK, Job, Priority, State, Ticket
 from tierlm.policies.limits import spare_lanes
 from tierlm.timeline import Timeline
 
-INTERRUPTIBLE = 0.1  # seconds of waiting after which Python looks whether it has been interrupted
+INTERRUPTIBLE = 0.1  # longest wait in seconds before Python checks for signals
 
 
 class Transfer:
-    """Tickets, and who performs them: ``threads`` threads of each executor. All methods may be called from any thread.
+    """Tickets and their executors, with ``threads`` threads each. Thread-safe.
 
-    Prefetch and warm-up take up a quarter of the threads, or two: a demand finds most of them free, and the arithmetic
-    beside them keeps more of the memory's bandwidth. ``merged_bytes``: what plain reads that adjoin may come to
-    together, to be done in one go. ``executor``: one that does all work in place of the two.
+    Prefetch and warm-up use a quarter of the threads, at least two, so that demands find most threads free and
+    computation keeps memory bandwidth. ``merged_bytes``: adjacent plain reads up to this total are done as one.
+    ``executor``: replaces both executors.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Transfer:
         self.timeline = timeline
         self._lock = threading.Lock()
         self._closed = False
-        self._seen = 0  # of the count of ``reads``, what has been looked at
+        self._seen = 0  # the value of ``reads.count`` at the last collection
         spare = spare_lanes(threads)
         self.threads = executor or Threads(threads, spare, self.take_ended, timeline)
         self.reads = self.threads
@@ -57,7 +57,7 @@ class Transfer:
         after: Ticket | None = None,
         last: Job | None = None,
     ) -> Ticket:
-        """Queue jobs, and a ``last`` one that needs the others; they start once ``after`` is done, and fail with it.
+        """Queue jobs, then ``last``, which depends on them. They start when ``after`` arrives, and fail if it fails.
 
         Raises RuntimeError when closed.
         """
@@ -73,23 +73,23 @@ class Transfer:
                 after.dependents.append(ticket)
                 if after.executor is not None:
                     self._executors[after.executor].announce(after)
-                    self._collect()  # if it ended just before
+                    self._collect()  # it may have ended just before
         return ticket
 
     def collect(self) -> None:
-        """Take note of what has ended: tickets are not ``done`` before."""
+        """Collect ended tickets. Only this makes them ``done``."""
         if self.reads.count != self._seen:
             self.take_ended()
 
     def take_ended(self) -> None:
-        """``collect``, for executors to call."""
+        """As ``collect``, unconditionally. Executors call it."""
         with self._lock:
             seen = self.reads.count
             self._collect()
             self._seen = seen
 
     def promote(self, ticket: Ticket) -> None:
-        """Make a ticket, and what it waits for, a demand."""
+        """Make a ticket, and those it waits for, a demand."""
         with self._lock:
             link: Ticket | None = ticket
             while link is not None and link.priority is not Priority.DEMAND:
@@ -99,7 +99,7 @@ class Transfer:
                 link = link.after
 
     def cancel(self, ticket: Ticket) -> bool:
-        """Drop a ticket of which nothing has begun. False if it is too late for that."""
+        """Drop a ticket unless any of its jobs has begun. Returns whether it was dropped."""
         with self._lock:
             if ticket.state is not State.WAITING:
                 return False
@@ -111,8 +111,7 @@ class Transfer:
             return True
 
     def wait_any(self, tickets: Sequence[Ticket], timeout: float) -> None:
-        """Return once any of ``tickets`` is done. Raises the stalled job's error after ``timeout`` seconds without
-        one."""
+        """Return once any of ``tickets`` is done. Raises the stalled job's error after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             seen = self.reads.count
@@ -125,7 +124,7 @@ class Transfer:
                 raise stuck.stalled(f"stalled: nothing came for {timeout:g} s")
 
     def busy(self) -> dict[str, LinkStats]:
-        """Per link: bytes moved and seconds busy so far."""
+        """Totals so far, by link."""
         found = self.reads.links()
         if self.threads is not self.reads:
             for name, link in self.threads.links().items():
@@ -137,11 +136,11 @@ class Transfer:
         return found
 
     def backlog(self) -> int:
-        """Bytes of demands that no thread has taken up yet."""
+        """Bytes of queued demands that no thread has taken."""
         return sum(executor.backlog() for executor in self._executors)
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Stop the threads after the jobs that they are in. False if one of them is stuck in a read."""
+        """Let the threads finish their current jobs, then stop them. False if one is stuck in a read."""
         with self._lock:
             self._closed = True
         deadline = time.monotonic() + timeout
@@ -149,7 +148,7 @@ class Transfer:
         return all(idle)
 
     def _start(self, ticket: Ticket, *, first: bool) -> None:
-        """Hand the jobs of ``ticket`` to the executor for their kind."""
+        """Submit ``ticket`` to the executor for its jobs."""
         plain = isinstance(ticket.jobs, Read) and ticket.jobs.words is not None
         ticket.executor = len(self._executors) - 1 if plain else 0
         self._executors[ticket.executor].submit(ticket, first=first)
@@ -160,7 +159,7 @@ class Transfer:
                 ticket.state = State.BEGUN
                 if ticket.error is not None:
                     self._finish(ticket, State.FAILED)
-                elif not good:  # once more, by those who find out why
+                elif not good:  # retried in Python to find the cause
                     ticket.executor = 0
                     self.threads.submit(ticket, first=True)
                 elif ticket.last is not None:
@@ -177,7 +176,7 @@ class Transfer:
         self.reads.wake()
 
     def _follow(self, ticket: Ticket, after: Ticket) -> None:
-        """Start ``ticket`` now that ``after`` is done, or end it the same way."""
+        """Start ``ticket`` if ``after`` arrived; otherwise end it the same way."""
         if after.state is State.ARRIVED:
             self._start(ticket, first=True)
         else:
@@ -185,7 +184,7 @@ class Transfer:
             self._finish(ticket, after.state)
 
     def _stuck(self, ticket: Ticket) -> Job | None:
-        """The first job that has not ended of ``ticket``, or of what it waits for; None if there is none by now."""
+        """The first unfinished job of ``ticket`` or of the tickets it waits for; None if it ended meanwhile."""
         with self._lock:
             while ticket.after is not None and not ticket.after.done:
                 ticket = ticket.after

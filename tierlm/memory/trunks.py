@@ -1,4 +1,4 @@
-"""The trunks as the decoder sees them: resident ones stay, the others stream through a ring of two slots."""
+"""The decoder's view of the trunks: some are resident, the others stream through a ring of two slots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tierlm.spec import Key, UnitKey
 
 
 class Trunks:
-    """``order``: the trunks in the order in which they run, a cycle. ``exact``: see kernels.Weight."""
+    """``order``: all trunks in cyclic execution order. ``exact``: see kernels.Weight."""
 
     def __init__(
         self,
@@ -28,21 +28,16 @@ class Trunks:
         self._resident = resident
         self._next = dict(zip(order, [*order[1:], order[0]], strict=True))
         self._leased: Entry | None = None
-        tier.residency.prefetch_limit = max(tier.residency.prefetch_limit, 1)  # the trunk that comes next is certain
-
-    @property
-    def stall(self) -> float:
-        """Seconds waited for transfers."""
-        return self.tier.stall
+        tier.residency.prefetch_limit = max(tier.residency.prefetch_limit, 1)  # the next trunk is known
 
     def load(self) -> Iterator[int]:
-        """Bring in the resident trunks, largest first; yields the bytes of each as it is there."""
+        """Load the resident trunks, largest first; yields the bytes of each when it has arrived."""
         for key in sorted(self._resident, key=lambda key: -self.tier.size_of(key)):
             entry = self._bring(key)
             yield entry.slot.size
 
     def get(self, key: UnitKey) -> Weights:
-        """The weights of ``key``, valid until the next call; the trunk that runs after it is on its way meanwhile.
+        """The weights of ``key``, valid until the next call. Prefetches the trunk that runs after it.
 
         Raises StorageError.
         """

@@ -1,4 +1,4 @@
-"""The executor for plain reads: threads outside Python, which never wait for the interpreter, nor it for them."""
+"""The executor for plain reads: native threads that never take the GIL for a read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tierlm.memory.jobs import Read
 from tierlm.memory.ticket import DISK, Job, Ticket
 from tierlm.timeline import Timeline
 
-TIMED = 1024  # reads of a ticket whose times can be told
-LEAVE = 1.0  # seconds that reads under way get when Python ends
+TIMED = 1024  # reads per ticket with recorded times
+LEAVE = 1.0  # seconds that reads in progress get when Python exits
 
 
 class Request(ctypes.Structure):
-    """One of ``Read.words``: of ``length`` bytes of ``file``, a descriptor, ``wanted`` have to come; they land ``at``
-    bytes into the slot. All are aligned but ``wanted``."""
+    """One request of ``Read.words``: read ``length`` bytes of descriptor ``file``, at least the first ``wanted``, to
+    ``at`` bytes into the slot. All fields but ``wanted`` are aligned."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("file", "offset", "wanted", "length", "at")]
 
@@ -29,18 +29,17 @@ WORDS = len(Request._fields_)
 
 
 class Reads(Executor):
-    """Performs tickets whose jobs are a ``Read`` with words. A read that fails is only said to have failed.
+    """Runs tickets whose jobs are a ``Read`` with words. Reports that a read failed, but not why.
 
-    Reads that adjoin in a file, up to ``merged_bytes`` in all, are done in one go. A thread calls ``announce`` when a
-    ticket has ended that is to be announced. ``wait`` and ``close`` let the interpreter go; all else keeps it, since it
-    returns at once.
+    Adjacent reads of a file, up to ``merged_bytes`` in total, are done as one. A thread calls ``announce`` when a
+    ticket marked for it ends. ``wait`` and ``close`` release the GIL; other calls return at once and keep it.
     """
 
     def __init__(
         self, threads: int, spare: int, merged_bytes: int, announce: Callable[[], None], timeline: Timeline | None
     ):
         libraries = load()
-        assert libraries is not None  # the caller has asked
+        assert libraries is not None  # checked by the caller
         self._quick, self._slow = libraries
         self._timeline = timeline
         self._tickets: dict[int, Ticket] = {}
@@ -90,7 +89,7 @@ class Reads(Executor):
             yield ticket, number > 0
 
     def _note(self, timeline: Timeline, ticket: Ticket, times: Sequence[float]) -> None:
-        """Enter reads that have ended. ``times``: begin, end and thread of each; those of other tickets follow."""
+        """Add ended reads to the timeline. ``times``: begin, end and thread of each; what follows is stale."""
         read, priority = ticket.jobs, ticket.priority.name.lower()
         assert isinstance(read, Read)
         for request, began, ended, lane in zip(read.requests, times[::3], times[1::3], times[2::3], strict=False):
@@ -111,7 +110,7 @@ class Reads(Executor):
         return self._stats()[0][1]
 
     def _stats(self) -> tuple[Sequence[int], Sequence[float]]:
-        """Bytes read, bytes of demands that have not begun; seconds with a read under way, seconds of processors."""
+        """Bytes read and bytes of queued demands; seconds with a read in progress and CPU seconds."""
         moved, spent = (ctypes.c_int64 * 2)(), (ctypes.c_double * 2)()
         self._quick.tierlm_reads_stats(self._reads, moved, spent)
         return moved[:], spent[:]
@@ -119,13 +118,13 @@ class Reads(Executor):
     def close(self, timeout: float) -> bool:
         if self._slow.tierlm_reads_close(self._reads, timeout):
             return True
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # whatever is read into must outlive the read
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the target memory must outlive the read
         return False
 
 
 @cache
 def load() -> tuple[ctypes.PyDLL, ctypes.CDLL] | None:
-    """The library, called with the interpreter kept and with it free, or None where it was not built."""
+    """The library, loaded to keep and to release the GIL; None if it was not built."""
     file = find_library(Path(__file__).parent)
     if file is None:
         return None

@@ -1,5 +1,5 @@
-// Reads of files by threads that never need Python's interpreter: an executor of
-// tierlm/memory/transfer.py. What fails here is only said to have failed: Python reads it again, and finds out why.
+// File reads by native threads that need no GIL: an executor of tierlm/memory/transfer.py.
+// A failure is reported without its cause; Python repeats the read to find it.
 
 #include <pthread.h>
 #include <sys/uio.h>
@@ -25,7 +25,7 @@ namespace {
 
 constexpr int PRIORITIES = 3, DEMAND = 0;
 constexpr int64_t ALIGNMENT = 4096;
-constexpr size_t MERGE_WINDOW = 64;  // reads of the queue that are looked at for neighbours
+constexpr size_t MERGE_WINDOW = 64;  // queued reads to search for adjacent ones
 
 double seconds(clockid_t clock) {
     timespec now;
@@ -33,7 +33,7 @@ double seconds(clockid_t clock) {
     return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
-// As Python passes it (compiled/__init__.py): of `length` bytes, `wanted` have to come; they land `at` bytes into the record.
+// From Python (compiled/__init__.py): of `length` bytes, `wanted` must arrive; `at` is the offset in the slot.
 struct Request {
     int64_t file, offset, wanted, length, at;
 };
@@ -45,7 +45,7 @@ struct Read {
     char* target;
     Ticket* ticket;
     double began = 0, ended = 0;
-    int lane = 0;  // the thread that did it
+    int lane = 0;  // the thread that ran it
     bool done = false;
 
     int64_t end() const { return request.offset + request.length; }
@@ -54,7 +54,7 @@ struct Read {
 struct Ticket {
     int64_t number;
     int priority;
-    bool announced;  // Python wants to be called when it ends
+    bool announced;  // call Python when it ends
     bool begun = false, failed = false;
     size_t pending = 0;
     std::vector<Read> reads;
@@ -73,7 +73,7 @@ bool read_one(const Read& read) {
     return got >= request.wanted;
 }
 
-// Of reads that adjoin, or share a page, which is read into the first of its two and copied to the other.
+// Reads adjacent requests as one. A page shared by two is read into the first and copied to the second.
 bool read_together(const std::vector<Read*>& reads) {
     const int64_t begin = reads[0]->request.offset;
     std::vector<iovec> targets;
@@ -96,14 +96,14 @@ class Reads {
     std::mutex mutex;
     std::condition_variable work, changed;
     std::deque<Read*> queues[PRIORITIES];
-    std::map<int64_t, std::unique_ptr<Ticket>> tickets;  // that Python has not been told about
+    std::map<int64_t, std::unique_ptr<Ticket>> tickets;  // not yet collected by Python
     std::deque<Ticket*> ended;
     std::vector<std::thread> threads;
-    int64_t* const over;  // counts tickets that have ended, and other things to wake for; Python looks at it
+    int64_t* const over;  // ended tickets plus wakes; Python polls it
     void (*const announce)();
     const int64_t merged_bytes;
     int64_t last_number = 0, bytes = 0;
-    int spare, running, active = 0;  // threads: for all but demands, in all, in a read
+    int spare, running, active = 0;  // threads: free for other than demands, alive, in a read
     double busy = 0, since = 0, cpu = 0;
     bool closed = false;
 
@@ -119,7 +119,7 @@ class Reads {
                read.end() - first.request.offset <= merged_bytes;
     }
 
-    // No more than a thread's share: small reads side by side are better done by threads that have nothing to do.
+    // Takes adjacent reads, but no more than a thread's share: idle threads do small reads faster side by side.
     std::vector<Read*> take(std::deque<Read*>& queue) {
         std::vector<Read*> taken{queue.front()};
         queue.pop_front();
@@ -137,7 +137,6 @@ class Reads {
         return taken;
     }
 
-    // What is over: Python shall look.
     void count() {
         __atomic_add_fetch(over, 1, __ATOMIC_RELEASE);
         changed.notify_all();
@@ -178,7 +177,7 @@ class Reads {
                 call |= ticket.announced;
                 count();
             }
-            if (call && !closed) {  // else there may be no Python any more
+            if (call && !closed) {  // once closed, Python may be gone
                 lock.unlock();
                 announce();
                 lock.lock();
@@ -193,7 +192,7 @@ class Reads {
         return found == tickets.end() ? nullptr : found->second.get();
     }
 
-    // Take the reads of a ticket that have not begun off its queue.
+    // Removes and returns the queued reads of a ticket.
     std::vector<Read*> unqueue(const Ticket& ticket) {
         std::deque<Read*>& queue = queues[ticket.priority];
         std::vector<Read*> found;
@@ -207,7 +206,7 @@ class Reads {
 public:
     Reads(int count, int spare, int64_t merged_bytes, int64_t* over, void (*announce)())
         : over(over), announce(announce), merged_bytes(merged_bytes), spare(spare), running(count) {
-        sigset_t all, before;  // signals are Python's
+        sigset_t all, before;  // Python handles signals
         sigfillset(&all);
         pthread_sigmask(SIG_BLOCK, &all, &before);
         const std::lock_guard<std::mutex> lock(mutex);
@@ -242,7 +241,7 @@ public:
         ticket->priority = DEMAND;
         for (Read* read : waiting) {
             queues[DEMAND].push_back(read);
-            work.notify_one();  // there may have been no thread for it
+            work.notify_one();  // all threads for prefetch may be busy
         }
     }
 
@@ -260,8 +259,8 @@ public:
         if (Ticket* ticket = find(number)) ticket->announced = true;
     }
 
-    // The number of a ticket that has ended, negative if it failed, 0: no more. `times`: begin, end and thread of its
-    // first `room` reads.
+    // The next ended ticket: its number, negated if it failed, or 0 if none is left. Fills `times` with begin, end and
+    // thread of its first `room` reads.
     int64_t next_ended(double* times, size_t room) {
         const std::lock_guard<std::mutex> lock(mutex);
         if (ended.empty()) return 0;
@@ -277,7 +276,7 @@ public:
         return number;
     }
 
-    // The first of a ticket's reads that is not through, -1 if there is none.
+    // Index of the first unfinished read of a ticket, or -1.
     int64_t unfinished(int64_t number) {
         const std::lock_guard<std::mutex> lock(mutex);
         if (const Ticket* ticket = find(number))
@@ -296,7 +295,7 @@ public:
         count();
     }
 
-    // Bytes read, bytes of demands that have not begun; seconds busy, of the processors.
+    // moved: bytes read, bytes of queued demands. spent: seconds busy, CPU seconds.
     void stats(int64_t* moved, double* spent) {
         const std::lock_guard<std::mutex> lock(mutex);
         moved[0] = bytes;
@@ -306,7 +305,7 @@ public:
         spent[1] = cpu;
     }
 
-    // Reads that have begun end; the rest is dropped. False if a thread is stuck in one.
+    // Finishes reads in progress and drops the rest. False if a thread is stuck in a read.
     bool close(double timeout) {
         {
             std::unique_lock<std::mutex> lock(mutex);

@@ -299,7 +299,7 @@ def test_heaps_stay_bounded(kind: type[Policy]) -> None:
     for _ in range(2000):
         for key in KEYS:
             policy.on_hit(key)
-    heaps = [policy._ranking._heap] if isinstance(policy, Lfu) else list(policy._heaps.values())
+    heaps = [policy._ranking._heap] if isinstance(policy, Lfu) else [r._heap for r in policy._rankings.values()]
     residents = len(KEYS) // len(heaps)
     assert all(len(heap) <= 8 * residents + 65 for heap in heaps)
 

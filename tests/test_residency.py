@@ -156,7 +156,7 @@ def test_a_prefetch_spares_its_own_layer_and_what_is_protected() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda r: r._free.append(0), "slots lost or given twice"),
+        (lambda r: r.free.append(0), "slots lost or given twice"),
         (lambda r: r.loading.update(r.entries), "loading"),
         (lambda r: r.prefetched.update(r.entries), "prefetched"),
         (lambda r: r.leaving.update({ExpertKey(2, 5): None}), "absent record is to leave"),

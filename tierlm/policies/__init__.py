@@ -1,4 +1,4 @@
-"""Decisions, shared by the engine and the simulator: what leaves a tier, and what will be demanded next. No torch."""
+"""Decisions shared by the engine and the simulator: eviction, prediction, residency and lookahead. No torch."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ DEFAULT = "echo"  # also known as "default"
 
 
 def make_policy(name: str, info: TierInfo, **parameters: float) -> Policy:
-    """A policy by name, by ``"module:Class"``, or out of a ``.json`` file of ``write_policy``, whose parameters give
-    way to ``parameters``. Raises UsageError for an unknown name, file or parameter, and for one out of bounds."""
+    """A policy by name, by ``"module:Class"``, or from a ``.json`` file written by ``write_policy``; ``parameters``
+    override those in the file. Raises UsageError for an unknown name, a bad file or a bad parameter."""
     if name.endswith(".json"):
         name, stored = _read(Path(name))
         parameters = {**stored, **parameters}
@@ -52,7 +52,7 @@ def make_policy(name: str, info: TierInfo, **parameters: float) -> Policy:
 
 
 def write_policy(file: Path, name: str, parameters: Mapping[str, float]) -> None:
-    """Keep a policy and its parameters in ``file``, for ``make_policy``. Raises OSError."""
+    """Save a policy and its parameters for ``make_policy``. Raises OSError."""
     write_whole(file, json.dumps({"policy": name, "parameters": dict(parameters)}, indent=2) + "\n")
 
 
@@ -63,7 +63,7 @@ def _read(file: Path) -> tuple[str, dict[str, float]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"policy file {file}: {error!r}; expected an object with policy and parameters") from error
     if not isinstance(name, str) or name.endswith(".json") or not isinstance(parameters, dict):
-        raise UsageError(f"policy file {file}: expected the name of a policy, and its parameters, found {found!r}")
+        raise UsageError(f"policy file {file}: expected the name of a policy and its parameters, found {found!r}")
     return name, parameters
 
 

@@ -1,41 +1,34 @@
-"""The oracle: nobody hits more often."""
+"""The oracle: no policy hits more often."""
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-from tierlm.policies.eviction import Policy, TierInfo
-from tierlm.policies.ranking import Ranking
+from tierlm.policies.eviction import TierInfo
+from tierlm.policies.ranking import Ranked
 from tierlm.spec import Key
 
 
-class Belady(Policy):
-    """The one whose next use is farthest leaves (Belady, IBM Systems Journal 5, 1966). For simulations: ``future`` is
-    all that will be demanded, a group of keys for each layer that runs. What is used together has one time.
+class Belady(Ranked[float]):
+    """The victim is the record whose next use is farthest (Belady, IBM Systems Journal 5, 1966). For simulations.
 
-    Raises ValueError if something else is demanded.
+    ``future``: all demands, one group of keys for each layer that runs; keys of a group share one time. Rank: minus the
+    time of the next use. Raises ValueError for any other demand.
     """
 
     def __init__(self, info: TierInfo, future: Iterable[Iterable[Key]]):
         super().__init__(info)
-        self._future: Iterable[Iterable[Key]] | None = future  # until it is needed
-        self._times: dict[Key, array[int]] = {}  # of the uses
-        self._done: dict[Key, int] = {}  # how many of them are past
-        self._ranking = Ranking[float]()  # - time of the next use
+        self._future: Iterable[Iterable[Key]] | None = future  # until the first demand
+        self._times: dict[Key, array[int]] = {}  # of uses
+        self._done: dict[Key, int] = {}  # uses that are past
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         self._note(key, demanded)
 
     def on_hit(self, key: Key) -> None:
         self._note(key, demanded=True)
-
-    def on_evict(self, key: Key) -> None:
-        self._ranking.remove(key)
-
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
-        return iter(self._ranking)
 
     def _note(self, key: Key, demanded: bool) -> None:
         if self._future is not None:

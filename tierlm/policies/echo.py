@@ -1,4 +1,4 @@
-"""The default policy: what followed when the model was in a similar state before?"""
+"""Echo, the default policy: predicts what followed similar tokens before."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from tierlm.policies.eviction import Bounds, TierInfo
 from tierlm.policies.forecast import Floats, Indices
 from tierlm.policies.hazard import Hazard
 
-LONGEST = 32  # records that one token uses of a layer; a turn with more is a prefill's, and is not remembered
-FOLLOWERS = 16  # tokens after a similar one that are looked at, at most,
-FAINT = 0.03  # and as long as they count for so much of the first one
-QUICK = 0.25  # how fast the share of the last turns forgets, a turn
-UNUSED = 3e-4  # of the last turns, which is less likely to be used than nothing can be
+LONGEST = 32  # records a token uses of a layer; a longer turn is a prefill and is not remembered
+FOLLOWERS = 16  # at most so many tokens after a similar one vote,
+FAINT = 0.03  # as long as their weight is this share of the first one's
+QUICK = 0.25  # decay of the recent share, per turn
+UNUSED = 3e-4  # added to the recent share: keeps the logarithm finite
 
 
 @dataclass(slots=True)
 class Past:
-    """What the last tokens, in a ring, used of one layer."""
+    """The records of one layer that the last tokens used, in a ring."""
 
     member: NDArray[np.uint8]  # [experts, tokens] 1 where the token used the record
-    used: Indices  # [tokens, width] the indices plus one; 0: no more
-    recent: Floats  # [experts] share of the last turns that used the record
+    used: Indices  # [tokens, width] indices plus one; 0: none
+    recent: Floats  # [experts] share of recent turns that used the record
 
 
 class Echo(Hazard):
-    """Hazard, and beside it the vote of similar tokens. Of the ``memory`` last tokens, the ``neighbours`` whose choices
-    in the layers so far overlap most with the present one's say what the tokens after them used. log P is a sum of
-    logarithms: of a record's share of the votes, with the weight ``echo``, of its hazard, with 1 - ``echo``, and of its
-    share of the last four turns or so, with ``recent``.
+    """Hazard combined with a vote of similar tokens. Of the last ``memory`` tokens, the ``neighbours`` whose experts in
+    the layers so far overlap most with the present token's vote for the records that the tokens after them used. log P
+    is the sum of ``echo`` x log(share of votes), (1 - ``echo``) x log(hazard) and ``recent`` x log(share of about the
+    last four turns).
 
-    Each follower's vote counts L / (L + ``soon``) of that of the one before, where the slots hold what L tokens demand:
-    a record stays for long where there are many slots, and is kept for what comes late as well.
+    Where the slots hold the demands of L tokens, each follower's vote weighs L / (L + ``soon``) of the one before: with
+    many slots a record stays long, so later uses count too.
 
-    Votes weigh exp(``sharpness`` x overlap), overlap 1 where all choices are the same; among them the hazard counts as
-    much as one neighbour with an overlap of a half. Nearest neighbours as in the memory of past sequences of
-    MoE-Infinity (Xue et al., arXiv 2401.14361), which prefetches by it.
+    A neighbour weighs exp(``sharpness`` x overlap), overlap 1 if all experts agree; the hazard weighs as much as one
+    neighbour of overlap 1/2. MoE-Infinity (Xue et al., arXiv 2401.14361) prefetches by such nearest neighbours.
     """
 
     tunable: ClassVar[Bounds] = {
@@ -70,13 +69,13 @@ class Echo(Hazard):
         self.memory, self.neighbours, self.sharpness = memory, neighbours, sharpness
         self.soon, self.echo, self.recent = soon, echo, recent
         self._past: dict[int, Past] = {}
-        self._present = -1  # the token that the next two are about
-        self._overlap = np.zeros(memory, np.int16)  # [tokens] choices in common with it so far
-        self._choices = 0  # that it has made so far
-        self._demands = 0  # choices of a token, of the last one that is known
+        self._present = -1  # the token of the next two fields
+        self._overlap = np.zeros(memory, np.int16)  # [tokens] experts in common with it so far
+        self._choices = 0  # its experts so far
+        self._demands = 0  # experts of the last complete token
         self._steps = np.ones(1, np.intp)  # [followers] tokens after a neighbour
-        self._fading = np.zeros((1, 1))  # [tokens since the neighbour, followers] what they count for, once known
-        self._trust = 1.0  # what the hazard counts for
+        self._fading = np.zeros((1, 1))  # [tokens since the neighbour, followers] weights; 0: not known yet
+        self._trust = 1.0  # weight of the hazard
 
     def learn(self, layer: int, used: Indices) -> None:
         hazard = self.hazard(layer, used)
@@ -89,7 +88,7 @@ class Echo(Hazard):
         self.forecast(layer, logs)
 
     def _vote(self, past: Past, used: Indices, hazard: Floats) -> Floats:
-        """[experts] the share of the votes."""
+        """[experts] shares of the votes."""
         now = self.token % self.memory
         if self.token != self._present:
             self._next_token(now)
@@ -126,10 +125,10 @@ class Echo(Hazard):
             self._trust = float(self._fading[-1].sum())
         self._present, self._choices = self.token, 0
         self._overlap[:] = 0
-        self._overlap[now] = -1  # it is no neighbour of its own
+        self._overlap[now] = -1  # never its own neighbour
 
     def _past_of(self, layer: int, width: int) -> Past:
-        """That of ``layer``, as wide as there are experts, and as this turn has choices."""
+        """The past of ``layer``, extended to all experts and to the ``width`` of this turn."""
         past = self._past.get(layer)
         if past is None:
             past = self._past[layer] = Past(

@@ -1,5 +1,5 @@
-"""What the policies that learn have in common: layers run in a cycle, so when a record may be used next is known, and a
-policy need only say how likely it will be."""
+"""The base of the learning policies: layers run in a cycle, so the time of a record's next possible use is known, and a
+policy only estimates its probability."""
 
 from __future__ import annotations
 
@@ -14,43 +14,41 @@ from tierlm.spec import ExpertKey
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.intp]
-LOSS = 0.7  # of the logarithm of what a use is worth, for each token until it
-LAST = -1.0  # when the wait ends of what is in use: it leaves after all others
+LOSS = 0.7  # by which the logarithm of the worth of a use falls with each token until it
+LAST = -1.0  # end of the wait of a record in use: it leaves last
 ABSENT = -np.inf
 
 
 class Forecast(Policy):
-    """The record that is worth least leaves: P exp(-``LOSS`` d), where P is the chance that its layer's next turn, d
-    tokens ahead, uses it.
+    """The victim is worth least: P exp(-``LOSS`` d), where P is the probability that its layer's next turn, d tokens
+    ahead, uses it.
 
-    A turn is what one layer demands for one token; it ends with ``on_turn_end``, or when another begins. A
-    subclass learns from each turn, and says how likely the records of the layer are. To be unlikely is to be late by
-    - log(P) / ``LOSS`` tokens, the record's wait. When the waits end does not change while other layers run: it stands
-    in one array of all records, of which a turn writes its layer's row and a decision takes the largest, a pass over
-    8 bytes a record that numpy does in 2 us for 5,000.
+    A turn is the demands of one layer for one token; it ends with ``on_turn_end`` or when another begins. A subclass
+    learns from each turn and forecasts the use of the layer's records. A record of probability P counts as
+    -log(P) / ``LOSS`` tokens late: its wait. The ends of waits do not change while other layers run, so one array holds
+    them: a turn writes its layer's row, and a decision takes the maximum (8 bytes a record; 2 us for 5,000 in numpy).
     """
 
     def __init__(self, info: TierInfo):
         super().__init__(info)
-        self.experts = 8  # a power of two above the largest index so far
+        self.experts = 8  # a power of two above the largest index seen
         self.token = 0  # passes through the layers
-        self.layer = -1  # the one that runs, or ran last
+        self.layer = -1  # that runs, or ran last
         self._used: dict[int, None] = {}  # in this turn
-        self._open = False  # this turn has not been learnt yet
-        self._current = True  # ``_ends`` shows this turn: worked out when somebody looks
-        self._keys: list[dict[int, ExpertKey]] = []  # by layer and index, of the residents
-        self._chances: list[float] = []  # by layer, a time in tokens: when the next turn is
-        self._waits = np.zeros((0, self.experts), np.float32)  # [layers, experts] tokens; those of absent records too
-        self._absent = np.zeros((0, self.experts))  # [layers, experts] 0 for residents, else ABSENT
-        self._ends = np.zeros((0, self.experts))  # [layers, experts] when a resident's wait ends; else ABSENT
+        self._open = False  # this turn is not learnt yet
+        self._current = True  # ``_ends`` includes this turn; updated lazily by ``victims``
+        self._keys: list[dict[int, ExpertKey]] = []  # by layer and index, of residents
+        self._chances: list[float] = []  # by layer: time of the next turn, in tokens
+        self._waits = np.zeros((0, self.experts), np.float32)  # [layers, experts] tokens; of absent records too
+        self._absent = np.zeros((0, self.experts))  # [layers, experts] 0: resident, else ABSENT
+        self._ends = np.zeros((0, self.experts))  # [layers, experts] end of a resident's wait, else ABSENT
 
     @abstractmethod
     def learn(self, layer: int, used: Indices) -> None:
-        """The turn of ``layer`` has ended, with the indices ``used``: call ``forecast`` for it."""
+        """Learn from the ended turn of ``layer``, which used the indices ``used``; then call ``forecast``."""
 
     def forecast(self, layer: int, logs: Floats) -> None:
-        """``logs``: [experts], at most 0, logarithms of the chances of use at the next turn of ``layer``, which has
-        just run."""
+        """``logs``: [experts] <= 0, log probabilities of use at the next turn of ``layer``, which has just run."""
         np.multiply(logs, -1 / LOSS, out=self._waits[layer])
         self._put_off(layer)
 
@@ -96,7 +94,7 @@ class Forecast(Policy):
             ends[layer, index] = ABSENT
 
     def _put_off(self, layer: int) -> None:
-        """What is resident of ``layer``, which runs or has just run, to its next turn."""
+        """Set the waits of the residents of ``layer``, which runs or has just run, to its next turn."""
         chance = self._chances[layer] = self.token + 1 + layer / self.info.layers
         ends = np.add(self._waits[layer], chance, out=self._ends[layer])
         ends += self._absent[layer]
@@ -109,7 +107,7 @@ class Forecast(Policy):
         self._used[index] = None
 
     def _grow(self, layer: int, index: int) -> None:
-        """The arrays hold ``layer`` and ``index``. A new record of a known layer waits as long as its last one."""
+        """Extend the arrays to ``layer`` and ``index``. A new record of a known layer takes the longest wait in it."""
         experts, layers = self.experts, max(len(self._keys), layer + 1)
         while index >= self.experts:
             self.experts *= 2

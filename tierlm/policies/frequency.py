@@ -1,25 +1,18 @@
-"""Policies by how often a record is used: lfu, lfu with ageing, gdsf, lru-k."""
+"""Policies by frequency of use: lfu, lfu with ageing, gdsf, lru-k."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from itertools import count
 from typing import ClassVar
 
-from tierlm.policies.eviction import Bounds, Policy, TierInfo
-from tierlm.policies.ranking import Ranking
+from tierlm.policies.eviction import Bounds, TierInfo
+from tierlm.policies.ranking import Ranked
 from tierlm.spec import Key
 
 
-class Lfu(Policy):
-    """Least frequently used while resident; ties go to the least recently used."""
-
-    def __init__(self, info: TierInfo):
-        super().__init__(info)
-        self._ranking = Ranking[tuple[int, int]]()  # uses, time of the last
-        self._clock = count()
+class Lfu(Ranked[tuple[int, int]]):
+    """Least frequently used while resident; ties go to the least recently used. Rank: uses, time of the last."""
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         self._ranking.place(key, (1 if demanded else 0, next(self._clock)))
@@ -27,20 +20,13 @@ class Lfu(Policy):
     def on_hit(self, key: Key) -> None:
         self._ranking.place(key, (self._ranking.ranks[key][0] + 1, next(self._clock)))
 
-    def on_evict(self, key: Key) -> None:
-        self._ranking.remove(key)
 
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
-        return iter(self._ranking)
+class Gdsf(Ranked[tuple[float, int]]):
+    """Greedy-Dual-Size-Frequency (Cherkasova, HPL-98-69, 1998): uses x size ** ``power`` + the rank of the last victim,
+    so that former popularity ages. Rank: that value, time of the last use.
 
-
-class Gdsf(Policy):
-    """Greedy-Dual-Size-Frequency (Cherkasova, HPL-98-69, 1998): uses x size ** ``power`` + the rank of the last that
-    left, so that what was popular once ages.
-
-    What fills a cache of bytes best has ``power`` -1: the small ones stay. In a tier a record takes one slot whatever
-    its size, and what a miss costs is its bytes: there, and by default, ``power`` is 1. Sizes count relative to the
-    mean of those seen.
+    A cache of bytes uses ``power`` -1: small records stay. In a tier every record takes one slot and a miss costs its
+    bytes, so the default is 1. Sizes are relative to the mean size seen.
     """
 
     tunable: ClassVar[Bounds] = {"power": (-1.0, 1.0)}
@@ -48,11 +34,9 @@ class Gdsf(Policy):
     def __init__(self, info: TierInfo, *, power: float = 1.0):
         super().__init__(info)
         self.power = power
-        self._ranking = Ranking[tuple[float, int]]()  # rank, time of the last use
         self._uses: dict[Key, int] = {}
         self._age = 0.0
-        self._sizes = [0, 0]  # their sum, and how many
-        self._clock = count()
+        self._sizes = [0, 0]  # sum, count
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         self._sizes = [self._sizes[0] + self.info.size_of(key), self._sizes[1] + 1]
@@ -70,9 +54,6 @@ class Gdsf(Policy):
         del self._uses[key]
         self._ranking.remove(key)
 
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
-        return iter(self._ranking)
-
     def _use(self, key: Key, times: int) -> None:
         self._uses[key] += times
         self._ranking.place(key, (self._age + self._uses[key] * self._worth(key), next(self._clock)))
@@ -84,7 +65,7 @@ class Gdsf(Policy):
 
 class LfuAgeing(Gdsf):
     """LFU with dynamic ageing (Arlitt et al., "Evaluating content management techniques for Web proxy caches", 2000):
-    uses + the rank of the last that left."""
+    uses + the rank of the last victim."""
 
     tunable: ClassVar[Bounds] = {}
 
@@ -95,9 +76,10 @@ class LfuAgeing(Gdsf):
         return 1.0
 
 
-class LruK(Policy):
-    """LRU-K (O'Neil, O'Neil and Weikum, SIGMOD 1993): the one whose ``k``-th last use is longest ago leaves; those with
-    fewer uses before all others, least recently used first. What has left is remembered: a model has only so many."""
+class LruK(Ranked[tuple[float, int]]):
+    """LRU-K (O'Neil, O'Neil and Weikum, SIGMOD 1993): the victim is the record whose ``k``-th last use is oldest;
+    records with fewer uses leave first, least recently used first. Uses of absent records are kept: a model has few
+    records. Rank: times of the ``k``-th last use and of the last."""
 
     tunable: ClassVar[Bounds] = {"k": (1, 8)}
 
@@ -105,8 +87,6 @@ class LruK(Policy):
         super().__init__(info)
         self.k = k
         self._uses: dict[Key, deque[int]] = {}  # times of the last k
-        self._ranking = Ranking[tuple[float, int]]()  # times of the k-th last and of the last use
-        self._clock = count()
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         self._uses.setdefault(key, deque(maxlen=self.k))
@@ -114,12 +94,6 @@ class LruK(Policy):
 
     def on_hit(self, key: Key) -> None:
         self._note(key, demanded=True)
-
-    def on_evict(self, key: Key) -> None:
-        self._ranking.remove(key)
-
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
-        return iter(self._ranking)
 
     def _note(self, key: Key, demanded: bool) -> None:
         now, uses = next(self._clock), self._uses[key]

@@ -1,4 +1,4 @@
-"""The policy that counts how likely a record is to be used again, by how it was used so far."""
+"""The hazard policy: estimates the probability of a use from a record's past uses."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from tierlm.policies.eviction import Bounds, TierInfo
 from tierlm.policies.forecast import Floats, Forecast, Indices
 from tierlm.spec import ExpertKey
 
-AGES, SHARES = 16, 32  # log buckets, two to a doubling
-FLOOR = 1e-6  # of a share: below it, records are equally cold
-EVEN = 16  # the bucket of a share as large as the mean one
+AGES, SHARES = 16, 32  # log buckets, two per doubling
+FLOOR = 1e-6  # of a share: below it, all records are equally cold
+EVEN = 16  # the bucket of the mean share
 
 
 @dataclass(slots=True)
 class Habits:
-    """How the records of one layer are used: each [experts]."""
+    """The use of one layer's records; arrays are [experts]."""
 
-    share: Floats  # of the turns that use it: an average that forgets slowly
+    share: Floats  # of turns that use it, a slow moving average
     age: Indices  # turns since the last use
-    bucket: Indices  # in the table, as of the last turn
+    bucket: Indices  # in the table, at the last turn
     turns: int = 0
 
 
 class Hazard(Forecast):
-    """The hazard of use: P(used at the layer's next turn | turns since its last use, share of turns that use it), in a
-    table of log buckets for all layers together, learnt online by counting.
+    """The hazard of use: P(used at the layer's next turn | turns since the last use, share of turns that use it), in
+    one table of log buckets for all layers, counted online.
 
-    ``slow``: how fast a share forgets, a turn; ``prior``: turns that the share itself counts for in each cell of the
-    table. After LHD (Beckmann, Chen and Cidon, NSDI 2018), which also ranks by what was counted of alike records.
+    ``slow``: decay of a share, per turn. ``prior``: weight of the share in each cell of the table, in turns. After LHD
+    (Beckmann, Chen and Cidon, NSDI 2018), which also ranks by counts over similar records.
     """
 
     tunable: ClassVar[Bounds] = {"slow": (0.001, 0.1), "prior": (1.0, 50.0)}
@@ -40,10 +40,10 @@ class Hazard(Forecast):
     def __init__(self, info: TierInfo, *, slow: float = 0.02, prior: float = 5.0):
         super().__init__(info)
         self.slow, self.prior = slow, prior
-        self._seen, self._hits = np.full(AGES * SHARES, prior), np.zeros(AGES * SHARES)  # turns, and those of a use
+        self._seen, self._hits = np.full(AGES * SHARES, prior), np.zeros(AGES * SHARES)  # turns, turns with a use
         self._age_bucket = (2 * np.log2(np.arange(2, 2 ** (AGES // 2) + 2)) - 2).astype(np.intp) * SHARES
         self._habits: dict[int, Habits] = {}
-        self._expected: dict[int, dict[int, float]] = {}  # shares of earlier runs, of layers that have not run yet
+        self._expected: dict[int, dict[int, float]] = {}  # shares of earlier runs, for layers that have not run
 
     def learn(self, layer: int, used: Indices) -> None:
         self.forecast(layer, np.log(self.hazard(layer, used)))
@@ -53,7 +53,7 @@ class Hazard(Forecast):
             self._expected.setdefault(key.layer, {})[key.expert] = share
 
     def hazard(self, layer: int, used: Indices) -> Floats:
-        """[experts] the chance that each record of ``layer``, which has used ``used``, is used at its next turn."""
+        """[experts] the probability of use at the next turn of ``layer``, which has just used ``used``."""
         habits = self._habits_of(layer, len(used))
         if habits.turns:
             self._seen += np.bincount(habits.bucket, minlength=AGES * SHARES)
@@ -73,7 +73,7 @@ class Hazard(Forecast):
         return np.minimum(np.maximum(found, 1e-6), 1).astype(np.float32)
 
     def _habits_of(self, layer: int, width: int) -> Habits:
-        """Those of ``layer``, as wide as there are experts; a new record's share is that of ``width`` in all."""
+        """The habits of ``layer``, extended to all experts; a new record's share is ``width`` / experts."""
         habits = self._habits.get(layer)
         if habits is None:
             none = np.zeros(0, np.float32)

@@ -1,4 +1,4 @@
-"""Predictors that learn from what was chosen before, online, and need no gate."""
+"""Predictors that learn online from earlier tokens and need no router."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy.typing as npt
 from tierlm.policies.prediction import Predictor
 from tierlm.spec import ExpertKey
 
-DEEP = 4  # a ranking goes so many times as far as a token chooses
+DEEP = 4  # length of a ranking, in experts per token
 
 Counts = npt.NDArray[Any]
 
 
 class PreviousToken(Predictor):
-    """The experts that the previous token's layer chose, in their order."""
+    """The experts that the layer used for the previous token, in their order."""
 
     def __init__(self, width: int):
         super().__init__(width)
@@ -32,7 +32,7 @@ class PreviousToken(Predictor):
 
 
 class Frequency(Predictor):
-    """The experts that the layer uses most often; what is long past counts for less (0.99 a step)."""
+    """The experts that the layer uses most often; older uses weigh less (0.99 a step)."""
 
     FADE = 0.99
 
@@ -52,14 +52,14 @@ class Frequency(Predictor):
 
 
 class Transition(Predictor):
-    """Whom a layer chooses where an earlier layer chose these: counts of pairs, the sum of their shares (co-occurrence,
-    as the expert-to-expert tables of Yao et al., ExFlow, arXiv 2401.08383). Learns from single tokens only."""
+    """Scores a layer's experts by how often they follow an earlier layer's experts: co-occurrence counts, as in the
+    expert-to-expert tables of ExFlow (Yao et al., arXiv 2401.08383). Learns from single tokens only."""
 
     lookahead = 2
 
     def __init__(self, width: int):
         super().__init__(width)
-        self._pairs: dict[tuple[int, int], Counts] = {}  # (layer, a later one) -> float32 [experts, experts]
+        self._pairs: dict[tuple[int, int], Counts] = {}  # (layer, later layer) -> float32 [experts, experts]
         self._recent: deque[tuple[int, list[int]]] = deque(maxlen=self.lookahead)  # the latest last
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
@@ -85,8 +85,8 @@ class Transition(Predictor):
 
 
 class Ensemble(Predictor):
-    """The others together: each one's prediction weighs by its rank (reciprocal rank fusion, Cormack et al., SIGIR
-    2009) and by how often its first ``width`` predictions have been right lately."""
+    """All of these together: a vote weighs by its rank (reciprocal rank fusion, Cormack et al., SIGIR 2009) and by the
+    recent precision of its predictor's first ``width`` predictions."""
 
     lookahead = 2
     RANK = 4.0  # the first rank counts for 1/4, the second for 1/5
@@ -94,7 +94,7 @@ class Ensemble(Predictor):
     def __init__(self, width: int):
         super().__init__(width)
         self._members = [PreviousToken(width), Frequency(width), Transition(width)]
-        self._right = [0.3] * len(self._members)  # running precision, over about a hundred predictions
+        self._right = [0.3] * len(self._members)  # moving average of precision, over about 100 predictions
         self._open: dict[int, list[list[ExpertKey]]] = {}
 
     def observe(self, layer: int, experts: Sequence[int]) -> None:
@@ -117,6 +117,6 @@ class Ensemble(Predictor):
 
 
 def _best(layer: int, scores: Counts, most: int) -> list[ExpertKey]:
-    """The experts with the highest scores above nothing, at most so many."""
+    """The experts with the highest positive scores, at most ``most``."""
     order = np.argsort(-scores, kind="stable")[:most]
     return [ExpertKey(layer, int(expert)) for expert in order if scores[expert] > 0]

@@ -1,6 +1,6 @@
-"""Predictors: which records will be demanded next. Pure Python; no torch.
+"""Predictors: which records will be demanded next.
 
-To add one: a class, and a line in PREDICTORS (policies/predictors.py), or a name such as ``"my.module:MyPredictor"``.
+To add one, write a subclass and a line in PREDICTORS (policies/predictors.py), or name it ``"my.module:MyPredictor"``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from tierlm.spec import ExpertKey
 
 
 class Predictor(ABC):
-    """Predicts a layer's experts before it runs. ``width``: experts a token chooses.
+    """Predicts a layer's experts before it runs. ``width``: experts per token.
 
-    ``lookahead``: how many layers ahead it is asked; 0: never. ``gates``: whether the executor shall then evaluate the
-    gate of that layer on the hidden state as it is now, and report the outcome through ``observe_gate`` first; such a
-    predictor is asked once more just before the layer's attention. A prefill asks those with gates only.
+    ``lookahead``: how many layers ahead it is asked; 0: never. ``gates``: before each prediction the engine evaluates
+    that layer's router on the current hidden state and calls ``observe_gate`` with the result; it asks again just
+    before the layer's attention. A prefill asks only predictors with ``gates``.
     """
 
     lookahead: int = 1
@@ -27,14 +27,14 @@ class Predictor(ABC):
 
     @abstractmethod
     def observe(self, layer: int, experts: Sequence[int]) -> None:
-        """``layer`` has chosen ``experts``."""
+        """``layer`` has run with ``experts``."""
 
     def observe_gate(self, layer: int, ranked: Sequence[int]) -> None:
-        """``layer``, which has not run yet, would choose ``ranked`` from what is known now, the likeliest first."""
+        """The router of ``layer``, evaluated early, prefers ``ranked``, the likeliest first."""
 
     @abstractmethod
     def predict(self, layer: int) -> list[ExpertKey]:
-        """The records that ``layer`` is likely to demand, the likeliest first."""
+        """The records that ``layer`` will probably demand, the likeliest first."""
 
 
 class NoPredictor(Predictor):
@@ -50,8 +50,8 @@ class NoPredictor(Predictor):
 
 
 class GateLookahead(Predictor):
-    """A layer's own gate, on the hidden state that enters an earlier layer's experts or the layer's attention: the
-    residual stream changes little from one layer to the next (as in Eliseev and Mazur, arXiv 2312.17238)."""
+    """Asks a layer's own router early, on the hidden state before an earlier layer's experts or before its attention:
+    the residual stream changes little between layers (as in Eliseev and Mazur, arXiv 2312.17238)."""
 
     lookahead = 2
     gates = True

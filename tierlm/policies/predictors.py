@@ -1,4 +1,4 @@
-"""The predictors by name."""
+"""Predictors by name."""
 
 from __future__ import annotations
 

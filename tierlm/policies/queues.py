@@ -1,4 +1,4 @@
-"""Policies of several queues, with ghosts (keys that have left): 2q, s3-fifo, arc."""
+"""Policies of several queues, with ghosts (evicted keys): 2q, s3-fifo, arc."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ Queue = OrderedDict[Key, None]
 
 
 class TwoQ(Policy):
-    """2Q (Johnson and Shasha, VLDB 1994): newcomers wait in a queue of the ``share`` of the slots; one that comes again
-    after it has left that queue, while it is among the last ``ghosts`` x capacity to do so, goes to the main part,
-    which is lru."""
+    """2Q (Johnson and Shasha, VLDB 1994): new keys enter a queue with a ``share`` of the slots. A key that returns
+    while it is among the last ``ghosts`` x capacity evicted from that queue enters the main part, which is lru."""
 
     tunable: ClassVar[Bounds] = {"share": (0.05, 0.75), "ghosts": (0.25, 4.0)}
 
@@ -50,11 +49,11 @@ class TwoQ(Policy):
 
 
 class S3Fifo(Policy):
-    """S3-FIFO (Yang et al., SOSP 2023): newcomers wait in a small queue of the ``share`` of the slots; at its head,
-    those with ``uses`` or more go on to the main queue, a clock with three lives, and the others leave. One that comes
-    again, while it is among the last ``ghosts`` x capacity to leave the small queue, goes to the main one at once.
+    """S3-FIFO (Yang et al., SOSP 2023): new keys enter a small queue with a ``share`` of the slots. At its head, keys
+    with at least ``uses`` move to the main queue, a clock with three lives; the others leave. A key that returns while
+    it is among the last ``ghosts`` x capacity evicted from the small queue enters the main queue.
 
-    As in libCacheSim, newcomers that find the small queue full before anything has left go to the main queue.
+    As in libCacheSim, new keys also enter the main queue if the small one is full before the first eviction.
     """
 
     tunable: ClassVar[Bounds] = {"share": (0.02, 0.5), "ghosts": (0.25, 4.0), "uses": (1, 4)}
@@ -67,7 +66,7 @@ class S3Fifo(Policy):
         self._small: OrderedDict[Key, int] = OrderedDict()  # uses since the insertion
         self._main = Ring(self.LIVES)
         self._ghosts = Queue()
-        self._full = False  # something has left
+        self._full = False  # a key has been evicted
         self._offered: Key | None = None
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
@@ -106,18 +105,18 @@ class S3Fifo(Policy):
         yield from (key for key, uses in self._small.items() if crowded or uses >= self.uses)
 
     def _crowded(self) -> bool:
-        """Whether the main queue is beyond its share."""
+        """Whether the main queue exceeds its share."""
         return len(self._main.lives) > self.info.capacity - self.limit
 
     def _turn(self, key: Key) -> None:
-        """Move on to the main queue what was passed in the small one, and take ``key`` out."""
+        """Remove ``key``, and move the used keys before it in the small queue to the main one."""
         if not self._crowded():
-            for passed in list(self._small):
-                if passed == key:
+            for other in list(self._small):
+                if other == key:
                     break
-                if self._small[passed] >= self.uses:
-                    del self._small[passed]
-                    self._main.lives[passed] = 0
+                if self._small[other] >= self.uses:
+                    del self._small[other]
+                    self._main.lives[other] = 0
         if key in self._small:
             del self._small[key]
             self._ghosts[key] = None
@@ -126,15 +125,15 @@ class S3Fifo(Policy):
 
 
 class Arc(Policy):
-    """ARC (Megiddo and Modha, FAST 2003): lru of what was used once and of what was used again, with as many ghosts as
-    slots; each return of a ghost moves the target size of the first towards the side that would have kept it."""
+    """ARC (Megiddo and Modha, FAST 2003): one lru of keys used once, one of keys used again, and as many ghosts as
+    slots. A returning ghost moves the target size of the first lru towards the size that would have kept it."""
 
     def __init__(self, info: TierInfo):
         super().__init__(info)
         self._once, self._again = Queue(), Queue()
         self._once_ghosts, self._again_ghosts = Queue(), Queue()
-        self._counts = (0, 0)  # of ghosts, before what leaves for the record that comes
-        self._target = 0.0  # slots for what was used once
+        self._counts = (0, 0)  # of ghosts, before the eviction for the incoming record
+        self._target = 0.0  # slots for keys used once
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         self._target = self._adapted(key if demanded else None)
@@ -161,7 +160,7 @@ class Arc(Policy):
 
     def victims(self, incoming: Key | None = None) -> Iterator[Key]:
         target, once = self._adapted(incoming), len(self._once)
-        full = once >= self.info.capacity  # then its oldest goes, whatever the target
+        full = once >= self.info.capacity  # then its oldest leaves, whatever the target
         if once > target or (once == target and incoming in self._again_ghosts) or full:
             yield from self._once
             yield from self._again
@@ -170,7 +169,7 @@ class Arc(Policy):
             yield from self._once
 
     def _adapted(self, incoming: Key | None) -> float:
-        """The target, once ``incoming`` has come."""
+        """The target after ``incoming`` is inserted."""
         once, again = self._counts
         if incoming in self._once_ghosts:
             return min(self._target + max(again / max(once, 1), 1.0), float(self.info.capacity))

@@ -1,4 +1,4 @@
-"""Policies by order of arrival or of use: fifo, random, lru, per-layer lru, clock, sieve."""
+"""Policies by order of arrival or use: fifo, random, lru, per-layer lru, clock, sieve."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Fifo(Policy):
 
 
 class Random(Policy):
-    """Any, with equal chances: where the others have to be better. The seed makes it repeatable."""
+    """Any record, with equal chances: the baseline. Repeatable by ``seed``."""
 
     def __init__(self, info: TierInfo, *, seed: int = 0):
         super().__init__(info)
         self._random = random.Random(seed)
         self._keys: list[Key] = []
         self._place: dict[Key, int] = {}
-        self._draw = self._random.random()  # of the next look: looking again gives the same
+        self._draw = self._random.random()  # of the next victim; repeated calls of victims agree
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         self._place[key] = len(self._keys)
@@ -61,29 +61,16 @@ class Random(Policy):
         return (self._keys[(first + step) % count] for step in range(count))
 
 
-class Lru(Policy):
+class Lru(Fifo):
     """Least recently used."""
 
-    def __init__(self, info: TierInfo):
-        super().__init__(info)
-        self._order: OrderedDict[Key, None] = OrderedDict()
-
-    def on_insert(self, key: Key, demanded: bool = True) -> None:
-        self._order[key] = None
-
     def on_hit(self, key: Key) -> None:
-        self._order.move_to_end(key)
-
-    def on_evict(self, key: Key) -> None:
-        del self._order[key]
-
-    def victims(self, incoming: Key | None = None) -> Iterator[Key]:
-        return iter(self._order)
+        self._queue.move_to_end(key)
 
 
 class LayerLru(Policy):
-    """Least recently used within a layer, where each layer has an equal share of the slots; what a layer does not use
-    of its share the others may, until it asks. As in Eliseev and Mazur (arXiv 2312.17238), whose shares are fixed."""
+    """Least recently used within a layer. Each layer has an equal share of the slots; others may use the rest of a
+    share until the layer needs it. After Eliseev and Mazur (arXiv 2312.17238), whose shares are fixed."""
 
     def __init__(self, info: TierInfo):
         super().__init__(info)
@@ -110,35 +97,34 @@ class LayerLru(Policy):
 
 
 class Ring:
-    """A queue whose keys have 0 to ``most`` lives: the hand goes round, takes one from each key that it passes, and
-    stops at the first that has none. What it has passed goes to the end of the queue."""
+    """A queue whose keys have 0 to ``most`` lives. The hand moves each key it skips to the end and takes one of its
+    lives; it stops at the first key without a life."""
 
     def __init__(self, most: int):
         self.most = most
         self.lives: OrderedDict[Key, int] = OrderedDict()
 
     def __iter__(self) -> Iterator[Key]:
-        """In the order in which the hand would stop at them."""
+        """Keys in the order in which the hand would stop at them."""
         for lives in range(self.most + 1):
             yield from (key for key, left in self.lives.items() if left == lives)
 
     def spare(self, key: Key) -> None:
-        """``key`` is used: one life more."""
+        """Give ``key``, which is used, one more life."""
         self.lives[key] = min(self.lives[key] + 1, self.most)
 
     def turn(self, key: Key) -> None:
-        """Turn the hand until it stops at ``key``, and take that out. Others without a life, which are in use, are
-        passed."""
+        """Turn the hand until it stops at ``key``, and remove that. Other keys without a life are in use: skip them."""
         while True:
-            passed, lives = self.lives.popitem(last=False)
-            if passed == key and lives == 0:
+            other, lives = self.lives.popitem(last=False)
+            if other == key and lives == 0:
                 return
-            self.lives[passed] = max(0, lives - 1)
+            self.lives[other] = max(0, lives - 1)
 
 
 class Clock(Policy):
-    """Second chance (Corbato, "A paging experiment with the Multics system", 1968), with ``lives`` chances: a queue
-    in order of arrival, from whose head what was used since it was last seen goes back to the end."""
+    """Second chance (Corbato, "A paging experiment with the Multics system", 1968) with ``lives`` chances: a queue in
+    order of arrival; a key at its head that was used since the hand last saw it goes back to the end."""
 
     tunable: ClassVar[Bounds] = {"lives": (1, 3)}
 
@@ -170,20 +156,20 @@ class Clock(Policy):
 
 
 class Sieve(Policy):
-    """SIEVE (Zhang et al., NSDI 2024): clock, but what the hand spares keeps its place, and the hand goes on from where
-    it stopped, so that newcomers come under it soon."""
+    """SIEVE (Zhang et al., NSDI 2024): like clock, but a spared key keeps its place and the hand continues where it
+    stopped, so it soon reaches new keys."""
 
     def __init__(self, info: TierInfo):
         super().__init__(info)
-        self._ahead: OrderedDict[Key, bool] = OrderedDict()  # from the hand to the newest; whether used since
-        self._passed: OrderedDict[Key, bool] = OrderedDict()  # all that is older than those
+        self._ahead: OrderedDict[Key, bool] = OrderedDict()  # from the hand to the newest; True: used since
+        self._behind: OrderedDict[Key, bool] = OrderedDict()  # all older keys
         self._offered: Key | None = None
 
     def on_insert(self, key: Key, demanded: bool = True) -> None:
         self._ahead[key] = False
 
     def on_hit(self, key: Key) -> None:
-        (self._ahead if key in self._ahead else self._passed)[key] = True
+        (self._ahead if key in self._ahead else self._behind)[key] = True
 
     def on_evict(self, key: Key) -> None:
         if key == self._offered:
@@ -192,27 +178,27 @@ class Sieve(Policy):
             self.on_discard(key)
 
     def on_discard(self, key: Key) -> None:
-        del (self._ahead if key in self._ahead else self._passed)[key]
+        del (self._ahead if key in self._ahead else self._behind)[key]
         self._wrap()
 
     def victims(self, incoming: Key | None = None) -> Iterator[Key]:
         for used in (False, True):
-            for part in (self._ahead, self._passed):
+            for part in (self._ahead, self._behind):
                 for key in (key for key, seen in part.items() if seen == used):
                     self._offered = key
                     yield key
 
     def _turn(self, key: Key) -> None:
-        """Move the hand to ``key``, and take that out."""
+        """Move the hand to ``key`` and remove it."""
         while True:
-            passed, used = self._ahead.popitem(last=False)
-            if passed != key or used:
-                self._passed[passed] = False
+            other, used = self._ahead.popitem(last=False)
+            if other != key or used:
+                self._behind[other] = False
             self._wrap()
-            if passed == key and not used:
+            if other == key and not used:
                 return
 
     def _wrap(self) -> None:
-        """From the newest, the hand goes to the oldest."""
+        """After the newest key, the hand goes to the oldest."""
         if not self._ahead:
-            self._ahead, self._passed = self._passed, self._ahead
+            self._ahead, self._behind = self._behind, self._ahead

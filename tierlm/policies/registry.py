@@ -1,4 +1,4 @@
-"""Plug-ins by name: one of the built-in ones, or any class as ``"module:Class"``."""
+"""Plug-ins by name: built-in, or any class as ``"module:Class"``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 def lookup(kind: str, name: str, known: Mapping[str, type[T]], base: Any) -> type[T]:
-    """The class called ``name``. Raises UsageError, listing what there is, unless it is a subclass of ``base``."""
+    """The class called ``name``. Raises UsageError for an unknown name, and for a class not derived from ``base``."""
     if name in known:
         return known[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise UsageError(f"unknown {kind} {name!r}; known are {', '.join(known)}, or 'module:Class' of your own")
+        raise UsageError(f"unknown {kind} {name!r}; known are {', '.join(known)}, or 'module:Class' for your own")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:

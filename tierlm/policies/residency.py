@@ -1,13 +1,13 @@
-"""Residency: which records have a slot, who may leave, and who leaves next. Knows keys and sizes; no bytes, no threads.
+"""Residency: which records have a slot, which may leave, and which leaves next. Knows keys and sizes only.
 
-The engine's tiers, the simulator and the replay decide through this class.
+The engine's tiers, the simulator and the replay all decide through this class.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Generic, TypeVar
@@ -18,9 +18,9 @@ from tierlm.spec import ExpertKey, Key, same_layer
 
 
 class Purpose(IntEnum):
-    """What a record is brought in for. The most urgent comes first."""
+    """Why a record is read, the most urgent first."""
 
-    DEMAND = 0  # a layer waits for it
+    DEMAND = 0  # a layer waits
     PREFETCH = 1  # a predictor asked for it
     WARM_UP = 2  # a slot was free
 
@@ -28,15 +28,15 @@ class Purpose(IntEnum):
 class EntryState(Enum):
     LOADING = "loading"
     RESIDENT = "resident"
-    GONE = "gone"  # evicted, cancelled or failed; a lease may still hold the entry
+    GONE = "gone"  # evicted, cancelled or failed; a lease may still refer to the entry
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
     """A record that has a slot.
 
-    ``purpose``: PREFETCH and WARM_UP end with a demand; PREFETCH also once the prediction has been judged.
-    ``streaming``: it took the place of a warm record and does not stay. ``pins``: leases, and copies to the tier above.
+    ``purpose`` becomes DEMAND with the first demand, or when the prediction has been judged. ``streaming``: it
+    displaced a warm record and leaves first. ``pins``: leases, and copies to the tier above.
     """
 
     key: Key
@@ -52,9 +52,9 @@ E = TypeVar("E", bound=Entry)
 
 @dataclass(frozen=True, slots=True)
 class Placement(Generic[E]):
-    """A slot for an absent record. ``victim``: who leaves it, if anyone.
+    """A slot for an absent record. ``victim``: the entry that leaves it, if any.
 
-    ``displaces``: a warm record leaves, or has left before, for the new one. ``cancels``: the victim is a warm-up; it
+    ``displaces``: the slot was taken from a warm record, now or earlier. ``cancels``: the victim is a warm-up, which
     leaves only if its read has not begun.
     """
 
@@ -66,9 +66,9 @@ class Placement(Generic[E]):
 
 @dataclass
 class TierStats:
-    """Counts of records. A late hit is a demand that finds its record on the way. A useful prefetch is demanded
-    afterwards, a wasted one is not in the step it was for, a cancelled one is dropped before its read begins.
-    Warm-ups count as ``warmed`` alone."""
+    """Counts of records. A late hit finds its record in flight. A useful prefetch is demanded later, a wasted one is
+    not demanded in its step, and a cancelled one is dropped before its read begins. Warm-ups count only as
+    ``warmed``."""
 
     hits: int = 0
     late_hits: int = 0
@@ -84,20 +84,20 @@ class TierStats:
 class Residency(Generic[E]):
     """One tier's slots of ``sizes`` bytes. ``size_of`` gives the bytes of a record.
 
-    To bring a record in: ``find`` a placement, then ``admit`` an entry into it. The entry is LOADING until ``arrived``,
-    ``discard`` or ``cancel``. ``demand`` and a demanded ``admit`` pin it until ``release``.
+    To read a record, ``find`` a placement and ``admit`` an entry into it. The entry is LOADING until ``arrived``,
+    ``discard`` or ``cancel``. ``demand``, and ``admit`` for a demand, pin it until ``release``.
     """
 
     def __init__(self, policy: Policy, sizes: Sequence[int], size_of: Callable[[Key], int]):
         self.policy, self.sizes, self.size_of = policy, list(sizes), size_of
         self.entries: dict[Key, E] = {}
         self.loading: dict[Key, E] = {}
-        self.prefetched: dict[Key, E] = {}  # neither demanded nor judged yet
-        self.leaving: dict[Key, None] = {}  # first to leave, oldest first: streamed, predicted wrongly, or also above
-        self.retired: list[int] = []  # slots out of use, the latest last
+        self.prefetched: dict[Key, E] = {}  # not demanded or judged yet
+        self.leaving: dict[Key, None] = {}  # leave first, oldest first: streamed, wasted, or also above
+        self.retired: list[int] = []  # slots out of use, the last retired last
         self.stats = TierStats()
-        self._free = sorted(range(len(self.sizes)), key=self.sizes.__getitem__)  # the smallest that fits is taken
-        self._warm_ups: dict[Key, E] = {}  # on their way, the least wanted last
+        self.free = sorted(range(len(self.sizes)), key=self.sizes.__getitem__)  # slots, the smallest first
+        self._warm_ups: dict[Key, E] = {}  # in flight, the least wanted last
         self._protected: dict[int, frozenset[Key]] = {}  # by layer
         self._streaming = 0  # entries
         self._set_limits()
@@ -107,11 +107,7 @@ class Residency(Generic[E]):
         """Slots in use."""
         return len(self.sizes) - len(self.retired)
 
-    @property
-    def free(self) -> Sequence[int]:
-        return self._free
-
-    # What a layer does
+    # Demand
 
     def demand(self, key: Key, streaming: bool) -> E | None:
         """The entry of ``key``, pinned and counted; None if it is absent."""
@@ -123,8 +119,7 @@ class Residency(Generic[E]):
         else:
             self.stats.hits += 1
         if entry.purpose is not Purpose.DEMAND:
-            if entry.purpose is Purpose.PREFETCH:
-                self.stats.useful += 1
+            self.stats.useful += entry.purpose is Purpose.PREFETCH
             self._settle_purpose(entry)
         if entry.streaming and not streaming:
             entry.streaming = False
@@ -136,33 +131,33 @@ class Residency(Generic[E]):
         return entry
 
     def find(self, key: Key, purpose: Purpose, streaming: bool) -> Placement[E] | None:
-        """A placement for ``key``, which is absent; None if it can have none now. Changes nothing."""
+        """A placement for the absent ``key``; None if no slot is available now. Changes no state."""
         nbytes, prefetch = self.size_of(key), purpose == Purpose.PREFETCH
-        for index in self._free:
+        for index in self.free:
             if self.sizes[index] >= nbytes:
                 return Placement(index)
         if purpose == Purpose.WARM_UP:
             return None
-        if self._warm_ups and (entry := self._least_wanted_warm_up(nbytes)) is not None:
+        if self._warm_ups and (entry := self._first(reversed(self._warm_ups.values()), nbytes, EntryState.LOADING)):
             return Placement(entry.index, entry, cancels=True)
-        if prefetch and streaming and self._streaming_prefetches() >= self.streaming_limit // 2:
+        if prefetch and streaming and sum(e.streaming for e in self.prefetched.values()) >= self.streaming_limit // 2:
             return None  # the other half is for the prefill's demands
-        if self.leaving and (entry := self._first_to_leave(nbytes)) is not None:
+        if self.leaving and (entry := self._first(map(self.entries.__getitem__, self.leaving), nbytes)):
             return Placement(entry.index, entry, displaces=entry.streaming)
         if prefetch and len(self.prefetched) >= self.prefetch_limit:
             return None
         if streaming and self._streaming >= self.streaming_limit:
-            entry = None if prefetch else self._streaming_prefetch(nbytes)
+            own = () if prefetch else (entry for entry in self.prefetched.values() if entry.streaming)
+            entry = self._first(own, nbytes)  # a demand of a prefill displaces its own prefetches
         else:
             entry = self._policy_victim(key, nbytes, prefetch)
         return None if entry is None else Placement(entry.index, entry, displaces=True)
 
     def admit(self, entry: E, placement: Placement[E]) -> None:
-        """Give ``entry`` the slot of ``placement``, whose victim leaves. A demanded entry is pinned."""
-        if placement.victim is None:
-            self._free.remove(entry.index)
-        else:
-            self._evict(placement.victim)
+        """Give ``entry`` the slot of ``placement`` and evict the victim. An entry for a demand is pinned."""
+        if placement.victim is not None:
+            self.evict(placement.victim)
+        self.free.remove(entry.index)
         key, purpose = entry.key, entry.purpose
         self.entries[key] = self.loading[key] = entry
         self._streaming += entry.streaming
@@ -178,7 +173,7 @@ class Residency(Generic[E]):
         self.policy.on_insert(key, demanded=purpose is Purpose.DEMAND)
 
     def end_turn(self, layer: int) -> None:
-        """``layer`` has demanded all that it needs for this step."""
+        """``layer`` has demanded all its records of this step."""
         self.policy.on_turn_end(layer)
 
     def release(self, entry: E) -> None:
@@ -187,7 +182,7 @@ class Residency(Generic[E]):
         if entry.streaming and entry.state is not EntryState.GONE:
             self.leaving[entry.key] = None
 
-    # What becomes of a read
+    # Reads
 
     def arrived(self, entry: E) -> None:
         del self.loading[entry.key]
@@ -201,7 +196,7 @@ class Residency(Generic[E]):
         self._set_free(entry.index)
 
     def cancel(self, entry: E) -> None:
-        """The read of ``entry``, a prefetch or a warm-up, was dropped before it began."""
+        """The read of ``entry``, a prefetch or warm-up, was dropped before it began."""
         if entry.purpose is Purpose.PREFETCH:
             self.stats.cancelled += 1
         else:
@@ -210,122 +205,106 @@ class Residency(Generic[E]):
         self.discard(entry)
 
     def begun(self, entry: E) -> None:
-        """The read of ``entry``, a warm-up, has begun: it is no longer given up for another."""
+        """The read of ``entry``, a warm-up, has begun: it is no longer a victim."""
         del self._warm_ups[entry.key]
 
-    # What a prediction does
+    # Predictions
 
     def protect(self, layer: int, keys: Collection[Key]) -> None:
-        """Spare ``keys`` of ``layer`` while others can leave instead, until the next call for ``layer``."""
+        """Evict ``keys`` of ``layer`` only as a last resort, until the next call for ``layer``."""
         if keys:
             self._protected[layer] = frozenset(keys)
         else:
             self._protected.pop(layer, None)
 
     def stale(self, layer: int, wanted: Collection[Key]) -> list[E]:
-        """The prefetches for ``layer`` that are not among ``wanted``."""
-        prefetched = ((key, entry) for key, entry in self.prefetched.items() if isinstance(key, ExpertKey))
-        return [entry for key, entry in prefetched if key.layer == layer and key not in wanted]
+        """The prefetches for ``layer`` that are not ``wanted``."""
+        found = self.prefetched.items()
+        return [e for key, e in found if isinstance(key, ExpertKey) and key.layer == layer and key not in wanted]
 
     def waste(self, entry: E) -> None:
-        """The prediction of ``entry``, a prefetch, was wrong: it leaves first."""
+        """``entry`` was prefetched by a wrong prediction: it leaves first."""
         self._settle_purpose(entry)
         self.stats.wasted += 1
         self.leaving[entry.key] = None
 
-    # What the tier above does
+    # The tier above
 
     def lend(self, entry: E) -> None:
-        """Pin ``entry`` for a copy to the tier above, which judges the prefetch if it is one."""
+        """Pin ``entry`` for a copy to the tier above, which judges a prefetch instead of this tier."""
         entry.pins += 1
         if entry.purpose is Purpose.PREFETCH:
             self._settle_purpose(entry)
 
     def copied(self, entry: E) -> None:
-        """The copy has ended. While the tier above has the record too, it leaves first here."""
+        """The copy has ended: the record leaves first here while the tier above has it too."""
         entry.pins -= 1
         if entry.state is not EntryState.GONE:
             self.leaving[entry.key] = None
 
     def keep(self, key: Key) -> None:
-        """The tier above has evicted ``key``: what is left of it here is worth keeping again."""
+        """The tier above has evicted ``key``: keep the record here, if resident."""
         entry = self.entries.get(key)
         if entry is not None and not entry.streaming:
             self.leaving.pop(key, None)
 
-    # How many slots there are
+    # Number of slots
 
     def expendable(self) -> list[E]:
-        """Those that may leave now, the policy's first victims first."""
+        """Entries that may leave now, the policy's first victim first."""
         found = [self.entries[key] for key in self.policy.victims()]
         return [entry for entry in found if self._evictable(entry, 0)]
 
     def evict(self, entry: E) -> None:
         """Free the slot of ``entry``, which may leave."""
-        self._evict(entry)
+        self._forget(entry)
+        self.policy.on_evict(entry.key)
+        self.stats.evictions += 1
         self._set_free(entry.index)
 
     def retire(self, index: int) -> None:
         """Take a free slot out of use."""
-        self._free.remove(index)
+        self.free.remove(index)
         self.retired.append(index)
         self._set_limits()
 
     def restore(self) -> int:
-        """Put the slot that was retired last into use again. Returns its index."""
+        """Return the last retired slot to use. Returns its index."""
         index = self.retired.pop()
         self._set_free(index)
         self._set_limits()
         return index
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if entries, slots and lists contradict each other."""
-        held = [entry.index for entry in self.entries.values()]
-        slots = sorted([*held, *self._free, *self.retired])
+        """Raises AssertionError if entries, slots and lists disagree."""
+        entries = self.entries.items()
+        slots = sorted([*(entry.index for _, entry in entries), *self.free, *self.retired])
         assert slots == list(range(len(self.sizes))), f"slots lost or given twice: {Counter(slots)}"
-        sizes = [self.sizes[index] for index in self._free]
+        sizes = [self.sizes[index] for index in self.free]
         assert sizes == sorted(sizes), f"free slots are not in order of size: {sizes}"
-        for key, entry in self.entries.items():
-            assert entry.key == key, f"{entry.key} stands under {key}"
+        for key, entry in entries:
+            assert entry.key == key, f"{entry.key} is stored under {key}"
             assert entry.state is not EntryState.GONE, f"{key} is gone and has a slot"
             assert entry.pins >= 0, f"{key}: {entry.pins} pins"
             assert self.size_of(key) <= self.sizes[entry.index], f"{key} is larger than its slot"
-        for name, found, expected in self._lists():
-            assert set(found) == expected, f"{name}: expected {expected}, found {set(found)}"
-        assert set(self._warm_ups) <= {key for key in self.loading if self.entries[key].purpose is Purpose.WARM_UP}
+        loading = {key for key, entry in entries if entry.state is EntryState.LOADING}
+        assert set(self.loading) == loading, f"loading: expected {loading}, found {set(self.loading)}"
+        prefetched = {key for key, entry in entries if entry.purpose is Purpose.PREFETCH}
+        assert set(self.prefetched) == prefetched, f"prefetched: expected {prefetched}, found {set(self.prefetched)}"
+        assert set(self._warm_ups) <= {key for key in loading if self.entries[key].purpose is Purpose.WARM_UP}
         assert set(self.leaving) <= set(self.entries), "an absent record is to leave"
         streaming = sum(entry.streaming for entry in self.entries.values())
         assert self._streaming == streaming, f"expected {streaming} streaming, found {self._streaming}"
-        assert set(self.policy.victims()) == set(self.entries), "the policy has lost track"
-
-    def _lists(self) -> Iterator[tuple[str, Collection[Key], set[Key]]]:
-        """Each list of keys with those that belong in it."""
-        entries = self.entries.items()
-        yield "loading", self.loading, {key for key, entry in entries if entry.state is EntryState.LOADING}
-        yield "prefetched", self.prefetched, {key for key, entry in entries if entry.purpose is Purpose.PREFETCH}
+        assert set(self.policy.victims()) == set(self.entries), "the policy has lost track of the entries"
 
     # The steps of find
 
-    def _least_wanted_warm_up(self, nbytes: int) -> E | None:
-        """A warm-up whose read may not have begun."""
-        waiting = reversed(self._warm_ups.values())
-        return next((entry for entry in waiting if not entry.pins and self.sizes[entry.index] >= nbytes), None)
-
-    def _streaming_prefetches(self) -> int:
-        return sum(entry.streaming for entry in self.prefetched.values())
-
-    def _first_to_leave(self, nbytes: int) -> E | None:
-        entries = map(self.entries.__getitem__, self.leaving)
-        return next((entry for entry in entries if self._evictable(entry, nbytes)), None)
-
-    def _streaming_prefetch(self, nbytes: int) -> E | None:
-        """A prefill's own prefetch, which its demands may displace."""
-        found = (entry for entry in self.prefetched.values() if entry.streaming)
-        return next((entry for entry in found if self._evictable(entry, nbytes)), None)
+    def _first(self, entries: Iterable[E], nbytes: int, state: EntryState = EntryState.RESIDENT) -> E | None:
+        return next((entry for entry in entries if self._evictable(entry, nbytes, state)), None)
 
     def _policy_victim(self, key: Key, nbytes: int, prefetch: bool) -> E | None:
-        """The policy's first choice that may leave and is not protected. A demand takes a protected one rather than
-        none; a prefetch does not, nor a record of its own layer, which may need it as much."""
+        """The policy's first victim that may leave and is not protected; for a demand, else the first protected one. A
+        prefetch never evicts a record of its own layer, which may need it as much."""
         protected: E | None = None
         for candidate in self.policy.victims(key):
             entry = self.entries[candidate]
@@ -336,15 +315,10 @@ class Residency(Generic[E]):
             protected = protected or entry
         return None if prefetch else protected
 
-    def _evictable(self, entry: E, nbytes: int) -> bool:
-        return not entry.pins and entry.state is EntryState.RESIDENT and self.sizes[entry.index] >= nbytes
+    def _evictable(self, entry: E, nbytes: int, state: EntryState = EntryState.RESIDENT) -> bool:
+        return not entry.pins and entry.state is state and self.sizes[entry.index] >= nbytes
 
     # Bookkeeping
-
-    def _evict(self, entry: E) -> None:
-        self._forget(entry)
-        self.policy.on_evict(entry.key)
-        self.stats.evictions += 1
 
     def _forget(self, entry: E) -> None:
         key = entry.key
@@ -355,18 +329,17 @@ class Residency(Generic[E]):
         self.leaving.pop(key, None)
         self._streaming -= entry.streaming
         if entry.purpose is not Purpose.DEMAND:
-            if entry.purpose is Purpose.PREFETCH:
-                self.stats.wasted += 1
+            self.stats.wasted += entry.purpose is Purpose.PREFETCH
             self._settle_purpose(entry)
 
     def _settle_purpose(self, entry: E) -> None:
-        """Nothing more is to be found out about ``entry``: it counts as demanded."""
+        """Count ``entry`` as demanded from now on."""
         self.prefetched.pop(entry.key, None)
         self._warm_ups.pop(entry.key, None)
         entry.purpose = Purpose.DEMAND
 
     def _set_free(self, index: int) -> None:
-        bisect.insort(self._free, index, key=self.sizes.__getitem__)
+        bisect.insort(self.free, index, key=self.sizes.__getitem__)
 
     def _set_limits(self) -> None:
         self.prefetch_limit, self.streaming_limit = prefetch_slots(self.slots), streaming_slots(self.slots)

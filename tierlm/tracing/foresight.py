@@ -1,4 +1,4 @@
-"""How well a predictor foresees a trace: recall and precision at m, whatever is done with the predictions."""
+"""Recall and precision at m of a predictor on a trace, whether its predictions are read or not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tierlm.tracing.trace import Trace
 
 @dataclass(frozen=True)
 class Foresight:
-    """Of the first ``m`` predictions ``ahead`` layers before. ``recall``: the share of the chosen experts among them; ``precision``, the share of them that were chosen. Both over all decode tokens and layers."""
+    """The first ``m`` predictions made ``ahead`` layers before. ``recall``: share of the used experts among them;
+    ``precision``: share of them that were used. Both over all decode tokens and layers."""
 
     ahead: int
     m: int
@@ -21,10 +22,10 @@ class Foresight:
 
 
 def foresee(trace: Trace, predictor: Predictor, ms: Sequence[int]) -> list[Foresight]:
-    """Ask ``predictor``, which is used up, before each layer of each decode token as the engine does. What a predictor
-    says nothing about counts as missed. Raises UsageError where it needs gates and the trace has no predictions."""
+    """Ask a new ``predictor`` before each layer of each decode token, as the engine does. An empty prediction counts as
+    a miss. Raises UsageError if it needs routers' predictions and the trace has none."""
     if predictor.gates and trace.predictions is None:
-        raise UsageError("this predictor asks the next layers' gates: it needs a trace recorded with --scores")
+        raise UsageError("this predictor asks the next layers' routers: it needs a trace recorded with --scores")
     numbers, layers = trace.info.moe_layers, trace.moe_layers
     aheads = range(0 if predictor.gates else 1, predictor.lookahead + 1)
     asked: dict[tuple[int, int], list[int]] = {}  # (layer, ahead) -> ranked

@@ -1,4 +1,4 @@
-"""A link of a simulated machine: reads that take a latency each, share one bandwidth, and wait in two queues."""
+"""A simulated link: each read has a latency, all share one bandwidth and wait in two queues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tierlm.spec import Key
 
 @dataclass(frozen=True)
 class Speed:
-    """``bandwidth`` in bytes a second over all reads, ``latency`` in seconds of each, ``depth`` reads at a time."""
+    """``bandwidth``: bytes a second over all reads; ``latency``: seconds of each; ``depth``: concurrent reads."""
 
     bandwidth: float
     latency: float
@@ -21,26 +21,23 @@ class Speed:
 
 
 class Link:
-    """Reads of ``nbytes`` each. A read has one of ``depth`` lanes; its latency passes beside other reads, its bytes
-    behind theirs. Demands go ahead of prefetches, which get ``spare_lanes``, as in memory/transfer.py.
-
-    Times are seconds of the simulation, and never go back.
-    """
+    """Reads of ``nbytes`` each, in ``depth`` lanes. Latencies overlap; bytes queue. Demands go before prefetches, which
+    may use only ``spare_lanes``, as in memory/transfer.py. Times are simulated seconds and never go back."""
 
     def __init__(self, speed: Speed, nbytes: int):
         self.latency, self.seconds = speed.latency, nbytes / speed.bandwidth
-        self.done: dict[Key, float] = {}  # of the reads that have begun: when they end
+        self.done: dict[Key, float] = {}  # end of each read that has begun
         self.begun = 0
-        self._queues: tuple[dict[Key, float], dict[Key, float]] = ({}, {})  # demands, prefetches: since when
+        self._queues: tuple[dict[Key, float], dict[Key, float]] = ({}, {})  # demands, prefetches: submission times
         self._lanes = [0.0] * speed.depth
         self._spare_lanes = [0.0] * spare_lanes(speed.depth)
-        self._free = 0.0  # when the bytes that are under way are through
+        self._free = 0.0  # when the bytes in flight are done
 
     def submit(self, key: Key, now: float, prefetch: bool) -> None:
         self._queues[prefetch][key] = now
 
     def promote(self, key: Key, now: float) -> None:
-        """A prefetch on its way is demanded."""
+        """A layer demands a prefetch in flight."""
         if self._queues[True].pop(key, None) is not None:
             self._queues[False][key] = now
 
@@ -50,20 +47,20 @@ class Link:
         return self._queues[True].pop(key, None) is not None
 
     def backlog(self) -> int:
-        """Demands that have not begun."""
+        """Demands whose reads have not begun."""
         return len(self._queues[False])
 
     def run(self, until: float) -> None:
-        """Begin all reads whose turn comes by ``until``."""
+        """Begin all reads that can begin by ``until``."""
         demands, prefetches = self._queues
         while (demands or prefetches) and self._begin(until):
             pass
 
     def arrived(self, now: float) -> dict[Key, float]:
-        """Those that have come by ``now``, each told once, and when."""
+        """Reads that have ended by ``now``, and when; each is reported once."""
         self.run(now)
         there = {}
-        for key, at in self.done.items():  # one behind the other, as their bytes go
+        for key, at in self.done.items():  # in order of time
             if at > now:
                 break
             there[key] = at
@@ -72,20 +69,22 @@ class Link:
         return there
 
     def wait(self, keys: Collection[Key]) -> float:
-        """The time at which the first of ``keys``, which are on their way, is there."""
+        """When the first of ``keys``, all in flight, arrives."""
         while not (begun := [self.done[key] for key in keys if key in self.done]):
             if not self._begin(math.inf):
-                raise RuntimeError("a simulated layer waits for what is not on its way: this is a bug in tierlm")
+                raise RuntimeError(
+                    "a simulated layer waits for a record that is not in flight: this is a bug in tierlm"
+                )
         return min(begun)
 
     def next_arrival(self) -> float:
-        """When the next of those on their way is there; infinite: none is."""
+        """When the next read arrives; infinite: none is in flight."""
         while not self.done and self._begin(math.inf):
             pass
         return next(iter(self.done.values()), math.inf)
 
     def _begin(self, until: float) -> bool:
-        """Begin the next read, if its turn comes by ``until``."""
+        """Begin the next read if it can begin by ``until``."""
         demands, prefetches = self._queues
         lane, turn, prefetch = self._lanes[0], math.inf, False
         if demands:

@@ -1,4 +1,4 @@
-"""Writes down which experts a running model chooses."""
+"""Records the experts that a running model uses."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import numpy.typing as npt
 from tierlm.tracing.trace import TraceInfo
 from tierlm.tracing.tracefile import TraceWriter
 
-AHEAD = 3  # predictions of a gate are recorded from 0, 1 and 2 layers before
-RANKED = 4  # times as many experts as a token chooses: how far a ranking of predictions goes
+AHEAD = 3  # router predictions are recorded 0, 1 and 2 layers ahead
+RANKED = 4  # length of a prediction, in experts per token
 
 Array = npt.NDArray[Any]
 
 
 class Recorder:
-    """Made for one run; told by the decoder of each step's begin and end, and by the MoE layers of their choices.
+    """Records one run. The decoder reports the begin and end of each step, the MoE layers their expert ids.
 
-    ``chosen``: experts of a token. ``scores``: also write the routers' scores and predictions, which evaluates each router AHEAD more times. A step that fails leaves nothing. Raises OSError.
+    ``chosen``: experts per token. ``scores``: also write the routers' scores and predictions, which evaluates each
+    router AHEAD more times. A failed step is not recorded. Raises OSError.
     """
 
     def __init__(self, file: Path, info: TraceInfo, chosen: int, scores: bool):
@@ -30,15 +31,15 @@ class Recorder:
         self._shape = (len(info.moe_layers), chosen)
         self._place = {layer: at for at, layer in enumerate(info.moe_layers)}
         self._writer = TraceWriter(file, info)
-        self._sequences: dict[int, int] = {}  # by the place in the KV cache: the number of the sequence there
+        self._sequences: dict[int, int] = {}  # by place in the KV cache: the sequence's number
         self._count = self._step = 0
         self._rows: dict[str, Array] = {}
 
     def begin(self, sequences: Sequence[tuple[int, int, int]], prefill: bool) -> None:
-        """A step of some sequences: of each its place in the KV cache, the tokens there already, and the new ones."""
+        """Begin a step. ``sequences``: (place in the KV cache, tokens already cached, new tokens) of each."""
         numbers: list[int] = []
-        for place, held, new in sequences:
-            if not held:
+        for place, cached, new in sequences:
+            if not cached:
                 self._sequences[place] = self._count
                 self._count += 1
             numbers += [self._sequences[place]] * new
@@ -51,26 +52,26 @@ class Recorder:
             self._rows["predictions"] = np.full((tokens, layers, AHEAD, self.ranked), -1, np.int16)
 
     def choose(self, layer: int, experts: Array, scores: Array | None = None) -> None:
-        """``layer`` has chosen ``experts`` [T, k], in the router's order; ``scores`` [T, E] if they are wanted."""
+        """``layer`` has chosen ``experts`` [T, k], in the router's order; ``scores``: [T, E], if recorded."""
         at = self._place[layer]
         self._rows["experts"][:, at] = experts
         if scores is not None:
             self._rows["scores"][:, at] = scores
 
     def predict(self, layer: int, ahead: int, ranked: Array) -> None:
-        """The gate of ``layer`` ranks ``ranked`` [T, ranked] first, ``ahead`` layers before it runs."""
+        """The router of ``layer`` ranks ``ranked`` [T, ranked] first, ``ahead`` layers before it runs."""
         self._rows["predictions"][:, self._place[layer], ahead] = ranked
 
     def end(self) -> None:
-        """The step is through."""
+        """End the step."""
         self._writer.add(**self._rows)
         self._rows = {}
         self._step += 1
 
     def close(self) -> None:
-        """Bring the trace to the disk."""
+        """Write the trace to the disk."""
         self._writer.close()
 
     def drop(self) -> None:
-        """Leave nothing behind."""
+        """Discard the trace."""
         self._writer.drop()

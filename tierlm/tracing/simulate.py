@@ -1,5 +1,5 @@
-"""A run of a trace on a machine that is described: what is read, what waits, how long it takes. Event-driven; residency
-and lookahead are the engine's own objects, over a clock of the simulation."""
+"""Event-driven simulation of a trace on a described machine: reads, waits and times. Residency and lookahead are the
+engine's own classes, over a simulated clock."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ from tierlm.tracing.trace import Step, Trace
 
 @dataclass
 class Simulated:
-    """What happened. A late hit found its record on the way; all of ``missed`` had to be read for a demand.
-    ``decoded``: tokens of decode steps, in ``decode_seconds``; a step of several tokens demands each record once.
-    Counts are of the top tier, ``reads`` of the disk; ``tiers``: all counts of each tier from the top, where each event
-    was simulated."""
+    """The result. ``decoded``: tokens of decode steps, which took ``decode_seconds``; a step of several tokens demands
+    each record once. Counts are of the top tier, as in TierStats; ``reads`` are of the disk. ``tiers``: counts of each
+    tier from the top, if every event was simulated."""
 
     slots: int
     record_bytes: int
@@ -47,7 +46,7 @@ class Simulated:
 
     @property
     def hit_rate(self) -> float:
-        """Demands that found their record there or on its way, of all."""
+        """The share of demands whose record was resident or in flight."""
         return 1 - self.missed / self.demanded if self.demanded else 0.0
 
     @property
@@ -56,7 +55,7 @@ class Simulated:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decode; of everything where the trace has no decode step."""
+        """Of decode steps; of all steps if the trace has no decode step."""
         return self.decoded / self.decode_seconds if self.decoded else self.tokens / self.seconds
 
     def as_json(self) -> dict[str, float]:
@@ -77,33 +76,23 @@ def simulate(
     below: tuple[Policy, int] | None = None,
     prefetch: Prefetch | None = None,
 ) -> Simulated:
-    """Run ``trace``, slots empty at first. ``policy`` and ``predictor`` are used up by it. ``below``: policy and slots
-    of a second tier, between the first and the disk. ``prefetch``: what is worth a read, by default as measured. Raises
-    UsageError where the predictor needs gates and the trace has no predictions of theirs."""
+    """Run ``trace`` from empty slots, with a new ``policy`` and ``predictor``. ``below``: policy and slots of a second
+    tier between the first and the disk. ``prefetch``: decides what is worth a read, by default Measured. Raises
+    UsageError if the predictor needs routers' predictions and the trace has none."""
     if predictor.gates and trace.predictions is None:
-        raise UsageError("this predictor asks the next layers' gates: it needs a trace recorded with --scores")
+        raise UsageError("this predictor asks the next layers' routers: it needs a trace recorded with --scores")
     demands = trace.demands
     at_once = demands.counts[~demands.prefill].max(initial=0) <= slots
     if predictor.lookahead or predictor.gates or below or not at_once:
         return _Run(trace, [(policy, slots), *([below] if below else [])], predictor, machine, prefetch).run()
     misses = find_misses(trace, policy, slots)
-    time, missed = elapsed(trace, misses, machine), int(misses.counts.sum())
-    return Simulated(
-        slots,
-        machine.record_bytes,
-        tokens=len(trace),
-        decoded=int(demands.tokens[~demands.prefill].sum()),
-        demanded=len(demands.ids),
-        missed=missed,
-        reads=missed,
-        seconds=time.seconds,
-        decode_seconds=time.decode,
-        stall_seconds=time.stalled,
-    )
+    decoded, missed = int(demands.tokens[~demands.prefill].sum()), int(misses.counts.sum())
+    time = vars(elapsed(trace, misses, machine))
+    return Simulated(slots, machine.record_bytes, len(trace), decoded, len(demands.ids), missed, reads=missed, **time)
 
 
 def replay_tiers(trace: Trace, tiers: Sequence[tuple[Policy, int]]) -> list[Replayed]:
-    """What ``replay`` counts, of several tiers: (policy, slots) of each, the top first. Each policy is used up."""
+    """``replay`` for several tiers: a new policy and the slots of each, the top first."""
     machine = Rates(trace.info.record_bytes or 1, AT_ONCE, 0.0, 0.0)
     run = _Run(trace, tiers, NoPredictor(trace.experts.shape[2]), machine, Always()).run()
     return [Replayed(stats.hits + stats.late_hits + stats.misses, stats.misses) for stats in run.tiers]
@@ -131,7 +120,7 @@ class _Run:
         self._layers = [keys[0].layer for keys in self._keys]
         self.lookahead = Lookahead(predictor, self._layers, self.prefetch)
         self.result = Simulated(tiers[0][1], machine.record_bytes)
-        self._rows = slice(0, 0)  # the tokens of this step
+        self._rows = slice(0, 0)  # tokens of this step
 
     def run(self) -> Simulated:
         result = self.result
@@ -152,7 +141,7 @@ class _Run:
         return result
 
     def _layer(self, step: Step, at: int) -> None:
-        """As Decoder.forward, MixtureOfExperts.forward and Leases."""
+        """As Decoder.forward, MixtureOfExperts.forward, Leases and Store.turn."""
         layer, prefill = self._layers[at], step.prefill
         tier, lookahead, result, machine = self.tier, self.lookahead, self.result, self.machine
         if lookahead.before_attention(prefill):
@@ -161,75 +150,67 @@ class _Run:
         targets = lookahead.targets(layer, prefill)
         wanted = [self._keys[at][expert] for expert in step.needed[at]]
         tier.settle(self.now)
-        self._turn(layer, set(wanted))
+        lookahead.turn(layer, set(wanted))
+        tier.residency.protect(layer, ())
+        tier.cancel_stale(layer, set(wanted), self.now)
         began, stalled, useful = self.now, result.stall_seconds, tier.stats.useful
-        held: list[Entry] = []
+        leased: list[Entry] = []
         missing: list[ExpertKey] = []
         for key in wanted:
             if (entry := tier.demand(key, prefill, self.now)) is None:
                 missing.append(key)
             else:
-                held.append(entry)
+                leased.append(entry)
         absent = len(missing) + tier.stats.useful - useful
         if prefill:
             missing = self._in_order(missing)
-        expert = machine.expert(step.tokens, self._pairs(at) if step.tokens > 1 else len(wanted), len(wanted))
-        turn_open = self._start(layer, held, missing, prefill, turn_open=True)
+        pairs = int((self.trace.experts[self._rows, at] >= 0).sum()) if step.tokens > 1 else len(wanted)
+        expert = machine.expert(step.tokens, pairs, len(wanted))
+        turn_open = self._start(layer, leased, missing, prefill, turn_open=True)
         lookahead.predictor.observe(layer, step.needed[at])
         for target, ahead in targets:
             self._look_ahead(target, ahead, prefill)
-        while held or missing:
+        while leased or missing:
             tier.settle(self.now)
-            ready = [entry for entry in held if entry.state is not EntryState.LOADING]
-            turn_open = self._start(layer, held, missing, prefill, turn_open)
+            ready = [entry for entry in leased if entry.state is not EntryState.LOADING]
+            turn_open = self._start(layer, leased, missing, prefill, turn_open)
             if not ready:
                 self._wait()
                 continue
             for batch in [[entry] for entry in ready] if prefill else [ready]:
                 self.now += expert * len(batch)
                 for entry in batch:
-                    held.remove(entry)
+                    leased.remove(entry)
                     tier.residency.release(entry)
-                turn_open = self._start(layer, held, missing, prefill, turn_open)
+                turn_open = self._start(layer, leased, missing, prefill, turn_open)
         self.prefetch.layer_done(absent, self.now - began - (result.stall_seconds - stalled), prefill)
 
-    def _pairs(self, at: int) -> int:
-        """The (token, choice) pairs of this step."""
-        return int((self.trace.experts[self._rows, at] >= 0).sum())
-
     def _wait(self) -> None:
-        """Until something arrives."""
-        there = max(self.now, self.tier.next_arrival())
-        if there == math.inf:
-            raise RuntimeError("a simulated layer waits for what is not on its way: this is a bug in tierlm")
-        self.result.stall_seconds += there - self.now
-        self.now = there
+        """Wait for the next arrival."""
+        arrival = max(self.now, self.tier.next_arrival())
+        if arrival == math.inf:
+            raise RuntimeError("a simulated layer waits for a record that is not in flight: this is a bug in tierlm")
+        self.result.stall_seconds += arrival - self.now
+        self.now = arrival
 
-    def _start(self, layer: int, held: list[Entry], missing: list[ExpertKey], streaming: bool, turn_open: bool) -> bool:
-        """Start as many of ``missing`` as there are slots for, and planned prefetches behind them. Returns whether the
-        turn of ``layer`` is still open."""
-        tier = self.tier
+    def _start(self, layer: int, leased: list[Entry], missing: list[ExpertKey], prefill: bool, turn_open: bool) -> bool:
+        """Start as many of ``missing`` as slots allow, then planned prefetches. Returns whether the turn of ``layer``
+        is still open."""
+        tier, now = self.tier, self.now
         while missing:
-            entry = tier.demand(missing[0], streaming, self.now) or tier.start(
-                missing[0], Purpose.DEMAND, streaming, self.now
-            )
+            key = missing[0]
+            entry = tier.demand(key, prefill, now) or tier.start(key, Purpose.DEMAND, prefill, now)
             if entry is None:
                 return turn_open
-            held.append(entry)
+            leased.append(entry)
             missing.pop(0)
         if turn_open:
             tier.end_turn(layer)
         self._start_reads()
         return False
 
-    def _turn(self, layer: int, wanted: set[ExpertKey]) -> None:
-        """As Store.turn."""
-        self.lookahead.turn(layer, wanted)
-        self.tier.residency.protect(layer, ())
-        self.tier.cancel_stale(layer, wanted, self.now)
-
     def _look_ahead(self, layer: int, ahead: int, prefill: bool) -> None:
-        """As Store.look_ahead, if the trace has what the gate of ``layer`` would have chosen so early."""
+        """As Store.look_ahead, if the trace has the router's prediction for ``layer`` that far ahead."""
         rows = None
         if self.lookahead.predictor.gates:
             assert self.trace.predictions is not None
@@ -255,7 +236,7 @@ class _Run:
                 return
 
     def _in_order(self, keys: list[ExpertKey]) -> list[ExpertKey]:
-        """``keys`` of one layer as they lie on the disk."""
+        """``keys`` of one layer in disk order."""
         if self._places is None or not keys:
             return sorted(keys)
         place = self._places[self._layers.index(keys[0].layer)]

@@ -1,4 +1,4 @@
-"""Tiers of a simulated machine: residency is the engine's, transfers are links over a clock. As memory/tiers.py."""
+"""Simulated tiers, as memory/tiers.py: the engine's residency, and links over a clock for transfers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tierlm.tracing.link import Link
 
 @dataclass(slots=True, eq=False)
 class Entry(residency.Entry):
-    """A record in a tier. ``source``: the entry below it is copied from. ``queued``: its transfer is on the link; a
-    copy's is once the source is there. ``there``: since when it is."""
+    """A record in a tier. ``source``: the entry below that it is copied from. ``queued``: its transfer is on the link;
+    a copy is queued when its source arrives. ``there``: its time of arrival."""
 
     source: Entry | None = None
     queued: bool = False
@@ -38,16 +38,14 @@ class SimulatedTier:
         return entry
 
     def start(self, key: ExpertKey, purpose: Purpose, streaming: bool, now: float) -> Entry | None:
-        """Begin to bring in ``key``, which is absent. None: no slot can be had now."""
+        """Begin to bring in the absent ``key``. None: no slot is available now."""
         self.settle(now)
         placement = self.residency.find(key, purpose, streaming)
         if placement is None:
             return None
-        source = None
-        if self.source is not None:
-            source = self.source._lend(key, purpose, streaming, now)
-            if source is None:
-                return None
+        source = None if self.source is None else self.source._lend(key, purpose, streaming, now)
+        if source is None and self.source is not None:
+            return None
         entry = Entry(key, placement.index, purpose, streaming and placement.displaces, source=source)
         self.residency.admit(entry, placement)
         if placement.victim is not None and self.source is not None:
@@ -62,7 +60,7 @@ class SimulatedTier:
             self.source.end_turn(layer)
 
     def cancel_stale(self, layer: int, wanted: Collection[Key], now: float, *, begun: bool = True) -> None:
-        """Drop the prefetches for ``layer`` that are not ``wanted``; of those that have begun, only if ``begun``."""
+        """Drop the prefetches for ``layer`` that are not ``wanted``; those that have begun only if ``begun``."""
         if not self.residency.prefetched:
             return
         self.settle(now)
@@ -75,15 +73,14 @@ class SimulatedTier:
                 self.residency.waste(entry)
 
     def settle(self, now: float) -> None:
-        """Take note of what has arrived by ``now``."""
+        """Record the arrivals by ``now``."""
         if self.source is not None:
             self.source.settle(now)
         if not self.residency.loading:
             return
-        if self.source is not None:
-            for entry in self.residency.loading.values():
-                if not entry.queued and entry.source is not None and entry.source.state is EntryState.RESIDENT:
-                    self._queue(entry, entry.source.there)
+        for entry in self.residency.loading.values():
+            if not entry.queued and entry.source is not None and entry.source.state is EntryState.RESIDENT:
+                self._queue(entry, entry.source.there)
         arrived = self.link.arrived(now)
         for key, entry in [item for item in self.residency.loading.items() if item[0] in arrived]:
             entry.there = arrived[key]
@@ -95,12 +92,12 @@ class SimulatedTier:
         return [self, *([] if self.source is None else self.source.chain())]
 
     def next_arrival(self) -> float:
-        """When something arrives next, here or below; infinite: nothing is on its way."""
+        """When the next record arrives, here or below; infinite: none is in flight."""
         below = math.inf if self.source is None else self.source.next_arrival()
         return min(below, self.link.next_arrival())
 
     def _lend(self, key: ExpertKey, purpose: Purpose, streaming: bool, now: float) -> Entry | None:
-        """The entry that the tier above copies ``key`` from, pinned."""
+        """The entry from which the tier above copies ``key``, pinned."""
         demanded = purpose is Purpose.DEMAND
         entry = self.demand(key, streaming, now) if demanded else self.residency.entries.get(key)
         entry = entry or self.start(key, purpose, streaming, now)
@@ -124,7 +121,7 @@ class SimulatedTier:
 
 
 def build_tiers(tiers: Sequence[tuple[Policy, int]], links: Sequence[Link]) -> SimulatedTier:
-    """Tiers of (policy, slots), the top first, each filled over its link. Returns the top one."""
+    """Build tiers of (policy, slots), the top first, each with its link. Returns the top one."""
     top: SimulatedTier | None = None
     for (policy, slots), link in reversed(list(zip(tiers, links, strict=True))):
         top = SimulatedTier(policy, slots, link, top)

@@ -1,4 +1,4 @@
-"""A trace: which experts every token of a run chose, layer by layer. What is to be decided is in it, no weights."""
+"""A trace: the experts of every token of a run, layer by layer, without weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import numpy.typing as npt
 
 from tierlm.errors import TraceError
 
-MAX_EXPERTS = 4096  # of a layer, about ten times what any model has: a larger id is taken for a broken one
-BLOCK = 4096  # tokens that are looked at at a time
-MARKS = 2**22  # steps x records, likewise
+MAX_EXPERTS = 4096  # of a layer, about ten times as many as any model has: a larger id is an error
+BLOCK = 4096  # tokens processed at a time
+MARKS = 2**22  # steps x records processed at a time
+
+PARTS = ("experts", "sequences", "steps", "prefill", "scores", "predictions")  # arrays of a Trace, by token
 
 Ids = npt.NDArray[np.int16]
 
 
 class Step(NamedTuple):
-    """One pass through the layers. ``needed``: by MoE layer the experts that its tokens chose, each once, ascending."""
+    """One pass through the layers. ``needed``: by MoE layer the distinct experts of its tokens, ascending."""
 
     prefill: bool
     tokens: int
@@ -30,32 +32,28 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Demands:
-    """What S steps of L MoE layers need. ``ids``: int32 [n], records as MoE layer x experts + expert, layer by layer of
-    each step, each once there, ascending; ``ends``: int64 [S, L], where those of a layer end; of a step, ``prefill``:
-    bool [S], and ``tokens``: int64 [S]."""
+    """The demands of S steps of L MoE layers. ``ids``: int32 [n], records as MoE layer x experts + expert: for each
+    layer of each step the distinct ones, ascending. ``ends``: int64 [S, L], where those of a layer end. ``prefill``:
+    bool [S]. ``tokens``: int64 [S]."""
 
     ids: npt.NDArray[np.int32]
     ends: npt.NDArray[np.int64]
     prefill: npt.NDArray[np.bool_]
     tokens: npt.NDArray[np.int64]
 
-    @property
-    def layers(self) -> int:
-        return int(self.ends.shape[1])
-
     @cached_property
     def counts(self) -> npt.NDArray[np.int64]:
-        """[S, L] records that a layer of a step needs."""
+        """[S, L] records of each layer of each step."""
         return np.diff(self.ends.ravel(), prepend=0).reshape(self.ends.shape)
 
 
 @dataclass(frozen=True)
 class TraceInfo:
-    """Of which model a trace is. ``experts``: of a layer; where a file does not say, one more than the largest id.
+    """The model of a trace. ``experts``: of a layer; the largest id plus one if the file gives no number.
 
-    ``layers`` counts all layers of the model, ``moe_layers`` numbers those with routed experts. ``record_bytes`` is
-    what one expert takes in its file, 0: not known. ``order``: by MoE layer all experts as they lie on the disk, which
-    is how a prefill reads them; empty: by number.
+    ``layers``: number of all layers; ``moe_layers``: numbers of those with routed experts. ``record_bytes``: bytes of
+    one expert in its file; 0: unknown. ``order``: by MoE layer all experts in disk order, the order in which a prefill
+    reads; empty: by number.
     """
 
     model: str
@@ -68,13 +66,12 @@ class TraceInfo:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """``experts``: int16 [N, L, k], of N tokens and L MoE layers, in the router's order, -1 where there are fewer.
+    """``experts``: int16 [N, L, k] of N tokens and L MoE layers, in the router's order, padded with -1.
 
-    ``sequences`` and ``steps``: int32 [N], to which sequence a token belongs and in which step it ran; tokens of one
-    step ran together and stand side by side. ``prefill``: bool [N]. On request when recording, else None:
-    ``scores``: float16 [N, L, E], what each layer's router gave all experts;
-    ``predictions``: int16 [N, L, A, m], whom its gate would have chosen from the hidden state 0, 1, ... A - 1 layers
-    earlier, the likeliest first, -1 where it was not asked.
+    ``sequences`` and ``steps``: int32 [N], the sequence and the step of each token; tokens of one step ran together and
+    are adjacent. ``prefill``: bool [N]. Recorded on request, else None: ``scores``: float16 [N, L, E], the router's
+    scores of all experts; ``predictions``: int16 [N, L, A, m], the router's ranking from the hidden state 0, 1, ...
+    A - 1 layers earlier, the likeliest first, -1 if it was not asked.
     """
 
     info: TraceInfo
@@ -86,11 +83,11 @@ class Trace:
     predictions: Ids | None = None
 
     def __post_init__(self) -> None:
-        """Raises TraceError where the parts contradict each other."""
+        """Raises TraceError if the parts disagree."""
         tokens, layers, _ = self.experts.shape
         info = self.info
-        if not self.experts.size or not tokens:
-            raise TraceError("the trace is empty: it has no token that chose an expert")
+        if not self.experts.size:
+            raise TraceError("the trace is empty: no token has an expert")
         numbers = info.moe_layers
         if len(numbers) != layers or any(a >= b for a, b in pairwise((-1, *numbers, info.layers))):
             raise TraceError(f"expected {layers} MoE layers within {info.layers} layers, found {list(numbers)}")
@@ -99,8 +96,8 @@ class Trace:
         if info.order and (
             len(info.order) != layers or any(sorted(row) != list(range(info.experts)) for row in info.order)
         ):
-            raise TraceError(f"order: expected each of {info.experts} experts once for each of {layers} layers")
-        for name in ("sequences", "steps", "prefill", "scores", "predictions"):
+            raise TraceError(f"order: expected each of {info.experts} experts once in each of {layers} layers")
+        for name in PARTS:
             part = getattr(self, name)
             if part is not None and len(part) != tokens:
                 raise TraceError(f"{name}: expected one entry for each of {tokens} tokens, found {len(part)}")
@@ -108,10 +105,10 @@ class Trace:
             check_ids(self.experts[start : start + BLOCK], info.experts, start)
         if (np.diff(self.steps) < 0).any():
             at = int(np.argmax(np.diff(self.steps) < 0)) + 1
-            raise TraceError(f"token {at}: expected steps in order, found {self.steps[at]} behind {self.steps[at - 1]}")
+            raise TraceError(f"token {at}: expected steps in order, found {self.steps[at]} after {self.steps[at - 1]}")
 
     def __len__(self) -> int:
-        """Tokens."""
+        """The number of tokens."""
         return len(self.experts)
 
     @property
@@ -120,17 +117,16 @@ class Trace:
 
     @property
     def records(self) -> int:
-        """All experts of the model: layers times experts."""
+        """Experts of the model: MoE layers x experts."""
         return self.moe_layers * self.info.experts
 
     def part(self, start: int, stop: int) -> Trace:
-        """The tokens from ``start`` to before ``stop``; a step that is cut counts as a smaller one."""
-        names = ("experts", "sequences", "steps", "prefill", "scores", "predictions")
-        parts: dict[str, Any] = {name: getattr(self, name) for name in names}
+        """The tokens ``start`` to ``stop`` - 1; a cut step becomes a smaller one."""
+        parts: dict[str, Any] = {name: part for name, part in vars(self).items() if name in PARTS}
         return replace(self, **{name: part[start:stop] for name, part in parts.items() if part is not None})
 
     def passes(self) -> Iterator[Step]:
-        """Its steps in order. Some at a time become lists, so that memory stays bounded."""
+        """The steps in order, converted to lists in blocks, to bound memory."""
         layers, bounds = self.moe_layers, self.bounds()
         for ids, counts in self._blocks():
             experts, ends = (ids % self.info.experts).tolist(), [0, *np.cumsum(counts).tolist()]
@@ -140,12 +136,12 @@ class Trace:
                 yield Step(bool(self.prefill[start]), stop - start, needed)
 
     def bounds(self) -> Iterator[tuple[int, int]]:
-        """The first token of each step, and the one behind its last."""
+        """The first token of each step, and the one after its last."""
         return pairwise(self._edges.tolist())
 
     @cached_property
     def demands(self) -> Demands:
-        """All that its steps need, at once: some 4 bytes a demand."""
+        """The demands of all steps; about 4 bytes each."""
         ids, counts = zip(*self._blocks(), strict=True)
         ends = np.cumsum(np.concatenate(counts), dtype=np.int64)
         prefill, tokens = self.prefill[self._edges[:-1]], np.diff(self._edges)
@@ -157,7 +153,7 @@ class Trace:
         return np.concatenate([[0], np.flatnonzero(np.diff(self.steps)) + 1, [len(self)]])
 
     def _blocks(self) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.intp]]]:
-        """Of some steps at a time: the records that each layer of each step needs, as in Demands; and how many."""
+        """In blocks of steps: ``ids`` of Demands, and the number of records of each layer of each step."""
         edges, layers, experts = self._edges, self.moe_layers, self.info.experts
         first = 0
         while first < len(edges) - 1:
@@ -177,8 +173,8 @@ class Trace:
 
 
 def check_ids(ids: Ids, experts: int, first: int, where: str = "token") -> None:
-    """Refuse what no router chooses: an id that is not an expert, or one twice. ``ids``: [T, L, k], -1 for none;
-    the first row is called ``where`` ``first`` in the TraceError."""
+    """Raises TraceError for an id that is no expert, or occurs twice for a token. ``ids``: [T, L, k], -1: none; the
+    error calls the first row ``where`` ``first``."""
     wrong = (ids < -1) | (ids >= experts)
     if wrong.any():
         token, layer, choice = (int(i) for i in np.argwhere(wrong)[0])
@@ -191,5 +187,5 @@ def check_ids(ids: Ids, experts: int, first: int, where: str = "token") -> None:
     if twice.any():
         token, layer, choice = (int(i) for i in np.argwhere(twice)[0])
         raise TraceError(
-            f"{where} {first + token}, MoE layer {layer}: expert {ordered[token, layer, choice]} stands there twice"
+            f"{where} {first + token}, MoE layer {layer}: expert {ordered[token, layer, choice]} occurs twice"
         )

@@ -1,8 +1,8 @@
-"""tierlm's own trace file: a zip of numpy arrays (an npz), written in blocks, in bounded memory, whole or not at all.
+"""tierlm's own trace file: a zip of numpy arrays (npz), written atomically, in blocks, with bounded memory.
 
-Members: for each block b of tokens ``b/experts.npy``, ``b/sequences.npy``, ``b/steps.npy``, ``b/prefill.npy``, and on
-request ``b/scores.npy`` and ``b/predictions.npy``, shapes and dtypes as in ``tracing.trace.Trace``; and last
-``trace.json``: format, version, tokens, blocks, and the fields of TraceInfo. ``numpy.load`` opens it as well.
+Members: for each block b of tokens ``b/experts.npy``, ``b/sequences.npy``, ``b/steps.npy``, ``b/prefill.npy``, on
+request ``b/scores.npy`` and ``b/predictions.npy``, shapes and dtypes as in ``tracing.trace.Trace``; last
+``trace.json``: format, version, tokens, blocks, and the fields of TraceInfo. ``numpy.load`` opens it too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ from tierlm.files import whole
 from tierlm.tracing.trace import BLOCK, Trace, TraceInfo
 
 FORMAT, VERSION = "tierlm-trace", 2
-BLOCK_BYTES = 4 * 2**20  # that wait to be written, at most, but for one step
+BLOCK_BYTES = 4 * 2**20  # buffered before a write, plus at most one step
 HEAD = "trace.json"
 DTYPES = {"experts": "<i2", "sequences": "<i4", "steps": "<i4", "prefill": "|b1", "scores": "<f2", "predictions": "<i2"}
 OPTIONAL = ("scores", "predictions")
@@ -32,7 +32,7 @@ Array = npt.NDArray[Any]
 
 
 class TraceWriter:
-    """Writes ``file``, which is there once ``close`` has returned. Raises OSError."""
+    """Writes ``file``, which exists once ``close`` has returned. Raises OSError."""
 
     def __init__(self, file: Path, info: TraceInfo):
         self.info = info
@@ -43,14 +43,14 @@ class TraceWriter:
         self._zip = zipfile.ZipFile(self._open.enter_context(whole(file)), "w", zipfile.ZIP_DEFLATED)
 
     def add(self, **parts: Array) -> None:
-        """The next tokens: the arrays of a Trace, with the same optional ones each time."""
+        """Append tokens: the arrays of a Trace, with the same optional ones in each call."""
         self._pending.append(parts)
         self._waiting += sum(rows.nbytes for rows in parts.values())
         if self._waiting >= BLOCK_BYTES:
             self._flush()
 
     def close(self) -> None:
-        """Bring it to the disk. A trace without a token is not written."""
+        """Complete the file. A trace without tokens is not written."""
         if self._waiting:
             self._flush()
         if not self.tokens:
@@ -61,14 +61,11 @@ class TraceWriter:
             archive.writestr(HEAD, json.dumps(head | asdict(self.info)))
 
     def drop(self) -> None:
-        """Leave nothing behind."""
+        """Discard the file."""
         self._pending = []
-        try:
-            with self._open:
-                self._zip.close()
-                raise _Dropped
-        except _Dropped:
-            pass
+        with suppress(_Dropped), self._open:
+            self._zip.close()
+            raise _Dropped
 
     def _flush(self) -> None:
         for name in self._pending[0]:
@@ -81,11 +78,11 @@ class TraceWriter:
 
 
 class _Dropped(Exception):
-    """Ends the writing of a file that shall not come to be."""
+    """Makes ``whole`` discard the file."""
 
 
 def write_trace(file: Path, trace: Trace) -> None:
-    """Write a trace that is in memory. Raises OSError."""
+    """Write ``trace`` to ``file``. Raises OSError."""
     writer = TraceWriter(file, trace.info)
     for start in range(0, len(trace), BLOCK):
         parts = {name: getattr(trace, name) for name in DTYPES}
@@ -94,13 +91,13 @@ def write_trace(file: Path, trace: Trace) -> None:
 
 
 def read_own(archive: zipfile.ZipFile, where: str, scores: bool) -> Trace:
-    """The trace in an open file; ``scores``: with its optional parts. Raises TraceError."""
+    """The trace in an open file; ``scores``: with the optional parts. Raises TraceError."""
     try:
         head: Any = json.loads(archive.read(HEAD))
         if head["format"] != FORMAT or head["version"] != VERSION:
             raise TraceError(
                 f"{where}: expected {FORMAT} version {VERSION}, found {head['format']} version {head['version']}: "
-                f"read it with the tierlm that wrote it"
+                f"read it with the version of tierlm that wrote it"
             )
         tokens, blocks = int(head["tokens"]), int(head["blocks"])
         order = tuple(tuple(int(expert) for expert in row) for row in head["order"])
@@ -108,7 +105,7 @@ def read_own(archive: zipfile.ZipFile, where: str, scores: bool) -> Trace:
         layers, experts, size = (int(head[name]) for name in ("layers", "experts", "record_bytes"))
         info = TraceInfo(str(head["model"]), layers, moe_layers, experts, size, order)
     except (KeyError, ValueError, TypeError, *BROKEN) as error:
-        raise TraceError(f"{where}: {HEAD}: not the head of a trace: {error!r}") from error
+        raise TraceError(f"{where}: {HEAD}: not a trace head: {error!r}") from error
     found: dict[str, list[Array]] = {}
     for block in range(blocks):
         for name, dtype in DTYPES.items():
@@ -132,15 +129,15 @@ BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError
 
 
 def read_member(archive: zipfile.ZipFile, name: str, where: str) -> Array:
-    """An array of numbers out of an open npz; what its header says is compared with its size before memory is taken.
-    Raises TraceError."""
+    """A numeric array of an open npz; its header is checked against its size before any allocation. Raises
+    TraceError."""
     try:
         size = archive.getinfo(name).file_size
         with archive.open(name) as member:
             shape, fortran, dtype = _header(member)
             count = int(np.prod(shape, dtype=object)) if shape else 1
             if dtype.kind not in "iufb" or fortran or count * dtype.itemsize != size - member.tell():
-                raise ValueError(f"{shape} of {dtype} does not take {size - member.tell()} bytes, or not plain numbers")
+                raise ValueError(f"expected numbers in {size - member.tell()} bytes, found {shape} of {dtype}")
             return np.frombuffer(member.read(), dtype).reshape(shape)
     except KeyError:
         raise TraceError(f"{where}: expected an array {name.removesuffix('.npy')!r}, found none") from None

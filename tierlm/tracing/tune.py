@@ -1,4 +1,4 @@
-"""Searching a policy's parameters on one part of a trace, and judging them on the rest."""
+"""Searches a policy's parameters on one part of a trace and tests them on the rest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Tuned:
-    """``train``: the best hit rate on the first ``split`` tokens; ``test`` and ``untuned``: on the others, empty slots
-    at first, with the parameters that were found and with the default ones."""
+    """Hit rates: ``train``, the best on the first ``split`` tokens; ``test`` and ``untuned``, on the rest from empty
+    slots, with the best and the default parameters."""
 
     policy: str
     parameters: Mapping[str, float]
@@ -27,8 +27,8 @@ class Tuned:
 
 
 def tune(trace: Trace, name: str, slots: int, trials: int) -> Tuned:
-    """Search what ``tunable`` of the policy called ``name`` names: Optuna's TPE sampler, seeded, from the defaults on.
-    Raises UsageError where Optuna is not installed, or nothing can be searched."""
+    """Search the ``tunable`` parameters of policy ``name`` with Optuna's TPE sampler, seeded. Raises UsageError if
+    Optuna is not installed or the policy has no parameters."""
     try:
         import optuna
     except ImportError as error:
@@ -37,7 +37,7 @@ def tune(trace: Trace, name: str, slots: int, trials: int) -> Tuned:
         raise UsageError(f"--tune: expected at least one trial and two tokens, found {trials} and {len(trace)}")
     policy = type(open_policy(name, trace, slots))
     if not policy.tunable:
-        raise UsageError(f"policy {name}: it has no parameters to search")
+        raise UsageError(f"policy {name}: no parameters to search")
     split = round(len(trace) * TRAIN)
     first, rest = trace.part(0, split), trace.part(split, len(trace))
 
@@ -57,6 +57,6 @@ def tune(trace: Trace, name: str, slots: int, trials: int) -> Tuned:
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=SEED))
     study.optimize(objective, n_trials=trials)
     found, train = dict(study.best_params), study.best_value
-    if (plain := hit_rate(first, {})) >= train:  # the defaults are a candidate too
+    if (plain := hit_rate(first, {})) >= train:  # the defaults are also a candidate
         found, train = {}, plain
     return Tuned(name, found, split, train, hit_rate(rest, found), hit_rate(rest, {}))

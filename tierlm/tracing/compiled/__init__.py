@@ -1,7 +1,7 @@
-"""The replay, compiled: the classic policies' decisions in C++, for traces of millions of demands.
+"""The compiled replay: the classic policies in C++, for traces of millions of demands.
 
-The classes of ``tierlm.policies`` are the reference, and the engine's; each file here says of which of them it is the
-twin. Without a compiler, or for a policy without a twin, ``tracing.replay`` asks those.
+The classes of ``tierlm.policies``, which the engine uses, are the reference; each file here names those of which it is
+the twin. Without a compiler, or for a policy without a twin, ``tracing.replay`` calls the reference.
 """
 
 from __future__ import annotations
@@ -14,80 +14,56 @@ import numpy as np
 import numpy.typing as npt
 
 from tierlm.library import find_library
+from tierlm.policies import POLICIES
 from tierlm.policies.belady import Belady
 from tierlm.policies.eviction import Policy
-from tierlm.policies.frequency import Lfu, LfuAgeing, LruK
-from tierlm.policies.queues import Arc, S3Fifo, TwoQ
-from tierlm.policies.recency import Clock, Fifo, LayerLru, Lru, Sieve
 from tierlm.tracing.trace import Demands
 
 Counts = npt.NDArray[np.int32]
 
-NAMES: dict[type[Policy], str] = {
-    Lru: "lru",
-    LayerLru: "layer-lru",
-    Fifo: "fifo",
-    Clock: "clock",
-    Sieve: "sieve",
-    TwoQ: "2q",
-    S3Fifo: "s3-fifo",
-    Arc: "arc",
-    Lfu: "lfu",
-    LfuAgeing: "lfu-ageing",
-    LruK: "lru-k",
-    Belady: "belady",
+PARAMETERS = {  # the attributes that a twin takes, in its order
+    **dict.fromkeys(("lru", "layer-lru", "fifo", "sieve", "arc", "lfu", "lfu-ageing", "belady"), ()),
+    "clock": ("lives",),
+    "lru-k": ("k",),
+    "2q": ("limit", "ghost_limit"),
+    "s3-fifo": ("limit", "ghost_limit", "uses"),
 }
+NAMES = {POLICIES.get(name, Belady): name for name in PARAMETERS}
 
 
 def has_twin(policy: Policy) -> bool:
-    """Whether ``policy`` is one that this folder knows; a class that derives from one may do anything."""
+    """Whether ``policy`` can run compiled; a subclass of a known policy cannot, as it may differ."""
     return load() is not None and type(policy) in NAMES
 
 
 def replay(policy: Policy, demands: Demands, experts: int, places: Counts | None) -> tuple[Counts, Counts]:
-    """What ``policy``, which has a twin and has seen nothing, misses with as many slots as its setting has.
-
-    ``experts``: of a layer; ``places``: int32 [L, experts], where on the disk each lies, None: by number. Returns
-    ``counts`` and ``behind`` of ``replay.Misses``.
-    """
+    """Replay a new ``policy`` that has a twin, with the slots of its TierInfo. ``experts``: of a layer; ``places``:
+    int32 [L, experts], as of ``replay.disk_places``. Returns ``counts`` and ``behind`` of ``replay.Misses``."""
     library = load()
     assert library is not None
-    prefill = demands.prefill
+    prefill, name = demands.prefill, NAMES[type(policy)]
     missed = np.empty(demands.ends.shape, np.int32)
     behind = np.empty(int(demands.counts[prefill].sum()), np.int32)
-    parameters = np.array(_parameters(policy), np.float64)
+    parameters = np.array([getattr(policy, attribute) for attribute in PARAMETERS[name]], np.float64)
     error = library.tierlm_replay(
-        NAMES[type(policy)].encode(),
+        name.encode(),
         *(array.ctypes for array in (parameters, demands.ids, demands.ends)),
         missed.size,
         prefill.ctypes,
         None if places is None else places.ctypes,
-        demands.layers,
+        demands.ends.shape[1],
         experts,
         policy.info.capacity,
         *(array.ctypes for array in (missed, behind)),
     )
     if error:
-        raise RuntimeError("no slot can be had: fewer than one slot, or this is a bug in tierlm")
+        raise RuntimeError("no slot is available: this is a bug in tierlm, or the tier has no slots")
     return missed, behind[: int(missed[prefill].sum())]
-
-
-def _parameters(policy: Policy) -> tuple[float, ...]:
-    """As the twin expects them."""
-    if isinstance(policy, TwoQ):
-        return policy.limit, policy.ghost_limit
-    if isinstance(policy, S3Fifo):
-        return policy.limit, policy.ghost_limit, policy.uses
-    if isinstance(policy, Clock):
-        return (policy.lives,)
-    if isinstance(policy, LruK):
-        return (policy.k,)
-    return ()
 
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The library, or None where it was not built."""
+    """The library, or None if it was not built."""
     file = find_library(Path(__file__).parent)
     if file is None:
         return None

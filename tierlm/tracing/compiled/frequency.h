@@ -9,21 +9,21 @@
 #include "queue.h"
 #include "tier_info.h"
 
-using Rank = std::pair<double, int64_t>;  // the second one is never the same for two records
+using Rank = std::pair<double, int64_t>;  // the second is unique among records
 constexpr double NEVER = std::numeric_limits<double>::infinity();
 
-// The record with the smallest rank, in a heap. What rises in rank is moved when it comes to the top.
+// A heap of records, the smallest rank first. A record whose rank has grown moves when it reaches the top.
 class Ranking {
     struct Item {
-        Rank rank;  // at most that of the record
+        Rank rank;  // at most the rank of the record
         int id;
     };
     std::vector<Item> heap;
-    std::vector<Item> taken;  // by a look
-    std::vector<int> place;   // of each record in the heap, NONE: not there
+    std::vector<Item> taken;  // during a search
+    std::vector<int> place;   // of each record in the heap; NONE: absent
 
 public:
-    std::vector<Rank> ranks;  // to be changed through put only
+    std::vector<Rank> ranks;  // changed by put only
 
     explicit Ranking(int records) : place(records, NONE), ranks(records) {}
     void put(int id, Rank rank) {
@@ -45,7 +45,7 @@ public:
         down(place[last.id], last);
     }
     template <class Free>
-    int find(Free free) {  // the first that is free, or NONE
+    int find(Free free) {  // the first free record, or NONE
         int found = NONE;
         while (found == NONE && !heap.empty()) {
             Item top = heap[0];
@@ -119,7 +119,7 @@ struct LfuAgeing : Ranked {
 
 struct LruK : Ranked {
     int k;
-    std::vector<int64_t> times;  // [records, k] in a ring
+    std::vector<int64_t> times;  // [records, k] rings
     std::vector<int64_t> uses;
 
     explicit LruK(const TierInfo& info)
@@ -134,8 +134,8 @@ struct LruK : Ranked {
 };
 
 struct Belady : Ranked {
-    std::vector<int64_t> done;   // by record: where in times its next use is
-    std::vector<int32_t> times;  // of all uses, record by record; each closed by NONE
+    std::vector<int64_t> done;   // by record: index of its next use in times
+    std::vector<int32_t> times;  // of all uses by record, each list ended by NONE
 
     explicit Belady(const TierInfo& info) : Ranked(info), done(info.records() + 1) {
         int64_t count = info.groups ? info.ends[info.groups - 1] : 0;

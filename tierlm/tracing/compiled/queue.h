@@ -1,13 +1,13 @@
-// Records in order, as an OrderedDict without values.
+// Records in order, like an OrderedDict without values.
 #pragma once
 
 #include <vector>
 
 constexpr int NONE = -1;
 
-// Of the records 0 to n - 1, each at most once. All is O(1) but for find and trim.
+// Holds each of the records 0 to n - 1 at most once. All methods but find and trim are O(1).
 class Queue {
-    std::vector<int> next, prev;  // circles that go through end(); NONE: not in the queue
+    std::vector<int> next, prev;  // circular through end(); NONE: not in the queue
     int count = 0;
 
 public:
@@ -20,7 +20,7 @@ public:
     int size() const { return count; }
     bool contains(int id) const { return next[id] != NONE; }
 
-    void push(int id) {  // which is not in it, to the end
+    void push(int id) {  // append an absent record
         int last = prev[end()];
         next[last] = prev[end()] = id;
         prev[id] = last, next[id] = end();
@@ -48,7 +48,7 @@ public:
         while (count > 0 && count > limit) pop();
     }
     template <class Wanted>
-    int find(Wanted wanted) const {  // the first that is wanted, or NONE
+    int find(Wanted wanted) const {  // the first wanted record, or NONE
         for (int id = first(); id != end(); id = next[id])
             if (wanted(id)) return id;
         return NONE;

@@ -87,11 +87,11 @@ private:
     bool crowded() const { return main.queue.size() > slots - limit; }
     void turn(int id) {
         if (!crowded())
-            for (int passed = small.first(), next; passed != small.end() && passed != id; passed = next) {
-                next = small.after(passed);
-                if (uses[passed] < enough) continue;
-                small.erase(passed);
-                main.insert(passed);
+            for (int other = small.first(), next; other != small.end() && other != id; other = next) {
+                next = small.after(other);
+                if (uses[other] < enough) continue;
+                small.erase(other);
+                main.insert(other);
             }
         if (small.contains(id)) {
             small.erase(id);

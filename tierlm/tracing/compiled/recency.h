@@ -29,8 +29,8 @@ struct Lru : Fifo {
 struct LayerLru {
     int experts, slots;
     std::vector<Queue> orders;  // by layer
-    std::vector<int> seen;      // layers, in the order in which they came
-    std::vector<char> tried;    // by layer, in one look
+    std::vector<int> seen;      // layers in order of appearance
+    std::vector<char> tried;    // by layer, during one search
 
     explicit LayerLru(const TierInfo& info)
         : experts(info.experts), slots(info.slots), orders(info.layers, Queue(experts)),
@@ -56,7 +56,7 @@ struct LayerLru {
     }
 
 private:
-    int longest() const {  // that has not been tried
+    int longest() const {  // of the layers not yet tried
         int best = NONE;
         for (int layer : seen)
             if (!tried[layer] && (best == NONE || orders[layer].size() > orders[best].size())) best = layer;
@@ -77,10 +77,10 @@ struct Ring {
     void spare(int id) { lives[id] = std::min(lives[id] + 1, most); }
     void turn(int id) {
         for (;;) {
-            int passed = queue.pop();
-            if (passed == id && lives[id] == 0) return;
-            lives[passed] = std::max(0, lives[passed] - 1);
-            queue.push(passed);
+            int other = queue.pop();
+            if (other == id && lives[id] == 0) return;
+            lives[other] = std::max(0, lives[other] - 1);
+            queue.push(other);
         }
     }
     template <class Wanted>
@@ -112,12 +112,12 @@ struct Clock {
 };
 
 struct Sieve {
-    Queue ahead, passed;
+    Queue ahead, behind;
     std::vector<char> used;
     int offered = NONE;
 
     explicit Sieve(const TierInfo& info)
-        : ahead(info.records()), passed(info.records()), used(info.records()) {}
+        : ahead(info.records()), behind(info.records()), used(info.records()) {}
     void insert(int id) {
         ahead.push(id);
         used[id] = 0;
@@ -125,14 +125,14 @@ struct Sieve {
     void hit(int id) { used[id] = 1; }
     void evict(int id) {
         if (id != offered) {
-            (ahead.contains(id) ? ahead : passed).erase(id);
+            (ahead.contains(id) ? ahead : behind).erase(id);
             return wrap();
         }
         for (bool found = false; !found; wrap()) {
-            int under = ahead.pop();  // the hand
+            int under = ahead.pop();  // under the hand
             found = under == id && !used[id];
             if (!found) {
-                passed.push(under);
+                behind.push(under);
                 used[under] = 0;
             }
         }
@@ -140,7 +140,7 @@ struct Sieve {
     template <class Free>
     int victim(int, Free free) {
         for (char wanted : {0, 1})
-            for (const Queue* part : {&ahead, &passed}) {
+            for (const Queue* part : {&ahead, &behind}) {
                 int found = part->find([&](int id) { return used[id] == wanted && free(offered = id); });
                 if (found != NONE) return found;
             }
@@ -149,6 +149,6 @@ struct Sieve {
 
 private:
     void wrap() {
-        if (ahead.size() == 0) std::swap(ahead, passed);
+        if (ahead.size() == 0) std::swap(ahead, behind);
     }
 };

@@ -1,4 +1,4 @@
-// Hits and misses of a policy over a trace: tierlm/tracing/replay.py and residency.py, where nothing is predicted.
+// Hits and misses of a policy over a trace: tierlm/tracing/replay.py and residency.py without predictions.
 
 #include <algorithm>
 #include <cstring>
@@ -16,7 +16,7 @@ template <class Policy>
 class Residency {
     Policy policy;
     int slots, streaming_limit, resident_count = 0, streaming_count = 0;
-    uint32_t layer_run = 1;  // a record is pinned that has its number
+    uint32_t layer_run = 1;  // a record with this number is pinned
     std::vector<uint32_t> pinned;
     std::vector<char> resident, streaming;
     Queue leaving;
@@ -29,7 +29,7 @@ public:
 
     bool demand(int id, bool prefill) {
         if (!resident[id]) return false;
-        if (!prefill) pass_no_more(id);
+        if (!prefill) end_streaming(id);
         leaving.discard(id);
         policy.hit(id);
         pinned[id] = layer_run;
@@ -45,7 +45,7 @@ public:
             resident[victim] = 0;
             --resident_count;
             leaving.discard(victim);
-            pass_no_more(victim);
+            end_streaming(victim);
             policy.evict(victim);
         }
         resident[id] = 1;
@@ -74,26 +74,26 @@ private:
         return policy.victim(id, free);
     }
 
-    void pass_no_more(int id) {
+    void end_streaming(int id) {
         streaming_count -= streaming[id];
         streaming[id] = 0;
     }
 };
 
-// Start all of missing, and release everything: as _bring in replay.py.
+// Start all of missing and release everything, as _bring in replay.py.
 template <class Policy>
-bool bring(Residency<Policy>& residency, std::vector<int>& held, const std::vector<int>& missing, bool prefill,
+bool bring(Residency<Policy>& residency, std::vector<int>& leased, const std::vector<int>& missing, bool prefill,
            int32_t*& behind) {
-    size_t batch = std::max<size_t>(held.size(), 1), wanted = held.size() + missing.size();
+    size_t batch = std::max<size_t>(leased.size(), 1), wanted = leased.size() + missing.size();
     size_t started = 0;
     for (size_t released = 0; released < wanted;) {
         for (; started < missing.size() && residency.start(missing[started], prefill); ++started) {
-            held.push_back(missing[started]);
+            leased.push_back(missing[started]);
             if (prefill) *behind++ = int32_t(released);
         }
-        if (released == held.size()) return false;
+        if (released == leased.size()) return false;
         size_t count = prefill || released ? 1 : batch;
-        for (; count > 0; --count) residency.release(held[released++]);
+        for (; count > 0; --count) residency.release(leased[released++]);
     }
     return true;
 }
@@ -102,19 +102,19 @@ template <class Policy>
 bool replay(const TierInfo& info, const uint8_t* prefills, const int32_t* places, int32_t* missed,
             int32_t* behind) {
     Residency<Policy> residency(info);
-    std::vector<int> held, missing;
+    std::vector<int> leased, missing;
     int64_t at = 0;
     for (int64_t group = 0; group < info.groups; ++group) {
         bool prefill = prefills[group / info.layers];
         int64_t begin = at, end = info.ends[group];
-        held.clear();
+        leased.clear();
         missing.clear();
-        for (; at < end; ++at) (residency.demand(info.ids[at], prefill) ? held : missing).push_back(info.ids[at]);
+        for (; at < end; ++at) (residency.demand(info.ids[at], prefill) ? leased : missing).push_back(info.ids[at]);
         missed[group] = int32_t(missing.size());
         if (prefill && places)
             std::sort(missing.begin(), missing.end(), [&](int a, int b) { return places[a] < places[b]; });
         if (prefill || end - begin > info.slots) {
-            if (!bring(residency, held, missing, prefill, behind)) return false;
+            if (!bring(residency, leased, missing, prefill, behind)) return false;
             continue;
         }
         for (int id : missing) residency.start(id, false);
@@ -136,9 +136,9 @@ const Entry POLICIES[] = {
 
 }  // namespace
 
-// prefills: [steps]; places: [records] where on the disk each lies in its layer, null: by number. Written: missed
-// [groups], and behind, for each record that a prefill missed, in the order in which they were started, how many of
-// its layer had been released before. 0: done; 1: no such policy; 2: no slot could be had.
+// prefills: [steps]; places: [records] place on the disk within the layer, null: by number. Writes missed [groups], and
+// behind: for each record that a prefill missed, in starting order, how many of its layer had been released before.
+// Returns 0: done; 1: unknown policy; 2: no slot available.
 extern "C" int tierlm_replay(const char* policy, const double* parameters, const int32_t* ids, const int64_t* ends,
                              int64_t groups, const uint8_t* prefills, const int32_t* places, int layers, int experts,
                              int slots, int32_t* missed, int32_t* behind) {

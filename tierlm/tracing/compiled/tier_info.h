@@ -1,8 +1,8 @@
-// What a replay is about. Each policy below has the name, the parameters and the decisions of the class in
-// tierlm/policies that is called so; tests/test_compiled.py holds them together, request for request.
+// The input of a replay. Each policy has the name, parameters and decisions of the class in tierlm/policies of the same
+// name; tests/test_compiled.py compares them request by request.
 //
 // insert, hit, evict: as on_insert, on_hit, on_evict. victim(incoming, free): the first of victims() that is free, or
-// NONE. A record is a number, layer x experts + expert, so that numbers are ordered as keys are.
+// NONE. A record is the number layer x experts + expert, ordered as its key.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 struct TierInfo {
     int layers, experts, slots;
     const double* parameters;  // of the policy
-    const int32_t* ids;        // all that is demanded, layer by layer of each step
-    const int64_t* ends;       // [groups] behind the last of each layer of each step
+    const int32_t* ids;        // all demands, by step and layer
+    const int64_t* ends;       // [groups] the end of each layer of each step in ids
     int64_t groups;
 
     int records() const { return layers * experts; }

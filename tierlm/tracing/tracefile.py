@@ -119,7 +119,7 @@ def read_own(archive: zipfile.ZipFile, where: str, scores: bool) -> Trace:
     try:
         joined: dict[str, Any] = {name: np.concatenate(rows) for name, rows in found.items()}
         if len(joined.get("experts", ())) != tokens or joined["experts"].ndim != 3:
-            raise ValueError(f"expected {tokens} tokens x layers x choices, found {joined['experts'].shape}")
+            raise ValueError(f"expected {tokens} tokens x layers x k, found {joined['experts'].shape}")
         return Trace(info, **joined)
     except (KeyError, ValueError, TypeError, TraceError) as error:
         raise TraceError(f"{where}: {error}") from error

@@ -220,7 +220,7 @@ def test_large_requests_are_apart(tmp_path: Path) -> None:
 def order_of(named: dict[int, str], timeline: Timeline) -> list[str]:
     """The names of what was read, first to last."""
     spans = sorted((began, name) for track, _, name, began, _, _ in timeline._spans if track == "disk->ram")
-    names = {str(tuple(ExpertKey(0, i))): name for i, name in named.items()}
+    names = {str(ExpertKey(0, i)): name for i, name in named.items()}
     return [names[name] for _, name in spans if name in names]
 
 

@@ -52,7 +52,7 @@ def disk_ceiling(folder: Path, total: int = 2 * 2**30, depth: int = 8) -> tuple[
 
 
 def bytes_read(path: Path) -> int:
-    """Bytes read so far, by all processes, from the block device that holds ``path``. Raises OSError if there is none."""
+    """Bytes read so far, by all processes, from the block device of ``path``. Raises OSError if there is none."""
     device = os.stat(path).st_dev
     counters = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
     return int(counters[2]) * 512

@@ -2,8 +2,8 @@
 
     python bench/policies.py                                          # the demo model's trace
     python bench/policies.py --trace trace.jsonl --figures /tmp/figures
-    python bench/policies.py --trace one.jsonl other.npz@20000:20600     # several, one of them in part; and their average
-    python bench/policies.py --trace long.npz --predictors --policies belady lru fifo clock   # compiled: millions a second
+    python bench/policies.py --trace one.jsonl other.npz@20000:20600     # several, one in part; and their average
+    python bench/policies.py --trace long.npz --predictors --policies belady lru fifo clock   # compiled, fast
 
 The cache starts empty, and its first misses count. Every pair of policy and size runs in its own process. The last line
 is JSON.

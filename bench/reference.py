@@ -1,6 +1,6 @@
 """The classic policies against libCacheSim's, request for request. Needs `pip install libcachesim`.
 
-    python bench/reference.py                                          # three synthetic sequences, and the demo model's trace
+    python bench/reference.py                                      # synthetic sequences, and the demo model's trace
     python bench/reference.py --trace trace.jsonl --slots 51 205 512
 
 Records are requested one at a time and none is leased, since libCacheSim knows neither layers nor leases. The last line

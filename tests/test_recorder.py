@@ -1,4 +1,4 @@
-"""Recording: what is written down is what ran, and nothing is where nobody asked."""
+"""Recording: the trace matches the run, and nothing is recorded unless requested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARAMS = SamplingParams(max_new_tokens=5, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """Of the demo model: two prompts side by side, in chunks of 8 tokens, then the logits of a third."""
+    """The demo model: two prompts in one batch, in chunks of 8 tokens, then the logits of a third."""
     file = tmp_path_factory.mktemp("recorded") / "trace"
     options = {"heat": False, "prefill_chunk": 8, "trace": file, "trace_scores": True}
     with LLM.load("demo", budget=Budget("8GiB"), **options) as llm:
@@ -51,14 +51,14 @@ def test_scores_rank_first_what_was_chosen_and_gates_prediction_it(recorded: Tra
     ranked = np.take_along_axis(recorded.scores, recorded.experts.astype(int), axis=2)
     assert (np.diff(ranked, axis=2) <= 0).all()  # in the router's order
     best = np.argmax(recorded.scores, axis=2)[..., None]
-    assert (best == recorded.experts).any(2).mean() > 0.8  # but for those in groups that are closed
+    assert (best == recorded.experts).any(2).mean() > 0.8  # except in masked groups
     assert recorded.predictions.shape[2:] == (AHEAD, 4 * CHOSEN)
     for ahead in range(AHEAD):
         asked = recorded.predictions[:, ahead:, ahead]
         assert (recorded.predictions[:, :ahead, ahead] == -1).all() and (asked >= 0).all()
         assert all(len(set(ranked)) == len(ranked) for ranked in asked.reshape(-1, asked.shape[2]).tolist())
         hits = (asked[..., :CHOSEN, None] == recorded.experts[:, ahead:, None, :]).any(2).mean()
-        assert hits > 3 * CHOSEN / 32  # by chance, one share
+        assert hits > 3 * CHOSEN / 32  # by chance, their share
 
 
 def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:

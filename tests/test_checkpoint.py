@@ -352,7 +352,7 @@ def readers(files: Sequence[Path]) -> list[Reader]:
 
 
 def check_record(tensors: Mapping[str, TensorInfo], record: Record) -> None:
-    """A record's promises: alignment, no overlap, reads no longer than needed, every tensor's exact bytes."""
+    """A record's promises: alignment, no overlap, reads no longer than the pages need, every tensor's exact bytes."""
     assert record.nbytes % ALIGNMENT == 0
     assert set(record.places) == set(tensors)
     at = 0

@@ -307,7 +307,7 @@ def test_heaps_stay_bounded(kind: type[Policy]) -> None:
 
 
 def _hits(name: str, slots: int, tokens: int) -> int:
-    """Hits of a run through 8 layers of 16 experts, where each token uses expert 0 of each layer and one other in turn."""
+    """Hits of a run through 8 layers of 16 experts. Each token uses expert 0 of each layer and one other in turn."""
     layers, hits = 8, 0
     policy = make_policy(name, TierInfo(layers, slots))
     resident: set[Key] = set()

@@ -335,7 +335,7 @@ class Machine(RuleBasedStateMachine):
     def acquire(
         self, layer: int, experts: list[int], streaming: bool, stop: int | None, boom: bool, predicted: list[ExpertKey]
     ) -> None:
-        """All experts; or the first ``stop``, then leave or raise; with 0, everything is left."""
+        """All experts; or the first ``stop``, then leave or raise; with 0, held reads stay held."""
         assert self.bench is not None
         bench, top = self.bench, self.bench.top
         wanted = keys(layer, *experts)

@@ -1,4 +1,4 @@
-"""A trace, or a block of its tokens, by FILE or FILE@START:STOP."""
+"""A trace, or a block of its tokens, named FILE or FILE@START:STOP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tierlm.tracing.traceforms import read_trace
 
 @cache
 def read_block(name: str, scores: bool = False) -> Trace:
-    """Once a process. Raises UsageError for a block that is none, and TraceError for what is no trace."""
+    """Cached per process. Raises UsageError for an invalid block, and TraceError for an invalid trace."""
     file, _, block = name.partition("@")
     trace = read_trace(Path(file), scores=scores)
     if not block:

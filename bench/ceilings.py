@@ -1,12 +1,12 @@
-"""What `tierlm profile` measures against other tools, by turns: disks against fio, RAM against a loop in C++.
+"""Compare `tierlm profile` with other tools, in alternation: disks with fio, RAM with a C++ loop.
 
     python bench/ceilings.py FOLDER --rounds 5
 
-fio (which must be installed) reads the same files at random with the same size, depth and pattern, O_DIRECT, libaio,
-and other places each time, as the profile does: those of the last time may be in a cache of the disk's or its host's.
-It reads into pages of 4 KiB, so the profile's reads do too in the first comparison; in the second both use huge pages,
-fio those of hugetlbfs, of which enough must be free (as root: echo 64 > /proc/sys/vm/nr_hugepages). bench/stream.cpp is
-compiled with g++. Medians of the rounds, and of the rounds' ratios; the last line is JSON.
+fio must be installed. It reads the same files at random with the profile's size, depth and pattern, O_DIRECT and
+libaio. Both read new places each time, since the last ones may be in a cache of the disk or its host. The first
+comparison uses 4 KiB pages on both sides, the second huge pages; fio takes them from hugetlbfs, which needs enough free
+ones (as root: echo 64 > /proc/sys/vm/nr_hugepages). g++ compiles bench/stream.cpp. Reports medians of the rounds and of
+the rounds' ratios; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tierlm.profiling.bandwidth import BLOCK, measure_memory
 from tierlm.profiling.storage import Cell, files_of, measure_disk
 
 CELLS = ((4 * 2**20, 8), (2**20, 8), (8 * 2**20, 4), (2**20, 1), (256 * 1024, 4))
-SECONDS, TIMES = 1.0, 4  # of a run of fio; runs of ours, which take a quarter of that each
+SECONDS, TIMES = 1.0, 4  # of a fio run; our runs, which take a quarter of that each
 
 
 def fio(files: list[Path], size: int, depth: int, huge: bool) -> float:

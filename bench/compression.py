@@ -1,13 +1,13 @@
-"""What lossless compression would save, and cost: experts of a model, byte planes apart, zstd, and back.
+"""What lossless compression saves and costs: byte planes of a model's experts through zstd, and back.
 
-Blocks of 256 KiB, which stay in the processor's cache while their planes are put together. A plane of which zstd leaves
-more than 95 % is stored as it is: in bf16 that is the low one.
+Blocks of 256 KiB stay in the processor's cache while their planes are joined. A plane that zstd leaves at more than 95
+% is stored as it is: in bf16 that is the low one.
 
     python bench/compression.py MODEL [--experts N] [--levels 1 3 9]
 
-For each level the compressed share of the bytes, and how fast one thread makes the record again, with the planes put
-together: that has to be as fast as the disk, on processors that the arithmetic needs as well. The last line is JSON.
-Needs zstandard: pip install tierlm[zstd].
+Prints for each level the compressed share of the bytes, and how fast one thread restores the record, planes joined:
+that must match the disk's speed, on processors that the arithmetic needs too. The last line is JSON. Needs zstandard:
+pip install '.[zstd]'.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORTH = 0.95
 
 
 def measure(tensors: list[np.ndarray], level: int) -> tuple[float, float]:
-    """Tensors, uint8 [items, bytes of an item] -> the share that zstd leaves, and bytes a second of one thread back."""
+    """Tensors, uint8 [items, bytes of an item] -> the compressed share, and bytes/s that one thread restores."""
     compressor, decompressor = zstandard.ZstdCompressor(level), zstandard.ZstdDecompressor()
     blocks = [
         tensor[at : at + BLOCK // tensor.shape[1]]
@@ -65,7 +65,7 @@ def store(compressor: zstandard.ZstdCompressor, plane: bytes) -> bytes:
 
 def join(planes: list[np.ndarray], target: np.ndarray) -> None:
     """Planes, uint8 [items] each, into uint8 [items, bytes of an item]."""
-    if len(planes) == 2:  # whole vectors at a time, where bytes two apart would be stored one by one
+    if len(planes) == 2:  # writes whole vectors; storing bytes two apart would write them one by one
         items = target.view("<u2")[:, 0]
         items[...] = planes[1]
         items <<= 8
@@ -85,7 +85,7 @@ def main() -> None:
     random.seed(0)
     keys = random.sample(catalog.experts(), min(arguments.experts, len(catalog.experts())))
     parts = [tensor for key in keys for extent in catalog.record(key).extents for tensor in extent.tensors]
-    tensors = []  # joined: those of small models would each be less than a block
+    tensors = []  # joined: in small models each is less than a block
     for size in sorted({ITEM_SIZE[part.dtype] for part in parts}):
         alike = (piece for part in parts if ITEM_SIZE[part.dtype] == size for piece in read_pieces(part))
         tensors.append(np.frombuffer(b"".join(alike), np.uint8).reshape(-1, size))

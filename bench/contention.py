@@ -1,9 +1,9 @@
-"""What the arithmetic and the disk give side by side: expert kernels on resident weights, and direct reads beside them.
+"""What the arithmetic and the disk deliver together: expert kernels on resident weights beside direct reads.
 
     python bench/contention.py MODEL
 
-Both want the processors (on a virtual machine the host's part of a read too) and the memory's bandwidth: neither
-keeps the speed that it has alone, which bounds what prefetching can bring. The last line is JSON.
+Both need processors (on a virtual machine the host's part of a read does too) and memory bandwidth. Neither keeps the
+speed it has alone, which limits what prefetch can gain. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def huge(nbytes: int) -> mmap.mmap:
 
 
 class Reads:
-    """``depth`` threads that read random places until they are told to stop."""
+    """``depth`` threads that read random places until stopped."""
 
     def __init__(self, files: Sequence[Path], depth: int):
         self.files = [(os.open(file, os.O_RDONLY | os.O_DIRECT), file.stat().st_size) for file in files]

@@ -1,8 +1,9 @@
-"""What a decision costs: microseconds a demanded record, by policy and number of residents.
+"""What a decision costs: microseconds per demanded record, by policy and number of residents.
 
-python bench/decisions.py                                     # every policy, 100 to 10,000 slots
-A made run: 32 layers, 8 of n experts a token, the popular ones more often; half of all records have a slot. Fill first,
-then measure. What a policy does once a layer is shared by the records of that layer. The last line is JSON.
+    python bench/decisions.py                                     # every policy, 100 to 10,000 slots
+
+A synthetic run: 32 layers, 8 of n experts a token, popular ones more often; half of all records have a slot. The cache
+fills before measuring. A policy's work once a layer is shared by the records of that layer. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LAYERS, WIDTH = 32, 8
 
 
 def chosen(experts: int, tokens: int) -> list[list[list[ExpertKey]]]:
-    """Tokens, layers, keys: without replacement, the n-th expert of a layer as 1/n."""
+    """Tokens of layers of keys, without replacement; the n-th expert of a layer has weight 1/n."""
     random = np.random.default_rng(0)
     keys = [[ExpertKey(layer, expert) for expert in range(experts)] for layer in range(LAYERS)]
     chances = np.log(1 / np.arange(1, experts + 1))
@@ -31,7 +32,7 @@ def chosen(experts: int, tokens: int) -> list[list[list[ExpertKey]]]:
 
 
 def drive(policy: Policy, tokens: list[list[list[ExpertKey]]], slots: int, resident: set[ExpertKey]) -> int:
-    """Replay; the number of misses."""
+    """Replay; returns the number of misses."""
     misses = 0
     for token in tokens:
         for needed in token:
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--slots", nargs="+", type=int, default=[512, 2048, 8192])
-    parser.add_argument("--tokens", type=int, default=50, help="that are measured, after as many that are not")
+    parser.add_argument("--tokens", type=int, default=50, help="measured tokens, after as many unmeasured")
     args = parser.parse_args()
     found: dict[str, dict[int, float]] = {name: {} for name in args.policies}
     for slots in args.slots:

@@ -1,12 +1,11 @@
-"""Decode speed over budgets, policies and predictors, interleaved, with the disk's own ceiling beside it.
+"""Decode speed over budgets, policies and predictors, interleaved, beside the disk's ceiling.
 
     python bench/decode.py MODEL --ram 2GiB 4GiB --policy cycle lru --predictor none gate --rounds 3
     python bench/decode.py demo --ram 1GiB --slots 24 48 96 --policy default lru --predictor none
 
-Every case runs in a process of its own, in a memory cgroup of the size of its budget where one can be made, one case
-after another, and all of them again, in the other order, in the next round. Before each round the disk's ceiling is
-probed (bench/disk.py). Prompt and warm-up are not counted. --slots holds so many experts, whatever the budget has room
-for. The last line is JSON.
+Every case runs in its own process, in a memory cgroup of its budget's size where possible. Each round runs all cases,
+in the opposite order of the last round, after a probe of the disk's ceiling (bench/disk.py). Prompt and warm-up are not
+counted. --slots fixes the number of expert slots, whatever the budget allows. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
     budget = Budget(case["ram"], case["vram"])
     options = {"policy": case["policy"], "predictor": case["predictor"], "context": 1024}
-    options |= {"ram_slots": case["slots"], "heat": False}  # each run begins as cold as the others
+    options |= {"ram_slots": case["slots"], "heat": False}  # each run starts equally cold
     with LLM.load(case["model"], budget=budget, **options) as llm:
         llm.generate([list(range(5, 5 + PROMPT))], tokens(WARM))
         before, taken = llm.stats(), stolen()
@@ -59,7 +58,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
         "prediction_precision": (now.useful - then.useful) / useful,
         "stall_share": stall / seconds,
         "disk_busy_share": reading / seconds,
-        "stolen_per_token": taken / tokens_made,  # core-seconds, by the host of a virtual machine
+        "stolen_per_token": taken / tokens_made,  # core-seconds that the virtual machine's host took
         "overlap": max(reading, seconds - stall) / seconds,
         "load_seconds": after.load_seconds,
         "peak_ram": after.peak_ram,
@@ -67,7 +66,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
 
 def draw(file: Path, title: str, cases: list[dict[str, str]], results: list[list[dict[str, float]]]) -> None:
-    """Tokens a second against the budget, a line for each policy and predictor; every round a point."""
+    """Tokens/s against the budget: one line for each policy and predictor, one point for each round."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -14,11 +14,11 @@ DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 def disk_ceiling(folder: Path, total: int = 2 * 2**30, depth: int = 8) -> tuple[float, float]:
-    """Bytes a second of random direct reads of ``folder``, into memory of small pages and of huge ones.
+    """Bytes/s of random direct reads of ``folder``, into small pages and into huge pages.
 
-    A request to a virtual disk has a limited number of segments, and memory of 4 KiB pages fills them with 1 MiB where
-    huge pages do not: here that is a factor of three. The second is the ceiling; the first is what a tool that does not
-    ask for huge pages sees. Raises ValueError for a model without a file that is larger than a read.
+    A request to a virtual disk has a limited number of segments; 4 KiB pages exhaust them at 1 MiB, huge pages do not:
+    here a factor of three. The second value is the ceiling; the first is what a tool without huge pages sees. Raises
+    ValueError for a model without a file larger than a read.
     """
     places = [
         (file, offset)
@@ -33,7 +33,7 @@ def disk_ceiling(folder: Path, total: int = 2 * 2**30, depth: int = 8) -> tuple[
     def speed(advice: int) -> float:
         memory = mmap.mmap(-1, (depth + 1) * BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(advice)
-        memory.write(bytes(len(memory)))  # memory that is there already, as a slot's is
+        memory.write(bytes(len(memory)))  # already touched, like a slot
         view = memoryview(memory)
 
         def read(lane: int) -> int:
@@ -52,29 +52,29 @@ def disk_ceiling(folder: Path, total: int = 2 * 2**30, depth: int = 8) -> tuple[
 
 
 def bytes_read(path: Path) -> int:
-    """Bytes read so far, by anybody, from the block device that holds ``path``. Raises OSError where none does."""
+    """Bytes read so far, by all processes, from the block device of ``path``. Raises OSError if there is none."""
     device = os.stat(path).st_dev
     counters = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
     return int(counters[2]) * 512
 
 
 def own_bytes_read() -> int:
-    """Bytes that this process has made a disk read so far: directly, by page faults and by read-ahead."""
+    """Bytes that this process has caused to be read from disks so far: directly, by page faults and by read-ahead."""
     counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counters["read_bytes"])
 
 
 def stolen() -> float:
-    """Core-seconds so far that this machine's processors were ready to run and its host gave them to something else.
-    On a virtual disk, that is largely the host's own work on the reads. 0 where the system does not tell."""
+    """Core-seconds so far in which this machine's processors were ready but its host ran something else. On a virtual
+    disk that is largely the host's own work on the reads. 0 if the system does not tell."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else 0.0
 
 
 def drop_page_cache(files: list[Path]) -> str:
-    """Forget what is cached: of everything where that is permitted, else of ``files``. Returns which, in words.
+    """Drop the page cache: all of it where permitted, otherwise that of ``files``. Returns which, in words.
 
-    Pages that were cached before a run belong to another memory cgroup: the run would have them on top of its limit.
+    Pages cached before a run belong to another memory cgroup: the run would have them beyond its limit.
     """
     os.sync()
     try:

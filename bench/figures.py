@@ -1,4 +1,4 @@
-"""The figures of bench/policies.py: readable in print, and told apart without colour."""
+"""The figures of bench/policies.py: readable in print and without colour."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from tierlm.tracing.trace import Trace
 
-# Okabe and Ito's palette, which most colour-blind eyes tell apart; markers and dashes do it in print.
+# Okabe and Ito's palette suits most colour-blind readers; markers and dashes suit print.
 STYLES: list[dict[str, Any]] = [
     {"color": "#000000", "marker": "o", "linestyle": "-"},
     {"color": "#0072B2", "marker": "s", "linestyle": "--"},
@@ -24,7 +24,7 @@ STYLES: list[dict[str, Any]] = [
     {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
     {"color": "#E69F00", "marker": "X", "linestyle": "-"},
 ]
-MOST = 7  # lines in one figure: the others are in the heat map
+MOST = 7  # lines in one figure; the heat map has the others
 
 
 def draw(
@@ -75,7 +75,7 @@ def _regret(file: Path, title: str, fractions: list[float], hits: dict[str, list
 
 
 def _reuse(file: Path, title: str, trace: Trace) -> None:
-    """By layer: how many tokens pass until a record is used again, and how unevenly the experts are used."""
+    """By layer: tokens until a record is used again, and how unevenly experts are used."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     colours = plt.get_cmap("cividis")(np.linspace(0, 0.95, trace.moe_layers))
     for layer, colour in enumerate(colours):

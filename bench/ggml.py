@@ -1,4 +1,4 @@
-"""Single operations of ggml, llama.cpp's arithmetic, out of the shared library inside xllamacpp's wheel."""
+"""Single operations of ggml, llama.cpp's tensor library, from the shared library in xllamacpp's wheel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "I32": 26, "BF16": 30}  # enum ggml_type
 BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "BF16": (1, 2)}  # values, bytes
-REPACK = "_Z35ggml_backend_cpu_repack_buffer_typev"  # a C++ function: its buffers lay Q4_0 out for the processor
+REPACK = "_Z35ggml_backend_cpu_repack_buffer_typev"  # a C++ function: its buffers repack Q4_0 for the processor
 
 POINTERS = (
     "init new_tensor_3d mul_mat_id mul silu new_graph backend_cpu_init backend_alloc_ctx_tensors "
@@ -24,7 +24,7 @@ class Parameters(ctypes.Structure):
 
 
 class Ggml:
-    """The library, and a CPU backend with so many threads."""
+    """The library, and a CPU backend with a number of threads."""
 
     def __init__(self, threads: int):
         found = importlib.util.find_spec("xllamacpp")
@@ -51,12 +51,12 @@ class Ggml:
         return self._function("init")(Parameters(2**20, None, True))  # type: ignore[no-any-return]
 
     def tensor(self, context: int, type: str, *shape: int) -> int:
-        """``shape``: the innermost first, three numbers at most."""
+        """``shape``: the innermost dimension first, at most three."""
         sizes = [ctypes.c_int64(size) for size in (*shape, 1, 1)[:3]]
         return self.call("new_tensor_3d", context, ctypes.c_int(TYPES[type]), *sizes)
 
     def quantised(self, type: str, values: torch.Tensor) -> np.ndarray:
-        """float32 [outs, ins] -> the bytes of one of the types."""
+        """float32 [outs, ins] -> the bytes in one of the types."""
         outs, ins = values.shape
         per, size = BLOCKS[type]
         data = np.empty(outs * ins // per * size, np.uint8)
@@ -66,7 +66,7 @@ class Ggml:
         return data
 
     def weights(self, type: str, matrix: torch.Tensor, copies: int, repacked: bool) -> int:
-        """A tensor [copies, outs, ins] of one float32 matrix over and over, laid out for the processor if asked to."""
+        """A tensor [copies, outs, ins] of one float32 matrix repeated, repacked for the processor on request."""
         outs, ins = matrix.shape
         context = self.context()
         tensor = self.tensor(context, type, ins, outs, copies)
@@ -80,17 +80,17 @@ class Ggml:
         return tensor
 
     def set(self, tensor: int, data: np.ndarray) -> None:
-        """All of a tensor's bytes."""
+        """Set all bytes of a tensor."""
         self.call("backend_tensor_set", tensor, data.ctypes.data, ctypes.c_size_t(0), ctypes.c_size_t(data.nbytes))
 
     def get(self, tensor: int, *shape: int) -> torch.Tensor:
-        """A float32 tensor; ``shape``: the outermost first."""
+        """A float32 tensor; ``shape``: the outermost dimension first."""
         data = torch.empty(shape)
         self.call("backend_tensor_get", tensor, data.data_ptr(), ctypes.c_size_t(0), ctypes.c_size_t(data.nbytes))
         return data
 
     def graph(self, context: int, result: int) -> int:
-        """What computes ``result``, a tensor made by operations in ``context``: for ``compute``."""
+        """The graph for ``compute`` of ``result``, a tensor made by operations in ``context``."""
         self.buffers.append(self.call("backend_alloc_ctx_tensors", context, self.backend))
         graph = self.call("new_graph", context)
         self.call("build_forward_expand", graph, result)
@@ -100,6 +100,6 @@ class Ggml:
         self.call("backend_graph_compute", self.backend, graph)
 
     def release(self) -> None:
-        """Give back all memory of tensors."""
+        """Free the memory of all tensors."""
         while self.buffers:
             self.call("backend_buffer_free", self.buffers.pop())

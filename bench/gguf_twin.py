@@ -1,11 +1,11 @@
-"""Write the weights of a folder made by bench/synthetic.py as one GGUF file, for llama.cpp.
+"""Write a folder made by bench/synthetic.py as one GGUF file for llama.cpp.
 
     python bench/gguf_twin.py MODEL model.gguf --type q8_0
 
-The architecture is llama.cpp's "deepseek2", in the form that keeps the compressed latent in the cache: key and value
-halves of kv_b_proj apart, the key half transposed. bf16 holds exactly the same numbers as the folder, the fp8 one
-included, whose scales are powers of two. Norms, routers and correction biases are float32 in every type. Tensors are
-written one by one, an expert at a time. There is no tokenizer behind the vocabulary: prompts are ids.
+The architecture is llama.cpp's "deepseek2" in the form that caches the compressed latent: key and value halves of
+kv_b_proj are separate, the key half transposed. bf16 holds exactly the folder's numbers, also those in fp8, whose
+scales are powers of two. Norms, routers and correction biases are float32 in every type. Tensors are written one by
+one, an expert at a time. The vocabulary has no tokenizer: prompts are ids.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the GGUF file. ``sources``: names in the folder, one after another along a new first dimension if
-    there are several. ``half`` of kv_b_proj: "k", "v" or, for any other tensor, "". ``exact``: float32 in any type."""
+    """One tensor of the GGUF file. ``sources``: names in the folder; several are stacked along a new first dimension.
+    ``half`` of kv_b_proj: "k", "v", or "" for any other tensor. ``exact``: float32 in any type."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class Entry:
 
 
 def latent_of(spec: ModelSpec) -> Latent:
-    """The attention of all layers. Raises ValueError for another kind: the twin is of llama.cpp's "deepseek2"."""
+    """The attention of all layers. Raises ValueError for another kind, which llama.cpp's "deepseek2" lacks."""
     kinds = {layer.attention for layer in spec.layers}
     kind = kinds.pop()
     if kinds or not isinstance(kind, Latent):
@@ -68,7 +68,7 @@ def latent_of(spec: ModelSpec) -> Latent:
 
 
 def entries(spec: ModelSpec) -> Iterator[Entry]:
-    """What llama.cpp wants of a model of ``spec``, shapes row-major, as numpy has them."""
+    """What llama.cpp needs of a model of ``spec``; row-major shapes, as in numpy."""
     family, latent = family_of(spec.model_type, "gguf"), latent_of(spec)
     resident = family.resident_tensors(spec)
     yield Entry("token_embd.weight", (spec.vocab, spec.hidden), (family.embedding_name(),))
@@ -98,7 +98,7 @@ def entries(spec: ModelSpec) -> Iterator[Entry]:
 
 
 def write_twin(folder: Path, file: Path, kind: str = "bf16") -> None:
-    """Write ``folder`` to ``file``; ``kind`` is one of TYPES. Raises ValueError for rows that a type cannot hold."""
+    """Write ``folder`` to ``file``; ``kind`` is one of TYPES. Raises ValueError for rows that the type cannot hold."""
     config = read_json(folder / "config.json")
     spec = read_spec(config, str(folder))
     checkpoint = Checkpoint(folder)
@@ -115,7 +115,7 @@ def write_twin(folder: Path, file: Path, kind: str = "bf16") -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    assert writer.fout is not None  # the writer's own loop holds whole tensors, and stacked experts take 7.5 GB
+    assert writer.fout is not None  # the writer's own loop holds whole tensors; stacked experts take 7.5 GB
     stream = writer.fout[0]
     for entry, own in zip(listed, types, strict=True):
         writer.write_padding(stream, stream.tell())
@@ -127,7 +127,7 @@ def write_twin(folder: Path, file: Path, kind: str = "bf16") -> None:
 
 
 def _part(checkpoint: Checkpoint, name: str, half: str, spec: ModelSpec) -> Tensor:
-    """One tensor of the folder, bfloat16 or float32, or the asked half of kv_b_proj, [heads, ...]."""
+    """One tensor of the folder, bfloat16 or float32, or the requested half of kv_b_proj, [heads, ...]."""
     tensor = _read(checkpoint.tensor(name))
     if tensor.dtype == torch.float8_e4m3fn:
         tensor = widen(Weight(tensor, "fp8", _read(checkpoint.tensor(name + "_scale_inv")))).bfloat16()
@@ -162,13 +162,13 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_vocab_size(spec.vocab)
     writer.add_layer_norm_rms_eps(spec.norm_eps)
     writer.add_head_count(latent.heads)
-    writer.add_head_count_kv(1)  # the latent is the one key, and the one value, that all heads share
+    writer.add_head_count_kv(1)  # all heads share the latent as their one key and value
     writer.add_key_length(latent.cache_width)
     writer.add_value_length(latent.kv_rank)
     writer.add_key_length_mla(latent.nope_dim + latent.rope_dim)
     writer.add_value_length_mla(latent.value_dim)
     writer.add_kv_lora_rank(latent.kv_rank)
-    # Zero says that there is none. llama.cpp does without the key only at Lite's own number of layers.
+    # Zero: none. llama.cpp allows the key to be absent only at Lite's own number of layers.
     writer.add_q_lora_rank(latent.q_rank or 0)
     writer.add_leading_dense_block_count(len(dense))
     writer.add_expert_count(spec.experts)
@@ -190,12 +190,12 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
         writer.add_rope_scaling_orig_ctx_len(yarn.original_max_position)
         writer.add_rope_scaling_yarn_beta_fast(yarn.beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(yarn.beta_slow)
-        writer.add_rope_scaling_yarn_log_mul(0.1 * (yarn.mscale_all_dim or 0.0))  # llama.cpp takes the 0.1 out again
+        writer.add_rope_scaling_yarn_log_mul(0.1 * (yarn.mscale_all_dim or 0.0))  # llama.cpp divides by the 0.1
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"<{token}>" for token in range(spec.vocab)])
     writer.add_token_types([gguf.TokenType.NORMAL] * spec.vocab)
-    writer.add_token_merges(["< 0"])  # one, since none is not a list
+    writer.add_token_merges(["< 0"])  # one, since a list must not be empty
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)

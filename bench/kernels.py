@@ -1,12 +1,11 @@
-"""The rates of the kernels, beside what the memory alone delivers and beside llama.cpp's on the same shapes.
+"""Kernel rates, beside memory speed and beside llama.cpp on the same shapes.
 
     python bench/kernels.py [--formats int4 int8 bf16] [--rounds 5]
 
-Three pieces of work of DeepSeek-V2-Lite, on weights that no cache holds: a matrix and one row; the six experts of a
-token; and 512 tokens over half the experts of a layer. Formats meet the llama.cpp type of nearly the same size, in
-turns: int4 Q4_0, laid out for the processor; int8 Q8_0; bf16 BF16. Rates are G weights/s, medians and ranges of the
-rounds: how often a weight is multiplied, so that the share of the memory's speed has a meaning for one row only.
-The last line is JSON.
+Three tasks of DeepSeek-V2-Lite, on weights larger than any cache: a matrix and one row; a token's six experts; 512
+tokens over half of a layer's experts. Each format alternates with the llama.cpp type of nearly the same size: int4 with
+Q4_0, repacked for the processor; int8 with Q8_0; bf16 with BF16. Rates are multiplications of a weight, G weights/s,
+medians and ranges of the rounds; so the share of the memory's speed applies to one row only. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ from rich.table import Table
 from tierlm.kernels import Weight, gated_mlps, linear
 from tierlm.kernels.quantised import quantise
 
-HIDDEN, WIDTH, EXPERTS, CHOSEN, PROMPT = 2048, 1408, 32, 6, 512  # half of a layer's 64 experts, for memory's sake
-HEAD = 16384  # rows of the one matrix: an eighth of a large vocabulary
+HIDDEN, WIDTH, EXPERTS, CHOSEN, PROMPT = 2048, 1408, 32, 6, 512  # half of a layer's 64 experts, to save memory
+HEAD = 16384  # rows of the matrix: an eighth of a large vocabulary
 PEERS = {"int4": "Q4_0", "int8": "Q8_0", "bf16": "BF16"}
 BITS = {"int4": 4.5, "int8": 8.5, "bf16": 16.0}  # of a weight, scales included, on either side
 SECONDS = 0.4  # of a round
 
 
 def copies_of(matrix: torch.Tensor, format: str, copies: int) -> list[Weight]:
-    """One matrix in ``copies`` places."""
+    """``copies`` copies of one matrix."""
     made = Weight(matrix.bfloat16(), "bf16") if format == "bf16" else quantise(matrix, format)
     scales = [None if made.scale is None else made.scale.clone() for _ in range(copies)]
     return [Weight(made.data.clone(), made.format, scale, made.shape) for scale in scales]
 
 
 def choices(generator: torch.Generator, tokens: int) -> torch.Tensor:
-    """int32 [tokens, CHOSEN], each row without repetition."""
+    """int32 [tokens, CHOSEN], no repetition within a row."""
     return torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :CHOSEN].int()
 
 
@@ -73,11 +72,11 @@ class Ours:
 
 
 class Theirs:
-    """llama.cpp's side: the same matrices, each of its operations a node of a graph made beforehand."""
+    """llama.cpp's side: the same matrices, each operation a node of a graph made in advance."""
 
     def __init__(self, ggml: Ggml, format: str, generator: torch.Generator):
         self.ggml, type = ggml, PEERS[format]
-        repacked = type == "Q4_0"  # this version lays no other type out for AVX2
+        repacked = type == "Q4_0"  # this version repacks no other type for AVX2
         head = torch.randn(HEAD, HIDDEN, generator=generator) / 50
         gate, down = (torch.randn(n, m, generator=generator) / 50 for n, m in ((WIDTH, HIDDEN), (HIDDEN, WIDTH)))
         self.gate, self.up, self.down = (ggml.weights(type, part, EXPERTS, repacked) for part in (gate, gate, down))
@@ -112,7 +111,7 @@ class Theirs:
 
 
 def rate(work: Callable[[], object], amount: float) -> float:
-    """``amount`` times the runs a second, a run before the clock starts."""
+    """``amount`` times the runs a second; one run precedes the timing."""
     work()
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < SECONDS:
@@ -122,7 +121,7 @@ def rate(work: Callable[[], object], amount: float) -> float:
 
 
 def memory_speed(slab: torch.Tensor) -> float:
-    """Bytes a second of reading ``slab``, float32 [n], with all threads: the faster of two ways."""
+    """Bytes/s of reading ``slab``, float32 [n], with all threads: the faster of two ways."""
     one, matrix = torch.ones(1, 2**13), Weight(slab.view(-1, 2**13), "f32")
     ways: list[Callable[[], object]] = [slab.sum, lambda: linear(one, matrix)]
     return max(rate(way, slab.nbytes) for way in ways)

@@ -1,4 +1,4 @@
-"""Run a command in a memory cgroup of its own (v1 or v2; needs root) and report the peak.
+"""Run a command in its own memory cgroup (v1 or v2; needs root) and report its peak.
 
     python bench/limited.py 2GiB -- tierlm run MODEL -p TEXT --ram 2GiB
 
@@ -23,7 +23,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def available() -> bool:
-    """Whether memory cgroups can be made here."""
+    """Whether memory cgroups can be created here."""
     try:
         folder, _ = _make("probe")
         folder.rmdir()
@@ -59,7 +59,7 @@ def run_limited(
 
 
 def run_case(command: Sequence[str], limit: int | None) -> Any:
-    """What ``command`` prints, as JSON; run within ``limit`` bytes, if given. If it fails, exits with its error."""
+    """The JSON that ``command`` prints, run within ``limit`` bytes if given. Exits with its error if it fails."""
     if limit is None:
         process = subprocess.run(command, text=True, check=False, capture_output=True)
     else:
@@ -96,7 +96,7 @@ def _events(folder: Path) -> dict[str, int]:
 
 
 def _sectors() -> int:
-    """Sectors of 512 bytes read from all block devices that are no partition."""
+    """Sectors of 512 bytes read from all block devices, partitions excluded."""
     return sum(int((device / "stat").read_text().split()[2]) for device in Path("/sys/block").iterdir())
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp through its binding xllamacpp: a server inside this process, set up to compare with."""
+"""llama.cpp through its binding xllamacpp: a server in this process, configured for comparison."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 
 def open_server(file: Path, context: int, threads: int, *, repacked: bool = False) -> Any:
-    """An xllamacpp.Server on a GGUF file, mapped and not copied, without warm-up, a second cache of prompts, or more
-    than one sequence. ``repacked``: with quantised weights copied into the layout of its fastest kernels, which takes
-    memory for all of them."""
+    """An xllamacpp.Server on a GGUF file: mapped, without warm-up, prompt cache or parallel sequences. ``repacked``:
+    quantised weights are copied into the layout of its fastest kernels, which takes memory for all of them."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -26,6 +25,6 @@ def open_server(file: Path, context: int, threads: int, *, repacked: bool = Fals
 
 
 def request_of(prompt: list[int], tokens: int, **options: Any) -> dict[str, Any]:
-    """A greedy completion of ids that streams one reply a token, and after them one with the timings."""
+    """A greedy completion of ids that streams one reply a token, then one with the timings."""
     fixed = {"temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False}
     return {"prompt": prompt, "n_predict": tokens, **fixed, **options}

@@ -1,10 +1,10 @@
-"""Predicted decode speeds of published models on machines that people own: the table of docs/planning.md.
+"""Predicted decode speeds of published models on common machines: the table of docs/planning.md.
 
     python bench/machines.py --format int4
 
-Nothing is measured: rates are those of tierlm/profiling/hardware.json, of which a disk gives 85 % and a link 80 %, and
-the assumptions of the cost model where it has none. Each cell has an NVMe disk of PCIe 3.0 / 4.0 / 5.0. "-": below the
-floor. The last line is JSON.
+Nothing is measured. Rates come from tierlm/profiling/hardware.json (a disk reaches 85 %, a link 80 %), otherwise from
+the cost model's assumptions. Each cell has an NVMe disk of PCIe 3.0 / 4.0 / 5.0. "-": below the floor. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONTEXT, CHUNK = 4096, 512
 
 
 def speeds(name: str, format: str | None) -> list[dict[str, object]]:
-    """A row for each card and amount of RAM, with decode tokens/s for each generation of disk."""
+    """For each card and amount of RAM, decode tokens/s with each generation of disk."""
     outline = Outline(known_models()[name]["config"], name, format)
     sizes, work = sizes_of(outline, CONTEXT, CHUNK, 4), work_of(outline)
     parts = {row["name"]: row for row in hardware()}
@@ -61,8 +61,8 @@ def _shown(pair: tuple[float, float] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", default="int4", help="of all models; 'published': of each its own")
-    parser.add_argument("models", nargs="*", help="default: all that are known")
+    parser.add_argument("--format", default="int4", help="of all models; 'published': as each is published")
+    parser.add_argument("models", nargs="*", help="default: all known models")
     args = parser.parse_args()
     format = None if args.format == "published" else args.format
     rows = [row for name in args.models or known_models() if name != "DeepSeek-R1" for row in speeds(name, format)]

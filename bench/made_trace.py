@@ -1,9 +1,10 @@
-"""Makes up a trace, seeded: as long as one likes, of any shape, with experts that are popular and topics that stay. For
-measuring how long a simulation takes; what it says of policies is not about any model.
+"""Make a seeded trace of any length and shape, with popular experts and topics that last. For measuring how long a
+simulation takes; its hit rates describe no real model.
 
-python bench/made_trace.py /tmp/made.npz                          # 200,000 tokens x 26 layers x 6 of 64 experts
-A layer chooses the experts with the largest sum of a popularity that falls as 1 / rank^skew, what the topic adds, and
-chance; or it chooses as for the token before.
+    python bench/made_trace.py /tmp/made.npz                          # 200,000 tokens x 26 layers x 6 of 64 experts
+
+A layer chooses the experts with the largest sum of a popularity that falls as 1 / rank^skew, a topic's contribution,
+and noise; or it repeats the previous token's choice.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import numpy.typing as npt
 from tierlm.tracing.trace import Trace, TraceInfo
 from tierlm.tracing.tracefile import write_trace
 
-TOPICS, STAYS = 64, 0.995  # how many there are, and the chance that the next token has the same
-AGAIN = 0.15  # the chance that a layer chooses as for the token before
+TOPICS, STAYS = 64, 0.995  # their number, and the probability that the next token keeps the topic
+AGAIN = 0.15  # the probability that a layer repeats the previous choice
 BLOCK = 2000  # tokens at a time
 
 
 def make(tokens: int, layers: int, experts: int, chosen: int, skew: float, topical: float) -> Trace:
-    """Decode steps of one token each, in one sequence. ``topical``: standard deviation of what a topic adds."""
+    """Decode steps of one token each, in one sequence. ``topical``: standard deviation of a topic's contribution."""
     chance = np.random.default_rng(0)
     ranks = np.argsort(chance.random((layers, experts)), axis=1) + 1
     popularity = -skew * np.log(ranks)
@@ -37,14 +38,16 @@ def make(tokens: int, layers: int, experts: int, chosen: int, skew: float, topic
         found[start : start + BLOCK] = np.argpartition(-scores, chosen - 1, axis=2)[:, :, :chosen]
     fresh = chance.random((tokens, layers)) >= AGAIN
     fresh[0] = True
-    source = np.maximum.accumulate(np.where(fresh, np.arange(tokens)[:, None], 0))  # the token that a layer goes by
+    source = np.maximum.accumulate(
+        np.where(fresh, np.arange(tokens)[:, None], 0)
+    )  # the token whose choice a layer takes
     numbers, none = np.arange(tokens, dtype=np.int32), np.zeros(tokens, np.int32)
     info = TraceInfo("made up", layers, tuple(range(layers)), experts)
     return Trace(info, np.take_along_axis(found, source[:, :, None], 0), none, numbers, np.zeros(tokens, bool))
 
 
 def repeated(ids: npt.NDArray[np.int16]) -> float:
-    """The share of choices that the token before has made too. ``ids``: [tokens, layers, chosen]."""
+    """The share of choices that the previous token made too. ``ids``: [tokens, layers, chosen]."""
     return float((ids[1:, :, :, None] == ids[:-1, :, None]).any(3).mean())
 
 

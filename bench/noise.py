@@ -1,17 +1,17 @@
-"""Random weights that behave: hidden states and logits of order one at any depth, and routing as asked.
+"""Random weights that behave: hidden states and logits of order one at any depth, and routing as requested.
 
-Matrices are normal with variance 1 / inputs, and those that write to the residual stream are scaled by the depth, so
-that all layers together add about as much as the embedding brought.
+Matrices are normal with variance 1 / inputs. Those that write to the residual stream are scaled by the depth, so that
+all layers together add about as much as the embedding.
 
-Greedy decoding counts: the head prefers the id after the current one. A random model would soon run in a circle of a
-few tokens, and with it its routing; this one meets a new embedding at every step until the vocabulary is through. And
-the text does not hang on roundings, so that every engine computes the same tokens. Other logits are noise.
+Greedy decoding counts: the head prefers the id after the current one. A random model would soon loop over a few tokens
+and repeat its routing; this one meets a new embedding at every step until the vocabulary ends. And its text does not
+depend on rounding, so every engine computes the same tokens. Other logits are noise.
 
-The first TOPICS coordinates of the residual stream carry the topic of the current token, and nothing else: the
-embedding sets the one of its token's topic, which RUN ids in a row share, and no layer writes there. A router's columns
-for these coordinates are therefore a bias that depends on the topic alone. Their common part makes experts hot where a
+The first TOPICS coordinates of the residual stream carry only the current token's topic: the embedding sets the
+coordinate of its token's topic, which RUN consecutive ids share, and no layer writes there. A router's columns for
+these coordinates are therefore a bias that depends on the topic alone. Their common part makes experts hot if the
 router has no bias of its own (V2's softmax); the part that differs between topics makes consecutive tokens choose
-alike. All of it is in the weights.
+alike. Everything is in the weights.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tierlm.spec import ExpertKey, ModelSpec, TrunkKey
 
 TOPICS = 16
 RUN = 10  # ids in a row that share a topic
-LEVEL = 4.0  # of the coordinate of the current topic, where the others' spread is one
+LEVEL = 4.0  # of the current topic's coordinate; the others have spread one
 NEXT = 20.0  # of the logit of the next id, before the final norm; the largest of 100,000 others is about 5
-GROWTH = 1.0  # variance that all layers together add to the embedding's, which is one; as measured on toys
+GROWTH = 1.0  # variance that all layers add to the embedding's variance of one, measured on toys
 
 
 class Noise:
-    """The tensors of a model of ``spec``. ``skew``: exponent of the experts' popularity by rank. ``stickiness``: P(an
-    expert is chosen again by the next token); 0 leaves it to chance. Raises ValueError for one that cannot be."""
+    """The tensors of a model of ``spec``. ``skew``: exponent of the experts' popularity by rank. ``stickiness``: P(the
+    next token chooses an expert again); 0: left to chance. Raises ValueError for an impossible one."""
 
     def __init__(self, spec: ModelSpec, skew: float = 0.0, stickiness: float = 0.0, seed: int = 0):
         torch.manual_seed(seed)
@@ -45,7 +45,7 @@ class Noise:
         self.common = fit_common(spec, self.bias, stickiness, stay=1 - 1 / RUN)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of the model, layer by layer, expert by expert: bfloat16, correction biases float32."""
+        """The whole model, layer by layer, expert by expert: bfloat16, correction biases float32."""
         spec = self.spec
         family = family_of(spec.model_type, "synthetic")
         resident = family.resident_tensors(spec)
@@ -77,7 +77,7 @@ class Noise:
         return writer
 
     def _spread(self, layer: int) -> float:
-        """The root mean square of the residual stream that enters ``layer``: its norm divides by it."""
+        """The root mean square of the residual stream that enters ``layer``; its norm divides by it."""
         return math.sqrt(1 + LEVEL**2 / self.spec.hidden + GROWTH * layer / len(self.spec.layers))
 
     def _embedding(self) -> Tensor:
@@ -86,7 +86,7 @@ class Noise:
         return table
 
     def _head(self, embedding: Tensor) -> Tensor:
-        """Logits of variance one, but for the next id. Row by row, since the table may be two gigabytes."""
+        """Logits of variance one, except the next id's. Row by row, since the table may be two gigabytes."""
         head = _normal(tuple(embedding.shape), self.spec.hidden**-0.5)
         for token in range(self.spec.vocab):
             head[token] += NEXT / self.spec.hidden * embedding[token - 1]
@@ -94,12 +94,12 @@ class Noise:
         return head
 
     def _topics(self) -> Tensor:
-        """Which topic each token is of, one-hot, bfloat16 [vocab, TOPICS]."""
+        """The topic of each token, one-hot, bfloat16 [vocab, TOPICS]."""
         number = torch.arange(self.spec.vocab) // RUN % TOPICS
         return functional.one_hot(number, TOPICS).bfloat16()
 
     def _router(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The router [experts, hidden], and the correction bias [experts]; every layer has other hot experts."""
+        """The router [experts, hidden], and the correction bias [experts]; hot experts differ between layers."""
         spec = self.spec
         rule = router_of(spec)
         rows = self.bias.view(rule.groups, -1)[torch.randperm(rule.groups)]

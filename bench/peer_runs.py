@@ -1,4 +1,4 @@
-"""One run of one engine in this process: load, one greedy request of ids, and what it took.
+"""One run of one engine in this process: load, one greedy request of ids, and its costs.
 
 Every engine gets the same ids, ignores the end of text, and is timed at the same points by a ``Clock``.
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 from disk import bytes_read, own_bytes_read
 
-# Of the cgroup, for weights in accelerate's hands, the layer that is running among them. The rest is for the
-# interpreter and its libraries, activations, and the pages of the files that are being read.
+# Of the cgroup, for weights held by accelerate, including the running layer. The rest is for the
+# interpreter and its libraries, activations, and pages of files being read.
 ACCELERATE_SHARE = 0.6
 CONTEXT = 1024
 
@@ -24,7 +24,7 @@ CONTEXT = 1024
 @dataclass(frozen=True)
 class Request:
     """What to run. ``ram``: bytes. ``pause``: seconds between the load and the request. ``started``: time.monotonic()
-    when the process was started. ``scratch``: an empty folder on the model's disk, for an engine that must write."""
+    when the process started. ``scratch``: an empty folder on the model's disk, for an engine that must write."""
 
     peer: str
     model: Path
@@ -40,8 +40,8 @@ class Request:
 
 @dataclass
 class Clock:
-    """Marks of a run: seconds since the process was started, and bytes read by then, from the disk under ``path`` by
-    anybody, and by this process. It is made once everything is imported, before the engine loads anything."""
+    """Marks of a run: seconds since the process started, and bytes read by then from the disk under ``path``, by all
+    processes and by this one. Created once everything is imported, before the engine loads anything."""
 
     path: Path
     started: float
@@ -58,7 +58,7 @@ class Clock:
         return time.monotonic() - self.started
 
     def loaded(self, pause: float) -> None:
-        """The engine takes requests, and gets one after a pause, that of somebody who types."""
+        """The engine is ready, and gets a request after a pause, as from a person who types."""
         self.load = self._now()
         time.sleep(pause)
         self.ready = self._now()
@@ -68,7 +68,7 @@ class Clock:
         self.ids.append(token)
 
     def result(self) -> dict[str, Any]:
-        """Seconds, tokens a second and bytes a token of decode, which lies between the first new token and the last."""
+        """Seconds, and tokens/s and bytes a token of decode, from the first new token to the last."""
         (first, *before), (last, *after) = self.marks[0], self.marks[-1]
         steps = len(self.marks) - 1
         return {
@@ -84,12 +84,12 @@ class Clock:
 
 
 def run_tierlm_cold(request: Request) -> dict[str, Any]:
-    """Knowing nothing of earlier runs."""
+    """Without anything remembered from earlier runs."""
     return run_tierlm(request, heat=False)
 
 
 def run_tierlm(request: Request, heat: bool = True) -> dict[str, Any]:
-    """Below the text, which would hold back tokens that are no whole character."""
+    """Below the text layer, which would hold back tokens that end within a character."""
     from tierlm import LLM, Budget, SamplingParams
 
     clock = Clock(request.model, request.started)
@@ -110,7 +110,7 @@ def run_llamacpp_repacked(request: Request) -> dict[str, Any]:
 
 
 def run_llamacpp(request: Request, repacked: bool = False) -> dict[str, Any]:
-    """Ids are read off the names that bench/gguf_twin.py gives to tokens; other files have none."""
+    """Reads ids from the names that bench/gguf_twin.py gives to tokens; other files have none."""
     if request.gguf is None:
         raise SystemExit("needs --gguf FILE")
     from llamacpp import open_server, request_of
@@ -134,8 +134,8 @@ def run_llamacpp(request: Request, repacked: bool = False) -> dict[str, Any]:
 
 
 def run_accelerate(request: Request) -> dict[str, Any]:
-    """transformers on safetensors with disk offload. It keeps a layer's experts in one tensor, so that it has to write
-    those of every layer that does not fit to the scratch folder while loading, nearly the model again."""
+    """transformers on safetensors with disk offload. It keeps a layer's experts in one tensor, so while loading it
+    writes those of every layer that does not fit to the scratch folder: almost the whole model again."""
     size = sum(file.stat().st_size for file in request.model.glob("*.safetensors"))
     free = shutil.disk_usage(request.scratch).free
     if free < 1.1 * size:
@@ -162,7 +162,7 @@ def run_accelerate(request: Request) -> dict[str, Any]:
 
 
 class Streamer:
-    """What `transformers` hands the prompt to, and then each new token."""
+    """Receives the prompt from `transformers`, then each new token."""
 
     def __init__(self, clock: Clock):
         self.clock, self.prompt = clock, True

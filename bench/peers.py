@@ -3,18 +3,18 @@
     python bench/synthetic.py deepseek-v2-lite /data/v2l --skew 0.5 --stickiness 0.35 --gguf /data/v2l.gguf
     python bench/peers.py /data/v2l --gguf /data/v2l.gguf --ram 4GiB 8GiB --rounds 3
 
-Every run is a process of its own in a memory cgroup of its own, after the page cache was dropped; the peers take turns,
-and all of them come again in the next round, the first one last. tierlm and accelerate read the folder in place,
-llama.cpp maps the GGUF twin. All get the same ids and decode greedily. Load and start-to-first-token count from the
-start of the process. Decode lies between the first new token and the last; its bytes are those that the block device
-delivered meanwhile, to anybody, and those that the process itself made it deliver. The peak counts cached pages, which
-fill any cgroup that a mapped file is larger than. Before each round the disk's ceiling is probed (bench/disk.py).
+Every run is a process in its own memory cgroup, after the page cache was dropped. Peers alternate; each round runs them
+all, and moves the first to the end. tierlm and accelerate read the folder in place, llama.cpp maps the GGUF twin. All
+get the same ids and decode greedily. Load and start-to-first-token count from the start of the process. Decode runs
+from the first new token to the last; its bytes are those that the block device delivered meanwhile, to all processes,
+and those that the process itself requested. The peak includes cached pages, which fill any cgroup smaller than the
+mapped file. A probe of the disk's ceiling precedes each round (bench/disk.py).
 
-tierlm runs as at its first start; "tierlm-again" has run once before and knows which experts were used most.
-"llama.cpp-repacked" copies quantised weights into the layout of its fastest kernels, where memory holds them all.
+"tierlm" runs as at its first start; "tierlm-again" has run once before and knows the most used experts.
+"llama.cpp-repacked" copies quantised weights into the layout of its fastest kernels, if memory holds them all.
 
-A peer that fails at one size is not tried again there; the table says why. The last line is JSON, every run included.
-Exit codes: 0 done, 1 nothing could be measured, 2 used wrongly.
+A peer that fails at one size is not tried again there; the table says why. The last line is JSON, with every run. Exit
+codes: 0 success, 1 nothing could be measured, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ COLUMNS = {
     "start_to_first_token_seconds": ("start to first\ntoken s", 1.0, 2),
     "peak": ("peak of cgroup\nGiB, with cache", 2**-30, 2),
 }
-Run = dict[str, Any]  # what a peer's runner returned and the cgroup's peak; or {"failed": why}
+Run = dict[str, Any]  # the result of a peer's runner and the cgroup's peak; or {"failed": why}
 
 
 def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
@@ -64,13 +64,13 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
 
 
 def run_peer(request: dict[str, Any], timeout: float, cache: str) -> Run:
-    """One run in a process and a cgroup of its own; ``request`` has the fields of a Request but for the last two. The
-    process imports the tierlm that this one has, be another installed or not."""
+    """One run in its own process and cgroup; ``request`` has the fields of a Request except the last two. The process
+    imports this process's tierlm, even if another is installed."""
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(TIERLM), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": str(request["threads"]),
         "HF_HUB_OFFLINE": "1",
-        "XDG_CACHE_HOME": cache,  # what is remembered is remembered for this comparison
+        "XDG_CACHE_HOME": cache,  # heat lives for this comparison only
     }
     try:
         with tempfile.TemporaryDirectory(prefix="offload-", dir=Path(request["model"]).resolve().parent) as scratch:
@@ -96,7 +96,7 @@ def run_peer(request: dict[str, Any], timeout: float, cache: str) -> Run:
 
 
 def run_one(text: str) -> None:
-    """The child: run what the parent asked for, and print the result as the last line."""
+    """The child: run the parent's request, and print the result as the last line."""
     fields = json.loads(text)
     paths = {name: Path(fields[name]) for name in ("model", "gguf", "scratch") if fields[name] is not None}
     request = Request(**(fields | paths))
@@ -110,7 +110,7 @@ def ratios(own: list[Run], other: list[Run]) -> list[float]:
 
 
 def summary(runs: list[Run]) -> dict[str, dict[str, float]]:
-    """Median, least and most of each column over the runs that came to their end."""
+    """Median, least and most of each column over the completed runs."""
     done = [run for run in runs if "failed" not in run]
     if not done:
         return {}

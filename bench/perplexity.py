@@ -1,9 +1,9 @@
-"""What a format costs in quality: held-out perplexity of a model as it is, and packed in other formats.
+"""What a format costs in quality: held-out perplexity of a model as published, and packed in other formats.
 
     python bench/perplexity.py [demo] [--formats int8/int8 int4/int8 int4/int4] [--windows N]
 
-A pair is EXPERTS/TRUNK, as `tierlm pack` takes them. The text (default: the demo model's held-out ones) is cut into
-windows; each is a prompt of its own, whose every next token is scored. The last line is JSON.
+A pair is EXPERTS/TRUNK, as `tierlm pack` takes them. The text (default: the demo model's held-out texts) is cut into
+windows. Each is a separate prompt; every next token is scored. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Eviction policies and predictors over a trace: hit rate by cache size, regret against Belady, simulated tokens/s.
 
-python bench/policies.py                                          # the demo model's trace
-python bench/policies.py --trace ../shared/traces/trace_olmoe_299.jsonl --figures /tmp/figures
-python bench/policies.py --trace one.jsonl other.npz@20000:20600     # several, and tokens of one; and their average
-python bench/policies.py --trace long.npz --predictors --policies belady lru fifo clock   # compiled: millions a second
-The cache is empty at first, and what it misses then counts. Every pair of policy and size is a job of its own process.
-The last line is JSON.
+    python bench/policies.py                                          # the demo model's trace
+    python bench/policies.py --trace trace.jsonl --figures /tmp/figures
+    python bench/policies.py --trace one.jsonl other.npz@20000:20600     # several, one in part; and their average
+    python bench/policies.py --trace long.npz --predictors --policies belady lru fifo clock   # compiled, fast
+
+The cache starts empty, and its first misses count. Every pair of policy and size runs in its own process. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tierlm.tracing.trace import Trace
 
 DEMO = str(Path(__file__).parent / "traces" / "demo.npz")
 FRACTIONS = [0.05, 0.1, 0.2, 0.3, 0.5]
-RECORD = 8 * 2**20  # bytes of an expert where a trace does not say
+RECORD = 8 * 2**20  # bytes of an expert if the trace does not say
 
 
 def slots_of(trace: Trace, fraction: float) -> int:
@@ -43,8 +44,8 @@ def slots_of(trace: Trace, fraction: float) -> int:
 
 
 def run(job: tuple[str, str, str, float]) -> tuple[Simulated, float]:
-    """One policy and predictor at one size on a machine: a disk of 1.4 GB/s, experts computed at 10 GB/s. And the
-    seconds that the simulation took."""
+    """One policy and predictor at one size on a machine with a disk of 1.4 GB/s and experts computed at 10 GB/s; and
+    the seconds that the simulation took."""
     block, policy, predictor, fraction = job
     trace = read_block(block, scores=True)
     record = trace.info.record_bytes or RECORD
@@ -64,12 +65,12 @@ def foretell(job: tuple[str, str]) -> list[Foresight]:
 
 
 def usable(trace: Trace) -> list[str]:
-    """Predictors that this trace can feed."""
+    """Predictors that this trace supports."""
     return [name for name, kind in PREDICTORS.items() if trace.predictions is not None or not kind.gates]
 
 
 def show_hits(hits: dict[str, list[float]], fractions: list[float], console: Console) -> None:
-    """A row a policy, the best first; gap: of the way from lru to belady, on average over the sizes."""
+    """One row a policy, the best first; gap: share of the gap from lru to belady closed, on average over the sizes."""
     table = Table(title="hit rate at a share of the experts in the cache; gap from lru to belady closed")
     for heading in ["policy", *(f"{fraction:.0%}" for fraction in fractions), "gap closed"]:
         table.add_column(heading, justify="left" if heading == "policy" else "right")
@@ -105,7 +106,7 @@ def show_predictors(found: dict[str, list[Foresight]], runs: dict[str, Simulated
 
 
 def show_gaps(gaps: dict[str, dict[str, float]], console: Console) -> None:
-    """A row a policy: the gap closed on each trace, and on average; the best first."""
+    """One row a policy: the gap closed on each trace, and on average; the best first."""
     table = Table(title="gap from lru to belady closed")
     for heading in ["policy", *map(title, gaps), "average"]:
         table.add_column(heading, justify="left" if heading == "policy" else "right")
@@ -121,7 +122,7 @@ def average(gaps: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def compare(block: str, args: argparse.Namespace, pool: ProcessPoolExecutor, console: Console) -> dict[str, Any]:
-    """All policies, sizes and predictors on one trace: tables, figures, and what there is to report."""
+    """All policies, sizes and predictors on one trace: prints tables, draws figures, and returns the report."""
     trace = read_block(block, scores=True)
     pairs = list(product(args.policies, args.fractions))
     began = time.perf_counter()
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--trace", nargs="+", default=[DEMO], metavar="FILE[@START:STOP]")
     parser.add_argument("--policies", nargs="+", default=["belady", *POLICIES])
     parser.add_argument("--fractions", nargs="+", type=float, default=FRACTIONS)
-    parser.add_argument("--predictors", nargs="*", help="default: all that the trace can feed; nothing: none")
+    parser.add_argument("--predictors", nargs="*", help="default: all that the trace supports; nothing: none")
     parser.add_argument("--figures", type=Path, help="a folder for PNGs")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""What a router needs so that some experts are hot, and consecutive tokens choose alike.
+"""What a router needs to have hot experts, and to choose alike for consecutive tokens.
 
 A router sees logits that are normal with variance one. Both fits draw such logits, let the runtime's own ``Router``
-choose, and correct what they fit until the choice comes out as asked.
+choose, and adjust their result until the choices are as requested.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tierlm.spec import ModelSpec, RouterSpec
 SAMPLES = 4096
 STEPS = 80
 RATE = {"softmax": 0.2, "sigmoid": 0.04}  # of a step: a sigmoid's scores spread over a fifth of its logits' spread
-CEILING = 0.9  # the largest probability asked for; a bias that makes a choice certain is infinite
+CEILING = 0.9  # the largest requested probability; a certain choice needs an infinite bias
 
 
 def choose(spec: ModelSpec, logits: Tensor, bias: Tensor) -> Tensor:
-    """The experts, int64 [n, k], that the router picks for ``logits`` [n, experts], biased where its kind has a bias:
-    V3's correction bias acts on the scores, V2 has none, and the logits themselves are shifted."""
+    """The experts, int64 [n, k], that the router picks for ``logits`` [n, experts] under a bias: V3's correction bias
+    acts on the scores; V2 has none, so the logits are shifted."""
     alone = replace(spec, layers=(spec.layers[spec.moe_layers[0]],))
     eye = Weight(torch.eye(spec.experts), "f32")
     resident = {"0.router": eye, "0.norm": Weight(torch.ones(spec.experts), "f32")}
@@ -41,7 +41,7 @@ def zipf(spec: ModelSpec, skew: float) -> Tensor:
     """How often a token chooses the expert of each rank, float32 [experts]: falls as rank ** -skew, and sums to k."""
     falling = torch.arange(1, spec.experts + 1, dtype=torch.float32) ** -skew
     low, high = 0.0, spec.experts_per_token / float(falling.min())
-    for _ in range(60):  # what CEILING cuts off goes to the others
+    for _ in range(60):  # the others get what CEILING cuts off
         middle = (low + high) / 2
         asked = float((middle * falling).clamp(max=CEILING).sum())
         low, high = (low, middle) if asked > spec.experts_per_token else (middle, high)
@@ -49,9 +49,9 @@ def zipf(spec: ModelSpec, skew: float) -> Tensor:
 
 
 def fit_bias(spec: ModelSpec, skew: float) -> Tensor:
-    """The bias of each expert, float32 [experts], that makes the choice fall off as ``zipf``.
+    """The bias of each expert, float32 [experts], that makes choices fall off as ``zipf``.
 
-    Ranks go round the router's groups, so that every group has its share of hot experts.
+    Ranks alternate between the router's groups, so every group has its share of hot experts.
     """
     groups = router_of(spec).groups
     target = zipf(spec, skew).view(-1, groups).t().flatten()
@@ -65,7 +65,7 @@ def fit_bias(spec: ModelSpec, skew: float) -> Tensor:
 
 
 def reuse(spec: ModelSpec, bias: Tensor, common: float) -> float:
-    """P(an expert of a token is chosen by the next one too) where ``common`` of the logits' variance is the same."""
+    """P(the next token chooses an expert again) if ``common`` of the logits' variance is shared."""
     same = common**0.5 * torch.randn(SAMPLES, spec.experts)
     first, second = (
         choose(spec, same + (1 - common) ** 0.5 * torch.randn(SAMPLES, spec.experts), bias) for _ in range(2)
@@ -75,7 +75,7 @@ def reuse(spec: ModelSpec, bias: Tensor, common: float) -> float:
 
 def fit_common(spec: ModelSpec, bias: Tensor, stickiness: float, stay: float) -> float:
     """The share of the logits' variance that tokens of one topic must have in common for ``reuse`` to be
-    ``stickiness``, where the next token is of the same topic with probability ``stay``. Raises ValueError."""
+    ``stickiness``, if the next token keeps the topic with probability ``stay``. Raises ValueError."""
     if stickiness == 0:
         return 0.0
     apart = reuse(spec, bias, 0.0)

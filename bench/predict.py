@@ -2,14 +2,13 @@
 
     python bench/predict.py MODEL --ram 2GiB 4GiB 8GiB --rounds 3 --tokens 32
 
-Each round profiles the machine beside the model's files first (as `tierlm profile` does), then runs every budget in a
-process of its own, in a memory cgroup of that size where one can be made, in the other order in the next round. The
-prediction of a round is made from that round's profile. Before each run the memory is left alone for ``--rest``
-seconds: what a process has just freed is touched ten times faster than what has been free for a while, as that of a
-machine on which a program is started usually is. ``--add FILE`` keeps the rounds in a file, and counts those that are
-there already, of the same cases. ``--routing uniform`` is right for synthetic checkpoints,
-whose routing is nearly that; ``typical`` for trained ones. How far the model of the time is off apart from
-what the cache does is told by the column that is given the bytes read a token. The last line is JSON.
+Each round first profiles the machine and the disk of the model's files (as `tierlm profile` does), then runs every
+budget in its own process, in a memory cgroup of that size where possible; the next round reverses the order. A round is
+predicted from its own profile. Memory rests for ``--rest`` seconds before each run: pages that a process has just freed
+are touched ten times faster than pages that have been free for a while, as they usually are when a program starts.
+``--add FILE`` keeps the rounds in a file, and includes earlier rounds of the same cases. ``--routing uniform`` suits
+synthetic checkpoints, ``typical`` trained ones. The column that uses the measured bytes a token shows the error of the
+time model apart from the cache's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
 
 def predict(case: dict[str, Any], profile: Profile, found: dict[str, float]) -> dict[str, float]:
-    """What the plan says of a case, and what the cost model says at the measured hit rate."""
+    """The plan's prediction for a case, and the cost model's at the measured hit rate."""
     catalog = Catalog(Path(case["model"]))
     sizes, work = sizes_of(catalog, CONTEXT, CHUNK, 4), work_of(catalog)
     machine = machine_of(profile, vram=False)
@@ -82,7 +81,7 @@ def predict(case: dict[str, Any], profile: Profile, found: dict[str, float]) -> 
     speed = plan.worst if case["routing"] == "uniform" else plan.typical
     demanded = work.moe_layers * work.experts_per_token * work.expert_bytes
     streamed = streamed_bytes(plan.plan, sizes.trunk)
-    missed = max(0.0, found["bytes_per_token"] - streamed[0]) / demanded  # late hits are read all the same
+    missed = max(0.0, found["bytes_per_token"] - streamed[0]) / demanded  # late hits are read too
     hits = (max(0.0, 1 - missed), max(0.0, 1 - missed))
     known = decode_seconds(work, machine, hits, streamed, 64)
     return {

@@ -1,12 +1,12 @@
-"""Decode with prefetch and without by turns within one run, so that a drifting disk meets both alike.
+"""Decode with and without prefetch in alternation within one run, so that a drifting disk affects both equally.
 
     python bench/prefetch.py MODEL --ram 2GiB 3GiB 4GiB 6GiB --tokens 24 --turns 8
     python bench/prefetch.py MODEL --ram 2GiB 4GiB --follow near
 
-Each budget runs in a memory cgroup of its size where one can be made. After a prompt and a warm-up, turns of so many
-tokens are decoded with prefetch and without, in the order on off off on, the two of a pair the same tokens. "On" decides
-for itself whether to prefetch, and how far ahead (policies/pace.py), as it does for a user; ``--follow near`` and
-``far`` always do. A pair gives a ratio. Cache and policy are shared. The last line is JSON.
+Each budget runs in a memory cgroup of its size where possible. After a prompt and a warm-up, turns of ``--tokens``
+tokens are decoded with and without prefetch, in the order on off off on; both turns of a pair decode the same tokens.
+"On" decides itself whether to prefetch, and how far ahead (policies/pace.py), as for a user; ``--follow near`` and
+``far`` always prefetch. Each pair gives a ratio. Cache and policy are shared. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ PROMPT, WARM = 32, 32
 
 
 class Fixed:
-    """A pace that never changes its mind."""
+    """A pace that never changes."""
 
     def __init__(self, way: int):
         self.way = way
 
     def add(self, seconds: float) -> None:
-        """Times do not matter."""
+        """Ignores times."""
 
 
 def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run one budget in this process; what each turn took."""
+    """Run one budget in this process; returns the cost of each turn."""
     from tierlm import LLM, Budget, SamplingParams
     from tierlm.policies.pace import FAR, NEAR, NONE, Pace
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--predictor", default="gate")
     parser.add_argument("--follow", choices=("pace", "near", "far"), default="pace")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--turns", type=int, default=8, help="with predictions; and as many without")
+    parser.add_argument("--turns", type=int, default=8, help="turns with predictions, and as many without")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

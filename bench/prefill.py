@@ -1,13 +1,12 @@
-"""A prompt's prefill under a budget, against the slower of the disk and the arithmetic, each measured in the same run.
+"""A prompt's prefill under a budget, against the slower of the disk and the arithmetic, all measured in one run.
 
     python bench/prefill.py MODEL --ram 4GiB --tokens 512 --rounds 3 [--pause 10]
 
-Each round, one after another: the disk's ceiling (bench/disk.py), the prompt in a memory cgroup of the budget, twice,
-and the same prompt where everything fits, of which the second time counts, which is arithmetic alone. The bound is the
-larger of bytes read / ceiling and the arithmetic. The first time, each slot's memory is touched for the first time as
-well, unless there was a pause before, in which the background fills free slots, as it does for users unless told not
-to. Bytes read are set against those of all experts and trunks, each once. ``stolen``: core-seconds that the host of a
-virtual machine took away meanwhile, largely for its part in the reads. The last line is JSON.
+Each round measures the disk's ceiling (bench/disk.py), the prompt in a memory cgroup of the budget, twice, and the same
+prompt with everything resident, whose second run is arithmetic alone. The bound is the larger of bytes read / ceiling
+and the arithmetic. The first run also touches each slot's memory for the first time, unless warm-up has filled the free
+slots during a pause, as it does for users by default. Bytes read are compared with all experts and trunks, each once.
+``stolen``: core-seconds that a virtual machine's host took meanwhile, largely for the reads. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from tierlm.config import parse_size
 
 
 def measure(case: dict[str, Any]) -> dict[str, float]:
-    """Run the prompt in this process twice; what the first and the second time took."""
+    """Run the prompt in this process twice; returns the costs of both runs."""
     from tierlm import LLM, Budget, SamplingParams
 
     prompt = [(37 * i) % 30_000 + 5 for i in range(case["tokens"])]

@@ -1,11 +1,11 @@
-"""--ram auto beside another program: what becomes of the slots, the speed and the tokens.
+"""--ram auto beside another program: its effect on slots, speed and tokens.
 
     python bench/pressure.py MODEL --limit 2GiB --leave 100MiB
 
-In a memory cgroup of the limit (v1 or v2; needs root) a model generates with --ram auto; after a third of its tokens a
-second process takes what is free but for that much, and holds it until another third has been made. The last line is
-JSON: slots and seconds of each token, whether the tokens equal those without a second process, and whether anything
-was killed.
+In a memory cgroup of the limit (v1 or v2; needs root) a model generates with --ram auto. After a third of the tokens a
+second process takes all free memory but ``--leave``, and holds it until the next third is done. The last line is JSON:
+slots and seconds of each token, whether the tokens equal those without a second process, and whether anything was
+killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HOG = "import sys, time; memory = bytearray(int(sys.argv[1])); memory[::4096] = 
 
 
 def generate(model: str, tokens: int, leave: int) -> None:
-    """Inside the cgroup."""
+    """Runs inside the cgroup."""
     from tierlm import LLM, SamplingParams
 
     rows, ids, hog = [], [], None

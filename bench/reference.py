@@ -1,9 +1,10 @@
 """The classic policies against libCacheSim's, request for request. Needs `pip install libcachesim`.
 
-python bench/reference.py                                          # three made sequences, and the demo model's trace
-python bench/reference.py --trace ../shared/traces/trace_olmoe_299.jsonl --slots 51 205 512
-One record is requested at a time, and nothing is in use: libCacheSim knows neither layers nor leases.
-The last line is JSON: misses by sequence, slots and policy. tests/test_reference.py holds those of the first command.
+    python bench/reference.py                                      # synthetic sequences, and the demo model's trace
+    python bench/reference.py --trace trace.jsonl --slots 51 205 512
+
+Records are requested one at a time and none is leased, since libCacheSim knows neither layers nor leases. The last line
+is JSON: misses by sequence, slots and policy. tests/test_reference.py holds those of the first command.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ NEVER = 2**62
 
 def made(kind: str) -> list[int]:
     """Requests of 120 records: ``uniform``; ``skewed``, the n-th record about as often as 1/n; ``loop``, every third
-    request skewed and the others through 50 records in turn."""
+    request skewed, the others through 50 records in turn."""
     state, found = 12345, []
     for number in range(REQUESTS):
-        state = (state * 1103515245 + 12345) % 2**31  # the generator of ANSI C
+        state = (state * 1103515245 + 12345) % 2**31  # ANSI C's generator
         share = state / 2**31
         if kind == "uniform":
             found.append(int(share * 120))
@@ -61,7 +62,7 @@ def flat(block: str) -> list[int]:
 
 
 def hits(name: str, requests: Sequence[int], slots: int) -> list[bool]:
-    """Whether each request is a hit, under our policy."""
+    """Whether each request is a hit under our policy."""
     keys, info = [ExpertKey(0, number) for number in requests], TierInfo(1, slots)
     policy = Belady(info, [[key] for key in keys]) if name == "belady" else make_policy(name, info)
     resident: set[ExpertKey] = set()
@@ -81,7 +82,7 @@ def hits(name: str, requests: Sequence[int], slots: int) -> list[bool]:
 
 
 def their_hits(name: str, requests: Sequence[int], slots: int) -> list[bool]:
-    """The same, under libCacheSim's."""
+    """The same under libCacheSim's policy."""
     import libcachesim
 
     cache = getattr(libcachesim, THEIRS[name])(slots, hashpower=16)

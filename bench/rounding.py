@@ -1,9 +1,9 @@
-"""What formats lose: the relative root mean square error of gaussian weights, and of gaussian activations.
+"""What formats lose: the relative root mean square error of gaussian weights and of gaussian activations.
 
     python bench/rounding.py
 
-int4 with searched scales beside plain rounding to nearest of the same size and llama.cpp's types, which its own library
-quantises. The last line is JSON.
+int4 with searched scales beside plain rounding to nearest, and beside llama.cpp's types, quantised by its own library.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tierlm.kernels.quantised import rounded
 
 
 def nearest(values: torch.Tensor) -> torch.Tensor:
-    """int4 with the largest value of a group taken to 7."""
+    """int4 with the largest value of a group mapped to 7."""
     groups = values.view(len(values), -1, GROUP)
     scale = (groups.abs().amax(-1, keepdim=True) / 7).half().float()
     return ((groups / scale).round().clamp(-8, 7) * scale).view_as(values)

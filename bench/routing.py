@@ -1,8 +1,9 @@
-"""Measure how a model routes while it decodes: how hot its hot experts are, and how often a token's are used again.
+"""Measure how a model routes while it decodes: how hot its hot experts are, and how often consecutive tokens reuse
+experts.
 
     python bench/routing.py MODEL --ram 4GiB --tokens 256
 
-For scale it prints what independent uniform routing gives, by drawing as many tokens.
+For scale it also prints the result of independent uniform routing for as many tokens.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any
 from tierlm import LLM, Budget, SamplingParams
 from tierlm.policies.prediction import NoPredictor
 
-HOT = 0.2  # the share of the experts that is called hot
+HOT = 0.2  # the share of experts called hot
 Log = Mapping[int, Sequence[Sequence[int]]]  # layer -> token -> experts
 
 
 class RoutingLog(NoPredictor):
-    """Predictions nothing and keeps what every layer chose, token by token, of the model that was loaded last."""
+    """Predicts nothing and keeps every layer's choices, token by token, for the model loaded last."""
 
     kept: dict[int, list[list[int]]]
 
@@ -37,7 +38,7 @@ class RoutingLog(NoPredictor):
 
 
 def log_routing(model: Path, ram: str, tokens: int, prompt: Sequence[int]) -> tuple[Log, int]:
-    """What the layers chose while ``tokens`` were decoded greedily, and the number of experts."""
+    """The layers' choices while ``tokens`` were decoded greedily, and the number of experts."""
     options: dict[str, Any] = {"predictor": f"{__name__}:RoutingLog", "context": len(prompt) + tokens}
     with LLM.load(model, budget=Budget(ram), **options) as llm:
         llm.generate([list(prompt)], SamplingParams(max_new_tokens=tokens + 1, ignore_eos=True))
@@ -45,8 +46,8 @@ def log_routing(model: Path, ram: str, tokens: int, prompt: Sequence[int]) -> tu
 
 
 def summarize(log: Log, experts: int) -> dict[str, float]:
-    """Means over the layers. ``hot_share``: of all choices, those of the HOT most chosen experts. ``reuse``: P(an
-    expert of a token is chosen by the next one too). ``same``: P(the next token chooses the very same set)."""
+    """Means over the layers. ``hot_share``: share of all choices that go to the HOT most chosen experts. ``reuse``:
+    P(the next token chooses an expert again). ``same``: P(the next token chooses the same set)."""
     hot, again, same = [], [], []
     for chosen in log.values():
         counts = Counter(expert for token in chosen for expert in token)
@@ -58,7 +59,7 @@ def summarize(log: Log, experts: int) -> dict[str, float]:
 
 
 def uniform(log: Log, experts: int) -> Log:
-    """As many choices as in ``log``, at random."""
+    """As many random choices as in ``log``."""
     draw = random.Random(0)
     return {layer: [draw.sample(range(experts), len(token)) for token in chosen] for layer, chosen in log.items()}
 

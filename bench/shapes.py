@@ -1,4 +1,4 @@
-"""Shapes of published models as their ``config.json``, and toys of the architectures for the tests."""
+"""Shapes of published models as ``config.json``, and toy shapes of each architecture for tests."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 
 
 def config_of(shape: str, layers: int | None, fp8: bool) -> dict[str, Any]:
-    """The ``config.json`` of a shape cut to ``layers``. Its dense layers shrink in proportion, to one at the least, so
-    that a cut of a few layers has experts too."""
+    """The ``config.json`` of a shape cut to ``layers``. Dense layers shrink in proportion, to one at least, so that a
+    cut of a few layers still has experts."""
     config = dict(SHAPES[shape])
     if layers is not None:
         published = config["num_hidden_layers"]

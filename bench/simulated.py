@@ -1,8 +1,9 @@
-"""How far the simulator is from the engine: a model runs at some cache sizes, its trace is simulated with the speeds
-that the run itself showed, and both are printed.
+"""How close the simulator is to the engine: run a model at some cache sizes, simulate its trace with the speeds that
+the run showed, and print both.
 
-python bench/simulated.py demo --slots 24 48 96 --tokens 128
-What a layer computes is taken from a run with everything resident; the disk's bandwidth from each run's own busy time.
+    python bench/simulated.py demo --slots 24 48 96 --tokens 128
+
+A layer's compute time comes from a run with everything resident; the disk's bandwidth from each run's own busy time.
 The last line is JSON.
 """
 

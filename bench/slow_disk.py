@@ -1,9 +1,9 @@
-"""Run a command, and all that it starts, with the disk under a folder held to a rate (cgroup v1; needs root).
+"""Run a command with the disk under a folder limited to a rate (cgroup v1; needs root).
 
     python bench/slow_disk.py 1GB /models -- python bench/decode.py /models/DeepSeek-V2-Lite --ram 4GiB
 
-The rate is bytes a second of reads past the page cache, of everything in the group together. A disk that is held below
-what it gives at its worst does not drift, and costs the processors little: what hides behind its reads shows.
+The rate limits reads past the page cache, in bytes/s over all processes of the group. A disk held below its worst speed
+does not drift and costs the processors little, which shows how well reads are hidden.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path("/sys/fs/cgroup/blkio")
 
 
 def device_of(path: Path) -> str:
-    """The disk that holds ``path``, as "major:minor": of a partition, the whole."""
+    """The disk that holds ``path``, as "major:minor"; for a partition, the whole disk."""
     number = os.stat(path).st_dev
     folder = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve(strict=True)
     if (folder / "partition").exists():
@@ -32,7 +32,7 @@ def device_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def held(path: Path, rate: int) -> Iterator[Path]:
-    """A cgroup in which the disk of ``path`` gives ``rate`` bytes a second. Raises OSError where none can be made."""
+    """A cgroup that limits the disk of ``path`` to ``rate`` bytes/s. Raises OSError if none can be created."""
     folder = ROOT / f"tierlm-{uuid.uuid4().hex}"
     folder.mkdir()
     try:
@@ -50,7 +50,7 @@ def main() -> None:
             script = f'echo $$ > {folder}/cgroup.procs && exec "$@"'
             sys.exit(subprocess.run(["/bin/sh", "-c", script, "sh", *sys.argv[4:]], check=False).returncode)
     except OSError as error:
-        sys.exit(f"the disk of {sys.argv[2]} cannot be held to a rate here: {error}")
+        sys.exit(f"the disk of {sys.argv[2]} cannot be limited to a rate here: {error}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Many decode steps of a model at a small budget: memory, threads and open files must stay where they were.
+"""Many decode steps of a model at a small budget: memory, threads and open files must not grow.
 
     python bench/soak.py demo --ram 384MiB --slots 24 --steps 10000
 
-Exit code 1 if a thread or a file is left over, or if memory has grown by more than 2 MiB from the second tenth of the
-run to the last. Requests of 500 tokens one after another, each with another prompt. The last line is JSON.
+Exit code 1 if a thread or a file is left over, or if memory grows by more than 2 MiB from the second tenth of the run
+to the last. Requests of 500 tokens run one after another, each with another prompt. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ REQUEST = 500
 
 
 def held() -> dict[str, int]:
-    """Bytes resident, threads and open files of this process."""
+    """Resident bytes, threads and open files of this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     names = [Path("/proc/self/task", task, "comm").read_text() for task in os.listdir("/proc/self/task")]
-    reading = sum(name.startswith("tierlm-read") for name in names)  # which Python does not know
+    reading = sum(name.startswith("tierlm-read") for name in names)  # Python does not count these
     return {"rss": resident, "threads": threading.active_count() + reading, "files": len(os.listdir("/proc/self/fd"))}
 
 

@@ -7,12 +7,12 @@
 Without --skew and --stickiness routing is nearly uniform: the worst case for any cache. --skew S makes the expert of
 rank r as popular as r ** -S: for S = 0.4, 0.6, 0.8 the hottest fifth of the experts gets 36, 45, 56 % of the choices
 (V3: 37, 48, 61 %). --stickiness R makes the next token choose an expert again with probability R; 0.29 to 0.41 has been
-reported of trained models. Both are what the weights are fitted to; ``bench/routing.py`` measures what comes out in a
-run, which on toys was 0 to 4 points more stickiness, and a hot share within 5 points where all topics had their turn.
-How the weights do it is told in bench/noise.py. --gguf writes the same weights for llama.cpp (bench/gguf_twin.py).
+reported for trained models. The weights are fitted to both; ``bench/routing.py`` measures the result in a run: on toys,
+0 to 4 points more stickiness, and a hot share within 5 points once all topics had their turn. bench/noise.py explains
+how the weights do it. --gguf writes the same weights for llama.cpp (bench/gguf_twin.py).
 
-It is written shard by shard, in little more memory than a shard, the embedding and the head take. The demo model's
-tokenizer goes with it, so that text can be typed in; what comes out is noise.
+The checkpoint is written shard by shard, in little more memory than a shard, the embedding and the head. It includes
+the demo model's tokenizer, so that text can be typed in; the output is noise.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LARGEST_FP8 = 448.0  # of e4m3
 
 
 class Shards:
-    """Collects tensors and writes a shard whenever there is enough, then the index."""
+    """Collects tensors, writes a shard whenever there are enough, then the index."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -73,8 +73,8 @@ class Shards:
 
 
 def to_fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 [out, in], and what each block of 128 x 128 is to be multiplied with, float32 [out / 128, in / 128] rounded
-    up. The scales are powers of two, so that the product is a bfloat16 exactly, as the GGUF twin needs."""
+    """e4m3 [out, in], and the scale of each block of 128 x 128, float32 [out / 128, in / 128] rounded up. Scales are
+    powers of two, so that the product is exactly a bfloat16, as the GGUF twin needs."""
     rows, columns = matrix.shape
     padded = functional.pad(matrix.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
@@ -93,7 +93,7 @@ def write_model(
     stickiness: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Write the model folder ``out``, which must not exist. Raises ValueError for routing that cannot be."""
+    """Write the model folder ``out``, which must not exist. Raises ValueError for impossible routing."""
     config = config_of(shape, layers, fp8)
     spec, family = read_spec(config, shape), family_of(config["model_type"], shape)
     noise = Noise(spec, skew, stickiness, seed)
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, help="fewer than the published number makes a smaller file")
+    parser.add_argument("--layers", type=int, help="fewer than published makes a smaller checkpoint")
     parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--skew", type=float, default=0.0)
     parser.add_argument("--stickiness", type=float, default=0.0)

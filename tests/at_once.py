@@ -1,4 +1,4 @@
-"""An executor for tests that must come out the same each time: no threads."""
+"""An executor without threads, for tests that must be deterministic."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tierlm.memory.ticket import Job, Ticket
 
 
 class AtOnce(Executor):
-    """Performs all jobs in ``submit``: ``Transfer(1, executor=AtOnce())``. Their ticket is done when the transfer next
-    collects. What fails, fails the ticket."""
+    """Performs all jobs in ``submit``: ``Transfer(1, executor=AtOnce())``. A ticket is done when the transfer next
+    collects. A failing job fails its ticket."""
 
     def __init__(self) -> None:
         self._count, self._ended, self._links = 0, deque[Ticket](), dict[str, LinkStats]()

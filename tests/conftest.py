@@ -16,18 +16,18 @@ from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.models.packing import pack_model
 
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # the toys are too small to be shared out, and another job may hold the other cores
+torch.set_num_threads(1)  # the toys are too small for several threads, and other jobs may use the other cores
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is remembered between runs is not the user's, here."""
+    """Keeps the tests out of the user's cache folder."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
 def direct(tmp_path: Path) -> None:
-    """Of a test that reads past the page cache."""
+    """For tests that read past the page cache."""
     probe = tmp_path / "probe"
     probe.write_bytes(bytes(ALIGNMENT))
     try:

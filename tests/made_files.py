@@ -1,4 +1,4 @@
-"""Files of records, made for a test."""
+"""Files of records for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tierlm.checkpoints.checkpoint import ALIGNMENT
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=40)
-# Records side by side, as small as a few bytes of one page, in and out of order, and requests that cut them.
+# Adjacent records, as small as a few bytes of one page, in and out of order, and requests that cut them.
 SIDE_BY_SIDE: dict[str, st.SearchStrategy[Any]] = {
     "sizes": st.lists(st.integers(1, 3 * ALIGNMENT), min_size=1, max_size=24),
     "aligned": st.booleans(),

@@ -1,4 +1,4 @@
-"""Jobs and reads, made for a test, and threads that can be held while the queue is filled."""
+"""Jobs and reads for tests, and threads that can be held while the queue is filled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tierlm.timeline import Timeline
 
 WAIT = 20.0
 DEMAND, PREFETCH, WARM_UP = Priority
-HOLD = ExpertKey(99, 0)  # of reads that no test looks at
+HOLD = ExpertKey(99, 0)  # for reads that no test looks at
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +46,7 @@ def call(function: Callable[[], object]) -> Call:
 
 
 class Held(Transfer):
-    """Holds the reads' threads when they announce, until ``gate`` opens."""
+    """Holds the reading threads in their announcements until ``gate`` opens."""
 
     def __init__(self, threads: int = 1, timeline: Timeline | None = None, merged_bytes: int = 0):
         self.gate, self.inside = threading.Event(), threading.Semaphore(0)
@@ -55,20 +55,20 @@ class Held(Transfer):
 
     def take_ended(self) -> None:
         super().take_ended()
-        if isinstance(threading.current_thread(), threading._DummyThread):  # one that Python did not make
+        if isinstance(threading.current_thread(), threading._DummyThread):  # a thread that Python did not create
             self.inside.release()
             assert self.gate.wait(WAIT)
 
 
 @dataclass
 class Shelf:
-    """A file of records that follow each other, and slots into which a disk reads them."""
+    """A file of consecutive records, and slots into which a disk reads them."""
 
     file: Path
     edges: Sequence[int]
     transfer: Held
     request_bytes: int = 2**20
-    given: list[Record] | None = None  # in place of what lies between ``edges``
+    given: list[Record] | None = None  # in place of the records between ``edges``
     slots: list[Slot] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Shelf:
         return ticket
 
     def read(self, words: Sequence[int], slot: Slot, requests: Sequence[Request] = ()) -> Read:
-        """Of any words; ``requests`` say what is to be read if that fails."""
+        """A read of any words; ``requests`` say what to read if that fails."""
         return Read(self.reader, requests, array("q", words), slot, HOLD)
 
     def expected(self, i: int) -> bytes:
@@ -101,7 +101,7 @@ class Shelf:
         return self.slots[i].buffer[place.offset : place.offset + place.nbytes].numpy().tobytes()
 
     def hold(self, threads: int = 1) -> None:
-        """Until ``transfer.gate`` opens, ``threads`` are in an announcement."""
+        """Keep ``threads`` threads in an announcement until ``transfer.gate`` opens."""
         self.transfer.gate.clear()
         self.scratch = Slot(allocate(threads * ALIGNMENT, torch.device("cpu")))
         fd = self.reader.descriptor(self.file)
@@ -122,7 +122,7 @@ class Shelf:
 
 
 def reads_of(timeline: Timeline) -> list[list[int]]:
-    """The bytes of what was read in one go: what began and ended together."""
+    """The bytes of reads merged into one: those that began and ended together."""
     together: dict[tuple[float, float], list[int]] = {}
     for track, _, name, began, ended, details in timeline._spans:
         if track == "disk->ram" and name != str(HOLD):

@@ -10,8 +10,8 @@ from tierlm.tracing.trace import Trace, TraceInfo
 
 @st.composite
 def traces(draw: st.DrawFn) -> Trace:
-    """Runs of a few tokens: prefills of up to six tokens, decode steps of up to three, in which some layers have fewer
-    choices than others, or none; with an order on the disk, or none."""
+    """Runs of a few tokens: prefills of up to six, decode steps of up to three. Some layers have fewer choices than
+    others, or none; with or without an order on disk."""
     layers, experts = draw(st.integers(1, 4)), draw(st.integers(2, 12))
     chosen = draw(st.integers(1, min(4, experts)))
     sizes = draw(st.lists(st.tuples(st.booleans(), st.integers(1, 6)), min_size=1, max_size=40))

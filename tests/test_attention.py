@@ -1,4 +1,4 @@
-"""Latent attention of a few tokens by the kernels, against the same in torch."""
+"""Latent attention of a few tokens in the kernels, against torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tierlm.models.decoder import attention_of
 from tierlm.spec import ModelSpec, TrunkKey
 
 CPU = torch.device("cpu")
-# Products with int8 and int4 round activations, and a difference in the last bit may round one to the next number.
+# Products with int8 and int4 round activations; a difference in the last bit may round one to the next number.
 CLOSE = {"f32": 2e-5, "bf16": 2e-5, "f16": 2e-5, "fp8": 2e-5, "int8": 5e-3, "int4": 5e-3}
 
 
@@ -113,7 +113,7 @@ def test_the_kernels_are_asked_for_a_few_rows_of_weights_they_know(monkeypatch: 
     monkeypatch.setattr(latent, "fused_mla_decode", count)
     run(spec_of(), "bf16", [(4, 8)], torch.float32)
     run(spec_of(), "bf16", [(4, 9)], torch.float32)  # too many
-    run(spec_of(v_head_dim=12), "int4", [(4, 1)], torch.float32)  # a head begins within a tile
+    run(spec_of(v_head_dim=12), "int4", [(4, 1)], torch.float32)  # a head starts within a tile
     assert calls == [1, 0, 0]
 
 
@@ -134,7 +134,7 @@ GROUPED = {
 
 @pytest.mark.parametrize("kind", ["latent", "grouped"])
 def test_a_sequence_attends_alike_whoever_is_beside_it(kind: str) -> None:
-    """Beside one that is long enough to take the other path: the same bits."""
+    """Beside one long enough to take the other path: the same bits."""
     spec = spec_of(**(GROUPED if kind == "grouped" else {}))
     attention = spec.layers[0].attention
     trunk, norm = weights_for(spec, "f32")

@@ -1,4 +1,4 @@
-"""The bench's synthetic models: they run, equal `transformers`, and route as asked; their GGUF twins equal them."""
+"""The bench's synthetic models run, equal `transformers`, and route as requested; their GGUF twins equal them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_cut_keeps_layers_with_experts() -> None:
 
 @pytest.mark.parametrize("shape", ["toy-v2", "toy-v3", "toy-qwen3"])
 def test_hot_and_sticky_routing_is_as_asked(shape: str, tmp_path: Path) -> None:
-    """Over 160 tokens, which is once round the topics."""
+    """Over 160 tokens, one round of the topics."""
     found: dict[tuple[float, float], dict[str, float]] = {}
     for skew, stickiness in ((0.0, 0.0), (0.6, 0.0), (0.6, 0.4)):
         folder = tmp_path / f"{skew}-{stickiness}"
@@ -133,7 +133,7 @@ def test_what_cannot_be_is_refused(arguments: list[str], tmp_path: Path, monkeyp
 def test_llama_cpp_computes_the_same_from_the_twin(
     shape: str, fp8: bool, toys: dict[tuple[str, bool], Path], tmp_path: Path
 ) -> None:
-    """It rounds activations to bfloat16, which sends single tokens to other experts: most rows must be close."""
+    """llama.cpp rounds activations to bfloat16, which sends single tokens to other experts: most rows must be close."""
     pytest.importorskip("gguf", reason="needs gguf: pip install tierlm[peers]")
     pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install tierlm[peers]")
     import llamacpp
@@ -151,7 +151,7 @@ def test_llama_cpp_computes_the_same_from_the_twin(
     assert [step["id"] for step in steps] == ids
     far = [max(abs(top["logprob"] - float(row[top["id"]])) for top in step["top_logprobs"])
            for step, row in zip(steps, expected, strict=False)]  # fmt: skip
-    assert sorted(far)[count // 2] < 0.2  # of logits that spread over 2.4
+    assert sorted(far)[count // 2] < 0.2  # logits spread over 2.4
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])

@@ -1,4 +1,4 @@
-"""The bench that compares predictions with measurements, on the embedded model, and the table of machines."""
+"""The bench that compares predictions with measurements, on the embedded model; the table of machines."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ print(json.dumps({"slots": stats.plan.ram.expert_slots, "evictions": stats.exper
 @needs_cgroup
 @pytest.mark.parametrize("vram", ["", "72MiB"])
 def test_never_killed_in_a_cgroup_of_the_budgets_size(vram: str, larger_than_the_limit: Path) -> None:
-    limit = LIMIT + (72 * 2**20 if vram else 0)  # the stand-in for a device is host memory too
+    limit = LIMIT + (72 * 2**20 if vram else 0)  # the device here is host memory too
     command = [sys.executable, "-c", API, str(larger_than_the_limit), vram]
     process, report = limited.run_limited(command, limit, capture_output=True, env=os.environ)
     assert process.returncode == 0, process.stderr
@@ -88,7 +88,7 @@ def test_below_the_floor_says_floor_budget_and_what_dominates(toy_v3: tuple[Path
 
 
 def test_one_byte_above_the_floor_of_vram_works(toy_v3: tuple[Path, Any]) -> None:
-    """The floor is a promise: at the floor it runs."""
+    """The floor is a promise: the model runs at the floor."""
     with pytest.raises(BudgetError) as caught:
         LLM.load(toy_v3[0], budget=Budget("8GiB", vram=0))
     with LLM.load(toy_v3[0], budget=Budget("8GiB", vram=caught.value.floor)) as llm:

@@ -1,4 +1,4 @@
-"""A model folder against its config: what is refused and how it is said, and the public dialects of config.json."""
+"""A model folder against its config: what is refused, with which message; the public dialects of config.json."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture
 def toy(originals: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of the v3 toy to spoil."""
+    """A copy of the v3 toy to damage."""
     return Path(shutil.copytree(originals("v3"), tmp_path / "toy"))
 
 
@@ -65,7 +65,7 @@ def drop_config(folder: Path, *names: str) -> None:
 
 
 def refused(folder: Path, error: type[CheckpointError], *words: str) -> str:
-    """Check that the folder is refused with exactly ``error`` and all of ``words``; the message."""
+    """Check that the folder is refused with exactly ``error`` and all of ``words``; returns the message."""
     with pytest.raises(CheckpointError) as caught:
         Catalog(folder)
     assert type(caught.value) is error, caught.value
@@ -74,7 +74,7 @@ def refused(folder: Path, error: type[CheckpointError], *words: str) -> str:
     return str(caught.value)
 
 
-# --- good models
+# --- valid models
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -144,7 +144,7 @@ def test_eos_that_is_no_id(toy: Path, eos: Any) -> None:
 
 
 def test_layers_past_the_last_are_ignored_and_reported(tmp_path: Path) -> None:
-    """Multi-token prediction: published as one layer more than num_hidden_layers says."""
+    """Multi-token prediction is published as one layer more than num_hidden_layers says."""
     make_toy("v3", tmp_path, num_hidden_layers=5)
     edit_config(tmp_path, num_hidden_layers=4, num_nextn_predict_layers=1)
     rewrite(tmp_path, lambda tensors: tensors.update({"model.layers.4.eh_proj.weight": torch.zeros(48, 96)}))
@@ -157,7 +157,7 @@ def test_layers_past_the_last_are_ignored_and_reported(tmp_path: Path) -> None:
     assert not used & beyond
 
 
-# --- spoilt models
+# --- damaged models
 
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v4", "", None, 3, ["deepseek_v3"]])
@@ -569,7 +569,7 @@ def test_published_kimi_k2() -> None:
 
 
 def test_published_shapes_of_tensors() -> None:
-    """As the published model.safetensors.index.json files name them, and their headers shape them."""
+    """Names as in the published model.safetensors.index.json files, shapes as in their headers."""
     lite, v3, deepseek = spec_of(V2_LITE), spec_of(V3), FAMILIES["deepseek_v3"]
     trunk = deepseek.trunk_tensors(lite, TrunkKey(1))
     assert trunk["q_proj"] == ("model.layers.1.self_attn.q_proj.weight", (3072, 2048)) and "q_a_proj" not in trunk
@@ -604,7 +604,7 @@ def test_both_dialects_of_rope_say_the_same(originals: Callable[[str], Path], na
 
 
 def test_v2_normalized_weights_are_not_scaled() -> None:
-    """As the published modeling_deepseek.py of V2 does; V3 normalizes and scales."""
+    """As in V2's published modeling_deepseek.py; V3 normalizes and scales."""
     assert moe_of(spec_of({**V2, "norm_topk_prob": True})).router.scale == 1.0
     assert moe_of(spec_of({**V2, "norm_topk_prob": True})).router.normalize
     assert moe_of(spec_of({**V3, "norm_topk_prob": False})).router.scale == 2.5
@@ -615,7 +615,7 @@ def test_v2_greedy_has_no_groups_whatever_the_config_says() -> None:
     assert (router.groups, router.groups_chosen) == (1, 1)
 
 
-# --- what the user calls a model
+# --- model names
 
 
 def test_model_is_found_by_folder(tmp_path: Path) -> None:

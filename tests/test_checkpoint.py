@@ -69,7 +69,7 @@ def entry(start: Any, stop: Any, shape: Any = (1,), dtype: Any = "F32") -> dict[
 
 
 def write_raw(file: Path, header: bytes | Mapping[str, Any], data: int = 0) -> Path:
-    """A safetensors file with any header and ``data`` bytes behind it."""
+    """A safetensors file with any header, followed by ``data`` bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
     return file
@@ -82,7 +82,7 @@ def write_index(folder: Path, weight_map: Any) -> Path:
 
 
 def refused(folder: Path, *names: str) -> str:
-    """Check that the folder is refused with a message that has all of ``names``; the message."""
+    """Check that the folder is refused with a message that has all of ``names``; returns the message."""
     with pytest.raises(CheckpointError) as caught:
         Checkpoint(folder)
     for name in names:
@@ -151,7 +151,7 @@ def test_rows_of_a_tensor_are_a_part_of_its_bytes(tmp_path: Path) -> None:
 # --- bad files
 
 GOOD = entry(0, 4)
-HUGE = 10**3000  # of which two multiply to a number that Python refuses to print
+HUGE = 10**3000  # two of them multiply to a number that Python refuses to print
 BAD_HEADERS: dict[str, tuple[bytes | dict[str, Any], int, str]] = {  # header, bytes of data, what the message names
     "not JSON": (b"{'single': quotes}", 0, ""),
     "not UTF-8": (b'{"\xff\xfe": 1}', 0, ""),
@@ -250,7 +250,7 @@ def test_header_length_beyond_the_limit_is_refused_without_reading(tmp_path: Pat
     file = tmp_path / "model.safetensors"
     with open(file, "wb") as stream:
         stream.write((2**28).to_bytes(8, "little"))
-        stream.truncate(2**28 + 8)  # sparse: as long as it says
+        stream.truncate(2**28 + 8)  # sparse, with the stated length
     refused(tmp_path, str(file))
 
 
@@ -283,7 +283,7 @@ def test_shard_that_is_a_folder(tmp_path: Path) -> None:
 def test_index_that_leads_out_of_its_folder(tmp_path: Path, shard: str) -> None:
     folder = tmp_path / "model"
     (folder / "a").mkdir(parents=True)
-    for there in (tmp_path / "x", folder / "x", folder / "a" / "b"):  # all of them exist and would be fine
+    for there in (tmp_path / "x", folder / "x", folder / "a" / "b"):  # all of them exist and are valid
         save_file({"w": filled("F32", (4,), 1)}, there.with_suffix(".safetensors"))
     shard = str(tmp_path / "x.safetensors") if shard == "/ABSOLUTE" else shard
     index = write_index(folder, {"w": shard})
@@ -332,7 +332,7 @@ def test_missing_tensor_and_wrong_shape_are_named(tmp_path: Path) -> None:
 
 
 def fetch(record: Record, reader: Reader) -> bytes:
-    """All bytes of a record, read as the runtime does, into memory that was not zero before."""
+    """All bytes of a record, read as at run time, into memory that was not zero before."""
     with mmap.mmap(-1, max(record.nbytes, 1)) as memory:
         memory[:] = b"\xaa" * len(memory)
         view = memoryview(memory)
@@ -346,13 +346,13 @@ def fetch(record: Record, reader: Reader) -> bytes:
 
 
 def readers(files: Sequence[Path]) -> list[Reader]:
-    """Both readers; only the memory-mapped one where the file system refuses O_DIRECT."""
+    """Both readers; only the memory-mapped one if the file system refuses O_DIRECT."""
     auto, _ = open_reader("auto", files)
     return [auto] if auto.name == "mmap" else [auto, MmapReader()]
 
 
 def check_record(tensors: Mapping[str, TensorInfo], record: Record) -> None:
-    """What a record promises: alignment, no overlap, every read as long as needed, every tensor's exact bytes."""
+    """A record's promises: alignment, no overlap, reads no longer than the pages need, every tensor's exact bytes."""
     assert record.nbytes % ALIGNMENT == 0
     assert set(record.places) == set(tensors)
     at = 0

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one-line messages, JSON, Ctrl-C, and that a failure leaves nothing behind."""
+"""The command line: exit codes, one-line messages, JSON, Ctrl-C, and no leftovers after a failure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tierlm.config import LoadOptions
 VOCAB = 300
 BOS, EOS = "<|begin|>", "<|end|>"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-LIMIT = 120.0  # seconds that a child process may take before a test gives up on it
+LIMIT = 120.0  # seconds before a test fails its child process
 
 
 def add_tokenizer(folder: Path) -> None:
@@ -55,7 +55,7 @@ def add_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy with a tokenizer, a long context, and nothing that ends a text."""
+    """A toy with a tokenizer, a long context, and no end-of-text id."""
     folder = tmp_path_factory.mktemp("model")
     make_toy("v3", folder, vocab_size=VOCAB, max_position_embeddings=20_000)
     (folder / "generation_config.json").unlink()
@@ -66,7 +66,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A copy of the toy, in the current folder, which has nothing else."""
+    """A copy of the toy, alone in the current folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(original, tmp_path / "model")
     return "model"
@@ -74,7 +74,7 @@ def model(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> st
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command ended with."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -105,7 +105,7 @@ def listing(folder: Path) -> Mapping[str, int]:
 
 @contextmanager
 def leaves_nothing(*added: str) -> Iterator[None]:
-    """Check that the current folder, the model's folder among its own, is afterwards as before, but for ``added``."""
+    """Check that the current folder, with the model's folder, ends as it began, except for ``added``."""
     before = listing(Path.cwd())
     yield
     after = listing(Path.cwd())
@@ -113,7 +113,7 @@ def leaves_nothing(*added: str) -> Iterator[None]:
 
 
 def check_failure(outcome: Outcome, code: int, *words: str) -> None:
-    """One line that says what is wrong, and no text on standard output. (Empty lines have a test of their own.)"""
+    """One line that says what is wrong, and nothing on standard output. (Empty lines have their own test.)"""
     assert outcome.code == code, outcome
     assert outcome.err.strip().count("\n") == 0, outcome.err
     assert outcome.err.strip().startswith("error: ")
@@ -122,7 +122,7 @@ def check_failure(outcome: Outcome, code: int, *words: str) -> None:
         assert word in outcome.err
 
 
-# --- what works
+# --- success
 
 
 def test_run_prints_the_text(model: str, tierlm: Any) -> None:
@@ -250,9 +250,9 @@ def test_run_chat_and_record_have_the_same_options() -> None:
     assert names(record) - shared == {"model", "prompts", "output", "scores"} and shared < names(record)
 
 
-# --- what does not
+# --- failure
 
-BAD_OPTIONS: dict[str, tuple[list[str], int, list[str]]] = {  # words after the model; exit code; what the line says
+BAD_OPTIONS: dict[str, tuple[list[str], int, list[str]]] = {  # arguments after the model; exit code; words of the line
     "NaN budget": (["--ram", "nan"], 2, ["UsageError", "budget ram", "'nan'"]),
     "infinite budget": (["--ram", "inf"], 2, ["UsageError", "budget ram"]),
     "negative budget": (["--ram", "-1GiB"], 2, ["UsageError", "budget ram"]),
@@ -309,7 +309,7 @@ def test_messages_are_printed_as_they_are(model: str, tierlm: Any, folder: str) 
 
 
 def test_standard_error_has_no_empty_line(model: str, tierlm: Any) -> None:
-    """Where it is no terminal there is no progress bar, so there is nothing to end with a line break either."""
+    """Without a terminal there is no progress bar, so no line break is needed to end it."""
     assert tierlm("run", model, "-p", "the", "-n", "1", "--context", "64").err == ""
     outcome = tierlm("run", "missing", "-p", "the")
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
@@ -368,7 +368,7 @@ def test_missing_prompt_says_which_option(model: str, tierlm: Any) -> None:
 
 @pytest.mark.parametrize("target", ["no/such/folder/out.json", "taken", ".", "model/config.json/out.json"])
 def test_json_that_cannot_be_written(model: str, tierlm: Any, target: str) -> None:
-    """The text has been shown by then; nothing half-written stays behind."""
+    """The text has been shown by then; no partial file remains."""
     Path("taken").mkdir()
     with leaves_nothing():
         outcome = tierlm("run", model, "-p", "the", "-n", "1", "--context", "64", "--json", target)
@@ -398,7 +398,7 @@ def test_module_is_the_console_script(model: str) -> None:
 
 @contextmanager
 def interruptible(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a process that heeds SIGINT, even where this one has inherited that it is ignored."""
+    """A command in a process that handles SIGINT, even if this process has inherited that it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
@@ -420,7 +420,7 @@ def interruptible(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def first_byte(process: subprocess.Popen[bytes]) -> bytes:
-    """Waits until the first text has come; nothing if the process has ended instead."""
+    """Wait for the first text; returns nothing if the process ends instead."""
     assert process.stdout is not None
     assert select.select([process.stdout], [], [], LIMIT)[0], "no text has come"
     return os.read(process.stdout.fileno(), 1)

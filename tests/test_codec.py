@@ -1,4 +1,4 @@
-"""Records that are compressed without loss: what is stored, what comes back, and what is told when it does not."""
+"""Losslessly compressed records: what is stored, what is restored, and the errors if it differs."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_interrupted_it_goes_on(
 
 
 def reseal(file: Path, stored: bytearray, old: str, at: int) -> None:
-    """Write a record in the place of the one at ``at`` whose checksum was ``old``, and the checksum that it has."""
+    """Overwrite the record at ``at``, whose checksum was ``old``, and its checksum."""
     content = bytearray(file.read_bytes())
     content[at : at + len(stored)] = stored
     file.write_bytes(content.replace(old.encode(), checksum(bytes(stored)).encode()))
@@ -181,7 +181,7 @@ def reseal(file: Path, stored: bytearray, old: str, at: int) -> None:
 
 @pytest.mark.parametrize("what", ["length", "frame", "record"])
 def test_what_was_packed_wrongly_is_named(what: str, squeezed: Path, tmp_path: Path, ids: list[int]) -> None:
-    """Its checksum is right, and yet it is no record, or another one."""
+    """The checksum is right, but the bytes are no record, or another one."""
     folder = tmp_path / "copy"
     shutil.copytree(squeezed, folder)
     record = Catalog(folder).record(ExpertKey(2, 5))
@@ -197,7 +197,7 @@ def test_what_was_packed_wrongly_is_named(what: str, squeezed: Path, tmp_path: P
         reseal(seal.file, stored, seal.checksum, seal.offset)
     place = f"{seal.file}.*expert 5 of layer 2.*offset {seal.offset}: "
     with LLM.load(folder, budget=RAM, heat=False, predictor="none", **TIGHT) as llm:
-        for _ in range(2):  # nor is it believed the next time
+        for _ in range(2):  # and again the next time
             with pytest.raises(StorageError, match=f"{place}.*pack the model again") as raised:
                 llm.logits(ids)
             assert (raised.value.file, raised.value.offset) == (str(seal.file), seal.offset)
@@ -332,8 +332,8 @@ LIES = [
     lie("BF16", [-4]),
     lie("BF16", ["4"]),
     lie("Q4", [9999]),
-    lie("BF16", [1]),  # less than there is
-    lie("BF16", [2**60]),  # more than there can be
+    lie("BF16", [1]),  # fewer bytes than there are
+    lie("BF16", [2**60]),  # more bytes than possible
     lie("BF16", [200], name="tierlm.zstd.0"),
     lie("BF16", [200], outer="other"),
     lie("BF16", [200], seal=7),

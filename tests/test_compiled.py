@@ -1,4 +1,4 @@
-"""The compiled replay: the classes of tierlm.policies decide, request for request, as their twins do."""
+"""The compiled replay decides as the classes of tierlm.policies do, request for request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(compiled.load() is None, reason="needs the compi
 
 
 def without_twin(policy: Policy) -> Policy:
-    """The same, of a class of its own."""
+    """The same policy as a new class, which has no twin."""
     policy.__class__ = type("Own", (type(policy),), {})
     assert not compiled.has_twin(policy)
     return policy
@@ -49,7 +49,7 @@ def same(trace: Trace, name: str, slots: int, **parameters: float) -> None:
 @settings(deadline=None, derandomize=True, max_examples=80)
 @given(trace=traces(), data=st.data())
 def test_a_twin_misses_what_the_policy_misses(name: str, trace: Trace, data: st.DataObject) -> None:
-    """Layer by layer of each step; with any slots, of which a step may need more."""
+    """Layer by layer of each step, with any number of slots; a step may need more."""
     slots = data.draw(st.integers(1, trace.records + 2))
     chosen = {key: data.draw(st.sampled_from(values)) for key, values in PARAMETERS.get(name, {}).items()}
     same(trace, name, slots, **chosen if data.draw(st.booleans()) else {})
@@ -62,7 +62,7 @@ def test_a_twin_misses_what_the_policy_misses_of_the_demos_trace(name: str, slot
 
 
 def test_one_record_at_a_time_is_each_request() -> None:
-    """A trace of one layer and one choice: the counts are the requests' own hits and misses."""
+    """A trace of one layer and one choice: the counts are each request's hit or miss."""
     chance = np.random.default_rng(0)
     ids = np.minimum(chance.geometric(0.05, (2000, 1, 1)) - 1, 59).astype(np.int16)
     tokens = np.arange(2000, dtype=np.int32)
@@ -73,7 +73,7 @@ def test_one_record_at_a_time_is_each_request() -> None:
 
 def test_only_the_classes_themselves_have_twins() -> None:
     class Mine(Lru):
-        """Somebody's own."""
+        """A user's class."""
 
     info = TierInfo(3, 8)
     assert compiled.has_twin(Lru(info)) and not compiled.has_twin(Mine(info))

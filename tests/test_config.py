@@ -1,4 +1,4 @@
-"""What the user asks for: sizes, budgets, sampling, options. Every value that means nothing is refused by name."""
+"""User input: sizes, budgets, sampling, options. Every meaningless value is refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tierlm.errors import TierlmError, UsageError
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=100)
 NAN, INF = float("nan"), float("inf")
-GIANT = 10**400  # an integer that no float holds
+GIANT = 10**400  # an integer beyond any float
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The cost model: what follows from its definition, and that more of anything is never slower."""
+"""The cost model: what follows from its definition, and that more of a resource is never slower."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WORK, SIZES = work_of(OUTLINE), sizes_of(OUTLINE, 1024, 512, 4)
 @SETTINGS
 @given(compute=seconds, reading=seconds, arithmetic=shares, disk=shares)
 def test_side_by_side(compute: float, reading: float, arithmetic: float, disk: float) -> None:
-    """Never faster than the slower of the two alone; as fast as that if neither is in the other's way."""
+    """Never faster than the slower of the two alone; equal to it if neither slows the other."""
     both = side_by_side(compute, reading, (arithmetic, disk))
     assert both >= max(compute, reading) * (1 - 1e-9)
     assert side_by_side(compute, reading, (1.0, 1.0)) == pytest.approx(max(compute, reading))
@@ -190,7 +190,7 @@ def test_a_recorded_hit_rate_takes_the_place_of_the_assumed_one(vram: int | None
     assert (none.typical.hit_rate, every.typical.hit_rate) == (0.0, 1.0)
     assert none.typical.decode < assumed.typical.decode < every.typical.decode
     assert none.worst == assumed.worst == every.worst
-    for found in (none, every):  # even where recorded routing is unkinder than uniform
+    for found in (none, every):  # even if recorded routing is worse than uniform
         assert found.low <= min(found.worst.decode, found.typical.decode) <= found.high
 
 

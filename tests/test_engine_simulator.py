@@ -1,6 +1,6 @@
 """The engine and the simulator of its trace agree, count for count, with a predictor and with two tiers above the disk.
 
-Both read at once, and find every prediction worth a read: no decision depends on time.
+Both complete reads at once and find every prediction worth a read, so no decision depends on time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INSTANT = Rates(1, AT_ONCE, 0.0, 0.0)
 def run_engine(
     file: Path, policy: str, predictor: str, slots: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> list[dict[str, int]]:
-    """What each tier of ``slots``, the top first, has counted; the trace is written to ``file``."""
+    """What each tier of ``slots``, the top first, has counted; the trace goes to ``file``."""
     monkeypatch.setattr("tierlm.loading.Transfer", lambda *arguments: Transfer(*arguments, executor=AtOnce()))
     options: dict[str, Any] = {"predictor": predictor, "heat": False, "prefill_chunk": 32, "ram_slots": slots[-1]}
     budget = Budget("8GiB")
@@ -61,7 +61,7 @@ def run_simulator(trace: Trace, policy: str, predictor: str, slots: Sequence[int
 def test_the_simulator_counts_what_the_engine_does(
     policy: str, predictor: str, slots: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt alone, then two side by side, in chunks of 32; decode steps of one and of two tokens."""
+    """One prompt alone, then two in one batch, in chunks of 32; decode steps of one and of two tokens."""
     found = run_engine(tmp_path / "trace", policy, predictor, slots, monkeypatch)
     assert policy in POLICIES and found[0]["misses"]
     if predictor == "gate":

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path: P
     file = tmp_path / "file"
     write_whole(file, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(file, "new \udc00")  # fails after the file beside was opened
+        write_whole(file, "new \udc00")  # fails after the temporary file was opened
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]

@@ -35,7 +35,7 @@ SAMPLING = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
 class ScaledHalves(Format):
-    """float16, and a float32 scale for each block of 3 rows x 8 columns. Its data have the dtype of f16."""
+    """float16, and a float32 scale for each block of 3 rows x 8 columns. Its data have f16's dtype."""
 
     def parts(self, shape: Shape) -> Mapping[str, Part]:
         return {"": ("F16", shape), "_block_scale": ("F32", (-(-shape[0] // 3), -(-shape[1] // 8)))}
@@ -53,7 +53,7 @@ class ScaledHalves(Format):
 
 
 class FourBits(Format):
-    """Numbers of four bits, and a float16 scale for 16 columns of a row. Its parts are named like those of int4."""
+    """Four-bit numbers, and a float16 scale for 16 columns of a row. Its parts are named like int4's."""
 
     def parts(self, shape: Shape) -> Mapping[str, Part]:
         groups = -(-shape[1] // 16)
@@ -117,7 +117,7 @@ def test_parts_of_whole_blocks_take_the_bytes_of_the_blocks(format: Format) -> N
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_lost_fits_the_bits(format: Format, shape: Shape) -> None:
-    """At least half of them are for precision, whatever the others are for."""
+    """At least half of the bits are precision."""
     matrix = some_matrix(shape)
     wide = widen(quantise(matrix, format.name))
     assert wide.shape == shape and wide.dtype == torch.float32
@@ -167,13 +167,14 @@ def test_a_gated_mlp_is_three_products(format: Format) -> None:
 
 @pytest.fixture
 def packed(format: Format, toy_v3: tuple[Path, Any], tmp_path: Path) -> Path:
-    """A toy model, all matrices of it in the format."""
+    """A toy model with all matrices in the format."""
     pack_model(toy_v3[0], tmp_path / "packed", experts=format.name, trunk=format.name)
     return tmp_path / "packed"
 
 
 def test_a_model_is_packed_loaded_and_run(format: Format, packed: Path, tmp_path: Path, ids: list[int]) -> None:
-    """It has the logits of a model whose matrices are those values in float32, and the same tokens at every budget."""
+    """Its logits equal those of a model whose float32 matrices have the same values; its tokens are the same at every
+    budget."""
     pack_model(packed, tmp_path / "wide", experts="f32", trunk="f32")
     with LLM.load(tmp_path / "wide", budget=RAM) as llm:
         expected = llm.logits(ids)
@@ -247,7 +248,7 @@ def test_what_no_format_takes_is_not_recognised() -> None:
 
 
 def test_missing_scales_do_not_make_another_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of formats of one dtype, the one whose parts are all there; else the first, which says what is wrong."""
+    """Among formats of one dtype, the one with all parts present; otherwise the first, which says what is wrong."""
     for name, toy in TOYS.items():
         monkeypatch.setitem(FORMATS, name, toy)
     shape = (24, 48)
@@ -259,7 +260,7 @@ def test_missing_scales_do_not_make_another_format(monkeypatch: pytest.MonkeyPat
 
 
 def test_numbers_are_those_of_the_kernels() -> None:
-    """What each stands for is seen above, in products."""
+    """The values they stand for are tested above, in products."""
     header = (Path(tierlm.kernels.__file__).parent / "product.h").read_text()
     found = re.search(r"constexpr int FLOATS = (\d+), TILES = (\d+);", header)
     assert found is not None

@@ -1,4 +1,4 @@
-"""Heat: counted, kept, faded, and used to warm the next run."""
+"""Heat: counted, saved, faded, and used to warm up the next run."""
 
 from __future__ import annotations
 

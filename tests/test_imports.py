@@ -1,4 +1,4 @@
-"""The direction of the imports, and which modules can be used without torch."""
+"""The direction of imports, and which modules work without torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import tierlm
 
 ROOT = Path(tierlm.__file__).parent
 
-# From the top. A file may import from its own part, and from the floors below; parts of one floor do not know each
-# other. A part is a file or a folder of tierlm/.
+# From the top. A file may import from its own part and from the floors below, never from another part of its floor. A
+# part is a file or a folder of tierlm/.
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
     [{"llm", "stats"}],
@@ -33,7 +33,7 @@ FLOORS: list[list[set[str]]] = [
     [{"formats"}, {"errors"}, {"files"}, {"demo"}],
     [{"library"}],
 ]
-# Less than their floor would allow.
+# Parts that may import less than their floor allows.
 ONLY = {
     "text": {"text", "checkpoints", "errors"},
     "kernels": {"kernels", "formats", "library"},
@@ -59,7 +59,7 @@ def part_of(module: str) -> str:
 
 
 def imports_of(source: str, package: list[str]) -> Iterator[str]:
-    """What a file of ``package`` imports out of tierlm, at any depth: names below tierlm, "" for tierlm itself."""
+    """What a file of ``package`` imports from tierlm, at any depth: names below tierlm, "" for tierlm itself."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -94,7 +94,7 @@ def test_imports_point_downwards(file: Path) -> None:
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.parent.name == "cli"], ids=module_of)
 def test_the_command_line_uses_nothing_private(file: Path) -> None:
-    """Of others: a name with an underscore in front, as an attribute or imported."""
+    """A private name starts with an underscore, as an attribute or imported."""
     tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     names = [name for node in tree for name in ([node.attr] if isinstance(node, ast.Attribute) else
              [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else [])]  # fmt: skip
@@ -126,7 +126,7 @@ def late():
 
 
 def test_floors_are_a_table_of_what_is_below() -> None:
-    """Of what is allowed on one floor, nothing comes back from a lower one."""
+    """No floor may import from a higher one."""
     for upper, lower in pairwise(FLOORS):
         for high in (name for group in upper for name in group):
             assert all(high not in allowed(low) for group in lower for low in group)
@@ -134,7 +134,7 @@ def test_floors_are_a_table_of_what_is_below() -> None:
 
 
 def test_modules_without_torch() -> None:
-    """What only plans, decides or reads headers starts without the seconds that torch takes."""
+    """Modules that only plan, decide or read headers start without the seconds that torch takes."""
     found = [module_of(file) for file in FILES if part_of(module_of(file)) in TORCHLESS_FOLDERS]
     names = [f"tierlm.{name}" for name in [*TORCHLESS, *found]]
     lines = ["import importlib, sys", f"for name in {names!r}:", "    importlib.import_module(name)",

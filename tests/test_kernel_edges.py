@@ -1,4 +1,4 @@
-"""The compiled kernels where random numbers seldom go: halves, the ends of rows, and what lies beside the output."""
+"""The compiled kernels where random numbers seldom go: halves, row ends, and memory beside the output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_halves_of_activations_go_to_the_even_number() -> None:
 
 
 def test_halves_of_weights_go_to_the_even_number() -> None:
-    """In int8; and in int4, where the largest value is best kept as -8."""
+    """In int8, and in int4, where the largest value is best stored as -8."""
     eights = torch.tensor([[-8.0, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, -3.5, *[-8.0] * 10, *[6.0] * 10]])
     for values, format in ((HALVES, "int8"), (eights, "int4")):
         found, reference = quantise(values, format), quantise_reference(values, format)
@@ -42,7 +42,7 @@ def test_halves_of_scales_go_to_the_even_float16() -> None:
 @pytest.mark.parametrize("format", PRODUCTS)
 @pytest.mark.parametrize("column", [0, 40, 69])
 def test_what_is_no_number_stays_in_its_row(format: str, column: int) -> None:
-    """Rows end within a vector and within a group, and the next one begins right there."""
+    """Rows end within a vector and within a group, and the next row starts right there."""
     weight, x = some_weight(20, 70, format), torch.ones(6, 70)
     x[2, column] = float("nan")
     found = linear(x, weight)
@@ -52,7 +52,7 @@ def test_what_is_no_number_stays_in_its_row(format: str, column: int) -> None:
 @pytest.mark.parametrize("format", PRODUCTS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_nothing_is_written_beside_the_output(format: str, rows: int) -> None:
-    """The last block of outputs, and the last vector of inner values, are not full."""
+    """The last block of outputs and the last vector of inner values are not full."""
     hidden, width = 21, 13
     mlp = some_mlp(hidden, width, format)
     x = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(8)) / 60
@@ -64,7 +64,7 @@ def test_nothing_is_written_beside_the_output(format: str, rows: int) -> None:
 
 @pytest.mark.parametrize("format", TILES)
 def test_each_group_has_its_own_scale(format: str) -> None:
-    """Columns and rows of very different size, which one scale for all would lose."""
+    """Columns and rows of very different size, which a common scale would lose."""
     sizes = torch.tensor([1e-3, 1.0, 1e2]).repeat_interleave(32)
     values = torch.randn(24, 96, generator=torch.Generator().manual_seed(9)) * sizes
     weight = quantise(values * torch.logspace(-2, 2, 24)[:, None], format)
@@ -78,7 +78,7 @@ def test_each_group_has_its_own_scale(format: str) -> None:
 
 @pytest.mark.parametrize("format", PRODUCTS)
 def test_latents_of_several_blocks_and_groups(format: str) -> None:
-    """Heads and ranks that go beyond one block of scales of float8, and beyond many groups."""
+    """Heads and ranks beyond one block of float8 scales, and beyond many groups."""
     heads, nope, value, rank, rows = 5, 40, 24, 300, 3
     kv_b = some_weight(heads * (nope + value), rank, format)
     assert can_absorb(kv_b, rows, nope, value) and native.load() is not None
@@ -94,7 +94,7 @@ def test_latents_of_several_blocks_and_groups(format: str) -> None:
 
 
 def test_a_sum_at_its_largest() -> None:
-    """All numbers at the ends of their range, where sums of 16 bits are fullest."""
+    """All numbers at the ends of their range, where 16-bit sums are closest to overflow."""
     for sign in (1.0, -1.0):
         x = sign * torch.full((5, 64), 127.0)
         four = Weight(torch.full((1, 2, 128), 0xFF, dtype=torch.uint8), "int4", torch.ones(1, 2, 8).half(), (8, 64))

@@ -32,12 +32,12 @@ def some_weight(outs: int, ins: int, format: str, seed: int = 0) -> Weight:
 
 
 def taken(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """Activations as a product with ``weight`` takes them."""
+    """Activations as a product with ``weight`` rounds them."""
     return rounded(x) if weight.rounds else x
 
 
 def test_the_kernels_were_built() -> None:
-    """CI has a compiler: a silent fallback there would leave everything below untested."""
+    """CI has a compiler: a silent fallback would leave everything below untested."""
     assert native.load() is not None
 
 
@@ -56,7 +56,7 @@ def test_equal_to_float64(format: str, rows: int, outs: int, ins: int) -> None:
 
 @pytest.mark.parametrize("format", ["f16", "bf16", "fp8"])
 def test_every_finite_value_is_widened_exactly(format: str) -> None:
-    """All bit patterns, subnormals included, one to an output: times one, they come out as they are."""
+    """All bit patterns, subnormals included, one per output: times one, each is unchanged."""
     dtype = FLOATS[format]
     size = 256 if dtype.itemsize == 1 else 65536
     values = torch.arange(size).to(torch.uint8 if dtype.itemsize == 1 else torch.uint16).view(dtype).float()
@@ -117,7 +117,7 @@ def test_an_activation_that_is_no_number_reaches_its_row_and_no_other(format: st
 
 def test_what_the_kernels_do_not_know_goes_to_torch() -> None:
     slab = torch.zeros(4096, dtype=torch.uint8)
-    inside = slab[128 : 128 + 2 * 30 * 20].view(torch.bfloat16).view(30, 20)  # a view into a slot is known
+    inside = slab[128 : 128 + 2 * 30 * 20].view(torch.bfloat16).view(30, 20)  # a view into a slot
     inside.copy_(torch.randn(30, 20, generator=torch.Generator().manual_seed(3)))
     assert native.kernels_for(Weight(inside, "bf16")) is not None
     assert native.kernels_for(Weight(inside.t(), "bf16")) is None
@@ -144,9 +144,9 @@ def test_gated_mlp_is_silu_of_gate_times_up_then_down(format: str, rows: int, hi
     gate, up, down = (widen(weight).double() for weight in mlp)
     x64 = taken(x, mlp[0]).double()
     inner = torch.nn.functional.silu(x64 @ gate.t()) * (x64 @ up.t())
-    terms = (x64.abs() @ gate.abs().t()) * (x64.abs() @ up.abs().t())  # what may have cancelled out
+    terms = (x64.abs() @ gate.abs().t()) * (x64.abs() @ up.abs().t())  # possible cancellation
     bound = 2e-6 * (terms @ down.abs().t()).max() + 1e-30
-    if mlp[2].rounds:  # a value halfway between two numbers may go to either
+    if mlp[2].rounds:  # a value halfway between two numbers may round to either
         inner = rounded(inner.float()).double()
         bound += 2 * inner.abs().max() / 127 * down.abs().max()
     assert ((gated_mlp(x, *mlp) - inner @ down.t()).abs() <= bound).all()

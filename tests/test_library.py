@@ -1,4 +1,4 @@
-"""The compiled libraries: where they are, and that Python and C++ agree on what is passed."""
+"""The compiled libraries: where they are, and that Python and C++ agree on the structs they pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python API: what a request gives back, what it refuses, and what a failing disk does to it."""
+"""The Python API: what a request returns, what it refuses, and what a failing disk does to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEN = SamplingParams(max_new_tokens=10, ignore_eos=True)
 
 
 class FaultyReader(Reader):
-    """A fake, for faults that a good disk does not show: passes on to a real reader unless ``fault`` says otherwise."""
+    """FAKE: forwards to a real reader unless ``fault`` intervenes: for faults that a good disk does not show."""
 
     name = "faulty"
 
@@ -38,7 +38,7 @@ class FaultyReader(Reader):
 
 @contextmanager
 def faulty(folder: Path, **options: Any) -> Iterator[tuple[LLM, FaultyReader]]:
-    """A toy of which nearly every expert is read again in every step, on a reader that can be told to fail."""
+    """A toy that reads nearly every expert again in every step, on a reader that fails on request."""
     with LLM.load(folder, budget=RAM, ram_slots=5, **options) as llm:
         runtime = llm._runtime
         disk: Any = runtime.experts[-1].source
@@ -102,7 +102,7 @@ def test_a_file_that_shrinks_while_running_is_a_short_read(toy_v3: tuple[Path, A
 def test_a_shard_that_loses_its_name_is_still_read(
     how: str, reader: str, toy_v3: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """A file of the same size under its name has other bytes."""
+    """A file of the same name and size has other bytes."""
     for file in toy_v3[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     shard = tmp_path / "model.safetensors"
@@ -142,7 +142,7 @@ def test_one_sequence_fails_and_the_others_go_on(toy_v3: tuple[Path, Any]) -> No
         seen = 0
 
         def fail_one(request: Request, buffer: memoryview) -> bool:
-            """Some expert of layer 2 cannot be read from some time on."""
+            """From some time on, an expert of layer 2 cannot be read."""
             nonlocal seen
             seen += is_expert(request, "layers.2.mlp.experts.3.")
             if seen > 1 and is_expert(request, "layers.2.mlp.experts.3."):
@@ -184,7 +184,7 @@ def test_the_context_ends_a_generation(toy_v3: tuple[Path, Any]) -> None:
     with LLM.load(toy_v3[0], budget=RAM, context=12) as llm:
         result = llm.generate([[5] * 8], SamplingParams(max_new_tokens=50, ignore_eos=True))[0]
         assert result.finish_reason == "length"
-        assert len(result.ids) == 12 - 8 + 1  # the last one need not be fed back
+        assert len(result.ids) == 12 - 8 + 1  # the last one is not fed back
         assert len(llm.generate([[5] * 12], TEN)[0].ids) == 1
         with pytest.raises(PromptError, match="the prompt has 13 tokens, the context 12"):
             llm.generate([[5] * 13], TEN)
@@ -201,7 +201,7 @@ def test_prompts_that_mean_nothing(toy_v3: tuple[Path, Any]) -> None:
         with pytest.raises(CheckpointError, match=r"tokenizer\.json: no such file; give prompts as token ids"):
             llm.generate("text")
         assert llm.generate([]) == []
-        assert llm.generate([5, 6], TEN)[0].prompt_ids == [5, 6]  # one prompt of ids needs no list around it
+        assert llm.generate([5, 6], TEN)[0].prompt_ids == [5, 6]  # a single prompt of ids
 
 
 def test_a_policy_that_was_asked_for_is_used_even_where_everything_fits(toy_v3: tuple[Path, Any]) -> None:
@@ -229,14 +229,14 @@ def test_no_thread_is_left_behind(toy_v3: tuple[Path, Any]) -> None:
     before = threading.active_count()
     with LLM.load(toy_v3[0], budget=RAM) as llm:
         assert threading.active_count() > before
-    llm.close()  # twice does no harm
+    llm.close()  # twice is harmless
     assert threading.active_count() == before
     with pytest.raises(UsageError, match="closed"):
         llm.generate([[5]])
 
 
 def test_half_precision_kv_cache(toy_v3: tuple[Path, Any], ids: list[int]) -> None:
-    """An option that changes numbers, a little, and memory, by half."""
+    """This option changes numbers slightly, and halves the memory."""
     with LLM.load(toy_v3[0], budget=RAM) as llm:
         exact, size = llm.logits(ids), llm.stats().plan.ram.parts["KV cache"]
     with LLM.load(toy_v3[0], budget=RAM, kv_dtype="bfloat16", prefill_chunk=9) as llm:
@@ -273,5 +273,5 @@ def test_a_prefill_leaves_most_of_the_decode_cache(toy_v3: tuple[Path, Any]) -> 
         tier = llm._runtime.experts[0]
         warm = set(tier.entries)
         assert len(warm) == 32
-        llm.logits([(11 * i) % 129 + 2 for i in range(60)])  # asks for all 48
+        llm.logits([(11 * i) % 129 + 2 for i in range(60)])  # demands all 48
         assert len(warm & set(tier.entries)) >= 32 - 2 * max(2, 32 // 8)

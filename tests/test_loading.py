@@ -1,4 +1,4 @@
-"""Loading fails before it opens anything; what fails later leaves nothing open."""
+"""Invalid input fails before anything is opened; later failures leave nothing open."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tierlm.checkpoints import mirrors
 
 RAM = Budget("8GiB")
 
-# Each option, wrong in a way that only loading can tell.
+# Each option, with an error that only loading can find.
 WRONG: dict[str, Any] = {
     "device": "quantum",
     "policy": "best",
@@ -49,7 +49,7 @@ def nothing_left_behind() -> Iterator[None]:
 
 @pytest.mark.parametrize("option", WRONG)
 def test_every_option_wrong_in_turn(option: str, toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told before a disk is opened or probed; what only the disk can tell leaves nothing open."""
+    """Reported before a disk is opened or probed; errors that only the disk reveals leave nothing open."""
     if option == "reader":
         monkeypatch.setattr("tierlm.checkpoints.reader._direct_refusal", lambda file: "no O_DIRECT here")
     elif option != "mirrors":

@@ -1,4 +1,4 @@
-"""Which layers are asked about, when, and in which order what was chosen is read."""
+"""Which layers are predicted, when, and in which order chosen predictions are read."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_reads_come_in_the_order_of_the_layers_and_once() -> None:
     lookahead, present = Lookahead(GateLookahead(2), LAYERS, Always()), set(keys(2, 7))
     lookahead.plan(2, keys(2, 7, 3), streaming=False)
     lookahead.plan(5, keys(5, 1), streaming=True)
-    lookahead.plan(2, keys(2, 7, 4), streaming=False)  # asked again, just before its attention
+    lookahead.plan(2, keys(2, 7, 4), streaming=False)  # predicted again just before its attention
     assert lookahead.next_read(present) == (ExpertKey(2, 4), False)
-    assert lookahead.next_read(present) == (ExpertKey(2, 4), False)  # until it has a slot
+    assert lookahead.next_read(present) == (ExpertKey(2, 4), False)  # until it gets a slot
     present.add(ExpertKey(2, 4))
     assert lookahead.next_read(present) == (ExpertKey(5, 1), True)
     lookahead.turn(5, set())

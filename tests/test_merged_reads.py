@@ -1,5 +1,5 @@
-"""Small reads that lie side by side in a file and wait in one queue are done in one go: same bytes, fewer reads, and
-the same errors. The bytes themselves: test_reads.py."""
+"""Small adjacent reads of a file that wait in one queue are merged: same bytes, fewer reads, and the same errors.
+test_reads.py tests the bytes themselves."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytestmark = [
 
 
 class Bench:
-    """A shelf with one thread, and what it read together."""
+    """A shelf with one thread, and the reads that it merged."""
 
     def __init__(self, file: Path, edges: Sequence[int], records: list[Record] | None = None, merged: int = REQUEST):
         self.timeline = Timeline()
         self.shelf = Shelf(file, edges, Held(1, self.timeline, merged), merged, records)
 
     def fetch(self, numbers: Sequence[int]) -> list[Ticket]:
-        """Read some records that all wait in the queue."""
+        """Read records that all wait in the queue."""
         self.shelf.hold()
         tickets = [self.shelf.fetch(i) for i in numbers]
         self.go(tickets)
@@ -74,7 +74,7 @@ def test_aligned_neighbours_share_no_page(tmp_path: Path) -> None:
 
 
 def test_neighbours_are_found_behind_other_reads(tmp_path: Path) -> None:
-    """Weights and scales of several experts: each with those of its kind."""
+    """Weights and scales of several experts: each merges with those of its kind."""
     file = tmp_path / "f"
     file.write_bytes(content(2_000_000))
     records = [
@@ -128,7 +128,7 @@ def test_what_was_cancelled_is_not_taken_along(bench: Bench) -> None:
 
 @pytest.mark.parametrize("cut", [1000, 2500, 9000, 17_000, 24_999, 25_000])
 def test_a_short_read_fails_those_that_it_is_short_of(bench: Bench, cut: int) -> None:
-    """Exactly as each alone: file, tensor, and offset."""
+    """With the same file, tensor and offset as alone."""
     shelf = bench.shelf
     os.truncate(shelf.file, cut)
     for i, ticket in enumerate(bench.fetch(range(5))):

@@ -53,7 +53,7 @@ def read(reader: Reader, what: Path | Extent, request_bytes: int = 8192) -> byte
 
 
 class Disk(Reader):
-    """FAKE: a disk that notes what it is asked for, can be paused, and can fail."""
+    """FAKE: a disk that records requests, can be paused, and can fail."""
 
     name = "direct"
 
@@ -101,7 +101,7 @@ def test_idle_disks_take_turns() -> None:
 
 
 def test_a_busy_disk_is_left_alone() -> None:
-    """Both get one read while idle; from then on all go to the one whose reads come back."""
+    """Each gets one read while idle; from then on, all go to the disk whose reads finish."""
     disks = [Disk(), Disk()]
     reader = mirrored(disks)
     disks[0].running.clear()
@@ -114,7 +114,7 @@ def test_a_busy_disk_is_left_alone() -> None:
     disks[0].running.set()
     thread.join(WAIT)
     for _ in range(3):
-        ask(reader)  # idle again, and has done less
+        ask(reader)  # idle again, with less work done
     assert [len(disk.files) for disk in disks] == [4, 10]
 
 
@@ -287,7 +287,7 @@ def test_a_mirror_that_adds_nothing(model: list[Path], tmp_path: Path, kind: str
 
 
 def elsewhere() -> Path | None:
-    """A folder on another file system than the temporary folder's."""
+    """A folder on another file system than the temporary folder."""
     shm = Path("/dev/shm")
     other = shm.is_dir() and os.access(shm, os.W_OK) and os.stat(shm).st_dev != os.stat(tempfile.gettempdir()).st_dev
     return shm if other else None
@@ -315,7 +315,7 @@ def test_equal_bytes_from_two_disks(model: list[Path], other_disk: Path, name: s
 
 
 def test_each_copy_is_read(model: list[Path], other_disk: Path) -> None:
-    """Different bytes in the copy show which one it was: the check is of headers only."""
+    """Different bytes in the copy show which one was read: only headers are compared."""
     shard(other_disk / model[0].name, fill=100)
     reader, _, _ = open_disks(model, [other_disk], "auto", "off", NO_CACHE)
     found, one, other = (
@@ -355,7 +355,7 @@ def test_without_mirrors_there_is_one_plain_reader(model: list[Path]) -> None:
 
 
 def test_a_model_over_two_disks_needs_no_option(model: list[Path], other_disk: Path) -> None:
-    """As when a shard is a link to where there was room."""
+    """For example, if one shard is a link to another disk."""
     shutil.move(model[2], other_disk)
     model[2].symlink_to(other_disk / model[2].name)
     reader, profile, notes = open_disks(model, [], "auto", "auto", NO_CACHE)
@@ -385,7 +385,7 @@ def test_disks_are_weighed_by_what_the_probe_found(
 
 
 def test_each_disk_has_its_own_reader(model: list[Path], other_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FAKE: os.open as where the other file system has no O_DIRECT."""
+    """FAKE: os.open as if the other file system had no O_DIRECT."""
     copied(model, other_disk, 0, 1, 2)
     real = os.open
 

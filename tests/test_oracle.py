@@ -26,7 +26,7 @@ def reference(model: Any, ids: list[int]) -> Tensor:
 
 
 def decoded_logits(llm: LLM, ids: list[int], prompt: int) -> Tensor:
-    """Logits of ``ids`` by a prefill of ``prompt`` tokens and then one step per token, [1 + steps, vocab]."""
+    """Logits of ``ids`` from a prefill of ``prompt`` tokens and one step per further token, [1 + steps, vocab]."""
     scheduler, chunk = llm._runtime.scheduler, llm._runtime.scheduler.chunk
     decoder, span = scheduler.decoder, scheduler.cache.reserve(len(ids))
     for start in range(0, prompt, chunk):
@@ -51,7 +51,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path, ids: list[int]) ->
 
 
 def test_batch_equals_transformers(toy_qwen3: tuple[Path, Any], ids: list[int]) -> None:
-    """Sequences of a step do not see one another."""
+    """Sequences of a step do not affect each other."""
     prompts = [ids[:9], ids[9:12], ids[12:40]]
     with LLM.load(toy_qwen3[0], budget=BUDGET) as llm:
         scheduler = llm._runtime.scheduler
@@ -62,7 +62,7 @@ def test_batch_equals_transformers(toy_qwen3: tuple[Path, Any], ids: list[int]) 
 
 @pytest.mark.parametrize("heads", [1, 3, 5])
 def test_scores_are_taken_a_few_heads_at_a_time(heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One head; some, and all, of the four that share keys and values."""
+    """One head; some; all four heads that share keys and values."""
     model = make_toy("qwen3", tmp_path, num_attention_heads=8, num_hidden_layers=2)
     ids = [(7 * i) % 129 + 2 for i in range(60)]
     monkeypatch.setattr("tierlm.models.grouped.SCORE_VALUES", heads * len(ids) ** 2)
@@ -71,7 +71,7 @@ def test_scores_are_taken_a_few_heads_at_a_time(heads: int, tmp_path: Path, monk
 
 
 def test_long_prefill_expands_keys_and_values(toy_v3: tuple[Path, Any]) -> None:
-    """From EXPAND_FROM tokens of a sequence, attention takes its other path."""
+    """From EXPAND_FROM tokens of a sequence on, attention takes its other path."""
     folder, model = toy_v3
     ids = [(7 * i) % 129 + 2 for i in range(latent.EXPAND_FROM + 60)]
     with LLM.load(folder, budget=BUDGET, prefill_chunk=latent.EXPAND_FROM + 20) as llm:
@@ -99,7 +99,8 @@ def test_sixteen_bit_weights_are_widened_exactly(name: str, dtype: torch.dtype, 
 
 
 def quantise_fp8(folder: Path) -> None:
-    """Rewrite a checkpoint as DeepSeek-V3 ships it: e4m3 with 128 x 128 block scales, but for norms, gates, ends."""
+    """Rewrite a checkpoint as DeepSeek-V3 is published: e4m3 with 128 x 128 block scales, except norms, gates,
+    embedding and head."""
     tensors = load_file(folder / "model.safetensors")
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -136,7 +137,7 @@ def dequantise(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["v3", "v2-grouped", "qwen3"])
 def test_block_scaled_fp8_equals_the_dequantised_weights(name: str, tmp_path: Path, ids: list[int]) -> None:
-    """Sizes that 128 does not divide, and several blocks each way."""
+    """Sizes that 128 does not divide, and several blocks in each direction."""
     sizes = {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 264, "kv_lora_rank": 144}
     source, plain = tmp_path / "fp8", tmp_path / "plain"
     if name == "qwen3":
@@ -168,7 +169,7 @@ def test_kimi_k2_is_read_as_the_v3_architecture(tmp_path: Path, ids: list[int]) 
 
 
 def test_published_rope_scaling_dialect(tmp_path: Path, ids: list[int]) -> None:
-    """The published configs say rope_scaling and rope_theta where transformers 5 writes rope_parameters."""
+    """Published configs have rope_scaling and rope_theta where transformers 5 writes rope_parameters."""
     expected = reference(make_toy("v3-yarn", tmp_path), ids)
     config = json.loads((tmp_path / "config.json").read_text())
     table = config.pop("rope_parameters")

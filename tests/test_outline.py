@@ -1,4 +1,4 @@
-"""What a config alone says of a model: published sizes and parameter counts, and the same plan as the engine's."""
+"""What a config alone tells about a model: published sizes and parameter counts, and the engine's own plan."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tierlm.planning.mixtures import MIXTURES
 from tierlm.planning.plan import SLACK, make_plan
 from tierlm.spec import ResidentKey
 
-# Billions of parameters, all and active, as the models' cards have them. (Active ones are counted with and without
-# embedding and head by different publishers, hence the loose bound.)
+# Billions of parameters, total and active, from the models' cards. (Publishers count active ones with or without
+# embedding and head, hence the loose bound.)
 PUBLISHED = {
     "DeepSeek-V2-Lite": (15.7, 2.4),
     "DeepSeek-V2": (236, 21),
@@ -90,7 +90,7 @@ def test_latents_against_keys_and_values() -> None:
 
 @pytest.mark.parametrize("folder", ["demo", "v2-q-lora", "v3"])
 def test_the_outline_of_a_config_matches_the_files(folder: str, tmp_path: Path) -> None:
-    """Sizes from the config alone differ from the files' by the pages at the ends of each piece only."""
+    """Sizes from the config differ from the files' only by the pages at the ends of each piece."""
     if folder == "demo":
         path = DEMO
     else:
@@ -108,8 +108,8 @@ def test_the_outline_of_a_config_matches_the_files(folder: str, tmp_path: Path) 
 @pytest.mark.parametrize("model", ["demo", "toy"])
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_slots_predicted_are_slots_got(model: str, share: float, toy_v3: tuple[Path, Any]) -> None:
-    """The engine and ``tierlm plan`` divide a budget alike, from the same files and the same size of the libraries;
-    from the config alone, but for the pages that it cannot know."""
+    """The engine and ``tierlm plan`` divide a budget alike, given the same files and library size; from the config
+    alone, except for the pages that it cannot know."""
     folder = DEMO if model == "demo" else toy_v3[0]
     sizes = sizes_of(Catalog(folder), 128, 512, 4)
     room = sum(sizes.trunk.values()) + int(share * sizes.experts * sizes.expert)
@@ -121,7 +121,7 @@ def test_slots_predicted_are_slots_got(model: str, share: float, toy_v3: tuple[P
     assert make_plan(sizes, **same) == got
     config = json.loads((folder / "config.json").read_text())
     predicted = make_plan(sizes_of(Outline(config, "", "bf16"), 128, 512, 4), **same).ram
-    if model == "demo":  # the toy is float32, which no published model is
+    if model == "demo":  # the toy is float32, unlike published models
         assert predicted.expert_slots == pytest.approx(got.ram.expert_slots, rel=0.06)
         assert predicted.trunk == got.ram.trunk
 

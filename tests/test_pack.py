@@ -1,4 +1,4 @@
-"""Packed stores: what is in them, that they are made whole or not at all, and that damage is found and named."""
+"""Packed stores: their contents, that they are written completely or not at all, and that damage is found and named."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def flip(file: Path, at: int) -> None:
-    """Damage one byte; a second time repairs it."""
+    """Damage one byte; a second call repairs it."""
     with open(file, "r+b") as stream:
         stream.seek(at)
         byte = stream.read(1)[0]
@@ -54,7 +54,7 @@ def flip(file: Path, at: int) -> None:
         stream.write(bytes([byte ^ 1]))
 
 
-# --- what is in a packed store
+# --- contents of a packed store
 
 
 def test_a_lossless_store_has_the_tensors_of_its_source(kept: Path, toy_v3: tuple[Path, Any]) -> None:
@@ -111,7 +111,7 @@ def test_what_is_beside_the_weights_comes_along(kept: Path, toy_v3: tuple[Path, 
 
 
 def test_exact_activations_are_an_option_that_acts(toy_v3: tuple[Path, Any], tmp_path: Path, ids: list[int]) -> None:
-    """What it is worth, tests/test_quantised.py tells."""
+    """tests/test_quantised.py measures the gain."""
     pack_model(toy_v3[0], tmp_path / "out", experts="int8", trunk="int8")
 
     def logits(**options: Any) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_a_packed_store_can_be_packed_again(kept: Path, tmp_path: Path) -> None:
 
 
 def weights(folder: Path, key: Key) -> Weights:
-    """The weights of one record, as a run has them."""
+    """The weights of one record, as a run sees them."""
     record = Catalog(folder).record(key)
     data = torch.zeros(record.nbytes, dtype=torch.uint8)
     for extent in record.extents:
@@ -212,7 +212,7 @@ def test_any_records_make_a_file_that_is_valid_and_sealed(tmp_path_factory: Any,
     assert list(damage({file: header}, lambda done, total: None)) == []
 
 
-# --- whole, or not at all
+# --- completely, or not at all
 
 KILLS = """
 import os, random, signal, sys
@@ -258,7 +258,7 @@ def test_killed_at_ten_points_and_resumed_it_is_the_same(toy_v3: tuple[Path, Any
     command = [sys.executable, "-c", KILLS, str(toy_v3[0]), str(broken)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert 0 < int(done.stdout) < 7  # some files were finished by packs that were killed, and not all
+    assert 0 < int(done.stdout) < 7  # killed packs finished some files, but not all
     assert contents(broken) == contents(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "whole"]
 
@@ -285,7 +285,7 @@ def test_what_is_finished_is_not_written_again(
 
 
 class FullDisk:
-    """A fake, in the place of ``open``: a disk that is full after so many bytes have been written."""
+    """FAKE: an ``open`` whose disk is full after some bytes."""
 
     def __init__(self, room: int):
         self.room = room
@@ -343,7 +343,7 @@ def test_too_little_room_is_told_before_anything_is_written(
 def test_what_cannot_be_read_is_named_and_what_is_finished_is_kept(
     kept: Path, toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error is of a stage that works ahead of the writing."""
+    """The stage that fails works ahead of the writing."""
     real = read_pieces
 
     def failing(tensor: TensorInfo) -> Iterator[memoryview]:
@@ -465,7 +465,7 @@ def test_one_flipped_byte_is_named_by_verify_and_by_run(
             assert (error.file, error.tensor, error.offset) == (str(seal.file), "expert 5 of layer 2", seal.offset)
             assert f"offset {seal.offset}: expected xxh3_64 {seal.checksum}, found " in str(error)
         flip(seal.file, seal.offset + int(where * (seal.nbytes - 1)))
-        assert llm.logits(ids).isfinite().all()  # a record that failed is read again
+        assert llm.logits(ids).isfinite().all()  # a failed record is read again
 
 
 def test_a_damaged_copy_is_named_and_another_one_is_read(copy: Path, tmp_path: Path, ids: list[int]) -> None:
@@ -481,11 +481,11 @@ def test_a_damaged_copy_is_named_and_another_one_is_read(copy: Path, tmp_path: P
     for damaged in (seal.file, mirror / seal.file.name):
         flip(damaged, seal.offset)
         with LLM.load(copy, budget=RAM, **options) as llm:
-            for _ in range(3):  # whichever of the two is read
+            for _ in range(3):  # whichever copy is read
                 assert torch.equal(llm.logits(ids), expected)
             failed = [note for note in llm.stats().notes if "a copy failed" in note]
             assert all(f"{damaged}: expert 5 of layer 2" in note for note in failed)
-            assert failed or damaged != seal.file  # of two on one disk, the first is read
+            assert failed or damaged != seal.file  # of two copies on one disk, the first is read
         flip(damaged, seal.offset)
     flip(seal.file, seal.offset)
     flip(mirror / seal.file.name, seal.offset)
@@ -512,7 +512,7 @@ def test_damage_to_a_trunk_and_to_the_gates_stops_the_start(copy: Path) -> None:
 def test_rows_of_the_embedding_are_compared_when_they_are_first_read(
     copy: Path, toy_v3: tuple[Path, Any], ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In blocks: of what is not read nothing is told, but by verify."""
+    """In blocks. Damage in unread blocks is reported only by verify."""
     monkeypatch.setattr("tierlm.checkpoints.rows.BLOCK", 1000)  # five rows of 192 bytes
     shutil.rmtree(copy)
     pack_model(toy_v3[0], copy, experts="keep", trunk="keep")
@@ -523,7 +523,7 @@ def test_rows_of_the_embedding_are_compared_when_they_are_first_read(
     flip(table.file, table.offset + unused * 192)
     with LLM.load(copy, budget=RAM, heat=False, **TIGHT) as llm:
         expected = llm.logits(ids)
-        flip(table.file, table.offset + ids[3] * 192 + 100)  # was compared before
+        flip(table.file, table.offset + ids[3] * 192 + 100)  # checked before
         assert not torch.equal(llm.logits(ids), expected)
     place = f"{table.file}: embedding from byte "
     with LLM.load(copy, budget=RAM, heat=False, **TIGHT) as llm:
@@ -540,7 +540,7 @@ def test_rows_of_the_embedding_are_compared_when_they_are_first_read(
 def test_an_embedding_under_one_checksum_is_left_to_verify(
     copy: Path, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it was packed before its rows had their own."""
+    """As packed before rows had their own checksums."""
     monkeypatch.setattr("tierlm.checkpoints.rows.BLOCK", 200)  # one row
     catalog = Catalog(copy)
     (seal,) = catalog.seals_of(catalog.embedding)

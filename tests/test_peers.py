@@ -1,4 +1,4 @@
-"""The comparison with other engines: what is measured, what a failure looks like, and that all compute the same."""
+"""The comparison with other engines: measurements, failures, and that all engines compute the same."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_decode_lies_between_the_first_token_and_the_last(tmp_path: Path) -> Non
         1,
         1,
         2,
-    )  # the pause between is nobody's
+    )  # the pause in between does not count
 
 
 def test_all_peers_compute_the_same(toy: Path, tmp_path: Path) -> None:
-    """accelerate has to offload, since it gets less than the toy needs."""
+    """accelerate must offload, since it gets less than the toy needs."""
     for name in ("gguf", "xllamacpp", "accelerate"):
         pytest.importorskip(name, reason=f"needs {name}: pip install tierlm[peers]")
     from gguf_twin import write_twin

@@ -47,7 +47,7 @@ extras = st.integers(0, 60_000)
 
 
 def floor_of(sizes: Sizes, tier: str, vram: int | None, given: dict[str, int | None]) -> int:
-    """The floor of a tier, as the error of a budget of nothing says it."""
+    """The floor of a tier, from the error for an empty budget."""
     with pytest.raises(BudgetError) as caught:
         make_plan(sizes, ram=0 if tier == "ram" else PLENTY, vram=0 if tier == "vram" else vram, **given)
     assert caught.value.tier == tier
@@ -72,7 +72,7 @@ def most_slots(sizes: Sizes, most: int | None) -> int:
 
 
 def check_tier(plan: TierPlan, budget: int, sizes: Sizes, min_slots: int, max_slots: int | None) -> None:
-    """What holds for each tier."""
+    """What holds in each tier."""
     assert plan.floor <= budget
     assert total(plan) <= budget
     assert least_slots(sizes, min_slots, max_slots) <= plan.expert_slots <= most_slots(sizes, max_slots)
@@ -85,7 +85,7 @@ def check_tier(plan: TierPlan, budget: int, sizes: Sizes, min_slots: int, max_sl
 
 
 def check_ring(plan: TierPlan, sizes: Sizes, served: set[TrunkKey], most: int | None) -> None:
-    """A tier that is not loaded through: the largest trunks stay, the ring takes the largest of the others."""
+    """In a tier that does not hold all trunks: the largest stay, and the ring fits the largest of the others."""
     streamed = [sizes.trunk[key] for key in served - set(plan.trunk)]
     assert set(plan.trunk) <= served
     assert plan.ring == max(streamed, default=0)
@@ -130,7 +130,7 @@ def test_two_tiers(sizes: Sizes, given_options: dict[str, int | None], extra: in
 @SETTINGS
 @given(sizes=models, given_options=options, above=st.none() | extras)
 def test_floor(sizes: Sizes, given_options: dict[str, int | None], above: int | None) -> None:
-    """A budget of the floor is enough, one byte less is not, and the error says what it takes."""
+    """A budget of the floor is enough, one byte less is not; the error says what is needed."""
     vram = None if above is None else floor_of(sizes, "vram", None, given_options) + above
     floor = floor_of(sizes, "ram", vram, given_options)
     plan = make_plan(sizes, ram=floor, vram=vram, **given_options)
@@ -161,7 +161,7 @@ def test_floor_of_vram(sizes: Sizes, given_options: dict[str, int | None]) -> No
 @SETTINGS
 @given(sizes=models, given_options=options, extra=extras, more=st.integers(1, 20_000))
 def test_more_ram_is_never_worse(sizes: Sizes, given_options: dict[str, int | None], extra: int, more: int) -> None:
-    """Trunks come first, so more ram may mean more trunks and fewer expert slots; never fewer trunks."""
+    """Trunks come first, so more ram may mean more trunks and fewer expert slots, but never fewer trunks."""
     budget = floor_of(sizes, "ram", None, given_options) + extra
     less, plan = (make_plan(sizes, ram=size, vram=None, **given_options).ram for size in (budget, budget + more))
     assert plan.floor == less.floor
@@ -189,7 +189,7 @@ def test_ring_is_zero_exactly_when_nothing_streams(
     assert (plan.ring == 0) == (set(plan.trunk) == set(sizes.trunk))
 
 
-# Examples that can be followed by hand
+# Examples to follow by hand
 
 
 def example(**changes: int) -> Sizes:
@@ -229,7 +229,7 @@ def test_the_largest_trunks_stay() -> None:
 
     assert plan(40 + 500) == ((2,), 100, 4)  # the floor: less than a ring of two slots of 300
     assert plan(40 + 599) == ((2,), 100, 13)  # no other trunk, but nine experts more
-    assert plan(40 + 600) == ((0, 2), 100, 4)  # of equals, the one that runs first
+    assert plan(40 + 600) == ((0, 2), 100, 4)  # among equals, the one that runs first
     assert plan(40 + 800) == ((0, 1, 2, 3, 4, 5), 0, 4)  # all: as much as three and the ring
     assert plan(40 + 799) == ((0, 1, 2), 100, 13)
     with pytest.raises(BudgetError):
@@ -239,7 +239,7 @@ def test_the_largest_trunks_stay() -> None:
 def test_limits_are_respected() -> None:
     plan = planned(5000, ram_slots=7, resident_trunks=2)
     assert (plan.trunk, plan.ring, plan.expert_slots) == ((TrunkKey(2), TrunkKey(3)), 200, 7)
-    assert planned(5000, ram_slots=2).expert_slots == 2  # held below one token's experts, which then take turns
+    assert planned(5000, ram_slots=2).expert_slots == 2  # limited below one token's experts, which then take turns
     assert planned(5000, resident_trunks=0).trunk == ()
     assert planned(5000, resident_trunks=99).ring == 0
 

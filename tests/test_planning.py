@@ -1,4 +1,4 @@
-"""``tierlm plan``, ``profile`` and ``doctor`` as a user meets them, and the measurements behind ``profile``."""
+"""``tierlm plan``, ``profile`` and ``doctor`` as a user sees them, and the measurements behind ``profile``."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_folder_that_may_not_be_entered(tierlm: Command, monkeypatch: pytest.M
             raise PermissionError(13, "Permission denied", str(path))
         return look(path)
 
-    monkeypatch.setattr(Path, "is_dir", refuse)  # root, who runs tests in places, may enter any
+    monkeypatch.setattr(Path, "is_dir", refuse)  # root, who runs tests in some places, may enter any folder
     for command in (("plan", "locked", "--ram", "1GiB"), ("profile", "--path", "locked")):
         code, _, err = tierlm(*command)
         assert code == 1 and "locked: Permission denied" in err and "Traceback" not in err
@@ -169,7 +169,7 @@ def test_the_engine_is_timed_with_other_weights_between_its_steps(monkeypatch: p
 
 
 def test_plan_and_doctor_start_without_torch() -> None:
-    """A plan is asked for before anything is installed on a card, and answered at once."""
+    """Users plan before they install anything for a card, and expect an answer at once."""
     script = "import sys; sys.argv = ['tierlm', 'plan', 'DeepSeek-V3', '--ram', '64GiB', '--json']\n"
     script += "from tierlm.cli import main\nmain()\nassert 'torch' not in sys.modules, 'torch was imported'"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -219,12 +219,12 @@ def test_doctor_of_a_machine(tmp_path: Path) -> None:
     assert "performance" in found["governor"].todo and "madvise" in found["huge pages"].todo
 
 
-# Measurements. What they come to depends on the machine; what is tested is that they are what they say they are.
+# Measurements. Values depend on the machine; the tests check that they measure what they claim.
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of next to no time."""
+    """Samples of almost no time."""
     monkeypatch.setattr(storage, "CELL_SECONDS", 0.005)
     monkeypatch.setattr(storage, "SCRATCH_BYTES", 64 * MIB)
     monkeypatch.setattr(bandwidth, "SECONDS", 0.001)
@@ -246,7 +246,7 @@ def test_a_disk_is_measured_and_left_as_it_was(quick: None, tmp_path: Path) -> N
 
 
 def test_what_came_from_ram_is_labelled(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "device_bytes", lambda path: 0)  # made up: the device has seen nothing
+    monkeypatch.setattr(storage, "device_bytes", lambda path: 0)  # invented: the device has measured nothing
     (rate,) = measure_disk(tmp_path, [Cell("mmap", "random", MIB, 1)], 5.0)
     assert rate.from_ram == "the device delivered 0% of the bytes"
     monkeypatch.setattr(storage, "file_system", lambda path: "tmpfs")
@@ -329,7 +329,7 @@ def profile_of(tmp_path: Path) -> Profile:
 
 
 def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME")  # where matplotlib keeps its list of fonts, which takes seconds to make
+    monkeypatch.delenv("XDG_CACHE_HOME")  # matplotlib's list of fonts, which takes seconds to make
     pytest.importorskip("matplotlib")
     profile = profile_of(tmp_path)
     assert tiers(profile) == {"L2": (2**19, 2e10), "RAM": (2**34, 3e9), "disk": (10**12, 3e9)}

@@ -1,4 +1,4 @@
-"""Eviction policies: what every one of them must do, each against a slow reference, and looking them up."""
+"""Eviction policies: what all must do, each against a slow reference, and lookup by name."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey
 LAYERS, EXPERTS = 3, 4
 SETTING = TierInfo(LAYERS, LAYERS * EXPERTS)
 KEYS = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
-DECAY = 0.9  # of cycle
+DECAY = 0.9  # of the policy cycle
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 
 every_policy = pytest.mark.parametrize("name", POLICIES)
-# (what, which key): a key that is absent is inserted whatever is drawn, one that is present leaves or is used.
+# (event, key): an absent key is inserted whatever is drawn; a present key leaves or is used.
 traces = st.lists(st.tuples(st.sampled_from(["use", "use", "prediction", "evict", "discard"]), st.sampled_from(KEYS)))
 
 
@@ -39,12 +39,12 @@ class Mine(Lru):
 
 
 class NotOne:
-    """Has nothing to do with policies."""
+    """No policy."""
 
 
 @dataclass
 class Reference:
-    """What a trace has done so far, kept in full: ``uses`` are times since the insertion, ``tokens`` all there were."""
+    """The full history of a trace: ``uses`` are times since the insertion, ``tokens`` all tokens so far."""
 
     clock: int = 0
     token: int = 0
@@ -54,7 +54,7 @@ class Reference:
     tokens: dict[Key, set[int]] = field(default_factory=dict)
 
     def apply(self, policy: Policy, what: str, key: Key) -> None:
-        """Do one thing to both."""
+        """Apply one event to both."""
         self.clock += 1
         present = key in self.uses
         if what in ("evict", "discard"):
@@ -72,26 +72,26 @@ class Reference:
         self.last[key] = self.clock
 
     def _pass(self, key: Key) -> None:
-        """Count tokens: a pass has ended where a layer comes before the last one, or a record comes again."""
+        """Count tokens: a token ends where a layer comes before the last one, or a record comes again."""
         again = self.token in self.tokens.get(key, ())
         self.token += key.layer < self.layer or again
         self.layer = key.layer
         self.tokens.setdefault(key, set()).add(self.token)
 
     def cycle_score(self, key: Key) -> float:
-        """The documented one: layers until the next chance / L + 1/p - 1."""
+        """The documented score: layers until the next chance / L + 1/p - 1."""
         share = sum((1 - DECAY) * DECAY ** (self.token - token) for token in self.tokens.get(key, ()))
         distance = next(n for n in range(1, LAYERS + 1) if (self.layer + n) % LAYERS == key.layer)
         return distance / LAYERS + 1 / max(share, Cycle.FLOOR) - 1
 
 
 def order(policy: Policy) -> list[Key]:
-    """All victims in order, a key that comes again counted where it comes first."""
+    """All victims in order; a repeated key counts at its first place."""
     return list(dict.fromkeys(policy.victims()))
 
 
 def replay(name: str, trace: list[tuple[str, Key]]) -> Iterator[tuple[Policy, Reference]]:
-    """The policy and the reference after each step of ``trace``."""
+    """The policy and the reference after each event of ``trace``."""
     policy, reference = make_policy(name, SETTING), Reference()
     for what, key in trace:
         reference.apply(policy, what, key)
@@ -113,7 +113,7 @@ def test_victims_are_the_keys_that_have_a_slot(name: str, trace: list[tuple[str,
 @SETTINGS
 @given(trace=traces, looks=st.lists(st.integers(0, len(KEYS)), max_size=4))
 def test_looking_changes_nothing(name: str, trace: list[tuple[str, Key]], looks: list[int]) -> None:
-    """A look that stops anywhere loses no key, and the next look sees the same order."""
+    """Stopping the iteration anywhere loses no key; the next one sees the same order."""
     for policy, _ in replay(name, trace):
         before = order(policy)
         for count in looks:
@@ -125,7 +125,7 @@ def test_looking_changes_nothing(name: str, trace: list[tuple[str, Key]], looks:
 @SETTINGS
 @given(trace=traces, skips=st.lists(st.integers(0, 3), min_size=1))
 def test_evicting_while_looking(name: str, trace: list[tuple[str, Key]], skips: list[int]) -> None:
-    """As the tier does it: skip some victims, evict the next from inside the loop, and look no further."""
+    """As the tier does: skip some victims, evict the next inside the loop, and stop."""
     policy, reference = make_policy(name, SETTING), Reference()
     for step, (what, key) in enumerate(trace):
         reference.apply(policy, what, key)
@@ -178,7 +178,7 @@ def test_prediction_that_comes_back_again_and_again(name: str) -> None:
 
 
 def test_lru_takes_keys_of_every_kind() -> None:
-    """It is the policy of trunks. Keys of equal numbers are different keys."""
+    """It is the policy of trunks. Keys of different kinds with equal numbers are different keys."""
     keys: list[Key] = [*map(TrunkKey, range(LAYERS)), *map(HeadKey, range(2)), ResidentKey(), ExpertKey(0, 0)]
     policy = Lru(SETTING)
     for at, key in enumerate(keys):
@@ -189,7 +189,7 @@ def test_lru_takes_keys_of_every_kind() -> None:
 
 @every_policy
 def test_memory_stays_bounded(name: str) -> None:
-    """However long the run, a policy remembers some records of the model, not its history."""
+    """A policy remembers some records of the model, not its history, however long the run."""
     policy = make_policy(name, SETTING)
     for step in range(5000):
         key = KEYS[step * 7 % len(KEYS)]
@@ -202,7 +202,7 @@ def test_memory_stays_bounded(name: str) -> None:
 
 
 def _members(value: object) -> int:
-    """How many things a container holds, at any depth."""
+    """The number of items in a container, at any depth."""
     if isinstance(value, dict):
         return sum(1 + _members(item) for item in value.values())
     if isinstance(value, list | set):
@@ -233,7 +233,9 @@ def test_lfu_order(trace: list[tuple[str, Key]]) -> None:
     tokens=st.lists(
         st.tuples(
             st.lists(st.sets(st.integers(0, EXPERTS - 1)), min_size=LAYERS, max_size=LAYERS),
-            st.sampled_from([1, 1, 1, 2, 40, 200]),  # so often in a row; 200 takes everything else below the floor of p
+            st.sampled_from(
+                [1, 1, 1, 2, 40, 200]
+            ),  # repetitions in a row; 200 takes everything else below the floor of p
         ),
         max_size=8,
     ),
@@ -265,7 +267,7 @@ def test_cycle_takes_the_best_score(
 
 
 def _check_cycle(policy: Policy, reference: Reference) -> None:
-    """The scores fall along the policy's order, and it starts with the largest."""
+    """Scores fall along the policy's order, and the largest comes first."""
     scores = [reference.cycle_score(key) for key in order(policy)]
     assert len(scores) == len(reference.uses)
     for found, expected in zip(scores, sorted(scores, reverse=True), strict=True):
@@ -275,7 +277,7 @@ def _check_cycle(policy: Policy, reference: Reference) -> None:
 @SETTINGS
 @given(trace=traces)
 def test_cycle_on_any_trace(trace: list[tuple[str, Key]]) -> None:
-    """Also where layers do not come in order."""
+    """Even if layers do not come in order."""
     for policy, reference in replay("cycle", trace):
         _check_cycle(policy, reference)
 
@@ -287,7 +289,7 @@ def test_cycle_prefers_what_runs_soon_and_what_is_popular() -> None:
             key = ExpertKey(layer, 0)
             (policy.on_hit if key in set(policy.victims()) else policy.on_insert)(key)
     assert order(policy) == [ExpertKey(2, 0), ExpertKey(1, 0), ExpertKey(0, 0)]  # layer 2 has just run
-    policy.on_insert(ExpertKey(0, 1))  # used once: colder than what all tokens use
+    policy.on_insert(ExpertKey(0, 1))  # used once: colder than records that all tokens use
     assert order(policy)[0] == ExpertKey(0, 1)
 
 
@@ -305,8 +307,7 @@ def test_heaps_stay_bounded(kind: type[Policy]) -> None:
 
 
 def _hits(name: str, slots: int, tokens: int) -> int:
-    """Hits of a run through 8 layers of 16 experts, where each token uses expert 0 of a layer always and another in
-    turn."""
+    """Hits of a run through 8 layers of 16 experts. Each token uses expert 0 of each layer and one other in turn."""
     layers, hits = 8, 0
     policy = make_policy(name, TierInfo(layers, slots))
     resident: set[Key] = set()
@@ -328,13 +329,14 @@ def _hits(name: str, slots: int, tokens: int) -> int:
 
 
 def test_cycle_hits_where_lru_cannot() -> None:
-    """Below one token's working set (16 records), lru has always just dropped what comes next."""
+    """Below one token's working set (16 records), lru has always just dropped the next record."""
     assert _hits("lru", 12, tokens=60) == 0
-    assert _hits("cycle", 12, tokens=60) > 60 * 4  # of the eight that are used always, more than half
+    assert _hits("cycle", 12, tokens=60) > 60 * 4  # more than half of the eight that are always used
 
 
 def run(policy: Policy, tokens: list[list[set[int]]], slots: int) -> int:
-    """The hits of a run as the engine counts them: a token's layers in turn; what a layer needs is not evicted."""
+    """The hits of a run as the engine counts them: a token's layers in turn; records that a layer needs are not
+    evicted."""
     resident: set[Key] = set()
     hits = 0
     for chosen in tokens:
@@ -377,7 +379,7 @@ def test_belady_refuses_another_future() -> None:
 
 
 def test_layers_of_one_slot_share_keep_to_it() -> None:
-    """Per-layer lru takes the victim from the layer that asks, once that has its share; else from the largest."""
+    """Per-layer lru takes the victim from the layer that asks if it has its share, otherwise from the largest."""
     policy = make_policy("layer-lru", TierInfo(2, 4))
     for key in [ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(0, 2), ExpertKey(1, 0)]:
         policy.on_insert(key)
@@ -390,7 +392,7 @@ def test_layers_of_one_slot_share_keep_to_it() -> None:
 
 @pytest.mark.parametrize(("power", "leaves"), [(1.0, ExpertKey(0, 0)), (0.0, ExpertKey(0, 0)), (-1.0, ExpertKey(0, 1))])
 def test_gdsf_weighs_sizes(power: float, leaves: Key) -> None:
-    """A slot holds a record of any size: then the small one, that is cheap to read again, leaves."""
+    """If any record fits the slot, the small one leaves: it is cheap to read again."""
     policy = make_policy("gdsf", TierInfo(1, 2, lambda key: 1 + 9 * key[-1]), power=power)
     for expert in (0, 1):
         policy.on_insert(ExpertKey(0, expert))
@@ -398,14 +400,15 @@ def test_gdsf_weighs_sizes(power: float, leaves: Key) -> None:
 
 
 def _periodic(tokens: int) -> list[list[set[int]]]:
-    """What a token chooses follows from the last one's choices alone: six kinds of token, in turn."""
+    """A token's choices follow from the last one's alone: six kinds of token, in turn."""
     return [
         [{(5 * (token % 6) + layer + n) % 32 for n in range(2)} for layer in range(LAYERS)] for token in range(tokens)
     ]
 
 
 def test_echo_knows_what_followed() -> None:
-    """All are used as often, the one just used last of all again: hazard learns that, echo also who comes next."""
+    """All are used equally often, and the most recent one is used again last: hazard learns that; echo also learns the
+    successor."""
     tokens, slots = _periodic(120), 18
     rates = {name: run(make_policy(name, TierInfo(LAYERS, slots)), tokens, slots) for name in ("lru", "hazard", "echo")}
     assert rates["lru"] == 0
@@ -415,7 +418,7 @@ def test_echo_knows_what_followed() -> None:
 
 
 def test_echo_looks_further_ahead_where_slots_last_longer() -> None:
-    """Of two that are used as often, the one that comes three tokens ahead gains on the one that is next."""
+    """Of two equally frequent records, the one three tokens ahead gains on the next one."""
     lead = {}
     for slots in (2, 40):
         policy, present = POLICIES["echo"](TierInfo(1, slots)), set[Key]()
@@ -429,7 +432,7 @@ def test_echo_looks_further_ahead_where_slots_last_longer() -> None:
 
 
 def test_echo_outlives_its_memory() -> None:
-    """More tokens than it remembers, turns too wide to remember, and experts that come late."""
+    """More tokens than it remembers, turns too wide to remember, and late new experts."""
     tokens = _periodic(100)
     tokens[40] = [set(range(40))] * LAYERS
     tokens[70] = [{200, 201}] * LAYERS
@@ -452,7 +455,7 @@ def test_hazard_takes_earlier_runs_into_account(name: str) -> None:
     policy = make_policy(name, SETTING)
     for key in KEYS:
         policy.expect(key, 0.9 if key.expert == 1 else 0.1)
-    for layer in range(LAYERS):  # each layer runs once, with what says nothing about the others
+    for layer in range(LAYERS):  # each layer runs once, unrelated to the others
         for expert in (1, 2, 3, 0):
             policy.on_insert(ExpertKey(layer, expert), demanded=expert == 0)
     policy.on_hit(KEYS[0])
@@ -482,7 +485,7 @@ def test_parameters_are_arguments_with_defaults_within_bounds(name: str) -> None
 
 @every_policy
 def test_policy_of_a_file(name: str, tmp_path: Path) -> None:
-    """What a search has found is kept, and loaded by the file's name; arguments go first."""
+    """The result of a search is saved, and loaded by file name; arguments take precedence."""
     parameters = {parameter: low for parameter, (low, _) in POLICIES[name].tunable.items()}
     write_policy(tmp_path / "best.json", name, parameters)
     policy = make_policy(str(tmp_path / "best.json"), SETTING)
@@ -491,7 +494,7 @@ def test_policy_of_a_file(name: str, tmp_path: Path) -> None:
 
 
 def state(policy: Policy) -> dict[str, object]:
-    """What a policy was made with."""
+    """The parameters of a policy."""
     return {name: value for name, value in vars(policy).items() if isinstance(value, (int, float))}
 
 

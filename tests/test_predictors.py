@@ -1,4 +1,4 @@
-"""Predictors: what every one of them must do, and gate lookahead."""
+"""Predictors: what all must do, and gate lookahead."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keys(layer: int, experts: list[int]) -> list[ExpertKey]:
 @SETTINGS
 @given(trace=events, width=st.integers(1, EXPERTS))
 def test_predictions_are_records_of_the_layer(name: str, trace: list[tuple[str, int, list[int]]], width: int) -> None:
-    """Whatever it has seen: keys of the layer asked about, each once, the same when asked again."""
+    """Whatever it has seen: distinct keys of the requested layer, the same when asked again."""
     predictor = make_predictor(name, width)
     assert predictor.width == width
     assert predictor.lookahead >= 0
@@ -62,7 +62,7 @@ def test_none_never_predictions() -> None:
 @SETTINGS
 @given(trace=events, width=st.integers(1, EXPERTS))
 def test_gate_returns_what_was_observed(trace: list[tuple[str, int, list[int]]], width: int) -> None:
-    """The last outcome reported for a layer since it ran, the likeliest first, at most ``width`` of it."""
+    """The last outcome reported for a layer since it ran, likeliest first, at most ``width`` of it."""
     predictor = GateLookahead(width)
     known: dict[int, list[int]] = {}
     for what, layer, experts in trace:

@@ -1,4 +1,4 @@
-"""Which predictions are read: the account of what they save and cost, on a clock that is moved by hand."""
+"""Which predictions are read: the account of their savings and costs, on a manual clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ READ = 0.010  # seconds for one record
 
 
 class Layers:
-    """A model of two layers, A (0) and B (1). While A runs, B's experts are predicted: ``right`` of four come true."""
+    """A model of two layers, A (0) and B (1). B's experts are predicted while A runs: ``right`` of four come true."""
 
     def __init__(self, window: float, compute: float, absent: int, cpu: float = 0.0):
         self.now = 0.0
@@ -25,7 +25,7 @@ class Layers:
         self.window, self.compute, self.absent = window, compute, absent
 
     def step(self, right: int, backlog: float = 0.0, prefill: bool = False) -> list[ExpertKey]:
-        """One pass through both; what was chosen to be read for B."""
+        """One step through both; returns the reads chosen for B."""
         self.prefetch.turn(0, [])
         predicted = [ExpertKey(1, expert) for expert in range(4)]
         chosen = self.prefetch.choose(1, predicted, 1, prefill, backlog / READ)
@@ -45,7 +45,7 @@ def test_right_predictions_are_read_as_far_as_the_window_goes(prefill: bool) -> 
     layers = Layers(window=2.5 * READ, compute=0.0, absent=8)
     for _ in range(10):
         chosen = layers.step(4, prefill=prefill)
-    assert [key.expert for key in chosen] == [0, 1, 2]  # two in full, and the half of a third is a gain too
+    assert [key.expert for key in chosen] == [0, 1, 2]  # two in full; half of a third is a gain too
 
 
 def test_a_link_that_is_busy_for_longer_than_the_window_takes_no_prediction() -> None:
@@ -120,7 +120,7 @@ def test_how_far_is_looked_ahead_is_up_to_the_pace_but_for_a_prefill() -> None:
 
 
 def ways(pace: Pace, steps: int, *cost: float) -> list[int]:
-    """The ways in which steps were done. ``cost``: of each way."""
+    """The way each step was done. ``cost``: of each way."""
     done = []
     for _ in range(steps):
         done.append(pace.way)
@@ -169,7 +169,7 @@ def test_where_the_ways_are_alike_the_trial_takes_its_time_and_ends_without_pred
 
 
 def test_predictions_that_gain_next_to_nothing_are_not_followed() -> None:
-    """A hundredth is less than what a read for nothing may cost elsewhere, and than noise."""
+    """One percent is less than noise, and less than a useless read may cost elsewhere."""
     pace = Pace()
     ways(pace, TRIED, 1.0, 0.99, 0.985)
     assert ways(pace, 10 * REVISIT, 1.0, 0.99, 0.985).count(NONE) > 8 * REVISIT
@@ -188,7 +188,7 @@ def test_one_slow_step_decides_nothing() -> None:
 
 
 def test_steps_are_timed_from_the_first_layer_to_the_last() -> None:
-    """What happens between two steps, a person who reads, is nobody's cost; nor is a prefill a step."""
+    """Time between two steps, as when a person reads, does not count; a prefill is no step."""
     layers = Layers(window=1.0, compute=0.5, absent=4)
     seen: list[float] = []
     layers.prefetch.pace.add = seen.append  # type: ignore[method-assign]

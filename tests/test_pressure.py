@@ -1,4 +1,4 @@
-"""--ram auto under memory pressure. The sources of pressure here are made up: no test takes the machine's memory."""
+"""--ram auto under memory pressure. The pressure is simulated: no test takes the machine's memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESERVE = 1000
 
 
 def after(reading: Reading, held: int = 8000) -> int:
-    """What a first look decides."""
+    """The decision of a first look."""
     clock: Iterator[float] = iter([0.0, INTERVAL])
     return Pressure(RESERVE, lambda: reading, lambda: next(clock)).change(held)
 
@@ -25,14 +25,14 @@ def after(reading: Reading, held: int = 8000) -> int:
     ("available", "stalled", "change"),
     [
         (1000, 0.0, 0),  # as planned
-        (600, 0.0, 0),  # a little less is no reason to move
+        (600, 0.0, 0),  # a little less changes nothing
         (400, 0.0, -600),  # up to the reserve
         (0, 0.0, -1000),
         (1400, 0.0, 0),
         (1600, 0.0, 600),
-        (1000, 0.5, -1000),  # something waits for memory although there seems to be enough: an eighth
+        (1000, 0.5, -1000),  # tasks wait for memory although some is free: an eighth
         (600, 0.5, -1000),
-        (5000, 0.5, 0),  # nothing is taken while something waits
+        (5000, 0.5, 0),  # nothing is taken back while tasks wait
     ],
 )
 def test_what_is_given_back_and_taken(available: int, stalled: float, change: int) -> None:
@@ -64,7 +64,7 @@ def test_readings_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class Machine:
-    """A machine whose free memory is said, not measured."""
+    """A machine with a given amount of free memory."""
 
     def __init__(self) -> None:
         self.available = RESERVE

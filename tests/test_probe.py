@@ -1,4 +1,4 @@
-"""The probe of a disk: what it chooses from what it measures, what it reads, and what is remembered where."""
+"""The probe of a disk: its choice, its reads, and what is saved where."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FOUND = DiskProfile(4 * MIB, 4, 1.5e9, 0.003)
 
 
 class Counting(Reader):
-    """FAKE: a disk that takes no time. Keeps what it was asked for."""
+    """FAKE: a disk that takes no time and records its requests."""
 
     name = "direct"
 
@@ -55,11 +55,11 @@ class Counting(Reader):
             raise failure(request, request.lo, "made to fail")
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 def sparse(file: Path, size: int) -> Path:
-    """A file that takes no room."""
+    """A file that takes no space."""
     file.touch()
     os.truncate(file, size)
     return file
@@ -67,7 +67,7 @@ def sparse(file: Path, size: int) -> Path:
 
 @pytest.fixture
 def big(tmp_path: Path) -> list[Path]:
-    """The files of a model that is worth a probe; one of them is not."""
+    """The files of a model large enough to probe; one of them is not."""
     sizes = [WORTHWHILE // 2 + 5, WORTHWHILE // 2 + 4097, MIB]
     return [sparse(tmp_path / f"{i}.safetensors", size) for i, size in enumerate(sizes)]
 
@@ -110,7 +110,7 @@ def test_a_fast_disk_is_asked_for_more_at_a_time() -> None:
 
 
 def test_of_equally_many_bytes_under_way_the_smaller_requests() -> None:
-    """One of them ends sooner, and then a demand has its turn."""
+    """Smaller reads end sooner, so a demand gets its turn sooner."""
     one, other = Measurement(4 * MIB, 2, 1e9), Measurement(MIB, 8, 1e9)
     assert choose([one, other]) == choose([other, one]) == other
 
@@ -130,7 +130,7 @@ def test_a_probe_reads_whole_aligned_requests_inside_the_files(big: list[Path]) 
 
 
 def test_a_probe_reads_little(big: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where time does not end it, the bytes do: those of the model at most, give or take a sample."""
+    """If time does not end it, bytes do: at most those of the model, give or take a sample."""
     monkeypatch.setattr(probe_module, "STAGE_SECONDS", 1e9)
     reader = Counting()
     probe(reader, big[:2])
@@ -159,7 +159,7 @@ def test_as_many_reads_are_under_way_as_are_measured(tmp_path: Path, monkeypatch
     held: list[int] = []
 
     class Gathering(Counting):
-        """Holds the first reads of 8 MiB until there are eight of them."""
+        """Holds the first reads of 8 MiB until there are eight."""
 
         def read(self, request: Request, buffer: memoryview) -> None:
             super().read(request, buffer)
@@ -181,7 +181,7 @@ def test_a_probe_with_o_direct(big: list[Path]) -> None:
     reader.close()
 
 
-# --- what is remembered
+# --- what is saved
 
 
 def test_a_disk_is_probed_once(big: list[Path], cache: ProfileCache) -> None:
@@ -293,7 +293,7 @@ def test_a_cache_that_makes_no_sense_is_written_anew(big: list[Path], tmp_path: 
 def test_the_check_of_entries_lets_good_ones_through(big: list[Path], tmp_path: Path) -> None:
     cache = ProfileCache(tmp_path)
     cache.put(big[0], DiskProfile())
-    assert cache.get(big[0]) is None  # nothing measured, nothing remembered
+    assert cache.get(big[0]) is None  # nothing measured, nothing saved
     (key,) = json.loads((tmp_path / "disk.json").read_text())["disks"]
     (tmp_path / "disk.json").write_text(json.dumps({"version": VERSION, "disks": {key: entry()}}))
     assert cache.get(big[0]) == FOUND
@@ -317,7 +317,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_harmless(
     assert profile.bytes_per_second is not None and "not remembered: " in note
     assert cache.get(big[0]) is None
     if how == "a full disk":
-        assert os.listdir(folder) == []  # what was begun is taken away
+        assert os.listdir(folder) == []  # the partial file is removed
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_smaller_reads_need_more_at_a_time(nbytes: int, depth: int) -> None:
 
 @pytest.fixture
 def padded(toy_v3: tuple[Path, Any], tmp_path: Path) -> Path:
-    """The toy, with a large shard of its own beside it that nothing uses and that takes no room."""
+    """The toy beside a large unused sparse shard."""
     folder = tmp_path / "padded"
     folder.mkdir()
     for file in toy_v3[0].iterdir():

@@ -1,4 +1,4 @@
-"""int8 and int4 weights: the order in a tile, the rounding, and what is lost."""
+"""int8 and int4 weights: the order in a tile, the rounding, and the error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("format", TILES)
 def test_every_byte_is_where_the_format_says(format: str) -> None:
-    """Random bytes in random places, against the format's own words."""
+    """Random bytes in random places, against the format's definition."""
     outs, ins = 21, 70
     (_, (blocks, groups, size)), (_, scales) = FORMATS[format].parts((outs, ins)).values()
     generator = torch.Generator().manual_seed(1)
@@ -53,7 +53,7 @@ def test_what_quantising_a_gaussian_loses(format: str, most: float) -> None:
 @pytest.mark.parametrize("format", TILES)
 @pytest.mark.parametrize("shape", [(1, 1), (8, 32), (21, 70), (64, 512)])
 def test_compiled_and_reference_make_the_same_weight(format: str, shape: tuple[int, int]) -> None:
-    """But for sums in another order, by which of two scales that are equally good may win."""
+    """Except where sums in another order choose the other of two equally good scales."""
     exact = gaussian(*shape) * torch.logspace(-6, 4, shape[0])[:, None]
     found, reference = quantise(exact, format), quantise_reference(exact, format)
     assert found.scale is not None and reference.scale is not None
@@ -85,7 +85,7 @@ def test_what_is_on_the_grid_stays(format: str) -> None:
 @pytest.mark.parametrize("format", TILES)
 def test_zeros_outliers_and_the_smallest_values(format: str) -> None:
     weight = torch.zeros(8, 96)
-    weight[1, 5] = -1e6  # beyond what a float16 scale reaches times what a number reaches, in int4
+    weight[1, 5] = -1e6  # beyond the largest float16 scale times the largest int4 number
     weight[2, 40] = 1e-12  # below the smallest scale
     weight[3, 70] = 3.0
     found = widen_reference(quantise(weight, format))

@@ -49,7 +49,7 @@ def tensor(file: Path, name: str, start: int, stop: int) -> TensorInfo:
 
 
 def read(reader: Reader, extent: Extent, request_bytes: int = 2**20) -> bytes:
-    """The wanted bytes of an extent, through memory aligned as promised to readers."""
+    """The wanted bytes of an extent, through memory aligned as readers require."""
     with mmap.mmap(-1, max(extent.hi - extent.lo, 1)) as memory, memoryview(memory) as view:
         for request in split(extent, request_bytes):
             with view[request.at : request.at + request.hi - request.lo] as part:
@@ -58,7 +58,7 @@ def read(reader: Reader, extent: Extent, request_bytes: int = 2**20) -> bytes:
 
 
 def fails(reader: Reader, extent: Extent, name: str) -> StorageError:
-    """Check that reading gives a StorageError that tells file, tensor and offset, in words and as attributes."""
+    """Check that reading gives a StorageError that names file, tensor and offset, in words and as attributes."""
     with pytest.raises(StorageError) as caught:
         read(reader, extent)
     error = caught.value
@@ -308,7 +308,7 @@ def test_rows_with_repeats(make_file: Callable[[int], Path]) -> None:
 
 @pytest.mark.parametrize("left", [0, 220, 221, 239])
 def test_rows_of_a_truncated_file(make_file: Callable[[int], Path], left: int) -> None:
-    """In place, while it is open."""
+    """Truncated in place, while open."""
     file = make_file(1_000)
     table = TensorInfo("embed", file, 200, 800, "BF16", (40, 10))
     with closing(Rows(table)) as rows:
@@ -331,7 +331,7 @@ def test_rows_of_a_missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["replaced", "deleted"])
 def test_rows_of_a_file_that_loses_its_name(make_file: Callable[[int], Path], tmp_path: Path, how: str) -> None:
-    """The file that was opened is read to the end, checked blocks included."""
+    """The open file is read to the end, checked blocks included."""
     file = make_file(1_000)
     table = TensorInfo("embed", file, 200, 800, "U8", (40, 20))
     seal = Seal("embed", file, 200, 800, checksum(content(1_000)[200:]))

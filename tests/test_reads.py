@@ -1,6 +1,6 @@
-"""Reads outside of Python: the same bytes, order and errors as with Python's threads.
+"""Reads outside Python: the same bytes, order and errors as with Python's threads.
 
-A thread is held in the announcement of a small read, which is a call of Python, while the queue is filled.
+A thread is held in the announcement of a small read, which calls Python, while the queue is filled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = [
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Iterator[Shelf]:
-    """One thread, eight records of 10,000 bytes; nothing is read together."""
+    """One thread, eight records of 10,000 bytes; nothing is merged."""
     file = tmp_path / "f"
     file.write_bytes(content(80_000))
     made = Shelf(file, range(0, 80_001, 10_000), Held())
@@ -65,7 +65,7 @@ def test_bytes_of_the_file(
     threads: int,
 ) -> None:
     edges, keys = edges_of(sizes, aligned, start), list(range(len(sizes)))
-    if order.random() < 0.5:  # which may end this example: before there are threads
+    if order.random() < 0.5:  # may end this example, before threads start
         order.shuffle(keys)
     file = tmp_path_factory.mktemp("reads") / "f"
     file.write_bytes(content(edges[-1]))
@@ -86,7 +86,7 @@ def test_bytes_of_the_file(
 
 
 def test_small_records_side_by_side_take_fewer_reads(tmp_path: Path) -> None:
-    """The shape of the demo model: records of 66 KB, whose first page is the last one of the record before."""
+    """The demo model's layout: records of 66 KB, each sharing its first page with the record before."""
     edges = list(range(1000, 1000 + 33 * 66_000, 66_000))
     file, timeline = tmp_path / "f", Timeline()
     file.write_bytes(content(edges[-1]))
@@ -130,7 +130,7 @@ def test_large_requests_are_apart(tmp_path: Path) -> None:
 
 
 def order_of(named: dict[int, str], timeline: Timeline) -> list[str]:
-    """The names of what was read, first to last."""
+    """The names of the reads, first to last."""
     spans = sorted((began, name) for track, _, name, began, _, _ in timeline._spans if track == "disk->ram")
     names = {str(ExpertKey(0, i)): name for i, name in named.items()}
     return [names[name] for _, name in spans if name in names]
@@ -138,7 +138,7 @@ def order_of(named: dict[int, str], timeline: Timeline) -> list[str]:
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[tuple[Shelf, Timeline]]:
-    """One thread, and when it reads what."""
+    """One thread, and its reads with their times."""
     file, timeline = tmp_path / "f", Timeline()
     file.write_bytes(content(80_000))
     made = Shelf(file, range(0, 80_001, 10_000), Held(1, timeline))
@@ -168,12 +168,12 @@ def test_a_promoted_prediction_is_a_demand(watched: tuple[Shelf, Timeline]) -> N
     shelf.transfer.gate.set()
     shelf.finish(*tickets)
     assert order_of(dict(enumerate("abcd")), timeline) == ["d", "b", "a", "c"]
-    shelf.transfer.promote(tickets[0])  # late: harmless
+    shelf.transfer.promote(tickets[0])  # too late, and harmless
     assert all(shelf.bytes_of(i) == shelf.expected(i) for i in range(4))
 
 
 def test_predictions_leave_threads_to_demands(tmp_path: Path) -> None:
-    """Of eight threads, no more than two are in predictions at any time."""
+    """At most two of eight threads read predictions at any time."""
     file, timeline = tmp_path / "f", Timeline()
     file.write_bytes(content(32 * 2**20))
     shelf = Shelf(file, range(0, 32 * 2**20 + 1, 2**20), Held(8, timeline))
@@ -219,7 +219,7 @@ def test_too_late_to_cancel(shelf: Shelf) -> None:
 
 
 def test_a_ticket_that_has_begun_is_not_cancelled(tmp_path: Path) -> None:
-    """Its first read is through, its second in the queue."""
+    """Its first read has ended, its second is queued."""
     file = tmp_path / "f"
     file.write_bytes(content(3 * 8192))
     shelf = Shelf(file, [0, 3 * 8192], Held(1), 8192)
@@ -233,11 +233,11 @@ def test_a_ticket_that_has_begun_is_not_cancelled(tmp_path: Path) -> None:
     shelf.close()
 
 
-# --- what comes behind
+# --- what follows a read
 
 
 def test_a_last_job_and_what_waits_for_the_ticket(shelf: Shelf) -> None:
-    """Both begin although nobody asks, and only once the bytes are there."""
+    """Both begin without a caller that waits, once all bytes are there."""
     seen: list[bytes] = []
     over = threading.Event()
     last = call(lambda: seen.append(shelf.bytes_of(0)))
@@ -293,7 +293,7 @@ def test_a_failed_read_is_told_as_python_tells_it(shelf: Shelf) -> None:
 
 def test_a_read_that_fails_once_is_none(shelf: Shelf) -> None:
     """Python's second attempt counts."""
-    fd = os.open(shelf.file, os.O_WRONLY)  # which cannot be read
+    fd = os.open(shelf.file, os.O_WRONLY)  # cannot be read
     extent = shelf.records[0].extents[0]
     read = shelf.read([fd, 0, 1, ALIGNMENT, 0], shelf.slots[0], [Request(extent, extent.lo, extent.hi)])
     ticket = shelf.transfer.submit(read)
@@ -305,7 +305,7 @@ def test_a_read_that_fails_once_is_none(shelf: Shelf) -> None:
 
 
 def test_a_failure_skips_the_rest_of_the_ticket(shelf: Shelf) -> None:
-    """Which Python reads again; the reads behind it are none of its business."""
+    """Python reads it again; reads behind it are not affected."""
     bad, good = os.open(shelf.file, os.O_WRONLY), shelf.reader.descriptor(shelf.file)
     assert good is not None
     words = [bad, 0, 1, ALIGNMENT, 0, good, ALIGNMENT, 1, ALIGNMENT, ALIGNMENT]
@@ -318,12 +318,12 @@ def test_a_failure_skips_the_rest_of_the_ticket(shelf: Shelf) -> None:
     assert ticket.error is None and shelf.bytes_of(1) == shelf.expected(1)
     assert len(again) == 2 and shelf.bytes_of(0) == shelf.expected(0)
     outside = shelf.transfer.reads.links()["disk->ram"].bytes
-    assert outside == ALIGNMENT + shelf.records[1].nbytes  # of the one that held as well
+    assert outside == ALIGNMENT + shelf.records[1].nbytes  # including the one that held the thread
     os.close(bad)
 
 
 def test_one_that_fails_does_not_fail_its_neighbours(tmp_path: Path) -> None:
-    """In one go they would have been read, but for the end of the file."""
+    """They would have been merged, but the file ends."""
     edges = list(range(0, 6 * 8192, 8192))
     file = tmp_path / "f"
     file.write_bytes(content(edges[-1]))
@@ -356,7 +356,7 @@ def test_a_stalled_read_is_named(tmp_path: Path) -> None:
 
 
 def test_threads_have_lanes_of_their_own(tmp_path: Path) -> None:
-    """In a timeline nothing overlaps within a lane."""
+    """In a timeline, spans of a lane do not overlap."""
     file, timeline = tmp_path / "f", Timeline()
     file.write_bytes(content(64 * 2**20))
     shelf = Shelf(file, range(0, 64 * 2**20 + 1, 2**20), Held(4, timeline))
@@ -394,7 +394,7 @@ def test_threads_and_memory_are_gone_after_closing(tmp_path: Path) -> None:
     file.write_bytes(content(80_000))
 
     def reading() -> list[str]:
-        """The tasks of the system that read. One may be listed for a moment after it has been joined."""
+        """The reading threads, as the system lists them; one may be listed for a moment after it was joined."""
         names = []
         for task in Path("/proc/self/task").iterdir():
             with suppress(OSError):  # it has ended
@@ -420,7 +420,7 @@ def test_threads_and_memory_are_gone_after_closing(tmp_path: Path) -> None:
 
 
 def test_python_may_end_without_closing(tmp_path: Path) -> None:
-    """With reads under way and announcements to come."""
+    """With reads in flight and announcements pending."""
     file = tmp_path / "f"
     file.write_bytes(content(64 * 2**20))
     script = f"""
@@ -440,7 +440,7 @@ print("done")
 
 
 def test_nothing_is_lost_under_load(tmp_path: Path) -> None:
-    """Reads, jobs of Python behind them, promotions and cancellations over four threads each."""
+    """Reads, Python jobs after them, promotions and cancellations over four threads each."""
     file = tmp_path / "f"
     file.write_bytes(content(400 * 5000))
     chance = random.Random(1)

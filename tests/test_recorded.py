@@ -1,4 +1,4 @@
-"""Hit rates from a trace: what counts, and a trace of another model."""
+"""Hit rates from a trace: which steps count, and a trace of another model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording: what is written down is what ran, and nothing is where nobody asked."""
+"""Recording: the trace matches the run, and nothing is recorded unless requested."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARAMS = SamplingParams(max_new_tokens=5, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """Of the demo model: two prompts side by side, in chunks of 8 tokens, then the logits of a third."""
+    """The demo model: two prompts in one batch, in chunks of 8 tokens, then the logits of a third."""
     file = tmp_path_factory.mktemp("recorded") / "trace"
     options = {"heat": False, "prefill_chunk": 8, "trace": file, "trace_scores": True}
     with LLM.load("demo", budget=Budget("8GiB"), **options) as llm:
@@ -55,14 +55,14 @@ def test_scores_rank_first_what_was_chosen_and_gates_prediction_it(recorded: Tra
     ranked = np.take_along_axis(recorded.scores, recorded.experts.astype(int), axis=2)
     assert (np.diff(ranked, axis=2) <= 0).all()  # in the router's order
     best = np.argmax(recorded.scores, axis=2)[..., None]
-    assert (best == recorded.experts).any(2).mean() > 0.8  # but for those in groups that are closed
+    assert (best == recorded.experts).any(2).mean() > 0.8  # except in masked groups
     assert recorded.predictions.shape[2:] == (AHEAD, 4 * CHOSEN)
     for ahead in range(AHEAD):
         asked = recorded.predictions[:, ahead:, ahead]
         assert (recorded.predictions[:, :ahead, ahead] == -1).all() and (asked >= 0).all()
         assert all(len(set(ranked)) == len(ranked) for ranked in asked.reshape(-1, asked.shape[2]).tolist())
         hits = (asked[..., :CHOSEN, None] == recorded.experts[:, ahead:, None, :]).any(2).mean()
-        assert hits > 3 * CHOSEN / 32  # by chance, one share
+        assert hits > 3 * CHOSEN / 32  # by chance, their share
 
 
 def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_a_dense_layer_between_moe_layers(toy_qwen3: tuple[Path, Any], tmp_path:
         llm.generate([[7, 8, 9]], PARAMS)
     trace = read_trace(tmp_path / "t", scores=True)
     assert trace.info.moe_layers == (0, 2, 3) and trace.info.layers == 4 and trace.moe_layers == 3
-    assert (trace.experts >= 0).all() and trace.guesses is not None
-    assert (trace.guesses[:, 1:, 1] >= 0).all() and (trace.guesses[:, 0, 1] == -1).all()
+    assert (trace.experts >= 0).all() and trace.predictions is not None
+    assert (trace.predictions[:, 1:, 1] >= 0).all() and (trace.predictions[:, 0, 1] == -1).all()
     asked: list[int] = []
 
     class Asked(GateLookahead):

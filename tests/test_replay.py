@@ -1,4 +1,4 @@
-"""The engine and the replay of its trace agree, hit for hit, whatever the policy."""
+"""The engine and the replay of its trace agree, hit for hit, under every policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = [[(37 * i + 11 * j) % 1000 + 2 for i in range(30 * j + 1)] for j in ra
 @pytest.mark.parametrize("slots", [8, 40])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_engine_counts_what_the_replay_does(policy: str, slots: int, tmp_path: Path) -> None:
-    """Prompts of 1 to 91 tokens in chunks of 32, three side by side, then one that is continued alone."""
+    """Prompts of 1 to 91 tokens in chunks of 32: up to three in one batch, then one alone."""
     file = tmp_path / "trace"
     options: dict[str, Any] = {"predictor": "none", "heat": False, "transfer_threads": 1, "prefill_chunk": 32}
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)

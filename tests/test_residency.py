@@ -1,4 +1,4 @@
-"""Residency by itself: any events in any order leave it whole; each step of a placement."""
+"""Residency alone: any events in any order keep its integrity; each step of a placement."""
 
 from __future__ import annotations
 

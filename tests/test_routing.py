@@ -1,4 +1,4 @@
-"""A router by the kernels, for a few tokens, against the same in torch; and the sum over what it chose."""
+"""A router in the kernels, for a few tokens, against torch; and the sum over its choices."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_the_kernels_choose_as_torch_does(toy: str, format: str, monkeypatch: An
     assert len(asked) == 4
     assert torch.equal(few[0][1], any_rows[0][1])
     torch.testing.assert_close(few[0][0], any_rows[0][0], rtol=1e-5, atol=1e-7)
-    for one, other in zip(few[0][2], any_rows[0][2], strict=True):  # what the layers ahead make of it
+    for one, other in zip(few[0][2], any_rows[0][2], strict=True):  # the rankings of the layers ahead
         assert torch.equal(one, other)
     assert torch.equal(few[0][2][0], found.rank(x, at, found.spec.experts_per_token))
     assert found.spec.moe is not None
     rule = found.spec.moe.router
     ranked = found.spec.experts // rule.groups * rule.groups_chosen
-    assert torch.equal(few[1][:, :ranked], any_rows[1][:, :ranked])  # the order of what is closed is anybody's
+    assert torch.equal(few[1][:, :ranked], any_rows[1][:, :ranked])  # masked experts have no defined order
     assert all(sorted(row) == list(range(found.spec.experts)) for row in few[1].tolist())
 
 
@@ -80,7 +80,7 @@ def test_of_equals_the_lower_number_and_what_is_no_number_last() -> None:
 
 
 def test_scores_that_are_far_apart_are_no_trouble_wherever_they_are() -> None:
-    """exp(300) is no float32: the largest score has to be taken off before, whichever lane of a vector has it."""
+    """exp(300) overflows float32: the largest score must be subtracted first, in whichever vector lane it is."""
     found = router_of("v2", "f32")
     gate = found._layers[1][0].data
     x = torch.zeros(1, found.spec.hidden)
@@ -94,7 +94,7 @@ def test_scores_that_are_far_apart_are_no_trouble_wherever_they_are() -> None:
 
 
 def test_without_shared_experts_nothing_but_the_chosen_is_added() -> None:
-    """Memory that is not written to holds anything: here, as torch makes it on request, no numbers."""
+    """Unwritten memory may hold anything: here NaN, which torch fills in on request."""
     found = router_of("v2", "f32", n_shared_experts=0)
     spec = found.spec
     shapes = (24, spec.hidden), (24, spec.hidden), (spec.hidden, 24)
@@ -145,9 +145,9 @@ def same(one: Groups, other: Groups) -> bool:
 
 @st.composite
 def expert_ids(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
-    """Ids [T, k], those of a row not always distinct, and the number of experts."""
+    """Ids [T, k], possibly repeated within a row, and the number of experts."""
     rows, chosen, count = draw(st.integers(1, 12)), draw(st.integers(1, 9)), draw(st.integers(1, 40))
-    used = draw(st.integers(1, count))  # few of many: long groups, and experts that nobody chose
+    used = draw(st.integers(1, count))  # few of many: long groups, and experts without tokens
     ids = st.integers(count - used, count - 1)
     values = draw(st.lists(ids, min_size=rows * chosen, max_size=rows * chosen))
     return torch.tensor(values).view(rows, chosen), count
@@ -173,10 +173,10 @@ def test_the_kernels_group_as_torch_does(rows: int, chosen: int, count: int, mon
     torch.manual_seed(7)
     experts = torch.rand(rows, count).topk(chosen, dim=-1).indices
     one = torch.full_like(experts, count - 1)  # one expert takes all
-    strided = experts.t().contiguous().t()  # not as the kernels take them
+    strided = experts.t().contiguous().t()  # not in the form the kernels need
     reference = grouped_reference(experts, count)
     with monkeypatch.context() as patch:
-        patch.setattr(routing_kernels, "grouped_reference", None)  # not asked
+        patch.setattr(routing_kernels, "grouped_reference", None)  # not requested
         assert same(grouped(experts, count), reference)
         assert same(grouped(one, count), Groups([count - 1], [one.numel()], *ascending(rows, chosen)))
     assert same(grouped(strided, count), reference)
@@ -185,7 +185,7 @@ def test_the_kernels_group_as_torch_does(rows: int, chosen: int, count: int, mon
 
 
 def ascending(rows: int, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order and inverse of pairs that are sorted as they are."""
+    """Order and inverse of pairs that are already sorted."""
     pairs = torch.arange(rows * chosen)
     return pairs, pairs.view(rows, chosen)
 

@@ -17,7 +17,7 @@ from tierlm.policies.predictors import PREDICTORS
 PARAMS = SamplingParams(max_new_tokens=20, ignore_eos=True)
 RAM = Budget("8GiB")
 BOTH = Budget("8GiB", vram="1GiB")
-# The dial is the budget; at toy size it is turned through the numbers that follow from it.
+# The budget is tested through the slots and trunks that follow from it, since toys are small.
 LEVELS: dict[str, tuple[Budget, dict[str, Any]]] = {
     "everything fits": (RAM, {}),
     "one slot, no trunk": (RAM, {"ram_slots": 1, "resident_trunks": 0}),
@@ -30,20 +30,20 @@ LEVELS: dict[str, tuple[Budget, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=["v3", "qwen3"])
 def toy(request: Any, toy_v3: tuple[Path, Any], toy_qwen3: tuple[Path, Any]) -> tuple[Path, Any]:
-    """A toy of each kind of attention, the latter with a dense layer between MoE layers."""
+    """A toy of each kind of attention; the grouped one has a dense layer between MoE layers."""
     return toy_v3 if request.param == "v3" else toy_qwen3
 
 
 @pytest.fixture(scope="module")
 def expected(toy: tuple[Path, Any], ids: list[int] = [11, 7, 90, 45, 3, 3, 62]) -> tuple[list[int], list[int]]:  # noqa: B006
-    """The prompt, and what `transformers` makes of it."""
+    """The prompt, and its continuation by `transformers`."""
     out = toy[1].generate(
         torch.tensor([ids]), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None
     )
     return ids, out[0, len(ids) :].tolist()
 
 
-# Every predictor and reader together, and every policy with one of them.
+# Every predictor with every reader, and every policy with one pair.
 CASES = [("default", *case) for case in product(PREDICTORS, ["direct", "mmap"])]
 CASES += [(policy, "gate", "direct") for policy in POLICIES]
 
@@ -67,7 +67,7 @@ def test_same_tokens(
 
 @pytest.mark.parametrize("threads", [1, 3, 16])
 def test_same_logits_bit_for_bit(threads: int, toy: tuple[Path, Any], ids: list[int]) -> None:
-    """The order in which experts arrive does not reach the arithmetic."""
+    """The order in which experts arrive does not affect the arithmetic."""
     with LLM.load(toy[0], budget=RAM) as llm:
         first = llm.logits(ids)
         assert torch.equal(llm.logits(ids), first)
@@ -77,8 +77,8 @@ def test_same_logits_bit_for_bit(threads: int, toy: tuple[Path, Any], ids: list[
         assert torch.equal(llm.logits(ids), first)
 
 
-def test_batches_and_waves(toy: tuple[Path, Any]) -> None:
-    """Several prompts of different lengths, more than the context holds at once, give what each gives alone."""
+def test_more_prompts_than_fit_at_once(toy: tuple[Path, Any]) -> None:
+    """Several prompts of different lengths, more than the context holds at once, give the same as alone."""
     prompts = [[5, 9, 23], [88], [7] * 30, [64, 2, 111, 12, 40], [3, 3]]
     with LLM.load(toy[0], budget=RAM, context=60) as llm:
         together = [result.ids for result in llm.generate(prompts, PARAMS)]

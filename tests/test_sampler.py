@@ -35,7 +35,7 @@ def some_logits(seed: int = 0) -> Tensor:
 
 
 def reference(logits: Tensor, settings: dict[str, float]) -> Tensor:
-    """Probabilities of `transformers`, [vocab]."""
+    """Probabilities from `transformers`, [vocab]."""
     steps = LogitsProcessorList()
     if "repetition_penalty" in settings:
         steps.append(RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))

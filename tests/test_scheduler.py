@@ -1,4 +1,4 @@
-"""Many requests alive at once, from one thread or several: each gets what it gets alone, in any order of things."""
+"""Many requests alive at once, from one thread or several: each gets what it gets alone, in any order of events."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def params(**changes: Any) -> SamplingParams:
 
 @pytest.fixture(scope="module")
 def alone(toy_v3: tuple[Path, Any]) -> list[list[int]]:
-    """What each prompt gives by itself."""
+    """What each prompt gives alone."""
     with LLM.load(toy_v3[0], budget=RAM) as llm:
         return [llm.generate([prompt], params())[0].ids for prompt in PROMPTS]
 
@@ -66,7 +66,7 @@ def test_generate_and_logits_during_a_stream(toy_v3: tuple[Path, Any], alone: li
 def test_streams_started_and_dropped_at_random(
     data: st.DataObject, crowded: LLM, toy_v3: tuple[Path, Any], alone: list[list[int]]
 ) -> None:
-    """In a context that holds three or so of them, so that some wait for room."""
+    """In a context for about three of them, so that some wait for room."""
     live: dict[int, tuple[int, Iterator[Any], list[int]]] = {}
     for step in range(40):
         act = data.draw(st.sampled_from(["start", "next", "next", "next", "drop", "logits"]))
@@ -103,13 +103,13 @@ def crowded(toy_v3: tuple[Path, Any]) -> Iterator[LLM]:
 
 @pytest.mark.parametrize("slots", [None, 16])
 def test_threads(slots: int | None, toy_v3: tuple[Path, Any], alone: list[list[int]]) -> None:
-    """Eight threads, each of which generates, streams, and leaves a stream behind."""
+    """Eight threads; each generates, streams, and abandons a stream."""
 
     def work(which: int) -> None:
         for _ in range(3):
             assert llm.generate([PROMPTS[which]], params())[0].ids == alone[which]
             left = llm.stream(PROMPTS[which], params())
-            assert next(left).ids[0] == alone[which][0]  # or more, where others waited for room
+            assert next(left).ids[0] == alone[which][0]  # or more, if others waited for room
             assert ids_of(llm.stream(PROMPTS[which], params())) == alone[which]
             left.close()  # type: ignore[attr-defined]
 
@@ -130,7 +130,7 @@ def test_a_stream_that_nobody_reads_runs_one_token_ahead_at_most(toy_v3: tuple[P
 def test_a_request_that_waits_for_room_does_not_wait_for_its_reader(
     toy_v3: tuple[Path, Any], alone: list[list[int]]
 ) -> None:
-    """The stream holds nearly the whole context and is not read on: it runs to its end, and loses nothing."""
+    """The stream reserves nearly the whole context and is not consumed: it runs to its end, and loses nothing."""
     with LLM.load(toy_v3[0], budget=RAM, context=30) as llm:
         stream = llm.stream(PROMPTS[0], params(max_new_tokens=25))
         ids = next(stream).ids
@@ -150,7 +150,7 @@ def test_prompts_share_the_chunks_of_a_prefill(toy_v3: tuple[Path, Any]) -> None
 
 
 def test_a_failure_is_its_own(toy_v3: tuple[Path, Any], alone: list[list[int]]) -> None:
-    """An expert that some sequences need cannot be read: in prefill or in decode, the others do not notice."""
+    """An expert of some sequences cannot be read, in prefill or in decode: the others are not affected."""
     with faulty(toy_v3[0]) as (llm, reader):
 
         def fail(request: Request, buffer: memoryview) -> bool:

@@ -1,4 +1,4 @@
-"""The simulator: it counts what the replay counts, its times follow from the machine, prefetch pays where it can."""
+"""The simulator: its counts equal the replay's, its times follow from the machine, prefetch pays where it can."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MACHINE = Rates(1000, Speed(1e6, 1e-5, 4), layer_seconds=1e-3, expert_seconds=1e
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    """Routing that stays for a while; a prefill of 20 tokens, then 200 decode steps; gates that prediction rightly."""
+    """Routing that lasts for a while; a prefill of 20 tokens, then 200 decode steps; gates that predict correctly."""
     chance = np.random.default_rng(1)
     experts = np.argsort(chance.random((220, LAYERS, EXPERTS)), axis=2)[:, :, :CHOSEN].astype(np.int16)
     for token in range(1, 220):
@@ -53,13 +53,13 @@ def run(
 
 
 class Silent(NoPredictor):
-    """Is asked, so that each event is simulated, and says nothing."""
+    """Is asked, so that each event is simulated, and predicts nothing."""
 
     lookahead = 1
 
 
 def same(trace: Trace, policy: str, slots: int, machine: Rates) -> None:
-    """Working out the time from the misses gives what simulating each event does."""
+    """The time computed from the misses equals the time of simulating each event."""
     found = simulate(trace, open_policy(policy, trace, slots), NoPredictor(CHOSEN), slots, machine).as_json()
     expected = simulate(trace, open_policy(policy, trace, slots), Silent(CHOSEN), slots, machine).as_json()
     for name, value in expected.items():
@@ -87,7 +87,7 @@ def test_without_predictions_it_misses_what_the_replay_misses(policy: str, slots
 def test_the_time_without_predictions_is_that_of_its_events(
     trace: Trace, slots: int, speed: float, latency: float, depth: int, computing: float
 ) -> None:
-    """Prefills that have to wait for slots, several tokens a step, fewer slots than records, fast and slow disks."""
+    """Prefills that wait for slots, several tokens a step, fewer slots than records, fast and slow disks."""
     same(trace, "lru", slots, Rates(1000, Speed(speed, latency, depth), 3e-4, computing))
 
 
@@ -107,7 +107,7 @@ def test_a_slow_disk_is_the_whole_time(trace: Trace) -> None:
     assert result.stall_seconds / result.seconds > 0.95
 
 
-def test_latency_passes_side_by_side_up_to_the_depth() -> None:
+def test_latencies_overlap_up_to_the_depth() -> None:
     for depth, expected in ((1, 8 * 1.5), (2, 3 * 1.5 + 2.0), (8, 1 + 8 * 0.5)):
         link = Link(Speed(2.0, 1.0, depth), 1)
         keys = [ExpertKey(0, expert) for expert in range(8)]

@@ -1,4 +1,4 @@
-"""A slot's weights are those of what is in it now."""
+"""A slot's weights are those of its present record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def record(*offsets: int) -> Record:
 
 @cache
 def places_at(*offsets: int) -> dict[str, Place]:
-    """The same mapping for the same layout, as a catalog has it."""
+    """The same mapping for the same layout, as in a catalog."""
     return {f"matrix{i}": Place(offset, 24, "F32", (2, 3), "f32") for i, offset in enumerate(offsets)}
 
 
@@ -32,7 +32,7 @@ def test_weights_are_of_what_is_there_however_the_file_aligns_it() -> None:
         found = slot.weights(layout, False)
         for role, place in layout.places.items():
             expected = content[place.offset : place.offset + place.nbytes]
-            if layout is not before or place.offset % 4 == 0:  # the same record is never read with other bytes
+            if layout is not before or place.offset % 4 == 0:  # a record never changes its bytes
                 assert found[role].data.numpy().tobytes() == expected, fill
 
 

@@ -1,4 +1,4 @@
-"""Keys that stand for one thing each, and specs that say what a layer is."""
+"""Keys that each name one thing, and specs that say what a layer is."""
 
 from __future__ import annotations
 

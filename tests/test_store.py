@@ -1,7 +1,7 @@
-"""The expert store over one and two tiers, with real transfer threads and records out of thin air.
+"""The expert store over one and two tiers, with real transfer threads and synthetic records.
 
-What is in flight is made by gates, not by luck: a paused shelf holds every read, a hung key holds its own. A read
-first fills its part of the slot with NaN, so that a slot which is given away too early is seen.
+Gates decide what is in flight: a paused shelf holds every read, a hung key its own. A read first fills its part of the
+slot with NaN, so that a slot reused too early is noticed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SOON = 0.05  # seconds; after which a read that hangs counts as stalled
 
 
 class Watched(Transfer):
-    """A transfer that fails a test at once where the store would wait for nothing."""
+    """A transfer that fails a test at once if the store waits for nothing."""
 
     def wait_any(self, tickets: Sequence[Ticket], timeout: float) -> None:
         assert tickets, "the store waits, and nothing is on its way"
@@ -53,7 +53,7 @@ class Watched(Transfer):
 
 
 class Shelf(Reader):
-    """Records whose bytes follow from their key, as two files each. ``reads`` counts those begun, by key and file."""
+    """Records whose bytes follow from their key, in two files each. ``reads`` counts reads begun, by key and file."""
 
     name = "shelf"
 
@@ -86,7 +86,7 @@ class Shelf(Reader):
         self._hung.pop(key).set()
 
     def wait_for_reads(self, count: int) -> None:
-        """Until ``count`` reads are under way."""
+        """Until ``count`` reads are in flight."""
         with self._lock:
             assert self._lock.wait_for(lambda: len(self._active) >= count, WAIT)
 
@@ -115,7 +115,7 @@ class Shelf(Reader):
                 del self._active[key, int(part)]
 
     def close(self) -> None:
-        """Let everything that is held go."""
+        """Release everything that is held."""
         self.resume()
         for key in list(self._hung):
             self.come_back(key)
@@ -133,13 +133,13 @@ def value_of(key: Key, part: int) -> float:
 
 
 def key_of(file: str) -> Key:
-    """The key of a file of the shelf."""
+    """The key of one of the shelf's files."""
     numbers = [int(number) for number in Path(file).name.split("-")[:-1]]
     return ExpertKey(*numbers) if len(numbers) == 2 else TrunkKey(*numbers)
 
 
 def record_of(key: Key) -> Record:
-    """Three matrices; two lie together in one file, none at the start of it."""
+    """Three matrices; two are adjacent in one file; none is at its start."""
     name = "-".join(map(str, numbers_of(key)))
 
     def tensor(role: str, part: int, offset: int) -> TensorInfo:
@@ -162,7 +162,7 @@ def is_whole(weights: Weights, key: Key) -> bool:
 
 
 class Told(Predictor):
-    """Predicts what it is told to."""
+    """Predicts what it is told."""
 
     def __init__(self) -> None:
         super().__init__(EXPERTS)
@@ -204,7 +204,7 @@ class Bench:
         assert self.transfer.close(WAIT)
 
     def use(self, layer: int, experts: Sequence[int], *, streaming: bool = False) -> list[int]:
-        """Acquire, check and release; the experts in the order in which they came."""
+        """Acquire, check and release; returns the experts in order of arrival."""
         came = []
         with self.store.acquire(layer, experts, streaming=streaming) as leases:
             for expert, weights in all_of(leases):
@@ -214,11 +214,11 @@ class Bench:
         return came
 
     def resident(self, tier: Tier) -> set[Key]:
-        """What is in ``tier``, and what has just arrived there."""
+        """The records in ``tier``, including those that have just arrived."""
         return {key for key, entry in tier.entries.items() if has_arrived(entry)}
 
     def drain(self, hung: Key | None = None) -> None:
-        """Wait until nothing is on its way but ``hung``."""
+        """Wait until nothing is in flight except ``hung``."""
         self.shelf.resume()
         for tier in self.tiers:
             for entry in list(tier.entries.values()):
@@ -227,7 +227,7 @@ class Bench:
         self.top.settle()
 
     def check(self) -> None:
-        """What holds whenever nothing is leased, whatever is on its way."""
+        """What holds whenever nothing is leased, whatever is in flight."""
         assert self.shelf.violations == []
         above: Tier | None = None
         for tier in reversed(self.tiers):
@@ -240,7 +240,7 @@ class Bench:
             stats, predictions = tier.stats, len(tier.residency.prefetched)
             if above is None:
                 assert stats.useful + stats.wasted + stats.cancelled + predictions == stats.prefetched
-            else:  # a prediction that the tier above takes over is in the account of that
+            else:  # a prediction taken over by the tier above is counted there
                 assert stats.useful + stats.wasted + stats.cancelled + predictions <= stats.prefetched
                 assert stats.hits + stats.late_hits + stats.misses == above.stats.misses
             above = tier
@@ -273,7 +273,7 @@ def bench_of(*slots: int, policy: str = "cycle", layers: int = LAYERS, threads: 
 
 
 def all_of(leases: Leases) -> Iterator[tuple[int, Weights]]:
-    """What is resident, then what arrives."""
+    """Resident records, then arrivals."""
     return itertools.chain(leases.resident(), itertools.chain.from_iterable(leases))
 
 
@@ -300,7 +300,7 @@ slot_counts = st.integers(1, 8)
 
 
 class Machine(RuleBasedStateMachine):
-    """Uses a store as a model does, and as a model that fails does, while reads are held, hang and fail."""
+    """Uses a store like a model, or a failing model, while reads are held, hang and fail."""
 
     tiers = 1
     bench: Bench | None = None
@@ -335,7 +335,7 @@ class Machine(RuleBasedStateMachine):
     def acquire(
         self, layer: int, experts: list[int], streaming: bool, stop: int | None, boom: bool, predicted: list[ExpertKey]
     ) -> None:
-        """All of them; or the first ``stop``, and then leave, or raise; with 0, what is held stays held."""
+        """All experts; or the first ``stop``, then leave or raise; with 0, held reads stay held."""
         assert self.bench is not None
         bench, top = self.bench, self.bench.top
         wanted = keys(layer, *experts)
@@ -410,7 +410,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def pause(self) -> None:
-        """Reads from now on are held, and those before have ended: what a read sees is the same in every run."""
+        """Hold reads from now on, after earlier ones have ended: a read sees the same in every run."""
         assert self.bench is not None
         self.bench.drain(self.hung)
         self.bench.shelf.pause()
@@ -439,14 +439,14 @@ class Machine(RuleBasedStateMachine):
     @rule(key=any_key)
     def hang(self, key: ExpertKey) -> None:
         assert self.bench is not None
-        if all(len(tier.slots) > 1 for tier in self.bench.tiers):  # in a single slot it is in everyone's way
+        if all(len(tier.slots) > 1 for tier in self.bench.tiers):  # it would block a single slot
             self.bench.drain()
             self.bench.shelf.hang(key)
             self.hung = key
 
     @rule(which=st.integers(0, 1), slots=st.integers(0, 8))
     def shrink(self, which: int, slots: int) -> None:
-        """The memory of some slots goes back to the system. One that hangs must not be the last."""
+        """Return the memory of some slots to the system. A hanging slot must not be the last."""
         assert self.bench is not None
         tier = self.bench.tiers[which % self.tiers]
         before, least = len(tier.slots), 1 if self.hung is None else 2
@@ -525,7 +525,7 @@ def test_what_needs_no_record_is_not_kept_waiting_by_those_that_are_read() -> No
 
 
 def iterate_then(leases: Leases, count: int, then: Callable[[], None]) -> Iterator[tuple[int, Weights]]:
-    """``leases``, with a call of ``then`` behind the first ``count``."""
+    """``leases``, with a call of ``then`` after the first ``count``."""
     for number, lease in enumerate(all_of(leases), 1):
         yield lease
         if number == count:
@@ -551,15 +551,15 @@ def test_demand_joins_a_prefetched_read(slots: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("slots", [(2,), (2, 2), (4, 2)], ids=str)
-def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
-    """A key that waits for a slot, and is hinted at meanwhile, gets one slot and is read once."""
+def test_prediction_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
+    """A key that waits for a slot and is then predicted gets one slot and is read once."""
     with bench_of(*slots) as bench:
         bench.shelf.hang(ExpertKey(0, 5))
         bench.predict(keys(0, 5))
         bench.shelf.wait_for_reads(1)
         with bench.store.acquire(0, [0, 1]) as leases:
             came = all_of(leases)
-            assert next(came)[0] == 0  # the other slot is being filled with the wrong prediction
+            assert next(came)[0] == 0  # the other slot is filled with the wrong prediction
             bench.shelf.come_back(ExpertKey(0, 5))
             for key, entry in bench.top.entries.items():
                 if key == ExpertKey(0, 5) and entry.ticket is not None:
@@ -571,7 +571,7 @@ def test_hint_of_what_is_already_wanted(slots: tuple[int, ...]) -> None:
         bench.use(0, [2, 3])
 
 
-def test_demand_goes_ahead_of_hints() -> None:
+def test_demand_goes_ahead_of_predictions() -> None:
     with bench_of(8, threads=1) as bench:
         bench.shelf.pause()
         bench.predict(keys(1, 0, 1, 2))
@@ -585,7 +585,7 @@ def test_demand_goes_ahead_of_hints() -> None:
 
 
 @pytest.mark.parametrize("slots", [(4,), (4, 4)], ids=str)
-def test_hint_of_what_is_there_reads_nothing(slots: tuple[int, ...]) -> None:
+def test_prediction_of_what_is_resident_reads_nothing(slots: tuple[int, ...]) -> None:
     with bench_of(*slots) as bench:
         bench.use(0, [1])
         bench.predict(keys(0, 1, 1))
@@ -603,7 +603,7 @@ def test_predictions_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, .
             bench.drain()
         bench.use(0, range(EXPERTS), streaming=True)
         bench.check()
-        for layer in (1, 0, 1, 0):  # the slots that the last layer has passed through are up for predictions now
+        for layer in (1, 0, 1, 0):  # predictions may now take the slots that the last layer streamed through
             for _ in range(3):
                 bench.predict(keys(1 - layer, *range(EXPERTS)), streaming=True)
                 bench.drain()
@@ -612,8 +612,8 @@ def test_predictions_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, .
 
 
 @pytest.mark.parametrize("slots", [(4,), (7,), (16,), (4, 7), (2, 7), (1, 16)], ids=str)
-def test_hints_leave_warm_records_alone(slots: tuple[int, ...]) -> None:
-    """All slots are warm; an eighth of them at most is for predictions, however many there are."""
+def test_predictions_leave_warm_records_alone(slots: tuple[int, ...]) -> None:
+    """All slots are warm; predictions get at most an eighth of them, however many there are."""
     with bench_of(*slots) as bench:
         count = slots[-1]
         bench.use(0, range(count // 2))
@@ -628,7 +628,7 @@ def test_hints_leave_warm_records_alone(slots: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("slots", [(4,), (4, 4)], ids=str)
 def test_stale_predictions_are_dropped(slots: tuple[int, ...]) -> None:
-    """What has not begun is never read; what has begun leaves first."""
+    """Reads that have not begun are dropped; records whose reads have begun leave first."""
     with bench_of(*slots, threads=1) as bench:
         bench.shelf.pause()
         bench.predict(keys(1, 0, 1, 2))
@@ -657,7 +657,7 @@ def test_stale_predictions_are_dropped(slots: tuple[int, ...]) -> None:
     ("below", "slots"), [(None, 3), (None, 24), (1, 8), (2, 4), (3, 6), (4, 16), (20, 8), (40, 24)]
 )
 def test_prefill_leaves_warm_records(policy: str, slots: int, below: int | None) -> None:
-    """One that streams through far more than there is room for, whatever the tier below has room for."""
+    """A prefill that streams far more than fits, whatever room the tier below has."""
     with bench_of(*([slots] if below is None else [below, slots]), policy=policy, layers=4) as bench:
         for _ in range(3):
             bench.use(0, range(slots // 2))
@@ -672,7 +672,7 @@ def test_prefill_leaves_warm_records(policy: str, slots: int, below: int | None)
 
 @pytest.mark.parametrize("below", [3, 4, 8, 16])
 def test_prefill_through_two_tiers_ends(below: int) -> None:
-    """Both full of warm records, with room above: each record on its way up needs a slot in both."""
+    """Both tiers full of warm records, with room above: each record on its way up needs a slot in both."""
     with bench_of(below, 4) as bench:
         for layer in range(LAYERS):
             bench.use(layer, range(EXPERTS))
@@ -771,7 +771,7 @@ def test_stalled_read_names_itself_and_blocks_nothing_else(slots: tuple[int, ...
         bench.use(1, range(EXPERTS))
         bench.shelf.come_back(ExpertKey(0, 3))
         bench.use(0, [3])
-        assert bench.shelf.reads[ExpertKey(0, 3), 0] == 1  # it was the same read
+        assert bench.shelf.reads[ExpertKey(0, 3), 0] == 1  # the same read
 
 
 def test_read_that_hangs_comes_last() -> None:
@@ -790,7 +790,7 @@ def test_read_that_hangs_comes_last() -> None:
 
 
 def test_what_has_just_arrived_is_not_waited_for() -> None:
-    """A read may end between looking for what is ready and waiting."""
+    """A read may end between the check for ready records and the wait."""
     with bench_of(2) as bench, bench.store.acquire(0, [3]) as leases:
         bench.drain()
         bench.store.wait(list(leases._leased.values()))
@@ -822,9 +822,9 @@ def test_nothing_wanted() -> None:
 
 @contextmanager
 def trunks_of(count: int, resident: int, tiers: int) -> Iterator[tuple[Bench, Trunks]]:
-    """``count`` trunks, the first ``resident`` of them in the top tier for good, a ring of two slots in every tier.
+    """``count`` trunks: the first ``resident`` stay in the top tier, and every tier has a ring of two slots.
 
-    Built as the runtime does it, one Trunks a tier.
+    Built as at run time, one Trunks a tier.
     """
     order = [TrunkKey(layer) for layer in range(count)]
     with bench_of(*[2] * (tiers - 1), resident + 2, policy="lru", layers=count) as bench:
@@ -849,7 +849,7 @@ def test_trunks_come_in_their_cycle(tiers: int, resident: int) -> None:
 @pytest.mark.parametrize("tiers", [1, 2])
 @pytest.mark.parametrize("resident", [0, 1, 3, 8])
 def test_next_trunk_is_on_its_way(tiers: int, resident: int) -> None:
-    """While one trunk is used, the next one that streams is being read: not only in the first cycle."""
+    """While one trunk is used, the next streaming one is being read, not only in the first cycle."""
     count = resident + 4
     with trunks_of(count, resident, tiers) as (bench, trunks):
         for cycle in range(3):

@@ -1,4 +1,4 @@
-"""Text to ids and back, text that is streamed as it comes, and chat templates in their sandbox."""
+"""Text to ids and back, streamed text, and chat templates in their sandbox."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 
 def train_tokenizer(*, adds_bos: bool = False) -> Tokenizer:
-    """A byte-level BPE of a few merges: rarer characters are several tokens, frequent words one."""
+    """A byte-level BPE of a few merges: rare characters are several tokens, frequent words one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,7 +57,7 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
 
 
 def pieces_of(codec: TextCodec, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], TextStream]:
-    """What a stream shows, piece by piece, the flush last; as the engine does, nothing is pushed after a stop."""
+    """What a stream shows, piece by piece, the flush last; like the engine, it pushes nothing after a stop."""
     stream, pieces = TextStream(codec, stop), []
     for token in ids:
         pieces.append(stream.push(token))
@@ -94,7 +94,7 @@ def test_pieces_are_the_text(codec: TextCodec, text: str) -> None:
 @PROFILE
 @given(ids=st.lists(st.integers(0, VOCAB - 1), max_size=40))
 def test_pieces_of_any_ids_are_what_they_decode_to(codec: TextCodec, ids: list[int]) -> None:
-    """Random ids are mostly not UTF-8: bytes that never become a character are U+FFFD, as many as in one decode."""
+    """Random ids are rarely valid UTF-8: incomplete characters become U+FFFD, as many as in one decode."""
     pieces, stream = pieces_of(codec, ids)
     assert "".join(pieces) == codec.decode(ids) == stream.text
 
@@ -128,7 +128,7 @@ def test_flush_twice_shows_nothing_twice(codec: TextCodec) -> None:
 
 
 def test_space_before_a_word_is_kept_where_the_decoder_strips_the_first(tmp_path: Path) -> None:
-    """SentencePiece style: alone, a token loses the space before its word; with what came before it, it does not."""
+    """SentencePiece style: a token alone loses the space before its word; after other tokens it keeps it."""
     vocabulary = {"▁the": 0, "▁quick": 1, "▁fox": 2, "es": 3}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="es"))
     tokenizer.decoder = decoders.Metaspace()

@@ -1,4 +1,4 @@
-"""The trace of events: what a viewer needs is in it, whole or not there."""
+"""The trace of events: complete for a viewer, or not written at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces: what is written is read, other tools' forms are, and what is wrong is refused with its place."""
+"""Traces: what is written can be read, other tools' formats too, and errors name their place."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_unknown_form_is_a_usage_error(tmp_path: Path) -> None:
     assert set(FORMS) == {"tierlm", "jsonl", "npz", "oracle"}
 
 
-# What is harmless is read
+# Harmless input is read
 
 
 def test_jsonl_with_other_keys_empty_lists_and_differing_numbers(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_npz_of_any_integers_with_or_without_offsets(dtype: str, tmp_path: Path)
     assert set(one.sequences.tolist()) == {0} and two.sequences.tolist() == [0] * 20 + [2] * 40
 
 
-# What is wrong is refused
+# Wrong input is refused
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The transfer threads: order, promotion, cancellation, failure, waiting and closing.
 
-Order is made by gates: one thread is held inside a job while the queue is filled.
+Gates make the order: one thread is held inside a job while the queue is filled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WAIT = 60.0  # seconds; reached only by a test that fails
 
 
 class Broken(Exception):
-    """What a job raises."""
+    """Raised by a job."""
 
 
 class Stalled(Exception):
@@ -30,8 +30,7 @@ class Stalled(Exception):
 
 @dataclass
 class Bench:
-    """A transfer, the names of the jobs in the order in which they ran, and gates that open by themselves at the
-    end."""
+    """A transfer, the names of the jobs in the order they ran, and gates that open automatically at the end."""
 
     transfer: Transfer
     ran: list[str] = field(default_factory=list)
@@ -52,7 +51,7 @@ class Bench:
         return self.transfer.submit([self.job(name) for name in names], priority=priority, after=after)
 
     def hold(self, name: str, error: Exception | None = None) -> tuple[Ticket, threading.Event]:
-        """A ticket that a thread is inside of, and the gate that lets it end, or fail with ``error``."""
+        """A ticket that occupies a thread, and the gate that lets it end, or fail with ``error``."""
         inside, gate = threading.Event(), threading.Event()
         self.gates.append(gate)
 
@@ -144,7 +143,7 @@ def test_promote_is_harmless_when_late(one: Bench) -> None:
 
 
 def test_after_runs_behind_and_before_the_queue(one: Bench) -> None:
-    """What a finished ticket has held back goes first: its slot below is waiting for it."""
+    """What waited for a finished ticket goes first: its slot below waits for it."""
     first, gate = one.hold("first")
     queued = one.submit("queued")
     dependents = [one.submit("then 1", "then 2", after=first)]
@@ -161,7 +160,7 @@ def test_after_waits_for_all_jobs(two: Bench) -> None:
     slow = two.job("slow", lambda: assert_set(gate.wait(WAIT)))
     below = two.transfer.submit([slow, two.job("quick")])
     above = two.submit("above", after=below)
-    two.finish(two.submit("other"))  # the free thread has been through the queue
+    two.finish(two.submit("other"))  # the free thread has emptied the queue
     assert "above" not in two.ran
     gate.set()
     two.finish(above)
@@ -263,7 +262,7 @@ def test_cancelled_dependent_leaves_the_one_below(one: Bench) -> None:
 
 
 def test_submitted_after_a_cancelled_ticket(one: Bench) -> None:
-    """It never runs, and says so: done without error and not cancelled would be success."""
+    """It never runs, and says so: done without error and not cancelled would mean success."""
     _, gate = one.hold("held")
     below = one.submit("below", prefetched=True)
     assert one.transfer.cancel(below)
@@ -285,7 +284,7 @@ def test_failure_is_the_tickets_and_the_thread_lives(one: Bench, error: BaseExce
     healthy = one.submit("healthy")
     one.finish(healthy)
     assert healthy.error is None
-    assert one.transfer.busy()["link"].bytes == 1  # what failed has moved nothing
+    assert one.transfer.busy()["link"].bytes == 1  # a failed job moved nothing
 
 
 def test_failure_skips_the_rest_of_the_ticket(one: Bench) -> None:
@@ -308,7 +307,7 @@ def test_failed_ticket_is_done_when_no_job_is_in_it(two: Bench) -> None:
     error = Broken("disk")
     ticket = two.transfer.submit([two.job("slow", slow), two.job("bad", lambda: (inside.wait(WAIT), fail(error)())[0])])
     other = two.submit("other")
-    two.finish(other)  # by the thread that has failed before
+    two.finish(other)  # by the thread that failed before
     assert ticket.error is error
     assert not ticket.done
     gate.set()
@@ -346,7 +345,7 @@ def test_wait_any_raises_the_stalled_jobs_error(one: Bench) -> None:
     with pytest.raises(Stalled, match=r"^slow stalled: nothing came for 0\.01 s$"):
         one.transfer.wait_any([slow], 0.01)
     gate.set()
-    one.finish(slow)  # a stall is not the end of it
+    one.finish(slow)  # a stall does not end it
     assert slow.error is None
 
 
@@ -360,7 +359,7 @@ def test_stall_of_the_job_that_is_left(two: Bench) -> None:
 
     ticket = two.transfer.submit([two.job("quick"), two.job("slow", slow)])
     assert inside.wait(WAIT)
-    two.finish(two.submit("other"))  # by the thread that was through with "quick"
+    two.finish(two.submit("other"))  # by the thread that finished "quick"
     with pytest.raises(Stalled, match="slow"):
         two.transfer.wait_any([ticket], 0.01)
 

@@ -1,5 +1,5 @@
-"""Toy models of every family, made with `transformers`, which is also the reference: seeded random weights, routers
-sharp enough that tokens go different ways."""
+"""Toy models of every family, made with `transformers`, which is also the reference: seeded random weights, with
+routers sharp enough that tokens go different ways."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ GQA: dict[str, Any] = {
 }
 QWEN3 = {**GQA, "num_experts": 16, "moe_intermediate_size": 24, "norm_topk_prob": True}
 QWEN3_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
-# What a kind of toy is made of in transformers, its model_type, and what all of its kind have in common.
+# For each kind of toy: its transformers classes, its model_type, and its common settings.
 KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "v2": (DeepseekV2Config, DeepseekV2ForCausalLM, "deepseek_v2", COMMON),
     "v3": (DeepseekV3Config, DeepseekV3ForCausalLM, "deepseek_v3", {**COMMON, "num_mtp_layers": 0}),
@@ -100,7 +100,7 @@ def settings_of(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def make_toy(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Write the toy called ``name`` to ``folder``, and return it as a `transformers` model."""
+    """Write the toy called ``name`` to ``folder``; returns it as a `transformers` model."""
     config, made, _, _ = KINDS[TOYS[name][0]]
     settings = settings_of(name, **changes)
     del settings["model_type"]

@@ -111,7 +111,6 @@ class Leases:
         self._batch: list[ExpertKey] = []  # the batch the caller has now
         self._missing: list[ExpertKey] = []
         self._joined: set[ExpertKey] = set()  # their reads were already in flight
-        self._turn_open = True  # until all keys are demanded
         self._read = 0  # records read on demand or by a useful prefetch
         self._began, self._stalled = time.perf_counter(), store.tier.stall
 
@@ -139,7 +138,7 @@ class Leases:
     ) -> None:
         for key in list(self._leased):
             self._release(key)
-        self._end_turn()
+        self._tier.end_turn(self._layer)  # policies learn last, while prefetch reads are in flight
         spent = time.perf_counter() - self._began - (self._tier.stall - self._stalled)
         self._store.lookahead.prefetch.layer_done(self._read, spent, self._streaming)
 
@@ -203,13 +202,7 @@ class Leases:
             if entry is None:
                 return
             self._leased[self._missing.pop(0)] = entry
-        self._end_turn()
         self._store.start_reads()
-
-    def _end_turn(self) -> None:
-        if self._turn_open:
-            self._turn_open = False
-            self._tier.end_turn(self._layer)
 
     def _release(self, key: ExpertKey) -> None:
         self._tier.unpin(self._leased.pop(key))

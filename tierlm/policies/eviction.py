@@ -59,7 +59,7 @@ class Policy(ABC):
         self.on_evict(key)
 
     def on_turn_end(self, layer: int) -> None:
-        """``layer`` has demanded all its records of this step. Prefetches for other layers are not part of its turn."""
+        """``layer`` has run. Prefetches for other layers meanwhile are not part of its turn."""
 
     def expect(self, key: Any, share: float) -> None:
         """In earlier runs, a ``share`` of the tokens used ``key``."""

@@ -166,14 +166,14 @@ class _Run:
             missing = self._in_order(missing)
         pairs = int((self.trace.experts[self._rows, at] >= 0).sum()) if step.tokens > 1 else len(wanted)
         expert = machine.expert(step.tokens, pairs, len(wanted))
-        turn_open = self._start(layer, leased, missing, prefill, turn_open=True)
+        self._start(leased, missing, prefill)
         lookahead.predictor.observe(layer, step.needed[at])
         for target, ahead in targets:
             self._look_ahead(target, ahead, prefill)
         while leased or missing:
             tier.settle(self.now)
             ready = [entry for entry in leased if entry.state is not EntryState.LOADING]
-            turn_open = self._start(layer, leased, missing, prefill, turn_open)
+            self._start(leased, missing, prefill)
             if not ready:
                 self._wait()
                 continue
@@ -182,7 +182,8 @@ class _Run:
                 for entry in batch:
                     leased.remove(entry)
                     tier.residency.release(entry)
-                turn_open = self._start(layer, leased, missing, prefill, turn_open)
+                self._start(leased, missing, prefill)
+        tier.end_turn(layer)
         self.prefetch.layer_done(absent, self.now - began - (result.stall_seconds - stalled), prefill)
 
     def _wait(self) -> None:
@@ -193,21 +194,17 @@ class _Run:
         self.result.stall_seconds += arrival - self.now
         self.now = arrival
 
-    def _start(self, layer: int, leased: list[Entry], missing: list[ExpertKey], prefill: bool, turn_open: bool) -> bool:
-        """Start as many of ``missing`` as slots allow, then planned prefetches. Returns whether the turn of ``layer``
-        is still open."""
+    def _start(self, leased: list[Entry], missing: list[ExpertKey], prefill: bool) -> None:
+        """Start as many of ``missing`` as slots allow, then planned prefetches."""
         tier, now = self.tier, self.now
         while missing:
             key = missing[0]
             entry = tier.demand(key, prefill, now) or tier.start(key, Purpose.DEMAND, prefill, now)
             if entry is None:
-                return turn_open
+                return
             leased.append(entry)
             missing.pop(0)
-        if turn_open:
-            tier.end_turn(layer)
         self._start_reads()
-        return False
 
     def _look_ahead(self, layer: int, ahead: int, prefill: bool) -> None:
         """As Store.look_ahead, if the trace has the router's prediction for ``layer`` that far ahead."""

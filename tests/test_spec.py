@@ -80,6 +80,8 @@ def test_layers_of_different_attention_each_have_their_own_width() -> None:
         ({"num_experts_per_tok": 17}, "17 experts a token"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 4096"),
         ({"intermediate_size": 0, "mlp_only_layers": [0]}, "width must be at least 1"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers: expected a list of layer numbers, found 3"),
+        ({"mlp_only_layers": "0"}, "mlp_only_layers: expected a list of layer numbers, found '0'"),
     ],
 )
 def test_sizes_that_no_model_has(changes: dict[str, Any], words: str) -> None:

@@ -52,7 +52,8 @@ class Result:
 class LLM:
     """A loaded model and context manager, made by ``LLM.load``.
 
-    Requests may run concurrently, from one thread or several; each gets the same tokens as when it runs alone.
+    Requests may run concurrently, from one thread or several; each gets the tokens it gets alone, but for ties within
+    rounding (docs/how-it-works.md).
     """
 
     def __init__(self, runtime: Runtime, folder: Path):

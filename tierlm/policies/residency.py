@@ -173,7 +173,7 @@ class Residency(Generic[E]):
         self.policy.on_insert(key, demanded=purpose is Purpose.DEMAND)
 
     def end_turn(self, layer: int) -> None:
-        """``layer`` has demanded all its records of this step."""
+        """``layer`` has run."""
         self.policy.on_turn_end(layer)
 
     def release(self, entry: E) -> None:

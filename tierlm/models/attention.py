@@ -39,7 +39,7 @@ class Attention(Protocol):
     """The attention of all layers of one kind; each call passes the weights.
 
     To add a kind: a spec in spec.py, tensor names in models/family.py, a class with this interface, and a line in
-    ``attention_of`` (models/decoder.py). Other sequences in the step change at most the last bits of a sequence's result.
+    ``attention_of`` (models/decoder.py). Other sequences in a step change at most the last bits of a result.
     """
 
     def positions(self, segments: Sequence[Rows]) -> Positions:

@@ -118,7 +118,7 @@ def test_a_store_is_smaller_and_its_file_is_valid(squeezed: Path, kept: Path) ->
     for file in squeezed.glob("*.safetensors"):
         inside = {name for name, tensor in read_header(file).tensors.items() if tensor.inside is not None}
         assert load_file(file).keys() == read_header(file).tensors.keys() - inside
-    assert list(damage(catalog.checkpoint.headers, lambda done, total: None)) == []
+    assert list(damage(catalog.checkpoint, lambda done, total: None)) == []
 
 
 def test_the_logits_are_the_same(squeezed: Path, kept: Path, toy_v3: tuple[Path, Any], ids: list[int]) -> None:
@@ -201,7 +201,7 @@ def test_what_was_packed_wrongly_is_named(what: str, squeezed: Path, tmp_path: P
             with pytest.raises(StorageError, match=f"{place}.*pack the model again") as raised:
                 llm.logits(ids)
             assert (raised.value.file, raised.value.offset) == (str(seal.file), seal.offset)
-    (found,) = damage(Catalog(folder).checkpoint.headers, lambda done, total: None)
+    (found,) = damage(Catalog(folder).checkpoint, lambda done, total: None)
     assert re.search(f"{place}zstd: ", str(found))
     with pytest.raises(StorageError, match=f"{seal.file}.*zstd: "):
         pack_model(folder, tmp_path / "out", experts="keep", trunk="keep")

@@ -142,8 +142,8 @@ def test_what_cannot_be_planned_for(tmp_path: Path) -> None:
 
 def test_names_of_models(tmp_path: Path) -> None:
     assert find_config("deepseek-ai/deepseek-r1").name == "DeepSeek-R1"
-    assert find_config("demo").folder == DEMO
+    assert find_config("demo").path == DEMO
     (tmp_path / "config.json").write_text(json.dumps(known_models()["Mixtral-8x7B"]["config"]))
-    assert find_config(str(tmp_path)).folder is None
+    assert find_config(str(tmp_path)).path is None
     for named in (find_config(str(tmp_path)), find_config(str(tmp_path / "config.json"))):
         assert Outline(named.config, named.where).spec.experts == 8

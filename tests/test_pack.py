@@ -437,7 +437,7 @@ def test_two_packs_do_not_write_to_one_folder(toy_v3: tuple[Path, Any], tmp_path
 def test_verify_finds_nothing_wrong(kept: Path, toy_v3: tuple[Path, Any]) -> None:
     for folder in (kept, toy_v3[0]):
         seen: list[tuple[int, int]] = []
-        assert list(damage(Catalog(folder).checkpoint.headers, lambda *at, seen=seen: seen.append(at))) == []
+        assert list(damage(Catalog(folder).checkpoint, lambda *at, seen=seen: seen.append(at))) == []
         assert seen[-1][0] == seen[-1][1] > 0
 
 
@@ -458,7 +458,7 @@ def test_one_flipped_byte_is_named_by_verify_and_by_run(
     assert seal is not None
     with LLM.load(copy, budget=RAM, heat=False, predictor="none", **TIGHT) as llm:
         flip(seal.file, seal.offset + int(where * (seal.nbytes - 1)))
-        (found,) = damage(Catalog(copy).checkpoint.headers, lambda done, total: None)
+        (found,) = damage(Catalog(copy).checkpoint, lambda done, total: None)
         with pytest.raises(StorageError) as raised:
             llm.logits(ids)
         for error in (found, raised.value):
@@ -533,7 +533,7 @@ def test_rows_of_the_embedding_are_compared_when_they_are_first_read(
             assert raised.value.offset == table.offset + ids[3] // 5 * 960
         flip(table.file, table.offset + ids[3] * 192 + 100)
         assert torch.equal(llm.logits(ids), expected)
-    (found,) = damage(catalog.checkpoint.headers, lambda done, total: None)
+    (found,) = damage(catalog.checkpoint, lambda done, total: None)
     assert str(found).startswith(f"{place}{unused // 5 * 960},")
 
 
@@ -547,7 +547,7 @@ def test_an_embedding_under_one_checksum_is_left_to_verify(
     flip(seal.file, seal.offset + ids[0] * 192)
     with LLM.load(copy, budget=RAM, heat=False, **TIGHT) as llm:
         llm.logits(ids)
-    assert len(list(damage(catalog.checkpoint.headers, lambda done, total: None))) == 1
+    assert len(list(damage(catalog.checkpoint, lambda done, total: None))) == 1
 
 
 def test_verify_names_what_is_missing_of_a_truncated_file(copy: Path) -> None:
@@ -555,7 +555,7 @@ def test_verify_names_what_is_missing_of_a_truncated_file(copy: Path) -> None:
     file = copy / "layer-00002.safetensors"
     with open(file, "r+b") as stream:
         stream.truncate(file.stat().st_size // 2)
-    errors = list(damage(catalog.checkpoint.headers, lambda done, total: None))
+    errors = list(damage(catalog.checkpoint, lambda done, total: None))
     assert len(errors) > 4 and all("layer-00002.safetensors" in str(error) for error in errors)
 
 

@@ -198,7 +198,7 @@ def _open_recorder(file: Path, request: Request) -> Recorder:
         tuple(key.expert for key in sorted(keys, key=lambda key: catalog.record(key).begin)) for keys in layers
     )
     size = max(catalog.size(key) for key in catalog.experts())
-    name = catalog.checkpoint.folder.resolve().name
+    name = catalog.checkpoint.path.resolve().name
     info = TraceInfo(name, len(spec.layers), spec.moe_layers, spec.experts, size, order)
     try:
         return Recorder(file, info, spec.experts_per_token, request.options.trace_scores)

@@ -169,10 +169,10 @@ class Header(NamedTuple):
 
 
 class Checkpoint:
-    """All tensors of a model folder. ``tensors``: by name; ``headers``: by file."""
+    """The safetensors files of a model folder; see Container. ``tensors``: by name; ``headers``: by file."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.path = folder
         self.tensors: dict[str, TensorInfo] = {}
         self.headers: dict[Path, Header] = {}
         index = folder / "model.safetensors.index.json"
@@ -210,14 +210,30 @@ class Checkpoint:
                 raise CheckpointError(f"{index}: maps {name} to {shard}, which does not contain it")
             self.tensors[name] = headers[shard].tensors[name]
 
+    @property
+    def count(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def digest(self) -> bytes:
+        return (self.path / "config.json").read_bytes()
+
+    def find(self, name: str) -> TensorInfo | None:
+        return self.tensors.get(name)
+
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
         """The tensor ``name``. Raises CheckpointError if it is missing or its shape is not ``shape``."""
         found = self.tensors.get(name)
         if found is None:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing ({len(self.tensors)} tensors found)")
-        if shape is not None and found.shape != shape:
-            raise CheckpointError(f"{found.file}: {name} has shape {list(found.shape)}, expected {list(shape)}")
-        return found
+            raise CheckpointError(f"{self.path}: tensor {name} is missing ({len(self.tensors)} tensors found)")
+        return check_shape(found, shape)
+
+
+def check_shape(found: TensorInfo, shape: tuple[int, ...] | None) -> TensorInfo:
+    """``found``, if its shape is ``shape``. Raises CheckpointError."""
+    if shape is not None and found.shape != shape:
+        raise CheckpointError(f"{found.file}: {found.name} has shape {list(found.shape)}, expected {list(shape)}")
+    return found
 
 
 def read_header(file: Path) -> Header:

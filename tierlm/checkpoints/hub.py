@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tierlm.checkpoints.gguf_header import is_gguf
 from tierlm.errors import CheckpointError
 
 DEMO = Path(__file__).parent.parent / "demo"
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder of ``model``: a folder, "demo" (embedded) or a Hub id (downloaded). Raises CheckpointError."""
+    """The path of ``model``: a folder, a GGUF file, "demo" (embedded) or a Hub id (downloaded). Raises CheckpointError."""
     if model == "demo":
         return DEMO
     folder = Path(model)
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise CheckpointError(f"{folder}: expected the folder of a model in Hugging Face layout, found a file")
+        if is_gguf(folder):
+            return folder
+        raise CheckpointError(f"{folder}: expected a folder in Hugging Face layout or a GGUF file, found another file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
         raise CheckpointError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")
     from huggingface_hub import snapshot_download  # slow to import, rarely needed

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tierlm.checkpoints.checkpoint import Checkpoint, TensorInfo
+from tierlm.checkpoints.checkpoint import TensorInfo
+from tierlm.checkpoints.container import Container
 from tierlm.errors import UnsupportedModelError
 from tierlm.formats import FORMATS, Part, Shape, recognise
 
@@ -27,12 +28,12 @@ def float_dtypes() -> list[str]:
     return [format.dtype for format in FORMATS.values() if format.loadable and not format.matrices_only]
 
 
-def find_weight(checkpoint: Checkpoint, name: str, shape: Shape) -> StoredWeight:
+def find_weight(checkpoint: Container, name: str, shape: Shape) -> StoredWeight:
     """The weight ``name`` in any supported format. Raises CheckpointError, UnsupportedModelError."""
     tensor = checkpoint.tensor(name)
 
     def find(ending: str) -> Part | None:
-        part = checkpoint.tensors.get(name + ending)
+        part = checkpoint.find(name + ending)
         return None if part is None else (part.dtype, part.shape)
 
     format = recognise(shape, find)

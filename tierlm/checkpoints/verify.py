@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tierlm.checkpoints.checkpoint import Header, TensorInfo
+from tierlm.checkpoints.checkpoint import TensorInfo
 from tierlm.checkpoints.checksum import Seal, new_checksum
 from tierlm.checkpoints.codec import Compressed
+from tierlm.checkpoints.container import Container
 from tierlm.checkpoints.packed import read_seals
 from tierlm.checkpoints.reader import read_pieces, restored
 from tierlm.errors import StorageError
 
 
-def damage(headers: dict[Path, Header], progress: Callable[[int, int], None]) -> Iterator[StorageError]:
-    """Yield every error in the files of ``headers``. ``progress``: called with bytes done and in total."""
-    checks = [check for file, header in headers.items() for check in _checks(file, header)]
+Check = tuple[TensorInfo, Seal | None, Compressed | None]
+
+
+def damage(checkpoint: Container, progress: Callable[[int, int], None]) -> Iterator[StorageError]:
+    """Yield every error in the files of ``checkpoint``. ``progress``: called with bytes done and in total."""
+    checks = list(_checks(checkpoint))
     done, total = 0, sum(part.nbytes for part, _, _ in checks)
     for part, seal, inside in checks:
         digest = new_checksum()
@@ -35,13 +39,16 @@ def damage(headers: dict[Path, Header], progress: Callable[[int, int], None]) ->
             yield error
 
 
-def _checks(file: Path, header: Header) -> Iterator[tuple[TensorInfo, Seal | None, Compressed | None]]:
-    """The parts of a file to read (records as one tensor each), with seal and compression, if any."""
-    if seals := read_seals(file, header):
-        inside = {tensor.inside.start: tensor.inside for tensor in header.tensors.values() if tensor.inside is not None}
-        for seal in seals.values():
-            part = TensorInfo(seal.name, file, seal.offset, seal.nbytes, "U8", (seal.nbytes,))
-            yield part, seal, inside.get(seal.offset)
-    else:
-        for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.offset):
+def _checks(checkpoint: Container) -> Iterator[Check]:
+    """The parts of the files to read (records as one tensor each), with seal and compression, if any."""
+    sealed: set[Path] = set()
+    for file, header in checkpoint.headers.items():
+        if seals := read_seals(file, header):
+            sealed.add(file)
+            inside = {part.inside.start: part.inside for part in header.tensors.values() if part.inside is not None}
+            for seal in seals.values():
+                part = TensorInfo(seal.name, file, seal.offset, seal.nbytes, "U8", (seal.nbytes,))
+                yield part, seal, inside.get(seal.offset)
+    for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: (tensor.file, tensor.offset)):
+        if tensor.file not in sealed:
             yield tensor, None, None

@@ -34,9 +34,9 @@ def doctor(
     catalog = None
     try:
         named = find_config(model)
-        if named.folder is None:
+        if named.path is None:
             raise CheckpointError(f"{named.where}: a config without weights; `tierlm plan` predicts what it needs")
-        catalog = Catalog(named.folder)
+        catalog = Catalog(named.path)
         used = sum(file.stat().st_size for file in catalog.files)
         what = f"complete: {len(catalog.checkpoint.tensors)} tensors, {format_size(used)} in {len(catalog.files)} files"
         findings.append(Finding("ok", "checkpoint", what))

@@ -60,10 +60,10 @@ def verify(model: Model) -> None:
     console = Console(stderr=True)
     catalog = Catalog(find_model(model))
     with progress("verifying") as update:
-        problems = list(damage(catalog.checkpoint.headers, update))
+        problems = list(damage(catalog.checkpoint, update))
     for problem in problems:
         console.print("[red]error:[/red]", Text(str(problem)), soft_wrap=True)
     if problems:
         raise typer.Exit(1)
     what = "all checksums match" if catalog.sealed else "all tensors can be read; the files have no checksums"
-    console.print(Text(f"{catalog.checkpoint.folder}: {len(catalog.files)} files; {what}"))
+    console.print(Text(f"{catalog.checkpoint.path}: {len(catalog.files)} files; {what}"))

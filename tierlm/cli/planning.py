@@ -224,8 +224,8 @@ def _records(model: str, format: str | None) -> tuple[str, Records]:
     from tierlm.planning.known import find_config
 
     named = find_config(model)
-    if named.folder is not None and format is None:
-        return named.name, Catalog(named.folder)
+    if named.path is not None and format is None:
+        return named.name, Catalog(named.path)
     return named.name, Outline(named.config, named.where, format)
 
 

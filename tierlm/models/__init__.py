@@ -10,6 +10,7 @@ from tierlm.models.config_reader import Config
 from tierlm.models.deepseek import DeepSeek
 from tierlm.models.family import Family
 from tierlm.models.gpt_oss import GptOss
+from tierlm.models.llama import Llama
 from tierlm.models.mixtral import Mixtral
 from tierlm.models.qwen3_moe import Qwen3Moe
 from tierlm.spec import ModelSpec
@@ -18,6 +19,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), DeepSeek()),
     "qwen3_moe": Qwen3Moe(),
     "mixtral": Mixtral(),
+    **dict.fromkeys(("llama", "mistral", "qwen3"), Llama()),
     "gpt_oss": GptOss(),
 }
 

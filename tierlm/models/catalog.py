@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tierlm.checkpoints.checkpoint import Checkpoint, Place, Record, TensorInfo, build_record, compressed, read_json
+from tierlm.checkpoints.checkpoint import Place, Record, TensorInfo, build_record, compressed, read_json
 from tierlm.checkpoints.checksum import Seal
+from tierlm.checkpoints.container import describe
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight, float_dtypes
 from tierlm.errors import CheckpointError, UnsupportedModelError
@@ -29,20 +31,19 @@ class Catalog:
     blocks. ``compressed``: some records are compressed. Raises CheckpointError and UnsupportedModelError.
     """
 
-    def __init__(self, folder: Path):
-        where = folder / "config.json"
-        config = read_json(where)
-        self.family = family_of(config.get("model_type"), str(where))
-        self.spec = read_spec(config, str(where))
-        require_runnable(self.spec, str(where))
-        self.checkpoint = Checkpoint(folder)
-        self.eos = self._eos(folder)
-        spec = self.spec
+    def __init__(self, path: Path):
+        described = describe(path)
+        where = described.where
+        self.family = family_of(described.config.get("model_type"), where)
+        spec = self.spec = read_spec(described.config, where)
+        require_runnable(spec, where)
+        self.checkpoint = described.open()
+        self.eos = self._eos(path)
         claimed = len(spec.layers) + len(spec.moe_layers) * spec.experts
-        if claimed > len(self.checkpoint.tensors):  # checked before allocating that many keys
+        found = self.checkpoint.count
+        if claimed > found:  # checked before allocating that many keys
             raise CheckpointError(
-                f"{where}: {len(spec.layers)} layers of {spec.experts} experts claimed, "
-                f"{len(self.checkpoint.tensors)} tensors found"
+                f"{where}: {len(spec.layers)} layers of {spec.experts} experts claimed, {found} tensors found"
             )
         self.embedding = self._plain(self.family.embedding_name(), (spec.vocab, spec.hidden))
         self._seals = {file: read_seals(file, header) for file, header in self.checkpoint.headers.items()}
@@ -54,7 +55,7 @@ class Catalog:
         self._layouts: dict[tuple[tuple[str, Place], ...], Mapping[str, Place]] = {}
         self._records = {key: self._build(key) for key in keys}
         self.compressed = any(record.inside is not None for record in self._records.values())
-        self.ignored = [name for name in self.checkpoint.tensors if self.family.ignored(spec, name)]
+        self.ignored = [name for name in self.checkpoint.tensors if _layer(name) >= len(spec.layers)]
 
     @property
     def files(self) -> list[Path]:
@@ -72,12 +73,12 @@ class Catalog:
     @property
     def sealed(self) -> bool:
         """Whether this is a packed store; its records have checksums."""
-        return all(self._seals.values())
+        return bool(self._seals) and all(self._seals.values())
 
     @property
     def fingerprint(self) -> str:
         """Identifies this model: a hash of its config and of its files' names and sizes."""
-        digest = hashlib.sha256((self.checkpoint.folder / "config.json").read_bytes())
+        digest = hashlib.sha256(self.checkpoint.digest)
         for file in self.files:
             digest.update(f"{file.name} {file.stat().st_size}".encode())
         return digest.hexdigest()[:32]
@@ -95,7 +96,7 @@ class Catalog:
     def seals_of(self, tensor: TensorInfo) -> list[Seal]:
         """The seals within a tensor, if its file has any."""
         end = tensor.offset + tensor.nbytes
-        return [seal for at, seal in self._seals[tensor.file].items() if tensor.offset <= at < end]
+        return [seal for at, seal in self._seals.get(tensor.file, {}).items() if tensor.offset <= at < end]
 
     def stored_share(self, keys: Sequence[Key]) -> float:
         """Bytes read for ``keys``, as a fraction of their slots."""
@@ -120,7 +121,7 @@ class Catalog:
         """The record with its seal, if its file has any."""
         for extent in record.extents:
             inside = extent.tensors[0].inside
-            seals = self._seals[extent.file]
+            seals = self._seals.get(extent.file, {})
             if seals or inside is not None:
                 seal = seals.get(extent.start)
                 claimed = extent.stop - extent.start
@@ -153,7 +154,7 @@ class Catalog:
         if packed:
             edges = [0, *(stop for _, stop in packed)]
             if [start for start, _ in packed] != edges[:-1] or edges[-1] != vocab:
-                where = self.checkpoint.folder
+                where = self.checkpoint.path
                 raise CheckpointError(f"{where}: the blocks of {name} do not make up its {vocab} rows: {packed}")
             return [self.stored(row_block(name, *rows), (rows[1] - rows[0], hidden)) for rows in packed]
         head = self._plain(name, (vocab, hidden))
@@ -182,3 +183,9 @@ class Catalog:
         if not all(isinstance(i, int) for i in eos):
             raise CheckpointError(f"{folder}: eos_token_id: expected token ids, found {eos!r}")
         return tuple(dict.fromkeys(eos))
+
+
+def _layer(name: str) -> int:
+    """The layer of a tensor, by its name in safetensors or GGUF; -1: of no layer."""
+    found = re.match(r"(?:model\.layers|blk)\.(\d{1,9})\.", name)
+    return int(found[1]) if found else -1

@@ -29,6 +29,7 @@ class DeepSeek(Names):
             rope_dim=config.number("qk_rope_head_dim"),
             value_dim=config.number("v_head_dim"),
             rope=config.rope(interleaved=v2 or config.flag("rope_interleave", True)),
+            split=config.flag("kv_b_split", False),
         )
         layers = config.layers()
         dense = min(config.number("first_k_dense_replace", default=0), layers)

@@ -31,9 +31,6 @@ class Family(Protocol):
 
     def head_name(self, spec: ModelSpec) -> str: ...
 
-    def ignored(self, spec: ModelSpec, name: str) -> bool:
-        """Whether a tensor belongs to a part that is never run."""
-
 
 class Names:
     """The usual tensor names. A family overrides the ones that differ."""
@@ -86,11 +83,6 @@ class Names:
     def head_name(self, spec: ModelSpec) -> str:
         return self.embedding_name() if spec.tied_head else "lm_head.weight"
 
-    def ignored(self, spec: ModelSpec, name: str) -> bool:
-        """Layers beyond the last are for multi-token prediction."""
-        parts = name.split(".")
-        return name.startswith("model.layers.") and parts[2].isdigit() and int(parts[2]) >= len(spec.layers)
-
 
 def mlp(prefix: str, hidden: int, width: int, names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) -> Shapes:
     """The tensors of a SwiGLU; ``names``: its gate, up and down projections."""
@@ -126,11 +118,15 @@ def _latent(prefix: str, hidden: int, spec: Latent) -> Shapes:
             "q_a_layernorm": (prefix + "q_a_layernorm.weight", (spec.q_rank,)),
             "q_b_proj": (prefix + "q_b_proj.weight", (spec.query_width, spec.q_rank)),
         }
-    kv_b = spec.heads * (spec.nope_dim + spec.value_dim), spec.kv_rank
+    if spec.split:
+        found["k_b_proj"] = (prefix + "k_b_proj.weight", (spec.heads * spec.kv_rank, spec.nope_dim))
+        found["v_b_proj"] = (prefix + "v_b_proj.weight", (spec.heads * spec.value_dim, spec.kv_rank))
+    else:
+        rows = spec.heads * (spec.nope_dim + spec.value_dim)
+        found["kv_b_proj"] = (prefix + "kv_b_proj.weight", (rows, spec.kv_rank))
     return found | {
         "kv_a_proj": (prefix + "kv_a_proj_with_mqa.weight", (spec.cache_width, hidden)),
         "kv_a_layernorm": (prefix + "kv_a_layernorm.weight", (spec.kv_rank,)),
-        "kv_b_proj": (prefix + "kv_b_proj.weight", kv_b),
         "o_proj": (prefix + "o_proj.weight", (hidden, spec.heads * spec.value_dim)),
     }
 

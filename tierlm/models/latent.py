@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,66 @@ LATENT_NORM_EPS = 1e-6  # for the norms inside attention: fixed in DeepSeek's co
 EXPAND_FROM = 128  # new tokens of a sequence at which expanding its keys and values beats absorbed projections
 
 
+class Up(Protocol):
+    """The projection from latents to keys and values, for ``g`` heads starting at ``first``."""
+
+    def stays(self, rows: int) -> bool:
+        """Whether this many rows are multiplied with the stored weights, without widening them."""
+
+    def into_latent(self, q: Tensor, first: int) -> Tensor:
+        """float32 [T, g, nope] -> float32 [g, T, rank]."""
+
+    def from_latent(self, mixed: Tensor, first: int) -> Tensor:
+        """float32 [g, T, rank] -> float32 [T, g, value]."""
+
+    def widened(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """float32 [g, rank, nope] and [g, rank, value]."""
+
+
+class WholeUp:
+    """kv_b_proj as published: the rows of a head are its keys, then its values."""
+
+    def __init__(self, spec: Latent, kv_b: Weight):
+        self.spec, self.kv_b = spec, kv_b
+
+    def stays(self, rows: int) -> bool:
+        return can_absorb(self.kv_b, rows, self.spec.nope_dim, self.spec.value_dim)
+
+    def into_latent(self, q: Tensor, first: int) -> Tensor:
+        return into_latent(q, self.kv_b, first, self.spec.heads)
+
+    def from_latent(self, mixed: Tensor, first: int) -> Tensor:
+        return from_latent(mixed, self.kv_b, first, self.spec.heads, self.spec.value_dim)
+
+    def widened(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        rows = self.spec.nope_dim + self.spec.value_dim
+        wide = widen(self.kv_b, first * rows, (first + count) * rows).view(count, rows, -1).transpose(1, 2)
+        return wide[..., : self.spec.nope_dim], wide[..., self.spec.nope_dim :]
+
+
+class SplitUp:
+    """Keys and values apart, as in GGUF. The rows of a head of k_b are the latent's."""
+
+    def __init__(self, spec: Latent, k_b: Weight, v_b: Weight):
+        self.spec, self.k_b, self.v_b = spec, k_b, v_b
+
+    def stays(self, rows: int) -> bool:
+        return all(can_absorb(half, rows, 0, half.shape[0] // self.spec.heads) for half in (self.k_b, self.v_b))
+
+    def into_latent(self, q: Tensor, first: int) -> Tensor:
+        heads_first = q.transpose(0, 1).contiguous()
+        return from_latent(heads_first, self.k_b, first, self.spec.heads, self.spec.kv_rank).transpose(0, 1)
+
+    def from_latent(self, mixed: Tensor, first: int) -> Tensor:
+        return from_latent(mixed, self.v_b, first, self.spec.heads, self.spec.value_dim)
+
+    def widened(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        def half(weight: Weight, rows: int) -> Tensor:
+            return widen(weight, first * rows, (first + count) * rows).view(count, rows, -1)
+
+        return half(self.k_b, self.spec.kv_rank), half(self.v_b, self.spec.value_dim).transpose(1, 2)
+
+
 class LatentHeads:
     """``Attention`` for layers with this ``spec``; ``norm_eps`` applies to the norms around it."""
 
@@ -46,7 +107,7 @@ class LatentHeads:
         """Few tokens: queries are projected into the latent space and multiplied with the cache directly (absorbed
         projections), in one kernel call if possible. Many: keys and values are expanded, a few heads at a time."""
         queries = (None, trunk["q_proj"]) if self.spec.q_rank is None else (trunk["q_a_proj"], trunk["q_b_proj"])
-        matrices = *queries, trunk["kv_a_proj"], trunk["kv_b_proj"], trunk["o_proj"]
+        matrices = *queries, trunk["kv_a_proj"], trunk.get("kv_b_proj"), trunk["o_proj"]
         norms = trunk["input_layernorm"], trunk.get("q_a_layernorm"), trunk["kv_a_layernorm"], next_norm
         where = self.cache.layer(layer), positions.places, positions.angles
         done = fused_mla_decode(self._shape, hidden, matrices, norms, *where)
@@ -75,35 +136,34 @@ class LatentHeads:
         step = torch.cat((latent, key), dim=-1)  # [T, rank + rope]
 
         out = x.new_empty(len(x), heads, spec.value_dim)
-        kv_b = trunk["kv_b_proj"]
+        up = (
+            WholeUp(spec, trunk["kv_b_proj"]) if not spec.split else SplitUp(spec, trunk["k_b_proj"], trunk["v_b_proj"])
+        )
         for segment in segments:
             rows, tokens = slice(segment.start, segment.stop), segment.stop - segment.start
             past = self.cache.append(layer, segment.span, step[rows])  # [S, rank + rope]
             attend = self._absorbed if tokens < EXPAND_FROM else self._expanded
             group = SCORE_VALUES // (tokens * len(past))
-            if not can_absorb(kv_b, tokens, nope, spec.value_dim):
+            if not up.stays(tokens):
                 group = min(group, EXPANDED_VALUES // ((nope + spec.value_dim) * rank))
             group = max(1, min(heads, group))
             for first in range(0, heads, group):
                 mine = slice(first, first + group)
-                out[rows, mine] = attend(q_nope[rows, mine], q_rope[rows, mine], past, kv_b, first)
+                out[rows, mine] = attend(q_nope[rows, mine], q_rope[rows, mine], past, up, first)
         return linear(out.view(len(x), heads * spec.value_dim), trunk["o_proj"])
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, kv_b: Weight, first: int) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, up: Up, first: int) -> Tensor:
         """q [T, g, .] of the g heads starting at ``first``, past [S, rank + rope] -> [T, g, value]."""
-        spec = self.spec
-        q_latent = into_latent(q_nope, kv_b, first, spec.heads)
+        q_latent = up.into_latent(q_nope, first)
         query = torch.cat((q_latent, q_rope.transpose(0, 1)), dim=-1)  # [g, T, rank + rope]
-        mixed = causal_softmax(query @ past.t(), self._scale) @ past[:, : spec.kv_rank]  # [g, T, rank]
-        return from_latent(mixed, kv_b, first, spec.heads, spec.value_dim)
+        mixed = causal_softmax(query @ past.t(), self._scale) @ past[:, : self.spec.kv_rank]  # [g, T, rank]
+        return up.from_latent(mixed, first)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, kv_b: Weight, first: int) -> Tensor:
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, up: Up, first: int) -> Tensor:
         """Same result as ``_absorbed``, with expanded keys and values."""
-        spec = self.spec
-        nope, count, rows = spec.nope_dim, q_nope.shape[1], spec.nope_dim + spec.value_dim
-        up = widen(kv_b, first * rows, (first + count) * rows).view(count, rows, spec.kv_rank)
-        latents, shared_key = past[:, : spec.kv_rank], past[:, spec.kv_rank :]
-        keys = latents @ up[:, :nope].transpose(1, 2)  # [g, S, nope]
-        values = latents @ up[:, nope:].transpose(1, 2)  # [g, S, value]
+        to_keys, to_values = up.widened(first, q_nope.shape[1])
+        latents, shared_key = past[:, : self.spec.kv_rank], past[:, self.spec.kv_rank :]
+        keys = latents @ to_keys  # [g, S, nope]
+        values = latents @ to_values  # [g, S, value]
         scores = torch.bmm(q_nope.transpose(0, 1), keys.transpose(1, 2)) + q_rope.transpose(0, 1) @ shared_key.t()
         return torch.bmm(causal_softmax(scores, self._scale), values).transpose(0, 1)

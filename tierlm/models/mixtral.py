@@ -21,7 +21,7 @@ class Mixtral(Names):
             heads=heads,
             kv_heads=config.number("num_key_value_heads", default=heads),
             head_dim=config.number("head_dim", default=hidden // max(1, heads)),
-            rope=config.rope(interleaved=False, theta=1e6),
+            rope=config.rope(interleaved=config.flag("rope_interleave", False), theta=1e6),
             window=config.number("sliding_window", default=0) or None,
         )
         moe = Moe(

@@ -169,7 +169,7 @@ def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str
         with open(file, "rb") as stream:
             digest = xxhash.xxh3_64_hexdigest(stream.read(header.begin))
         files[file.name] = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns, "header_xxh3_64": digest}
-    source = {"name": catalog.checkpoint.folder.resolve().name, "fingerprint": catalog.fingerprint, "files": files}
+    source = {"name": catalog.checkpoint.path.resolve().name, "fingerprint": catalog.fingerprint, "files": files}
     packed = {"experts": experts, "trunk": trunk, "tile": [LANES, GROUP], "checksum": ALGORITHM}
     if codec != "none":
         packed["codec"] = codec

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tierlm.checkpoints.checkpoint import read_json
+from tierlm.checkpoints.container import describe
+from tierlm.checkpoints.gguf_header import is_gguf
 from tierlm.checkpoints.hub import DEMO
 from tierlm.errors import CheckpointError
 
@@ -19,12 +21,12 @@ DATA = Path(__file__).with_name("known.json")
 
 @dataclass(frozen=True)
 class Named:
-    """A model's config and where it was found. ``folder``: the model's folder, if it has the weights too."""
+    """A model's config and where it was found. ``path``: its folder or GGUF file, if the weights are there too."""
 
     name: str
     config: Mapping[str, Any]
     where: str
-    folder: Path | None = None
+    path: Path | None = None
 
 
 def known_models() -> dict[str, Any]:
@@ -41,6 +43,9 @@ def find_config(model: str) -> Named:
         config = read_json(path / "config.json")
         whole = any(path.glob("*.safetensors"))
         return Named(path.resolve().name, config, str(path / "config.json"), path if whole else None)
+    if path.is_file() and is_gguf(path):
+        described = describe(path)
+        return Named(path.stem, described.config, described.where, path)
     if path.is_file():
         return Named(path.stem, read_json(path), str(path))
     known = known_models()

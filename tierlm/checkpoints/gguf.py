@@ -1,0 +1,115 @@
+"""A GGUF checkpoint read in place: one file or a split one, found by Hugging Face's tensor names. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tierlm.checkpoints.checkpoint import Header, TensorInfo, check_shape
+from tierlm.checkpoints.gguf_config import config_of
+from tierlm.checkpoints.gguf_header import GgufHeader, read_gguf_header
+from tierlm.errors import CheckpointError
+
+FLOATS = ("F32", "F16", "BF16")
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")  # GGUF stacks the experts of a layer
+SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+MAX_SPLITS = 1000
+
+
+class GgufCheckpoint:
+    """See Container. A quantised tensor has GGML's type as its dtype, and the bytes of a row as its last dimension.
+
+    ``header``: of the first file, which has the metadata. Raises CheckpointError and UnsupportedModelError.
+    """
+
+    headers: Mapping[Path, Header] = {}
+
+    def __init__(self, file: Path, header: GgufHeader):
+        self.path, self.metadata = file, header.metadata
+        self.digest = header.digest
+        self._names = _name_map(header)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._stacks: dict[str, int] = {}  # tensors of more than two dimensions -> the first one
+        for part, own in _parts(file, header):
+            self.digest = hashlib.sha256(self.digest + own.digest).digest()
+            for name, found in own.tensors.items():
+                if name in self.tensors:
+                    raise CheckpointError(f"{part}: tensor {name} is also in {self.tensors[name].file.name}")
+                shape = found.shape
+                if len(shape) > 2:
+                    self._stacks[name] = shape[0]
+                    shape = -1 if 0 in shape else found.nbytes // found.row_bytes, shape[-1]
+                if found.kind not in FLOATS:
+                    shape = *shape[:-1], found.row_bytes
+                self.tensors[name] = TensorInfo(name, part, found.offset, found.nbytes, found.kind, shape)
+
+    @property
+    def count(self) -> int:
+        return len(self.tensors) - len(self._stacks) + sum(self._stacks.values())
+
+    def find(self, name: str) -> TensorInfo | None:
+        expert = EXPERT.fullmatch(name)
+        if expert is None:
+            return self.tensors.get(self._translated(name))
+        stack = self._translated(f"{expert[1]}.{expert[3]}")
+        found, number = self.tensors.get(stack), int(expert[2])
+        if found is None or number >= self._stacks.get(stack, 0):
+            return None
+        rows = found.shape[0] // self._stacks[stack]
+        return found.rows(number * rows, (number + 1) * rows)
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
+        found = self.find(name)
+        if found is None:
+            raise CheckpointError(f"{self.path}: tensor {self._translated(name)} is missing (Hugging Face: {name})")
+        return check_shape(found, shape)
+
+    def _translated(self, name: str) -> str:
+        """GGUF's name of a tensor; of the stack, for an expert's tensor without its number."""
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        stem, _, ending = name.rpartition(".")
+        known = self._names.get_name(stem)
+        return f"{known or stem}.{ending}"
+
+
+def open_gguf(file: Path) -> tuple[dict[str, Any], GgufHeader]:
+    """The config and header of a GGUF file: the first one, if it is split. Raises CheckpointError."""
+    header = read_gguf_header(file)
+    return config_of(header, str(file)), header
+
+
+def _parts(file: Path, header: GgufHeader) -> list[tuple[Path, GgufHeader]]:
+    """All files of a split checkpoint, from its first."""
+    count, number = header.metadata.get("split.count", 1), header.metadata.get("split.no", 0)
+    if count in (0, 1):
+        return [(file, header)]
+    match = SPLIT.fullmatch(file.name)
+    if type(count) is not int or not 1 < count <= MAX_SPLITS or number != 0 or match is None or match[2] != "00001":
+        raise CheckpointError(
+            f"{file}: part {number} of {count} of a split file: expected the first, named "
+            f"NAME-00001-of-{match[3] if match else '0000N'}.gguf, beside the others"
+        )
+    found = [(file, header)]
+    for part in range(2, count + 1):
+        other = file.with_name(f"{match[1]}-{part:05}-of-{count:05}.gguf")
+        if not other.exists():
+            raise CheckpointError(f"{other}: missing part {part} of {count}; download it again")
+        own = read_gguf_header(other)
+        if own.metadata.get("split.no") != part - 1 or own.metadata.get("split.count") != count:
+            raise CheckpointError(f"{other}: is not part {part} of {count} of {file.name}")
+        found.append((other, own))
+    return found
+
+
+def _name_map(header: GgufHeader) -> Any:
+    """The library's map from Hugging Face's names to GGUF's."""
+    from gguf.constants import MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    architecture = header.metadata["general.architecture"]
+    found = next(known for known, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    blocks = header.metadata.get(f"{architecture}.block_count")
+    return get_tensor_name_map(found, blocks if type(blocks) is int and 0 <= blocks <= 1000 else 0)

@@ -1,0 +1,135 @@
+"""The metadata of a GGUF file in the words of Hugging Face's ``config.json``.
+
+After convert_hf_to_gguf.py and llama-model.cpp of llama.cpp, which write and read the metadata. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tierlm.checkpoints.gguf_header import GgufHeader
+from tierlm.errors import UnsupportedModelError
+
+FIELDS = {  # field of config.json -> key of the metadata, after the architecture's name
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+    "rope_theta": "rope.freq_base",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "n_shared_experts": "expert_shared_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+    "q_lora_rank": "attention.q_lora_rank",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "num_nextn_predict_layers": "nextn_predict_layers",
+}
+SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
+Lookup = Callable[..., Any]  # key after the architecture's name, default -> value
+
+
+def config_of(header: GgufHeader, where: str) -> dict[str, Any]:
+    """The ``config.json`` of a GGUF file's model. Raises UnsupportedModelError."""
+    metadata = header.metadata
+    architecture = metadata.get("general.architecture")
+    known = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
+    if known is None:
+        raise UnsupportedModelError(
+            f"{where}: GGUF architecture {str(architecture)[:60]!r} is not supported; supported are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+
+    def get(key: str, default: Any = None) -> Any:
+        return _plain(metadata.get(f"{architecture}.{key}", default))
+
+    config = {field: value for field, key in FIELDS.items() if (value := get(key)) is not None}
+    config["num_hidden_layers"] = config.get("num_hidden_layers", 0) - config.get("num_nextn_predict_layers", 0)
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is not None:
+        config["vocab_size"] = embedding.shape[0]
+    config["tie_word_embeddings"] = "output.weight" not in header.tensors
+    if get("rope.scaling.type", "none") != "none":
+        config["rope_scaling"] = _scaling(get)
+    config |= {name: value for name, key in _TOKENS.items() if (value := metadata.get(key)) is not None}
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    config["eos_token_id"] = [end for end in ends if end is not None]
+    return config | known(config, get, header)
+
+
+_TOKENS = {"bos_token_id": "tokenizer.ggml.bos_token_id"}
+
+
+def _scaling(get: Lookup) -> dict[str, Any]:
+    return {
+        "rope_type": get("rope.scaling.type"),
+        "factor": get("rope.scaling.factor"),
+        "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+    }
+
+
+def _deepseek(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dict[str, Any]:
+    """Files with ``key_length_mla`` hold kv_b_proj in two halves, the key half transposed."""
+    split = get("attention.key_length_mla") is not None
+    key, value = ("attention.key_length_mla", "attention.value_length_mla") if split else _LENGTHS
+    rope = get("rope.dimension_count", 0)
+    sigmoid = get("expert_gating_func", SOFTMAX) == SIGMOID
+    found: dict[str, Any] = {
+        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "n_routed_experts": config.get("num_experts", 0),
+        "qk_rope_head_dim": rope,
+        "qk_nope_head_dim": get(key, 0) - rope,
+        "v_head_dim": get(value, 0),
+        "kv_b_split": split,
+        "topk_method": "noaux_tc" if sigmoid else "greedy",
+    }
+    if not sigmoid and config.get("n_group", 1) > 1:
+        found["topk_method"] = "group_limited_greedy"
+    if "norm_topk_prob" not in config:
+        found["norm_topk_prob"] = False
+    if "rope_scaling" in config and (logarithm := get("rope.scaling.yarn_log_multiplier")):
+        scale = round(logarithm * 10, 6)  # the converter writes a tenth of mscale_all_dim
+        found["rope_scaling"] = {**config["rope_scaling"], "mscale": scale, "mscale_all_dim": scale}
+    return found
+
+
+_LENGTHS = ("attention.key_length", "attention.value_length")
+
+
+def _llama(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dict[str, Any]:
+    """Llama and Mistral, dense, and Mixtral. The converter orders the rows of q and k for rotation of neighbours."""
+    experts = config.get("num_experts", 0)
+    return {
+        "model_type": "mixtral" if experts else "llama",
+        "num_local_experts": experts,
+        "rope_interleave": True,
+    }
+
+
+def _qwen3_moe(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dict[str, Any]:
+    return {"model_type": "qwen3_moe", "norm_topk_prob": True}
+
+
+def _qwen3(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dict[str, Any]:
+    return {"model_type": "qwen3"}
+
+
+ARCHITECTURES = {"deepseek2": _deepseek, "llama": _llama, "qwen3moe": _qwen3_moe, "qwen3": _qwen3}
+
+
+def _plain(value: Any) -> Any:
+    """float32 numbers as the shortest decimals that stand for them, so that 1e-5 stays 1e-5."""
+    if isinstance(value, float):
+        from numpy import float32
+
+        return float(str(float32(value)))
+    return value

@@ -1,0 +1,26 @@
+"""Llama, Mistral and Qwen3, dense, after `LlamaForCausalLM`, `MistralForCausalLM` and `Qwen3ForCausalLM` in
+transformers. No torch."""
+
+from __future__ import annotations
+
+from tierlm.models.config_reader import Config
+from tierlm.models.family import Names
+from tierlm.spec import Dense, Grouped, LayerSpec, ModelSpec
+
+
+class Llama(Names):
+    """Grouped attention, with QK-norm in Qwen3, and a SwiGLU in every layer: a layer is one trunk, and nothing else."""
+
+    def read_spec(self, config: Config) -> ModelSpec:
+        config.allow_fp8_blocks()
+        config.allow(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), use_sliding_window=(False,))
+        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
+        attention = Grouped(
+            heads=heads,
+            kv_heads=config.number("num_key_value_heads", default=heads),
+            head_dim=config.number("head_dim", default=hidden // max(1, heads)),
+            rope=config.rope(interleaved=config.flag("rope_interleave", False)),
+            qk_norm=config.model_type == "qwen3",
+            window=None if config.model_type == "qwen3" else config.number("sliding_window", default=0) or None,
+        )
+        return config.model((LayerSpec(attention, Dense(config.number("intermediate_size"))),) * config.layers(), 1e-6)

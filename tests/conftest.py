@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ def direct(tmp_path: Path) -> None:
         os.close(os.open(probe, os.O_RDONLY | os.O_DIRECT))
     except OSError:
         pytest.skip("the temporary folder's file system has no O_DIRECT")
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a toy, made once, and not to be changed."""
+    made: dict[str, Path] = {}
+
+    def original(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            make_toy(name, made[name])
+        return made[name]
+
+    return original
 
 
 @pytest.fixture(scope="session")

@@ -127,8 +127,8 @@ def test_slots_predicted_are_slots_got(model: str, share: float, toy_v3: tuple[P
 
 
 def test_what_cannot_be_planned_for(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="model_type 'llama' is not supported"):
-        Outline({"model_type": "llama"}, "x")
+    with pytest.raises(UnsupportedModelError, match="model_type 'mamba' is not supported"):
+        Outline({"model_type": "mamba"}, "x")
     with pytest.raises(UsageError, match="format: expected one of bf16"):
         outline("DeepSeek-V3", "int3")
     with pytest.raises(CheckpointError, match="no such folder or file, and no known model"):

@@ -82,8 +82,11 @@ class Rope:
 @dataclass(frozen=True)
 class Latent:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a token caches one compressed latent and one
-    rotated key for all heads. ``q_rank`` is None if queries have a single projection. ``split``: kv_b_proj is stored as
-    two weights, k_b_proj [heads * kv_rank, nope_dim], transposed in each head, and v_b_proj [heads * value_dim, kv_rank]."""
+    rotated key for all heads. ``q_rank`` is None if queries have a single projection.
+
+    ``split``: kv_b_proj is stored in two parts: k_b_proj [heads * kv_rank, nope_dim], transposed in each head, and
+    v_b_proj [heads * value_dim, kv_rank].
+    """
 
     heads: int
     q_rank: int | None

@@ -12,16 +12,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from tierlm.checkpoints.checkpoint import read_json
+from tierlm.checkpoints.gguf_header import read_gguf_header
+from tierlm.checkpoints.gguf_tokenizer import tokenizer_config_of, tokenizer_of
 from tierlm.errors import CheckpointError, UsageError
 
 Message = Mapping[str, Any]
 
 
 class TextCodec:
-    """The tokenizer and chat template of a model folder."""
+    """The tokenizer and chat template of a model folder or GGUF file."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        if folder.is_file():
+            metadata = read_gguf_header(folder).metadata
+            self.tokenizer, self._config = tokenizer_of(metadata, str(folder)), tokenizer_config_of(metadata)
+            return
         file = folder / "tokenizer.json"
         if not file.exists():
             raise CheckpointError(

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tierlm.checkpoints.checkpoint import Checkpoint, Header, TensorInfo, read_json
-from tierlm.checkpoints.gguf import GgufCheckpoint, open_gguf
+from tierlm.checkpoints.gguf import GgufCheckpoint
 
 
 class Container(Protocol):
-    """The places of a model's tensors. ``path``: the folder or the first file; ``tensors``: by their names in the files;
-    ``headers``: of safetensors files; ``digest``: identifies the config; ``count``: of tensors, stacked experts one by one."""
+    """The places of a model's tensors.
+
+    ``path``: the folder or the first file. ``tensors``: by their names in the files. ``headers``: of safetensors files.
+    ``count``: of tensors, with stacked experts one by one. ``digest``: identifies the config.
+    """
 
     @property
     def path(self) -> Path: ...
@@ -39,7 +42,7 @@ class Container(Protocol):
 
 @dataclass(frozen=True)
 class Described:
-    """A model's config, in the words of ``config.json``, and ``where`` it is. ``open`` reads the places of its tensors."""
+    """A model's config, in the words of ``config.json``, and ``where`` it is. ``open`` finds its tensors."""
 
     config: Mapping[str, Any]
     where: str
@@ -49,7 +52,7 @@ class Described:
 def describe(path: Path) -> Described:
     """Describe a folder in Hugging Face layout, or a GGUF file. Raises CheckpointError, UnsupportedModelError."""
     if path.is_file():
-        config, header = open_gguf(path)
-        return Described(config, str(path), lambda: GgufCheckpoint(path, header))
+        found = GgufCheckpoint(path)
+        return Described(found.config, str(path), lambda: found)
     where = path / "config.json"
     return Described(read_json(where), str(where), lambda: Checkpoint(path))

@@ -22,29 +22,32 @@ MAX_SPLITS = 1000
 class GgufCheckpoint:
     """See Container. A quantised tensor has GGML's type as its dtype, and the bytes of a row as its last dimension.
 
-    ``header``: of the first file, which has the metadata. Raises CheckpointError and UnsupportedModelError.
+    ``file``: the only file, or the first one of a split checkpoint, which has the metadata. Raises CheckpointError and
+    UnsupportedModelError.
     """
 
     headers: Mapping[Path, Header] = {}
 
-    def __init__(self, file: Path, header: GgufHeader):
-        self.path, self.metadata = file, header.metadata
-        self.digest = header.digest
+    def __init__(self, file: Path):
+        header = read_gguf_header(file)
+        self.path, self.digest, parts = file, b"", _parts(file, header)
+        found = {name: tensor for _, own in parts for name, tensor in own.tensors.items()}
+        self.config = config_of(header.metadata, found, str(file))
         self._names = _name_map(header)
         self.tensors: dict[str, TensorInfo] = {}
         self._stacks: dict[str, int] = {}  # tensors of more than two dimensions -> the first one
-        for part, own in _parts(file, header):
+        for part, own in parts:
             self.digest = hashlib.sha256(self.digest + own.digest).digest()
-            for name, found in own.tensors.items():
+            for name, tensor in own.tensors.items():
                 if name in self.tensors:
                     raise CheckpointError(f"{part}: tensor {name} is also in {self.tensors[name].file.name}")
-                shape = found.shape
+                shape = tensor.shape
                 if len(shape) > 2:
                     self._stacks[name] = shape[0]
-                    shape = -1 if 0 in shape else found.nbytes // found.row_bytes, shape[-1]
-                if found.kind not in FLOATS:
-                    shape = *shape[:-1], found.row_bytes
-                self.tensors[name] = TensorInfo(name, part, found.offset, found.nbytes, found.kind, shape)
+                    shape = -1 if 0 in shape else tensor.nbytes // tensor.row_bytes, shape[-1]
+                if tensor.kind not in FLOATS:
+                    shape = *shape[:-1], tensor.row_bytes
+                self.tensors[name] = TensorInfo(name, part, tensor.offset, tensor.nbytes, tensor.kind, shape)
 
     @property
     def count(self) -> int:
@@ -73,12 +76,6 @@ class GgufCheckpoint:
         stem, _, ending = name.rpartition(".")
         known = self._names.get_name(stem)
         return f"{known or stem}.{ending}"
-
-
-def open_gguf(file: Path) -> tuple[dict[str, Any], GgufHeader]:
-    """The config and header of a GGUF file: the first one, if it is split. Raises CheckpointError."""
-    header = read_gguf_header(file)
-    return config_of(header, str(file)), header
 
 
 def _parts(file: Path, header: GgufHeader) -> list[tuple[Path, GgufHeader]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tierlm.checkpoints.gguf_header import GgufHeader
+from tierlm.checkpoints.gguf_header import GgufTensor
 from tierlm.errors import UnsupportedModelError
 
 FIELDS = {  # field of config.json -> key of the metadata, after the architecture's name
@@ -38,9 +38,8 @@ SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func
 Lookup = Callable[..., Any]  # key after the architecture's name, default -> value
 
 
-def config_of(header: GgufHeader, where: str) -> dict[str, Any]:
+def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], where: str) -> dict[str, Any]:
     """The ``config.json`` of a GGUF file's model. Raises UnsupportedModelError."""
-    metadata = header.metadata
     architecture = metadata.get("general.architecture")
     known = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
     if known is None:
@@ -54,19 +53,16 @@ def config_of(header: GgufHeader, where: str) -> dict[str, Any]:
 
     config = {field: value for field, key in FIELDS.items() if (value := get(key)) is not None}
     config["num_hidden_layers"] = config.get("num_hidden_layers", 0) - config.get("num_nextn_predict_layers", 0)
-    embedding = header.tensors.get("token_embd.weight")
+    embedding = tensors.get("token_embd.weight")
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
-    config["tie_word_embeddings"] = "output.weight" not in header.tensors
+    config["tie_word_embeddings"] = "output.weight" not in tensors
     if get("rope.scaling.type", "none") != "none":
         config["rope_scaling"] = _scaling(get)
-    config |= {name: value for name, key in _TOKENS.items() if (value := metadata.get(key)) is not None}
+    config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     config["eos_token_id"] = [end for end in ends if end is not None]
-    return config | known(config, get, header)
-
-
-_TOKENS = {"bos_token_id": "tokenizer.ggml.bos_token_id"}
+    return config | known(config, get)
 
 
 def _scaling(get: Lookup) -> dict[str, Any]:
@@ -74,21 +70,24 @@ def _scaling(get: Lookup) -> dict[str, Any]:
         "rope_type": get("rope.scaling.type"),
         "factor": get("rope.scaling.factor"),
         "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+        "beta_fast": get("rope.scaling.yarn_beta_fast"),
+        "beta_slow": get("rope.scaling.yarn_beta_slow"),
+        "attention_factor": get("rope.scaling.attn_factor"),
     }
 
 
-def _deepseek(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dict[str, Any]:
+def _deepseek(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
     """Files with ``key_length_mla`` hold kv_b_proj in two halves, the key half transposed."""
     split = get("attention.key_length_mla") is not None
-    key, value = ("attention.key_length_mla", "attention.value_length_mla") if split else _LENGTHS
+    ending = "_mla" if split else ""
     rope = get("rope.dimension_count", 0)
     sigmoid = get("expert_gating_func", SOFTMAX) == SIGMOID
     found: dict[str, Any] = {
         "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
         "n_routed_experts": config.get("num_experts", 0),
         "qk_rope_head_dim": rope,
-        "qk_nope_head_dim": get(key, 0) - rope,
-        "v_head_dim": get(value, 0),
+        "qk_nope_head_dim": get(f"attention.key_length{ending}", 0) - rope,
+        "v_head_dim": get(f"attention.value_length{ending}", 0),
         "kv_b_split": split,
         "topk_method": "noaux_tc" if sigmoid else "greedy",
     }
@@ -102,10 +101,7 @@ def _deepseek(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dic
     return found
 
 
-_LENGTHS = ("attention.key_length", "attention.value_length")
-
-
-def _llama(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dict[str, Any]:
+def _llama(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
     """Llama and Mistral, dense, and Mixtral. The converter orders the rows of q and k for rotation of neighbours."""
     experts = config.get("num_experts", 0)
     return {
@@ -115,11 +111,11 @@ def _llama(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dict[s
     }
 
 
-def _qwen3_moe(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dict[str, Any]:
+def _qwen3_moe(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
     return {"model_type": "qwen3_moe", "norm_topk_prob": True}
 
 
-def _qwen3(config: Mapping[str, Any], get: Lookup, header: GgufHeader) -> dict[str, Any]:
+def _qwen3(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
     return {"model_type": "qwen3"}
 
 

@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata, and where each tensor lies.
 
-Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The library's reader takes 3 s for a vocabulary
-of 49,000 tokens, and trusts lengths; this one takes 0.1 s, and checks each length against the file. No torch.
+Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package's reader takes 3 s for a
+vocabulary of 49,000 tokens and trusts lengths; this one takes 0.1 s and checks each length against the file. No torch.
 """
 
 from __future__ import annotations

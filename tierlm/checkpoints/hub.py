@@ -12,7 +12,10 @@ DEMO = Path(__file__).parent.parent / "demo"
 
 
 def find_model(model: str | Path) -> Path:
-    """The path of ``model``: a folder, a GGUF file, "demo" (embedded) or a Hub id (downloaded). Raises CheckpointError."""
+    """The path of ``model``: a folder, a GGUF file, "demo" (embedded) or a Hub id (downloaded).
+
+    Raises CheckpointError.
+    """
     if model == "demo":
         return DEMO
     folder = Path(model)

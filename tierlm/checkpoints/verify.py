@@ -13,7 +13,6 @@ from tierlm.checkpoints.packed import read_seals
 from tierlm.checkpoints.reader import read_pieces, restored
 from tierlm.errors import StorageError
 
-
 Check = tuple[TensorInfo, Seal | None, Compressed | None]
 
 

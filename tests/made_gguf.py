@@ -1,0 +1,152 @@
+"""GGUF twins of toy models, written with the `gguf` library as convert_hf_to_gguf.py writes them: experts stacked, the
+rows of q and k of Llama and Mixtral reordered, kv_b_proj of DeepSeek in one piece or in two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+Array = NDArray[Any]
+ARCHITECTURES = {
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "llama": "llama",
+    "qwen3": "qwen3",
+}
+SHORT = {  # config.json -> key of the metadata
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "num_experts_per_tok": "expert_used_count",
+    "n_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+    "q_lora_rank": "attention.q_lora_rank",
+    "kv_lora_rank": "attention.kv_lora_rank",
+}
+
+
+def write_gguf(folder: Path, file: Path, kind: Type = Type.F32, split_kv_b: bool = True, **metadata: Any) -> None:
+    """Write the model in ``folder`` to ``file``. Matrices are of type ``kind`` where their rows allow it.
+
+    ``metadata``: more, for the architecture; keys with ``__`` for ``.``.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(file, architecture)
+    _describe(writer, architecture, config, split_kv_b, metadata)
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config["num_hidden_layers"]
+    )
+    for name, tensor in _converted(tensors, config, architecture, split_kv_b):
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        own = Type.F32 if tensor.ndim == 1 or "ffn_gate_inp" in found else kind
+        if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[own][0]:
+            own = Type.F16
+        writer.add_tensor(found, gguf.quants.quantize(tensor, own), raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _converted(
+    tensors: dict[str, Array], config: dict[str, Any], architecture: str, split_kv_b: bool
+) -> list[tuple[str, Array]]:
+    found: dict[str, Array] = {}
+    stacks: dict[str, dict[int, Array]] = {}
+    heads = config["num_attention_heads"]
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            before, after = name.split(".experts.")
+            number, _, rest = after.partition(".")
+            stacks.setdefault(f"{before}.experts.{rest}", {})[int(number)] = tensor
+            continue
+        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            own = heads if name.endswith("q_proj.weight") else config["num_key_value_heads"]
+            rows, columns = tensor.shape
+            tensor = tensor.reshape(own, 2, rows // own // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        if name.endswith("kv_b_proj.weight") and split_kv_b:
+            halves = tensor.reshape(heads, -1, tensor.shape[-1])
+            nope = config["qk_nope_head_dim"]
+            found[name.replace("kv_b", "k_b")] = np.ascontiguousarray(halves[:, :nope].swapaxes(1, 2))
+            found[name.replace("kv_b", "v_b")] = np.ascontiguousarray(halves[:, nope:])
+            continue
+        found[name.replace("e_score_correction_bias", "e_score_correction.bias")] = tensor
+    found |= {name: np.stack([parts[at] for at in range(len(parts))]) for name, parts in stacks.items()}
+    return list(found.items())
+
+
+def _describe(
+    writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any], split_kv_b: bool, more: dict[str, Any]
+) -> None:
+    def add(key: str, value: Any) -> None:
+        full = f"{architecture}.{key}"
+        if isinstance(value, bool):
+            writer.add_bool(full, value)
+        elif isinstance(value, int):
+            writer.add_uint32(full, value)
+        elif isinstance(value, float):
+            writer.add_float32(full, value)
+        else:
+            writer.add_string(full, value)
+
+    for field, key in SHORT.items():
+        if config.get(field) is not None:
+            add(key, config[field])
+    add("attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
+    rope = config.get("rope_parameters") or {}
+    add("rope.freq_base", float(rope.get("rope_theta", 10000.0)))
+    if rope.get("rope_type") == "yarn":
+        add("rope.scaling.type", "yarn")
+        add("rope.scaling.factor", float(rope["factor"]))
+        add("rope.scaling.original_context_length", rope["original_max_position_embeddings"])
+        add("rope.scaling.yarn_beta_fast", float(rope.get("beta_fast", 32)))
+        add("rope.scaling.yarn_beta_slow", float(rope.get("beta_slow", 1)))
+        if "mscale_all_dim" in rope:
+            add("rope.scaling.yarn_log_multiplier", 0.1 * rope["mscale_all_dim"])
+    experts = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts")
+    if experts:
+        add("expert_count", experts)
+    if architecture == "deepseek2":
+        nope, rotated, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+        if split_kv_b:
+            add("attention.key_length", config["kv_lora_rank"] + rotated)
+            add("attention.value_length", config["kv_lora_rank"])
+            add("attention.key_length_mla", nope + rotated)
+            add("attention.value_length_mla", value)
+        else:
+            add("attention.key_length", nope + rotated)
+            add("attention.value_length", value)
+        add("rope.dimension_count", rotated)
+        add("expert_weights_scale", float(config.get("routed_scaling_factor", 1.0)))
+        add("expert_weights_norm", bool(config.get("norm_topk_prob", False)))
+        add("expert_gating_func", 1 if config["model_type"] == "deepseek_v2" else 2)
+    elif "head_dim" in config:
+        add("attention.key_length", config["head_dim"])
+        add("attention.value_length", config["head_dim"])
+    for key, value in more.items():
+        add(key.replace("__", "."), value)
+    tokens = [f"<{number}>" for number in range(config["vocab_size"])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])

@@ -10,6 +10,7 @@ from tierlm.config import Budget, RuntimeOptions, SamplingParams
 from tierlm.errors import (
     BudgetError,
     CheckpointError,
+    NumericsError,
     PromptError,
     StorageError,
     TierlmError,
@@ -33,6 +34,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CheckpointError",
+    "NumericsError",
     "Piece",
     "PromptError",
     "Result",

@@ -14,7 +14,7 @@ from tierlm.checkpoints.hub import find_model
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
 from tierlm.engine.sequence import Progress
 from tierlm.engine.sequence import Sequence as TokenSequence
-from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
+from tierlm.errors import BudgetError, CheckpointError, PromptError, TierlmError, UsageError
 from tierlm.loading import load_runtime
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
@@ -46,7 +46,7 @@ class Result:
     ids: list[int]
     text: str | None
     finish_reason: str
-    error: StorageError | None = None
+    error: TierlmError | None = None
 
 
 class LLM:
@@ -85,8 +85,9 @@ class LLM:
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Result]:
         """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
 
-        Prompts run concurrently if the context has room. A prompt whose reads fail ends with finish_reason "error" and
-        the others go on; a single prompt raises its StorageError. Raises PromptError.
+        Prompts run concurrently if the context has room. A prompt whose reads or arithmetic fail ends with
+        finish_reason "error" and the others go on; a single prompt raises its StorageError or NumericsError. Raises
+        PromptError.
         """
         params = params or SamplingParams()
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
@@ -133,7 +134,7 @@ class LLM:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token of ``ids``, float32 [T, vocab], for perplexity or comparison with a reference.
 
-        Raises PromptError, StorageError, and BudgetError if the result is too large.
+        Raises PromptError, StorageError, NumericsError, and BudgetError if the result is too large.
         """
         ids, runtime = self._ids(ids), self._runtime
         per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
@@ -208,7 +209,7 @@ class _Request:
         self.sequence, self.text = sequence, text
         self.ids: list[int] = []
         self.finish: str | None = None
-        self.error: StorageError | None = None
+        self.error: TierlmError | None = None
 
     def add(self, new: Progress) -> str:
         """Add new tokens. Returns the text that is now final."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from tierlm.config import SamplingParams
 from tierlm.engine.counters import Counters
 from tierlm.engine.sequence import Progress, Sequence, State
-from tierlm.errors import StorageError, UsageError
+from tierlm.errors import NumericsError, StorageError, TierlmError, UsageError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import PressureRelief
@@ -65,7 +65,7 @@ class Scheduler:
                 self._step()
 
     def logits(self, ids: abc.Sequence[int]) -> Tensor:
-        """Logits after every token of ``ids``, float32 [T, vocab]. Raises StorageError, UsageError."""
+        """Logits after every token of ``ids``, float32 [T, vocab]. Raises StorageError, NumericsError, UsageError."""
         out = torch.empty(len(ids), self.decoder.spec.vocab)
         sequence = self._queue(Sequence(ids, SamplingParams(), len(ids), 0, out))
         try:
@@ -133,13 +133,13 @@ class Scheduler:
         self._run(batch, segments, prefill=False)
 
     def _run(self, batch: list[Sequence], segments: list[Segment], prefill: bool) -> None:
-        """Run one step of ``batch``. A sequence whose reads fail ends with its error; the others go on."""
+        """Run one step of ``batch``. A sequence that fails ends with its error; the others go on."""
         if not batch:
             return
         phase = self.counters.prefill if prefill else self.counters.decode
         began, before = time.perf_counter(), self.meter.read()
         for sequence, segment, outcome in zip(batch, segments, self._forward(batch, segments, prefill), strict=True):
-            if isinstance(outcome, StorageError):
+            if isinstance(outcome, TierlmError):
                 sequence.error = outcome
                 self._end(sequence, "error")
                 continue
@@ -152,14 +152,14 @@ class Scheduler:
 
     def _forward(
         self, batch: list[Sequence], segments: list[Segment], prefill: bool
-    ) -> abc.Sequence[Tensor | StorageError]:
+    ) -> abc.Sequence[Tensor | TierlmError]:
         """Per segment: the logits of its last token, float32 [vocab], or the error."""
         logits = batch[0].logits
         out = None if logits is None else logits[batch[0].done :][: len(segments[0].ids)]
         try:
             found = self.decoder.forward(segments, prefill=prefill, out=out)
             return [found[-1]] if out is not None else list(found)
-        except StorageError as error:
+        except (StorageError, NumericsError) as error:
             if len(batch) == 1:
                 return [error]
         # Retried alone, so that one sequence's failure does not fail the batch.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tierlm.config import SamplingParams
 from tierlm.engine.sampler import Sampler
-from tierlm.errors import StorageError
+from tierlm.errors import TierlmError
 from tierlm.memory.kvcache import Span
 
 
@@ -31,7 +31,7 @@ class Progress:
 
     ids: list[int]
     finish: str | None
-    error: StorageError | None
+    error: TierlmError | None
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +54,7 @@ class Sequence:
     ids: list[int] = field(default_factory=list)
     taken: int = 0
     finish: str | None = None
-    error: StorageError | None = None
+    error: TierlmError | None = None
     cancelled: bool = False
     submitted: float = field(default_factory=time.perf_counter)
     sampler: Sampler = field(init=False)

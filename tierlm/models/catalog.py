@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tierlm.checkpoints.checkpoint import Place, Record, TensorInfo, build_record, compressed, read_json
 from tierlm.checkpoints.checksum import Seal
@@ -17,6 +16,7 @@ from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight, float_dtypes
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import family_of, read_spec
+from tierlm.models.config_reader import Fields
 from tierlm.models.family import require_runnable
 from tierlm.planning.cost import Formats
 from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey, UnitKey
@@ -177,12 +177,8 @@ class Catalog:
     def _eos(self, folder: Path) -> tuple[int, ...]:
         """End-of-text ids from ``config.json`` and ``generation_config.json``."""
         file = folder / "generation_config.json"
-        extra: Any = read_json(file).get("eos_token_id") if file.exists() else None
-        more = () if extra is None else tuple(extra) if isinstance(extra, list) else (extra,)
-        eos = (*self.spec.eos, *more)
-        if not all(isinstance(i, int) for i in eos):
-            raise CheckpointError(f"{folder}: eos_token_id: expected token ids, found {eos!r}")
-        return tuple(dict.fromkeys(eos))
+        more = Fields(read_json(file), str(file)).token_ids("eos_token_id") if file.exists() else ()
+        return tuple(dict.fromkeys((*self.spec.eos, *more)))
 
 
 def _layer(name: str) -> int:

@@ -31,7 +31,7 @@ class DeepSeek(Names):
             rope=config.rope(interleaved=v2 or config.flag("rope_interleave", True)),
             split=config.flag("kv_b_split", False),
         )
-        layers = config.layers()
+        layers = config.number("num_hidden_layers")
         dense = min(config.number("first_k_dense_replace", default=0), layers)
         stack = [LayerSpec(attention, Dense(config.number("intermediate_size")))] * dense
         if dense < layers:

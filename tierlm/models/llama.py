@@ -23,4 +23,7 @@ class Llama(Names):
             qk_norm=config.model_type == "qwen3",
             window=None if config.model_type == "qwen3" else config.number("sliding_window", default=0) or None,
         )
-        return config.model((LayerSpec(attention, Dense(config.number("intermediate_size"))),) * config.layers(), 1e-6)
+        return config.model(
+            (LayerSpec(attention, Dense(config.number("intermediate_size"))),) * config.number("num_hidden_layers"),
+            1e-6,
+        )

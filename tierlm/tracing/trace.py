@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tierlm.errors import TraceError
 
+MAX_LAYERS = 4096  # about forty times the deepest model: more is a corrupt file
 MAX_EXPERTS = 4096  # of a layer, about ten times as many as any model has: a larger id is an error
 BLOCK = 4096  # tokens processed at a time
 MARKS = 2**22  # steps x records processed at a time

@@ -13,8 +13,18 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -68,6 +78,8 @@ GQA: dict[str, Any] = {
     "initializer_range": 0.15,
 }
 QWEN3 = {**GQA, "num_experts": 16, "moe_intermediate_size": 24, "norm_topk_prob": True}
+QWEN2 = {**GQA, "num_experts": 16, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32, "head_dim": 8}
+GLM4 = {**GQA, "n_routed_experts": 16, "moe_intermediate_size": 24, "attention_bias": True, "n_group": 1, "topk_group": 1}
 QWEN3_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 # For each kind of toy: its transformers classes, its model_type, and its common settings.
 KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
@@ -75,6 +87,11 @@ KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "v3": (DeepseekV3Config, DeepseekV3ForCausalLM, "deepseek_v3", {**COMMON, "num_mtp_layers": 0}),
     "qwen3": (Qwen3MoeConfig, Qwen3MoeForCausalLM, "qwen3_moe", QWEN3),
     "mixtral": (MixtralConfig, MixtralForCausalLM, "mixtral", {**GQA, "num_local_experts": 8}),
+    "glm-flash": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, "glm4_moe_lite", {**COMMON, "q_lora_rank": 20}),
+    "glm4": (Glm4MoeConfig, Glm4MoeForCausalLM, "glm4_moe", GLM4),
+    "minimax": (MiniMaxM2Config, MiniMaxM2ForCausalLM, "minimax_m2", {**GQA, "num_local_experts": 16}),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, "olmoe", {**GQA, "num_experts": 16, "head_dim": 8}),
+    "qwen2": (Qwen2MoeConfig, Qwen2MoeForCausalLM, "qwen2_moe", QWEN2),
 }
 TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2": ("v2", {"topk_method": "greedy"}),
@@ -90,6 +107,12 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-every-other": ("qwen3", {"decoder_sparse_step": 2, "norm_topk_prob": False, "head_dim": 8}),
     "qwen3-yarn": ("qwen3", {"rope_parameters": QWEN3_YARN, "num_key_value_heads": 6}),
     "mixtral": ("mixtral", {}),
+    "glm-flash": ("glm-flash", {}),
+    "glm4": ("glm4", {"n_shared_experts": 2}),
+    "glm4-qk-norm": ("glm4", {"use_qk_norm": True, "attention_bias": False, "first_k_dense_replace": 2}),
+    "minimax": ("minimax", {"rotary_dim": 8}),
+    "olmoe": ("olmoe", {}),
+    "qwen2": ("qwen2", {}),
 }
 
 
@@ -113,8 +136,9 @@ def make_toy(name: str, folder: Path, dtype: torch.dtype = torch.float32, **chan
         for layer in model.model.layers:
             if (gate := getattr(layer.mlp, "gate", None)) is not None:
                 gate.weight.normal_(0, 0.5)
-                if hasattr(gate, "e_score_correction_bias"):
-                    gate.e_score_correction_bias.normal_(0, 0.3)
+                for owner in (gate, layer.mlp):
+                    if hasattr(owner, "e_score_correction_bias"):
+                        owner.e_score_correction_bias.normal_(0, 0.3)
     model.set_experts_implementation("eager")  # the default one takes seconds at these sizes
     model.to(dtype).eval().save_pretrained(folder)
     return model

@@ -134,25 +134,33 @@ class Latent:
 class Grouped:
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245): a token caches the keys and values of ``kv_heads``.
 
-    ``qk_norm``: RMSNorm on each head's queries and keys before rotation. ``bias``: the projections have biases.
-    ``sinks``: each head has an extra logit in the softmax. ``window``: tokens visible to a query; None: all.
+    ``qk_norm``: RMSNorm of queries and keys before rotation, "head" by head or of "all" heads together; empty: none.
+    ``rope_dim``: rotated dimensions of a head, its first; 0: all. ``bias``: the projections of queries, keys and values
+    have biases; ``output_bias``: so has the output's. ``sinks``: each head has an extra logit in the softmax.
+    ``window``: tokens visible to a query; None: all.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     rope: Rope
-    qk_norm: bool = False
+    qk_norm: str = ""
+    rope_dim: int = 0
     bias: bool = False
+    output_bias: bool = False
     sinks: bool = False
     window: int | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "heads", "kv_heads", "head_dim")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, found {self.head_dim}")
+        if self.rotated % 2 or self.rotated > self.head_dim:
+            raise ValueError(f"a head's rotated dimensions must be even, found {self.rotated} of {self.head_dim}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys and values evenly")
+
+    @property
+    def rotated(self) -> int:
+        return self.rope_dim or self.head_dim
 
     @property
     def query_width(self) -> int:
@@ -215,6 +223,7 @@ class Dense:
 class Moe:
     """Routed experts, each a SwiGLU of ``width``, plus a shared one of ``shared_width``; 0: none.
 
+    ``shared_gate``: the shared expert's output is multiplied by the sigmoid of one more projection of its input.
     ``clamped``: gpt-oss's experts: they have biases, clamp gate and up projections, and add one to the latter.
     """
 
@@ -223,6 +232,7 @@ class Moe:
     width: int
     shared_width: int
     router: RouterSpec
+    shared_gate: bool = False
     clamped: bool = False
 
     def __post_init__(self) -> None:

@@ -9,16 +9,24 @@ from tierlm.errors import CheckpointError, UnsupportedModelError, shown
 from tierlm.models.config_reader import Config
 from tierlm.models.deepseek import DeepSeek
 from tierlm.models.family import Family
+from tierlm.models.glm4_moe import Glm4Moe
 from tierlm.models.gpt_oss import GptOss
 from tierlm.models.llama import Llama
+from tierlm.models.minimax_m2 import MiniMaxM2
 from tierlm.models.mixtral import Mixtral
+from tierlm.models.olmoe import Olmoe
+from tierlm.models.qwen2_moe import Qwen2Moe
 from tierlm.models.qwen3_moe import Qwen3Moe
 from tierlm.spec import ModelSpec
 
 FAMILIES: dict[str, Family] = {  # by model_type
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), DeepSeek()),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), DeepSeek()),
     "qwen3_moe": Qwen3Moe(),
+    "qwen2_moe": Qwen2Moe(),
     "mixtral": Mixtral(),
+    "olmoe": Olmoe(),
+    "glm4_moe": Glm4Moe(),
+    "minimax_m2": MiniMaxM2(),
     **dict.fromkeys(("llama", "mistral", "qwen3"), Llama()),
     "gpt_oss": GptOss(),
 }

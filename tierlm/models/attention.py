@@ -68,11 +68,22 @@ class Rotary:
         return Positions(segments, table, (turns.cos() * self._factor, turns.sin() * self._factor))
 
 
-def causal_softmax(scores: Tensor, scale: float) -> Tensor:
-    """Softmax of ``scale * scores`` [g, T, S]. The last of T queries sees all S keys. Overwrites ``scores``."""
+def causal_softmax(
+    scores: Tensor, scale: float, window: int | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """Softmax of ``scale * scores`` [g, T, S]. The last of T queries is at the place of the last key. Overwrites
+    ``scores``. ``window``: keys that a query sees, up to its own. ``sinks`` [g]: one more logit in each sum.
+    """
     tokens, keys = scores.shape[1:]
     scores = scores.mul_(scale)
     if tokens > 1:
-        hidden = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device).triu_(keys - tokens + 1)
-        scores.masked_fill_(hidden, float("-inf"))
-    return scores.softmax(dim=-1)
+        ones = torch.ones(tokens, keys, dtype=torch.bool, device=scores.device)
+        scores.masked_fill_(ones.triu(keys - tokens + 1), float("-inf"))
+        if window is not None and keys > window:
+            scores.masked_fill_(ones.tril_(keys - tokens - window), float("-inf"))
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    extra = sinks[:, None, None]
+    peak = torch.maximum(scores.amax(-1, keepdim=True), extra)
+    shares = scores.sub_(peak).exp_()
+    return shares.div_(shares.sum(-1, keepdim=True) + (extra - peak).exp())

@@ -135,6 +135,12 @@ class Config(Fields):
                 "[128, 128] is"
             )
 
+    def rotated(self, head_dim: int, factor: float) -> int:
+        """The rotated dimensions of a head; ``factor``: their default share."""
+        table = self.part("rope_parameters")
+        source = table if table.get("partial_rotary_factor") is not None else self
+        return int(head_dim * source.real("partial_rotary_factor", factor, most=1.0))
+
     def rope(self, interleaved: bool, theta: float = 10000.0) -> Rope:
         """RoPE from the published ``rope_scaling`` and ``rope_theta``, or transformers 5's ``rope_parameters``."""
         table, scaling = self.part("rope_parameters"), self.part("rope_scaling")

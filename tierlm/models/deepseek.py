@@ -1,7 +1,8 @@
-"""DeepSeek-V2, V2-Lite, V3, R1 and V3.1, and Kimi-K2, which shares their architecture. No torch."""
+"""DeepSeek-V2, V2-Lite, V3, R1 and V3.1; Kimi-K2 and GLM-4.7-Flash, which share their architecture. No torch."""
 
 from __future__ import annotations
 
+from tierlm.errors import UnsupportedModelError
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
 from tierlm.spec import Dense, Latent, LayerSpec, ModelSpec, Moe, RouterSpec
@@ -32,11 +33,19 @@ class DeepSeek(Names):
             split=config.flag("kv_b_split", False),
         )
         layers = config.number("num_hidden_layers")
-        dense = min(config.number("first_k_dense_replace", default=0), layers)
+        dense = min(config.number("first_k_dense_replace", default=self._dense(config)), layers)
         stack = [LayerSpec(attention, Dense(config.number("intermediate_size")))] * dense
         if dense < layers:
             stack += [LayerSpec(attention, self._moe(config, v2))] * (layers - dense)
         return config.model(tuple(stack), 1e-6)
+
+    def _dense(self, config: Config) -> int:
+        """The leading dense layers, where ``first_k_dense_replace`` does not say."""
+        kinds = config.listed("mlp_layer_types", str)
+        count = next((at for at, kind in enumerate(kinds) if kind != "dense"), len(kinds))
+        if "dense" in kinds[count:]:
+            raise UnsupportedModelError(f"{config.where}: mlp_layer_types: dense layers after others are not supported")
+        return count if kinds else int(config.model_type == "glm4_moe_lite")
 
     def _moe(self, config: Config, v2: bool) -> Moe:
         chosen, width = config.number("num_experts_per_tok"), config.number("moe_intermediate_size")

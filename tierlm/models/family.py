@@ -36,6 +36,7 @@ class Names:
     """The usual tensor names. A family overrides the ones that differ."""
 
     moe = "mlp."  # prefix of the MoE within its layer
+    shared = "shared_experts."  # prefix of the shared expert within the MoE
     router = "gate."  # prefix of the router within the MoE
     router_bias = "gate.bias"
     correction = "gate.e_score_correction_bias"
@@ -61,7 +62,10 @@ class Names:
         if isinstance(layer.feed_forward, Dense):
             found |= mlp(prefix + "mlp.", spec.hidden, layer.feed_forward.width)
         elif layer.feed_forward.shared_width:
-            found |= mlp(f"{prefix}{self.moe}shared_experts.", spec.hidden, layer.feed_forward.shared_width)
+            shared = prefix + self.moe + self.shared
+            found |= mlp(shared, spec.hidden, layer.feed_forward.shared_width)
+            if layer.feed_forward.shared_gate:
+                found["shared_gate"] = (f"{shared[:-1]}_gate.weight", (1, spec.hidden))
         return found
 
     def resident_tensors(self, spec: ModelSpec) -> Shapes:
@@ -96,12 +100,8 @@ def mlp(prefix: str, hidden: int, width: int, names: tuple[str, ...] = ("gate_pr
 
 def require_runnable(spec: ModelSpec, where: str) -> None:
     """Raises UnsupportedModelError, naming the features that the engine lacks; the planner does not need them."""
-    grouped = [layer.attention for layer in spec.layers if isinstance(layer.attention, Grouped)]
     moe = spec.moe
     features = {
-        "attention sinks": any(attention.sinks for attention in grouped),
-        "sliding windows": any(attention.window is not None for attention in grouped),
-        "attention biases": any(attention.bias for attention in grouped),
         "router biases": moe is not None and moe.router.bias,
         "clamped experts with biases": moe is not None and moe.clamped,
     }
@@ -137,9 +137,10 @@ def _grouped(prefix: str, hidden: int, spec: Grouped) -> Shapes:
     found: Shapes = {f"{name}_proj": (f"{prefix}{name}_proj.weight", (rows[name], hidden)) for name in "qkv"}
     found["o_proj"] = (prefix + "o_proj.weight", (hidden, spec.query_width))
     if spec.qk_norm:
-        found |= {f"{name}_norm": (f"{prefix}{name}_norm.weight", (spec.head_dim,)) for name in "qk"}
+        sizes = {"q": spec.head_dim, "k": spec.head_dim} if spec.qk_norm == "head" else rows
+        found |= {f"{name}_norm": (f"{prefix}{name}_norm.weight", (sizes[name],)) for name in "qk"}
     if spec.sinks:
         found["sinks"] = (prefix + "sinks", (spec.heads,))
-    if spec.bias:
-        found |= {f"{name}_bias": (f"{prefix}{name}_proj.bias", (size,)) for name, size in rows.items()}
+    biased = "qkv" * spec.bias + "o" * spec.output_bias
+    found |= {f"{name}_bias": (f"{prefix}{name}_proj.bias", (rows[name],)) for name in biased}
     return found

@@ -25,6 +25,7 @@ class GptOss(Names):
                 head_dim=config.number("head_dim", default=hidden // max(1, heads)),
                 rope=config.rope(interleaved=False, theta=150000.0),
                 bias=True,
+                output_bias=True,
                 sinks=True,
                 window=window,
             )

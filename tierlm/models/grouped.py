@@ -20,7 +20,7 @@ class GroupedHeads:
 
     def __init__(self, spec: Grouped, norm_eps: float, cache: KvCache, device: torch.device):
         self.spec, self.norm_eps, self.cache = spec, norm_eps, cache
-        self._rotary = Rotary(spec.rope, spec.head_dim, device)
+        self._rotary = Rotary(spec.rope, spec.rotated, device)
         self._scale = softmax_scale(spec.rope, spec.head_dim)
         self._sharing = spec.heads // spec.kv_heads  # query heads per head of keys and values
 
@@ -31,25 +31,34 @@ class GroupedHeads:
         self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
     ) -> tuple[Tensor, Tensor]:
         """Query heads that share keys and values are multiplied with them in one product, directly in the cache."""
-        spec, eps, (cos, sin) = self.spec, self.norm_eps, positions.angles
-        tokens, dim = len(hidden), spec.head_dim
+        spec, eps, tokens = self.spec, self.norm_eps, len(hidden)
         x = rms_norm(hidden, trunk["input_layernorm"], eps)
-        queries = linear(x, trunk["q_proj"]).view(tokens, spec.heads, dim)
-        keys = linear(x, trunk["k_proj"]).view(tokens, spec.kv_heads, dim)
-        if spec.qk_norm:
-            queries, keys = rms_norm(queries, trunk["q_norm"], eps), rms_norm(keys, trunk["k_norm"], eps)
-        queries = rotate(queries, cos, sin, spec.rope.interleaved)
-        keys = rotate(keys, cos, sin, spec.rope.interleaved)
-        step = torch.cat((keys.flatten(1), linear(x, trunk["v_proj"])), dim=-1)  # [T, 2 * kv_heads * dim]
+        queries = self._rotated(_projected(x, trunk, "q"), trunk.get("q_norm"), positions)  # [T, heads, dim]
+        keys = self._rotated(_projected(x, trunk, "k"), trunk.get("k_norm"), positions)  # [T, kv_heads, dim]
+        step = torch.cat((keys.flatten(1), _projected(x, trunk, "v")), dim=-1)  # [T, 2 * kv_heads * dim]
+        sinks = trunk["sinks"].data.float() if spec.sinks else None
         out = torch.empty_like(queries)
         for segment in positions.segments:
             rows = slice(segment.start, segment.stop)
             past = self.cache.append(layer, segment.span, step[rows])  # [S, 2 * kv_heads * dim]
-            self._attend(queries[rows], past, out[rows])
-        total = hidden + linear(out.view(tokens, spec.query_width), trunk["o_proj"])
+            if spec.window is not None:  # what the first query sees, and on
+                past = past[-(spec.window + segment.stop - segment.start - 1) :]
+            self._attend(queries[rows], past, sinks, out[rows])
+        total = hidden + _projected(out.view(tokens, spec.query_width), trunk, "o")
         return total, rms_norm(total, next_norm, eps)
 
-    def _attend(self, queries: Tensor, past: Tensor, out: Tensor) -> None:
+    def _rotated(self, x: Tensor, norm: Weight | None, positions: Positions) -> Tensor:
+        """Queries or keys [T, heads * dim], normed and rotated -> [T, heads, dim]."""
+        spec = self.spec
+        if norm is not None and spec.qk_norm == "all":
+            x = rms_norm(x, norm, self.norm_eps)
+        x = x.view(len(x), -1, spec.head_dim)
+        if norm is not None and spec.qk_norm == "head":
+            x = rms_norm(x, norm, self.norm_eps)
+        turned = rotate(x[..., : spec.rotated], *positions.angles, spec.rope.interleaved)
+        return turned if spec.rotated == spec.head_dim else torch.cat((turned, x[..., spec.rotated :]), dim=-1)
+
+    def _attend(self, queries: Tensor, past: Tensor, sinks: Tensor | None, out: Tensor) -> None:
         """One sequence: queries [T, heads, dim], past [S, 2 * kv_heads * dim] -> ``out`` [T, heads, dim]."""
         spec, sharing, (tokens, heads, dim) = self.spec, self._sharing, queries.shape
         stored = past.view(len(past), 2, spec.kv_heads, dim)
@@ -65,5 +74,12 @@ class GroupedHeads:
             together = -(-count // (own.stop - own.start))
             query = queries[:, mine].transpose(0, 1).reshape(-1, together * tokens, dim)  # [kv, heads * T, dim]
             scores = torch.bmm(query, keys[own]).view(count, tokens, -1)
-            shares = causal_softmax(scores, self._scale).view(-1, together * tokens, len(past))
+            extra = None if sinks is None else sinks[mine]
+            shares = causal_softmax(scores, self._scale, spec.window, extra).view(-1, together * tokens, len(past))
             out[:, mine] = torch.bmm(shares, values[own]).view(count, tokens, dim).transpose(0, 1)
+
+
+def _projected(x: Tensor, trunk: Weights, name: str) -> Tensor:
+    """The projection ``name`` of ``x``, with its bias if it has one."""
+    found, bias = linear(x, trunk[f"{name}_proj"]), trunk.get(f"{name}_bias")
+    return found if bias is None else found.add_(bias.data.float())

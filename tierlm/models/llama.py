@@ -20,7 +20,7 @@ class Llama(Names):
             kv_heads=config.number("num_key_value_heads", default=heads),
             head_dim=config.number("head_dim", default=hidden // max(1, heads)),
             rope=config.rope(interleaved=config.flag("rope_interleave", False)),
-            qk_norm=config.model_type == "qwen3",
+            qk_norm="head" if config.model_type == "qwen3" else "",
             window=None if config.model_type == "qwen3" else config.number("sliding_window", default=0) or None,
         )
         return config.model(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
-from tierlm.kernels import Groups, combined, gated_mlps, grouped
+from tierlm.kernels import Groups, combined, gated_mlps, grouped, linear
 from tierlm.memory.store import Leases, Store
 from tierlm.models.router import Router
 from tierlm.spec import ModelSpec
@@ -50,6 +50,8 @@ class MixtureOfExperts:
             for (target, ahead), ranked in itertools.zip_longest(targets, rankings):
                 self.store.look_ahead(target, ahead, prefill, None if ranked is None else ranked.tolist())
             outputs, shared = self._compute(x, layer, trunk, groups, leases)  # [T * k, hidden], [T, hidden]
+        if shared is not None and (gate := trunk.get("shared_gate")) is not None:
+            shared *= linear(x, gate).sigmoid_()  # [T, 1]
         return combined(hidden, shared, weights, outputs, groups.inverse)
 
     def _compute(

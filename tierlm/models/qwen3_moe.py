@@ -19,7 +19,7 @@ class Qwen3Moe(Names):
             kv_heads=config.number("num_key_value_heads", default=heads),
             head_dim=config.number("head_dim", default=hidden // max(1, heads)),
             rope=config.rope(interleaved=False),
-            qk_norm=True,
+            qk_norm="head",
         )
         router = RouterSpec("softmax", normalize=config.flag("norm_topk_prob", False))
         moe = Moe(

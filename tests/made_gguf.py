@@ -21,6 +21,12 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "llama": "llama",
     "qwen3": "qwen3",
+    "glm4_moe_lite": "deepseek2",
+    "glm4_moe": "glm4moe",
+    "minimax_m2": "minimax-m2",
+    "olmoe": "olmoe",
+    "qwen2_moe": "qwen2moe",
+    "gpt_oss": "gpt-oss",
 }
 SHORT = {  # config.json -> key of the metadata
     "max_position_embeddings": "context_length",
@@ -37,6 +43,8 @@ SHORT = {  # config.json -> key of the metadata
     "topk_group": "expert_group_used_count",
     "q_lora_rank": "attention.q_lora_rank",
     "kv_lora_rank": "attention.kv_lora_rank",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "sliding_window": "attention.sliding_window",
 }
 
 
@@ -73,7 +81,7 @@ def _converted(
     stacks: dict[str, dict[int, Array]] = {}
     heads = config["num_attention_heads"]
     for name, tensor in tensors.items():
-        if ".experts." in name:
+        if ".experts." in name and architecture != "gpt-oss":
             before, after = name.split(".experts.")
             number, _, rest = after.partition(".")
             stacks.setdefault(f"{before}.experts.{rest}", {})[int(number)] = tensor
@@ -82,6 +90,23 @@ def _converted(
             own = heads if name.endswith("q_proj.weight") else config["num_key_value_heads"]
             rows, columns = tensor.shape
             tensor = tensor.reshape(own, 2, rows // own // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        if name.endswith(".sinks"):
+            name += ".weight"
+        if name.endswith("shared_expert_gate.weight"):
+            tensor = tensor[0]
+        if architecture == "gpt-oss" and ".experts.gate_up_proj" in name:  # transposed, gate and up interleaved
+            rows = tensor if name.endswith("bias") else tensor.swapaxes(1, 2)
+            stem, ending = name.split("gate_up_proj")
+            for at, part in enumerate(("gate_proj", "up_proj")):
+                kind = ".bias" if ending else ".weight"
+                found[f"{stem}{part}{kind}"] = np.ascontiguousarray(rows[:, at::2])
+            continue
+        if architecture == "gpt-oss" and ".experts.down_proj" in name:
+            stem, ending = name.split("down_proj")
+            found[f"{stem}down_proj{'.bias' if ending else '.weight'}"] = (
+                tensor if ending else np.ascontiguousarray(tensor.swapaxes(1, 2))
+            )
+            continue
         if name.endswith("kv_b_proj.weight") and split_kv_b:
             halves = tensor.reshape(heads, -1, tensor.shape[-1])
             nope = config["qk_nope_head_dim"]
@@ -138,7 +163,15 @@ def _describe(
         add("expert_weights_scale", float(config.get("routed_scaling_factor", 1.0)))
         add("expert_weights_norm", bool(config.get("norm_topk_prob", False)))
         add("expert_gating_func", 1 if config["model_type"] == "deepseek_v2" else 2)
-    elif "head_dim" in config:
+    elif architecture in ("glm4moe", "minimax-m2"):
+        share = rope.get("partial_rotary_factor", 1.0)
+        add("rope.dimension_count", config.get("rotary_dim") or int(config["head_dim"] * share))
+        add("expert_weights_scale", float(config.get("routed_scaling_factor", 1.0)))
+        add("expert_weights_norm", True)
+        add("expert_gating_func", 2)
+    if architecture in ("minimax-m2", "gpt-oss"):
+        add("expert_feed_forward_length", config["intermediate_size"])
+    if architecture != "deepseek2" and "head_dim" in config:
         add("attention.key_length", config["head_dim"])
         add("attention.value_length", config["head_dim"])
     for key, value in more.items():

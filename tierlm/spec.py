@@ -225,6 +225,7 @@ class Moe:
 
     ``shared_gate``: the shared expert's output is multiplied by the sigmoid of one more projection of its input.
     ``clamped``: gpt-oss's experts: they have biases, clamp gate and up projections, and add one to the latter.
+    ``stacked``: a layer's experts lie in one tensor, with the rows of gate and up interleaved.
     """
 
     experts: int
@@ -234,6 +235,7 @@ class Moe:
     router: RouterSpec
     shared_gate: bool = False
     clamped: bool = False
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         router, chosen = self.router, self.experts_per_token

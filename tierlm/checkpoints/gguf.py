@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,20 @@ class GgufCheckpoint:
     def find(self, name: str) -> TensorInfo | None:
         expert = EXPERT.fullmatch(name)
         if expert is None:
-            return self.tensors.get(self._translated(name))
+            found = self.tensors.get(self._translated(name))
+            if found is not None and name.endswith("shared_expert_gate.weight"):  # a vector in GGUF
+                return replace(found, shape=(1, *found.shape))
+            return found
         stack = self._translated(f"{expert[1]}.{expert[3]}")
         found, number = self.tensors.get(stack), int(expert[2])
-        if found is None or number >= self._stacks.get(stack, 0):
+        if found is None or len(found.shape) < 2:
             return None
-        rows = found.shape[0] // self._stacks[stack]
-        return found.rows(number * rows, (number + 1) * rows)
+        count = self._stacks.get(stack, found.shape[0])  # of vectors, if it has two dimensions
+        if number >= count:
+            return None
+        rows = found.shape[0] // count
+        part = found.rows(number * rows, (number + 1) * rows)
+        return part if stack in self._stacks else replace(part, shape=part.shape[1:])
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
         found = self.find(name)
@@ -74,8 +82,9 @@ class GgufCheckpoint:
         """GGUF's name of a tensor; of the stack, for an expert's tensor without its number."""
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         stem, _, ending = name.rpartition(".")
-        known = self._names.get_name(stem)
-        return f"{known or stem}.{ending}"
+        if (known := self._names.get_name(stem)) is not None:
+            return f"{known}.{ending}"
+        return f"{self._names.get_name(name) or name}.weight"
 
 
 def _parts(file: Path, header: GgufHeader) -> list[tuple[Path, GgufHeader]]:

@@ -57,6 +57,8 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], wh
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in tensors
+    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
     if get("rope.scaling.type", "none") != "none":
         config["rope_scaling"] = _scaling(get)
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
@@ -119,7 +121,59 @@ def _qwen3(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
     return {"model_type": "qwen3"}
 
 
-ARCHITECTURES = {"deepseek2": _deepseek, "llama": _llama, "qwen3moe": _qwen3_moe, "qwen3": _qwen3}
+def _qwen2_moe(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_moe",
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": get("expert_shared_feed_forward_length"),
+    }
+
+
+def _olmoe(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    return {"model_type": "olmoe", "norm_topk_prob": False}
+
+
+def _glm4_moe(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    return {
+        "model_type": "glm4_moe",
+        "n_routed_experts": config.get("num_experts"),
+        "partial_rotary_factor": get("rope.dimension_count", 0) / max(1, config.get("head_dim", 1)),
+    }
+
+
+def _minimax(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    return {
+        "model_type": "minimax_m2",
+        "num_local_experts": config.get("num_experts"),
+        "intermediate_size": config.get("moe_intermediate_size"),
+        "rotary_dim": get("rope.dimension_count"),
+    }
+
+
+def _gpt_oss(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    """YaRN without rounding, as published; the metadata does not say."""
+    found: dict[str, Any] = {
+        "model_type": "gpt_oss",
+        "intermediate_size": config.get("moe_intermediate_size"),
+        "sliding_window": get("attention.sliding_window"),
+        "experts_split": True,
+    }
+    if "rope_scaling" in config:
+        found["rope_scaling"] = {**config["rope_scaling"], "truncate": False}
+    return found
+
+
+ARCHITECTURES = {
+    "deepseek2": _deepseek,
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "qwen3moe": _qwen3_moe,
+    "qwen2moe": _qwen2_moe,
+    "olmoe": _olmoe,
+    "glm4moe": _glm4_moe,
+    "minimax-m2": _minimax,
+    "gpt-oss": _gpt_oss,
+}
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,8 @@ TILE_ROWS = 128  # a tile has a multiple of this many rows, so that few blocks a
 ROWS_AT_ONCE = 512  # activation rows of several experts in one call of the kernels
 ABSORB_ROWS = 8  # most rows that the kernels multiply with kv_b without widening it
 
+CLAMP, SLOPE = 7.0, 1.702  # of gpt-oss's experts
+
 Job = tuple[Tensor, Tensor, tuple[Weight, Weight, Weight]]  # x, y, and gate, up and down of a gated_mlp
 
 
@@ -76,6 +78,17 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
     out = torch.empty_like(x)
     gated_mlps([(x, out, (gate, up, down))])
     return out
+
+
+def clamped_mlp(x: Tensor, weights: Sequence[Weight], biases: Sequence[Weight]) -> Tensor:
+    """gpt-oss's expert (`GptOssExperts` in transformers). ``weights`` and ``biases``: gate, up and down. float32 [T, in]
+    -> float32 [T, in]."""
+
+    def product(x: Tensor, at: int) -> Tensor:
+        return linear(x, weights[at]).add_(biases[at].data.float())
+
+    gate, up = product(x, 0).clamp_(max=CLAMP), product(x, 1).clamp_(-CLAMP, CLAMP)
+    return product(gate * torch.sigmoid(SLOPE * gate) * (up + 1), 2)
 
 
 def gated_mlps(jobs: Sequence[Job]) -> None:

@@ -48,8 +48,9 @@ class Names:
         prefix = f"model.layers.{key.layer}.{self.moe}experts.{key.expert}."
         found = mlp(prefix, spec.hidden, moe.width, self.projections)
         if moe.clamped:
-            found["gate_up_bias"] = (prefix + "gate_up_proj_bias", (2 * moe.width,))
-            found["down_bias"] = (prefix + "down_proj_bias", (spec.hidden,))
+            sizes = moe.width, moe.width, spec.hidden
+            for role, name, size in zip(("gate", "up", "down"), self.projections, sizes, strict=True):
+                found[f"{role}_bias"] = (f"{prefix}{name}.bias", (size,))
         return found
 
     def trunk_tensors(self, spec: ModelSpec, key: TrunkKey) -> Shapes:
@@ -102,8 +103,7 @@ def require_runnable(spec: ModelSpec, where: str) -> None:
     """Raises UnsupportedModelError, naming the features that the engine lacks; the planner does not need them."""
     moe = spec.moe
     features = {
-        "router biases": moe is not None and moe.router.bias,
-        "clamped experts with biases": moe is not None and moe.clamped,
+        "stacked experts in safetensors (a GGUF file of this model works)": moe is not None and moe.stacked,
     }
     if missing := [name for name, needed in features.items() if needed]:
         raise UnsupportedModelError(f"{where}: {spec.model_type} supports planning only; missing: {', '.join(missing)}")

@@ -10,13 +10,14 @@ from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
 class GptOss(Names):
     """Grouped attention with sinks and, in every other layer, a window; clamped experts with biases in every layer.
 
-    Shapes describe one expert; the published files stack a layer's experts in mxfp4.
+    Names are those of one expert, as in GGUF; the published safetensors files stack a layer's experts.
     """
 
     router = "router."
     router_bias = "router.bias"
 
     def read_spec(self, config: Config) -> ModelSpec:
+        config.allow(swiglu_limit=(7.0,), swiglu_alpha=(1.702,))  # kernels/linear.py
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         full, windowed = (
             Grouped(
@@ -38,6 +39,7 @@ class GptOss(Names):
             shared_width=0,
             router=RouterSpec("softmax", bias=True),
             clamped=True,
+            stacked=not config.flag("experts_split", False),
         )
         layers = config.number("num_hidden_layers")
         kinds = config.listed("layer_types", str, (["sliding_attention", "full_attention"] * layers)[:layers])

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
-from tierlm.kernels import Groups, combined, gated_mlps, grouped, linear
+from tierlm.kernels import Groups, clamped_mlp, combined, gated_mlps, grouped, linear
 from tierlm.memory.store import Leases, Store
 from tierlm.models.router import Router
 from tierlm.spec import ModelSpec
 from tierlm.timeline import Timeline, span
 from tierlm.tracing.recorder import AHEAD, Recorder
+
+
+MLP, PARTS = ("gate", "up", "down"), ("proj", "bias")  # roles of a clamped expert
 
 
 class MixtureOfExperts:
@@ -30,6 +33,7 @@ class MixtureOfExperts:
     ):
         self.spec, self.router, self.store = spec, router, store
         self.timeline, self.recorder = timeline, recorder
+        self._clamped = spec.moe is not None and spec.moe.clamped
         self._shared = spec.moe is not None and spec.moe.shared_width > 0
 
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
@@ -67,7 +71,11 @@ class MixtureOfExperts:
         for batch in itertools.chain((leases.resident(),), leases):
             jobs += [(*mine[expert], record) for expert, record in batch]
             with span(self.timeline, "compute", f"{len(jobs)} experts of {layer}"):
-                gated_mlps([(x, y, (w["gate_proj"], w["up_proj"], w["down_proj"])) for x, y, w in jobs])
+                if self._clamped:
+                    for rows, out, record in jobs:
+                        out.copy_(clamped_mlp(rows, *[[record[f"{name}_{part}"] for name in MLP] for part in PARTS]))
+                else:
+                    gated_mlps([(rows, out, (w["gate_proj"], w["up_proj"], w["down_proj"])) for rows, out, w in jobs])
             jobs = []
         return outputs, shared
 

@@ -25,12 +25,15 @@ class Router:
             layer: (resident[f"{layer}.router"], resident.get(f"{layer}.correction"), resident[f"{layer}.norm"])
             for layer in spec.moe_layers
         }
+        self._biases = {layer: resident[f"{layer}.router_bias"] for layer in spec.moe_layers} if rule.bias else {}
 
     def score(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Normed ``x`` [T, hidden] -> the scores of all experts, and the same corrected for selection, both float32
         [T, E]."""
         matrix, correction, _ = self._layers[layer]
         logits = linear(x, matrix)
+        if self._biases:
+            logits += self._biases[layer].data.float()
         scores = logits.softmax(-1) if self._rules.softmax else logits.sigmoid()
         return scores, scores if correction is None else scores + correction.data.float()
 
@@ -45,7 +48,7 @@ class Router:
         chosen = self.spec.experts_per_token
         matrix, correction, _ = self._layers[layer]
         calls = [RouterCall(x, matrix, correction, None), *(RouterCall(hidden, *self._layers[at]) for at in ahead)]
-        found = route_few(calls, self._rules, chosen)
+        found = None if self._biases else route_few(calls, self._rules, chosen)
         if found is None:
             return *self._choose(x, layer, chosen), [self.rank(hidden, later, chosen) for later in ahead]
         (weights, experts), *others = found
@@ -54,7 +57,7 @@ class Router:
     def rank(self, hidden: Tensor, layer: int, chosen: int) -> Tensor:
         """The top ``chosen`` experts of ``layer`` for ``hidden`` [T, hidden], not normed: int64 [T, chosen]."""
         own = self._layers[layer]
-        found = route_few([RouterCall(hidden, *own)], self._rules, chosen)
+        found = None if self._biases else route_few([RouterCall(hidden, *own)], self._rules, chosen)
         if found is not None:
             return found[0][1]
         return self._choose(rms_norm(hidden, own[2], self.spec.norm_eps), layer, chosen)[1]

@@ -34,6 +34,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",
+        "gguf>=0.17",
         "tokenizers>=0.20",
         "huggingface_hub>=0.26",
         "jinja2>=3.1",
@@ -43,7 +44,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
-        "peers": ["accelerate>=1.10", "gguf>=0.17", "safetensors>=0.4.5", "transformers>=5.20", "xllamacpp>=2026.10"],
+        "peers": ["accelerate>=1.10", "safetensors>=0.4.5", "transformers>=5.20", "xllamacpp>=2026.10"],
         "zstd": ["zstandard>=0.22"],
         "plot": ["matplotlib>=3.8"],
         "tune": ["optuna>=4"],

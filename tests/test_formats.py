@@ -1,4 +1,6 @@
-"""Conformance of every format in the registry, and of two toys: one class and one line of the registry each."""
+"""Conformance of every format that can be packed, and of two toys: one class and one line of the registry each.
+
+Those of GGUF are only read: test_ggml.py."""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from tierlm.formats.dtypes import torch_dtypes
 from tierlm.kernels import Weight, gated_mlp, linear, quantise, widen
 from tierlm.kernels.linear import widen_reference
 from tierlm.kernels.quantised import rounded
-from tierlm.kernels.weight import EXACT, NUMBERS
+from tierlm.kernels.weight import EXACT, NUMBERS, TILES
 from tierlm.models.catalog import Catalog
 from tierlm.models.outline import work_of
 from tierlm.models.packing import pack_model
@@ -77,12 +79,12 @@ TOYS: dict[str, Format] = {
     "halves": ScaledHalves("halves", (3, 8), 3 * 8 * 2 + 4, "F16", floats=True),
     "u4": FourBits("u4", (1, 16), 8 + 2, "U8", rounds=True),
 }
-LOADABLE = [name for name, format in FORMATS.items() if format.loadable]
+PACKABLE = [name for name, format in FORMATS.items() if format.packable]
 
 
-@pytest.fixture(params=[*LOADABLE, *TOYS])
+@pytest.fixture(params=[*PACKABLE, *TOYS])
 def format(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Format:
-    """Each format that a weight can have."""
+    """Each format that a packed weight can have."""
     if request.param in TOYS:
         monkeypatch.setitem(FORMATS, request.param, TOYS[request.param])
     return FORMATS[request.param]
@@ -229,9 +231,9 @@ def test_names_are_keys() -> None:
 
 
 def test_formats_that_can_only_be_planned_for(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
-    """Bits as published: OCP MX v1.0, and ggml-common.h."""
+    """Bits as published: OCP MX v1.0, and llama.cpp's mixture."""
     planned = {name: format.bits for name, format in FORMATS.items() if not format.loadable}
-    assert planned == {"mxfp4": 4.25, "q4_k": 4.5, "q6_k": 6.5625, "q4_k_m": 4.84375}
+    assert planned == {"mxfp4": 4.25, "q4_k_m": 4.84375}
     for name in planned:
         assert not FORMATS[name].takes((8, 256))
         with pytest.raises(NotImplementedError, match=name):
@@ -262,10 +264,11 @@ def test_missing_scales_do_not_make_another_format(monkeypatch: pytest.MonkeyPat
 def test_numbers_are_those_of_the_kernels() -> None:
     """The values they stand for are tested above, in products."""
     header = (Path(tierlm.kernels.__file__).parent / "product.h").read_text()
-    found = re.search(r"constexpr int FLOATS = (\d+), TILES = (\d+);", header)
+    found = re.search(r"constexpr int FLOATS = (\d+), TILES = (\d+), GGML = (\d+);", header)
     assert found is not None
-    floats, tiles = map(int, found.groups())
-    assert sorted([*NUMBERS.values(), *EXACT.values()]) == list(range(floats + tiles))
-    assert all(number - NUMBERS[name] == tiles // 2 for name, number in EXACT.items())
+    floats, tiles, ggml = map(int, found.groups())
+    assert sorted([*NUMBERS.values(), *EXACT.values()]) == list(range(floats + tiles + ggml))
+    for name, number in EXACT.items():
+        assert number - NUMBERS[name] == (tiles if name in TILES else ggml) // 2
     assert {name for name in NUMBERS if FORMATS[name].rounds} == EXACT.keys()
     assert math.prod(FORMATS["int4"].block) // 2 + 16 == FORMATS["int4"].block_bytes

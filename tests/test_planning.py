@@ -346,7 +346,7 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_are_measured_in_memory_like_slots(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "MEASURED", (format,))
     monkeypatch.setattr(arithmetic, "ROWS", (1, 3))
-    for name, value in (("HIDDEN", 64), ("WIDTH", 32), ("RESIDENT", 2**16), ("SECONDS", 1e-4)):
+    for name, value in (("HIDDEN", 512), ("WIDTH", 256), ("RESIDENT", 2**16), ("SECONDS", 1e-4)):
         monkeypatch.setattr(arithmetic, name, value)
     found = arithmetic.measure_kernels()
     assert [(rate.format, rate.rows) for rate in found] == [(format, 1), (format, 3)]
@@ -354,7 +354,7 @@ def test_kernels_are_measured_in_memory_like_slots(format: str, monkeypatch: pyt
     first, *others = arithmetic._experts(format)
     values = [widen(weight) for weight in first]
     assert all(torch.equal(widen(weight), value) for e in others for weight, value in zip(e, values, strict=True))
-    assert others and values[2].shape == (64, 32)
+    assert others and values[2].shape == (512, 256)
 
 
 def test_ctrl_c_while_profiling_exits_as_everywhere(

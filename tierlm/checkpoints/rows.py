@@ -12,10 +12,9 @@ from tierlm.checkpoints.reader import Request, failure
 BLOCK = 2**17  # bytes of rows that share a seal; a block is verified when one of its rows is first read
 
 
-def block_of_rows(tensor: TensorInfo) -> int:
-    """BLOCK, rounded down to whole rows of ``tensor``, at least one."""
-    stride = tensor.nbytes // tensor.shape[0]
-    return max(1, BLOCK // stride) * stride
+def block_of_rows(row: int) -> int:
+    """BLOCK, rounded down to whole rows of ``row`` bytes, at least one."""
+    return max(1, BLOCK // row) * row
 
 
 class Rows:
@@ -27,7 +26,8 @@ class Rows:
     """
 
     def __init__(self, tensor: TensorInfo, seals: Iterable[Seal] = ()):
-        self._tensor, self._stride, self._block = tensor, tensor.nbytes // tensor.shape[0], block_of_rows(tensor)
+        self._tensor, self._stride = tensor, tensor.nbytes // tensor.shape[0]
+        self._block = block_of_rows(self._stride)
         self._unchecked = {seal.offset: seal for seal in seals if seal.nbytes <= self._block}
         self._extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
         try:

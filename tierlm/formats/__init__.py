@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tierlm.formats.floats import BF16, F16, F32
 from tierlm.formats.format import Format, Part, Shape
 from tierlm.formats.fp8_block import FP8
+from tierlm.formats.ggml import GGML
 from tierlm.formats.tiles import INT4, INT8
 
 __all__ = ["FORMATS", "Format", "Part", "Shape", "recognise"]
@@ -20,9 +21,8 @@ FORMATS: dict[str, Format] = {
         FP8,
         INT8,
         INT4,
+        *GGML,
         Format("mxfp4", (1, 32), 16 + 1),  # gpt-oss as published: an 8-bit scale for 32 values
-        Format("q4_k", (1, 256), 144),  # ggml-common.h, block_q4_K and block_q6_K
-        Format("q6_k", (1, 256), 210),
         Format("q4_k_m", (6, 256), 5 * 144 + 210),  # an expert in this mixture: half of the down projection is q6_k
     )
 }

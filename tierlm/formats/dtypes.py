@@ -1,4 +1,4 @@
-"""The torch dtypes of safetensors."""
+"""The torch dtypes of stored tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 @cache
 def torch_dtypes() -> Mapping[str, torch.dtype]:
-    """safetensors name -> torch dtype."""
+    """Name in safetensors, or GGML type -> torch dtype."""
     import torch
+
+    from tierlm.formats.ggml import GGML
 
     return {
         "F32": torch.float32,
@@ -22,4 +24,5 @@ def torch_dtypes() -> Mapping[str, torch.dtype]:
         "F8_E4M3": torch.float8_e4m3fn,
         "I8": torch.int8,
         "U8": torch.uint8,
+        **{format.dtype: torch.uint8 for format in GGML},
     }

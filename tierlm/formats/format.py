@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
-Part = tuple[str, Shape]  # safetensors dtype and shape of a tensor
+Part = tuple[str, Shape]  # dtype (of safetensors, or a GGML type) and shape of a tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Format:
     @property
     def loadable(self) -> bool:
         return bool(self.dtype)
+
+    @property
+    def packable(self) -> bool:
+        """Whether packed stores can hold it: its tensors have dtypes of safetensors, and ``make`` exists."""
+        return self.loadable
 
     def takes(self, shape: Shape) -> bool:
         """Whether a weight of ``shape`` can be stored in this format."""

@@ -19,7 +19,7 @@ from tierlm.formats import FORMATS
 from tierlm.formats.tiles import LANES
 from tierlm.kernels import native
 from tierlm.kernels.quantised import rounded
-from tierlm.kernels.weight import Weight
+from tierlm.kernels.weight import VECTORS, Weight
 
 TILE_VALUES = 2**20  # float32 values of one widened tile: 4 MiB
 TILE_ROWS = 128  # a tile has a multiple of this many rows, so that few blocks are widened twice
@@ -35,7 +35,7 @@ def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:
     """Rows ``start`` to ``stop`` as float32 [stop - start, ...]; a view if the weight is float32."""
     extra = start % FORMATS[weight.format].block[0]
     part = weight.rows(start - extra, weight.shape[0] if stop is None else stop)
-    kernels = native.kernels_for(part) if part.scale is not None else None  # torch is as fast without scales
+    kernels = native.kernels_for(part) if part.format not in VECTORS else None  # torch is as fast without scales
     return (kernels.widen(part) if kernels is not None else widen_reference(part))[extra:]
 
 

@@ -61,19 +61,22 @@ LAYOUT(Expert, FIELD(x), FIELD(gate), FIELD(up), FIELD(down), FIELD(y), FIELD(ro
 // An expert with its intermediate buffers.
 struct Inside : Expert {
     float *inner, *scratch;            // [rows, width] each
-    Rounded *rounded, *inner_rounded;  // [rows, groups_of(hidden)] and [rows, groups_of(width)], or null
+    Rounded *rounded, *inner_rounded;  // [rows, groups_of(hidden)] and [rows, groups_of(width)], null if not needed
 };
 
 // y = down(silu(gate(x)) * up(x)) for several experts in one parallel region.
 void tierlm_gated_mlps(int threads, const Expert* given, int64_t count) {
     int64_t in_pieces = 0, out_pieces = 0, floats = 0, groups = 0;
-    const auto rounds = [](const Matrix& w) { return w.as().rounds ? groups_of(w.ins) : 0; };
+    const auto outer_groups = [](const Expert& e) {
+        return e.gate.as().rounds || e.up.as().rounds ? groups_of(e.gate.ins) : 0;
+    };
+    const auto inner_groups = [](const Expert& e) { return e.down.as().rounds ? groups_of(e.down.ins) : 0; };
     for (int64_t i = 0; i < count; ++i) {
         const Expert& e = given[i];
         in_pieces += e.gate.pieces();
         out_pieces += e.down.pieces();
         floats += 2 * e.rows * e.gate.outs;
-        groups += e.rows * (rounds(e.gate) + rounds(e.down));
+        groups += e.rows * (outer_groups(e) + inner_groups(e));
     }
     const auto experts = room<Inside>(count);
     const auto values = room<float>(floats);
@@ -82,10 +85,11 @@ void tierlm_gated_mlps(int threads, const Expert* given, int64_t count) {
     Rounded* group = rounded.get();
     for (int64_t i = 0; i < count; ++i) {
         const Expert& e = given[i];
-        const int64_t size = e.rows * e.gate.outs, outer = e.rows * rounds(e.gate);
-        experts[i] = {e, value, value + size, outer ? group : nullptr, e.down.as().rounds ? group + outer : nullptr};
+        const int64_t size = e.rows * e.gate.outs;
+        const int64_t outer = e.rows * outer_groups(e), inner = e.rows * inner_groups(e);
+        experts[i] = {e, value, value + size, outer ? group : nullptr, inner ? group + outer : nullptr};
         value += 2 * size;
-        group += outer + e.rows * rounds(e.down);
+        group += outer + inner;
     }
 #pragma omp parallel num_threads(threads)
     {

@@ -4,15 +4,16 @@
 #include "vectors.h"
 
 constexpr int64_t BLOCK = 128;  // rows and columns per scale in block-scaled float8
-constexpr int64_t GROUP = 32;   // columns of a row per scale in int8 and int4
+constexpr int64_t GROUP = 32;   // columns of a row per scale in int8 and int4, and of rounded activations
 
 INLINE int64_t groups_of(int64_t ins) { return (ins + GROUP - 1) / GROUP; }
 
 // GROUP activations of a row as scale * numbers (rounding.cpp).
 struct Rounded {
     float scale;
-    int32_t sum;  // of the numbers
+    int16_t sums[2];  // of the numbers in each half
     int8_t numbers[GROUP];
+    int32_t sum() const { return sums[0] + sums[1]; }
 };
 static_assert(sizeof(Rounded) == 40, "no padding");
 
@@ -37,9 +38,10 @@ struct Format {
     bool rounds;         // whether `outputs` takes rounded activations
 };
 
-constexpr int FLOATS = 4, TILES = 4;
+constexpr int FLOATS = 4, TILES = 4, GGML = 10;
 extern const Format FLOAT_FORMATS[FLOATS];  // float32, bfloat16, float16, block-scaled float8
 extern const Format TILE_FORMATS[TILES];    // int8, int4, and both with unrounded activations
+extern const Format GGML_FORMATS[GGML];     // Q8_0, Q4_0, Q4_K, Q6_K, MXFP4, and all with unrounded activations
 
 // The fastest x86 kernels for rounded activations times int8 and int4 on this processor; null: use the portable ones.
 Work int8_outputs_x86();

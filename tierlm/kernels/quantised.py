@@ -9,7 +9,7 @@ from torch.nn import functional
 from tierlm.formats import FORMATS
 from tierlm.formats.tiles import GROUP
 from tierlm.kernels import native
-from tierlm.kernels.weight import DTYPES, EXACT, Weight
+from tierlm.kernels.weight import DTYPES, TILES, Weight
 
 NEGLIGIBLE = 1e-30  # a group of activations with no larger magnitude becomes zeros
 
@@ -18,7 +18,7 @@ def quantise(matrix: Tensor, format: str) -> Weight:
     """A finite float ``matrix`` [out, in] in ``format``. The compiled kernels, if any, make int8 and int4. Blocks of
     rows are independent: a slice of ``matrix`` at block boundaries gives the same slice of the result."""
     library = native.load()
-    if library is None or format not in EXACT or matrix.device.type != "cpu":
+    if library is None or format not in TILES or matrix.device.type != "cpu":
         return quantise_reference(matrix, format)
     shape = tuple(matrix.shape)
     data, scale = (torch.empty(size, dtype=DTYPES[dtype]) for dtype, size in FORMATS[format].parts(shape).values())

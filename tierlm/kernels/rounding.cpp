@@ -38,14 +38,16 @@ INLINE void round_group(const float* x, int64_t count, Rounded* to) {
     }
     const float inverse = most > NEGLIGIBLE && poison == 0 ? 127.0f / most : 0.0f;
     to->scale = most / 127.0f + poison;
-    Ints sum = {};
+    Ints sums[2] = {};
     for (int v = 0; v < VECTORS; ++v) {
         const Ints number = poison == 0 ? __builtin_convertvector(whole(values[v] * inverse), Ints) : Ints{};
-        sum += number;
+        sums[v * 2 / VECTORS] += number;
         for (int i = 0; i < LANES; ++i) to->numbers[v * LANES + i] = static_cast<int8_t>(number[i]);
     }
-    to->sum = 0;
-    for (int i = 0; i < LANES; ++i) to->sum += sum[i];
+    for (int half = 0; half < 2; ++half) {
+        to->sums[half] = 0;
+        for (int i = 0; i < LANES; ++i) to->sums[half] += static_cast<int16_t>(sums[half][i]);
+    }
 }
 
 // The bits of the nearest float16, clamped to its finite range.

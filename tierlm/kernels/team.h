@@ -12,14 +12,20 @@
 
 // A weight, or a vector of floats as one row, passed from Python: Weight.operand in kernels/weight.py.
 struct Matrix {
-    int64_t format;  // index into FLOAT_FORMATS followed by TILE_FORMATS
+    int64_t format;  // index into FLOAT_FORMATS, TILE_FORMATS and GGML_FORMATS, one after the other
     const uint8_t* data;
     const void* scale;
     int64_t outs, ins;
 
-    const Format& as() const { return format < FLOATS ? FLOAT_FORMATS[format] : TILE_FORMATS[format - FLOATS]; }
+    const Format& as() const {
+        if (format < FLOATS) return FLOAT_FORMATS[format];
+        return format < FLOATS + TILES ? TILE_FORMATS[format - FLOATS] : GGML_FORMATS[format - FLOATS - TILES];
+    }
     // The same weight, with unrounded activations.
-    Matrix exact() const { return {as().rounds ? format + TILES / 2 : format, data, scale, outs, ins}; }
+    Matrix exact() const {
+        const int64_t half = (format < FLOATS + TILES ? TILES : GGML) / 2;
+        return {as().rounds ? format + half : format, data, scale, outs, ins};
+    }
     Product times(const float* x, const Rounded* rounded, float* y, int64_t rows) const {
         return {x, rounded, data, scale, y, rows, ins, outs, outs};
     }

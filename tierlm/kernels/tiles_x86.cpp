@@ -1,57 +1,15 @@
 // Rounded activations times tiles of int8 and int4 by x86 byte products: AVX2, or AVX-512 VNNI on 256-bit vectors. Both
 // give the same integer sums, and so the same bits.
 
-#include "product.h"
+#include "x86.h"
 
-#if defined(__x86_64__) && !defined(TIERLM_PORTABLE)
-
-#include <immintrin.h>
+#ifdef TIERLM_X86
 
 #include <algorithm>
-#include <cstring>
 
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define STEP AVX2 __attribute__((always_inline)) static inline
+#define FMA __attribute__((target("avx2,fma,f16c")))
 
 namespace {
-
-// add4 and add8 add four columns of 8 rows, `w`, times the four activations in each lane of `x`, to `sum`. int4 numbers
-// are stored as 0 to 15: end4 subtracts 8 times the sum of the activations.
-struct Maddubs {
-    STEP __m256i add4(__m256i sum, __m256i w, __m256i x) {  // fits int16: 8 sums of pairs, at most 8 * 2 * 15 * 127
-        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
-    }
-    STEP __m256i end4(__m256i sum, int32_t of_x) {
-        return _mm256_sub_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(8 * of_x));
-    }
-    STEP __m256i add8(__m256i sum, __m256i w, __m256i x) {  // signs move to the activations: 2 * 128 * 127 fits int16
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
-    STEP __m256i end8(__m256i sum, int32_t) { return sum; }
-};
-
-struct Vnni {
-    STEP __m256i dot(__m256i sum, __m256i w, __m256i x) {  // inline assembly, since the target is AVX2
-        __asm__("vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
-        return sum;
-    }
-    STEP __m256i add4(__m256i sum, __m256i w, __m256i x) { return dot(sum, w, x); }
-    STEP __m256i end4(__m256i sum, int32_t of_x) { return _mm256_sub_epi32(sum, _mm256_set1_epi32(8 * of_x)); }
-    STEP __m256i add8(__m256i sum, __m256i w, __m256i x) {  // w + 128 is unsigned
-        return dot(sum, _mm256_xor_si256(w, _mm256_set1_epi8(-128)), x);
-    }
-    STEP __m256i end8(__m256i sum, int32_t of_x) { return _mm256_sub_epi32(sum, _mm256_set1_epi32(128 * of_x)); }
-};
-
-STEP __m256i four(const int8_t* x) {
-    int32_t quad;
-    std::memcpy(&quad, x, sizeof quad);
-    return _mm256_set1_epi32(quad);
-}
-
-// Keeps a sum in its register: if the compiler reordered the sums of several rows, they would spill.
-STEP void settle(__m256i& sum) { __asm__("" : "+x"(sum)); }
 
 STEP __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
@@ -71,7 +29,7 @@ struct Int4 {
                 if (ROWS > 1) settle(sums[r]);
             }
         }
-        for (int r = 0; r < ROWS; ++r) sums[r] = Isa::end4(sums[r], x[r * groups].sum);
+        for (int r = 0; r < ROWS; ++r) sums[r] = Isa::end4(sums[r], x[r * groups].sum());
     }
 };
 
@@ -86,7 +44,7 @@ struct Int8 {
                 if (ROWS > 1) settle(sums[r]);
             }
         }
-        for (int r = 0; r < ROWS; ++r) sums[r] = Isa::end8(sums[r], x[r * groups].sum);
+        for (int r = 0; r < ROWS; ++r) sums[r] = Isa::end8(sums[r], x[r * groups].sum());
     }
 };
 
@@ -96,7 +54,7 @@ constexpr int64_t AHEAD = 2048;
 
 // Unpacks each tile once for ROWS rows of activations.
 template <class Stored, class Isa, int ROWS>
-AVX2 void outputs_of_rows(const Product& p, int64_t first, int64_t last, int64_t row) {
+FMA void outputs_of_rows(const Product& p, int64_t first, int64_t last, int64_t row) {
     const int64_t groups = groups_of(p.ins);
     const Rounded* x = p.rounded + row * groups;
     for (int64_t block = first / LANES; block * LANES < last; ++block) {
@@ -139,11 +97,8 @@ void outputs(const Product& p, int64_t first, int64_t last) {
 
 template <class Stored>
 Work best() {
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (!avx2) return nullptr;
-    const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
-    return vnni ? outputs<Stored, Vnni> : outputs<Stored, Maddubs>;
+    if (!has_avx2()) return nullptr;
+    return has_vnni() ? outputs<Stored, Vnni> : outputs<Stored, Maddubs>;
 }
 
 }  // namespace

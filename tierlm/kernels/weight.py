@@ -9,8 +9,11 @@ from torch import Tensor
 from tierlm.formats import FORMATS, Shape
 from tierlm.formats.dtypes import torch_dtypes
 
-NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}  # format numbers of kernels/product.h
-EXACT = {"int8": 6, "int4": 7}  # numbers of tile formats with unrounded activations
+# Format numbers of kernels/product.h, and those of the formats that round, with unrounded activations.
+NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}
+NUMBERS |= {"q8_0": 8, "q4_0": 9, "q4_k": 10, "q6_k": 11, "mxfp4_ggml": 12}
+EXACT = {"int8": 6, "int4": 7, "q8_0": 13, "q4_0": 14, "q4_k": 15, "q6_k": 16, "mxfp4_ggml": 17}
+TILES = ("int8", "int4")  # formats with interleaved rows
 VECTORS = ("f32", "bf16", "f16")  # formats of norms and biases in the compiled kernels
 
 DTYPES = torch_dtypes()
@@ -44,7 +47,7 @@ class Weight:
         number = NUMBERS.get(format, -1) if number < 0 else number
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "rounds", FORMATS[format].rounds and not self.exact)
-        object.__setattr__(self, "tiled", format in EXACT)
+        object.__setattr__(self, "tiled", format in TILES)
         object.__setattr__(self, "plain", number >= 0 and len(shape) == 2 and self._matches_format())
         outs, ins = shape if len(shape) == 2 else (1, data.numel())
         pointers = data.data_ptr(), 0 if scale is None else scale.data_ptr()

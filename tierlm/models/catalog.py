@@ -13,8 +13,9 @@ from tierlm.checkpoints.checkpoint import Place, Record, TensorInfo, build_recor
 from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.container import describe
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
-from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight, float_dtypes
+from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight
 from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.formats import FORMATS
 from tierlm.models import family_of, read_spec
 from tierlm.models.config_reader import Fields
 from tierlm.models.family import require_runnable
@@ -45,7 +46,8 @@ class Catalog:
             raise CheckpointError(
                 f"{where}: {len(spec.layers)} layers of {spec.experts} experts claimed, {found} tensors found"
             )
-        self.embedding = self._plain(self.family.embedding_name(), (spec.vocab, spec.hidden))
+        table = {"embedding": self._row_by_row(self.family.embedding_name(), (spec.vocab, spec.hidden))}
+        self.embedding = by_role(table)["embedding"]
         self._seals = {file: read_seals(file, header) for file, header in self.checkpoint.headers.items()}
         self.head_weights = self._head_blocks(self.family.head_name(spec))
         self.layers = [TrunkKey(layer) for layer in range(len(spec.layers))]
@@ -157,22 +159,24 @@ class Catalog:
                 where = self.checkpoint.path
                 raise CheckpointError(f"{where}: the blocks of {name} do not make up its {vocab} rows: {packed}")
             return [self.stored(row_block(name, *rows), (rows[1] - rows[0], hidden)) for rows in packed]
-        head = self._plain(name, (vocab, hidden))
+        weight = self._row_by_row(name, (vocab, hidden))
+        head = weight.parts[""]
         step = max(1, HEAD_BLOCK_BYTES // (head.nbytes // vocab))
         blocks = [(at, min(at + step, vocab)) for at in range(0, vocab, step)]
-        format = self.stored(name, (vocab, hidden)).format
         return [
-            StoredWeight(row_block(name, *rows), (rows[1] - rows[0], hidden), format, {"": head.rows(*rows)})
+            StoredWeight(row_block(name, *rows), (rows[1] - rows[0], hidden), weight.format, {"": head.rows(*rows)})
             for rows in blocks
         ]
 
-    def _plain(self, name: str, shape: tuple[int, int]) -> TensorInfo:
-        tensor, known = self.checkpoint.tensor(name, shape), float_dtypes()
-        if tensor.dtype not in known or len(self.stored(name, shape).parts) > 1:
+    def _row_by_row(self, name: str, shape: tuple[int, int]) -> StoredWeight:
+        """A weight whose rows are read one by one."""
+        tensor = self.checkpoint.tensor(name)
+        known = [format.dtype for format in FORMATS.values() if format.loadable and format.block[0] == 1]
+        if tensor.dtype not in known or len((weight := self.stored(name, shape)).parts) > 1:
             raise UnsupportedModelError(f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(known)}")
         if tensor.inside is not None:
             raise UnsupportedModelError(f"{tensor.file}: {name} is compressed; its rows are read one by one")
-        return tensor
+        return weight
 
     def _eos(self, folder: Path) -> tuple[int, ...]:
         """End-of-text ids from ``config.json`` and ``generation_config.json``."""

@@ -10,18 +10,20 @@ from torch import Tensor
 from tierlm.checkpoints.checkpoint import TensorInfo
 from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import DTYPES
+from tierlm.kernels import Weight, widen
 
 
 class Embedding:
-    """``rows`` of the table at ``place``, read on demand."""
+    """``rows`` of the table at ``place``, whose format stores rows one by one, read on demand."""
 
     def __init__(self, rows: Rows, place: TensorInfo, device: torch.device):
-        self._rows, self._dtype, self._device = rows, DTYPES[place.dtype], device
+        self._rows, self._place, self._device = rows, place, device
 
     def read(self, ids: Sequence[int]) -> Tensor:
         """float32 [T, hidden]. Raises StorageError."""
-        rows = torch.frombuffer(bytearray(self._rows.read(ids)), dtype=self._dtype)
-        return rows.view(len(ids), -1).to(self._device, torch.float32)
+        place = self._place
+        data = torch.frombuffer(bytearray(self._rows.read(ids)), dtype=DTYPES[place.dtype]).view(len(ids), -1)
+        return widen(Weight(data, place.format, None, (len(ids), place.size[1]))).to(self._device)
 
     def close(self) -> None:
         """Close the file. Idempotent."""

@@ -58,14 +58,14 @@ def pack_model(
     """Write the model in ``folder`` as a packed store to the new folder ``out``.
 
     ``experts``, ``trunk``: the format of the routed experts' and of all other matrices, by name, or "keep". Norms,
-    routers and the embedding keep theirs; layers for multi-token prediction are omitted. ``codec``: "zstd" compresses
-    the float records, "none" nothing; "auto" calls ``choose_codec``. ``say`` receives messages about the codec.
-    Raises UsageError, CheckpointError, StorageError.
+    routers and the embedding keep theirs, but an embedding in a format of GGUF becomes float32; layers for multi-token
+    prediction are omitted. ``codec``: "zstd" compresses the float records, "none" nothing; "auto" calls
+    ``choose_codec``. ``say`` receives messages about the codec. Raises UsageError, CheckpointError, StorageError.
     """
     if codec not in CODECS:
         raise UsageError(f"codec: expected one of {', '.join(CODECS)}, found {codec!r}")
     for what, name in (("experts", experts), ("trunk", trunk)):
-        known = [KEEP, *(format.name for format in FORMATS.values() if format.loadable)]
+        known = [KEEP, *(format.name for format in FORMATS.values() if format.packable)]
         if name not in known:
             raise UsageError(f"{what}: expected one of {', '.join(known)}, found {name!r}")
     if folder.resolve() in out.resolve().parents:
@@ -106,10 +106,10 @@ def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[Pac
         return PackedRecord(name, [_packing(catalog.stored(*weight), target) for weight in weights.values()])
 
     embedding = catalog.stored(family.embedding_name(), (spec.vocab, spec.hidden))
+    kept = FORMATS[embedding.format].packable
+    table = PackedRecord("embedding", [_packing(embedding, KEEP if kept else "f32")])
     files = {
-        "embedding.safetensors": [
-            PackedRecord("embedding", [_packing(embedding, KEEP)], block=block_of_rows(catalog.embedding))
-        ],
+        "embedding.safetensors": [replace(table, block=block_of_rows(table.shape().nbytes // spec.vocab))],
         "resident.safetensors": [record(str(ResidentKey()), family.resident_tensors(spec), KEEP)],
     }
     for key in catalog.layers:
@@ -179,4 +179,8 @@ def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str
 def _packing(weight: StoredWeight, target: str) -> Packing:
     """Vectors always keep their format."""
     kept = target == KEEP or len(weight.shape) != 2
+    if kept and not FORMATS[weight.format].packable:
+        raise UsageError(
+            f"{weight.name} is {weight.format}, which no packed store holds; choose another format than keep"
+        )
     return Packing(weight, weight.format if kept else target)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from tierlm.kernels import Weight
 
 HIDDEN, WIDTH, TOGETHER = 2048, 1408, 6  # a DeepSeek-V2-Lite expert; experts a token uses in a layer
-# The formats to measure. f32 and f16 are assumed to be memory-bound like bf16.
-MEASURED = tuple(f.name for f in FORMATS.values() if f.loadable and f.name not in ("f32", "f16"))
+# The formats to measure: those with kernels. f32 and f16 are assumed to be memory-bound like bf16.
+MEASURED = tuple(f.name for f in FORMATS.values() if (f.floats or f.rounds) and f.name not in ("f32", "f16"))
 # Two more than a multiple of four, the average case: the kernels take four rows at a time and the rest one by one. 62
 # is close to the limit of the float kernels (kernels/native.py).
 ROWS = (1, 10, 34, 62, 256)
@@ -165,8 +165,14 @@ def _experts(name: str) -> Experts:
     from tierlm.kernels import Weight, quantise
 
     generator = torch.Generator().manual_seed(0)
-    shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
-    made = [quantise(torch.randn(shape, generator=generator).mul_(0.02), name) for shape in shapes]
+
+    def make(*shape: int) -> Weight:
+        if FORMATS[name].packable:
+            return quantise(torch.randn(shape, generator=generator).mul_(0.02), name)
+        _, stored = FORMATS[name].parts(shape)[""]
+        return Weight(torch.zeros(stored, dtype=torch.uint8), name, None, shape)  # its values do not matter for speed
+
+    made = [make(*shape) for shape in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))]
     parts = [part for weight in made for part in (weight.data, weight.scale) if part is not None]
     size = sum(-(-part.nbytes // ALIGNMENT) * ALIGNMENT for part in parts)
     count = max(TOGETHER, min(RESIDENT, available_ram() // 4) // size)

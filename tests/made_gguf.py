@@ -48,10 +48,12 @@ SHORT = {  # config.json -> key of the metadata
 }
 
 
-def write_gguf(folder: Path, file: Path, kind: Type = Type.F32, split_kv_b: bool = True, **metadata: Any) -> None:
+def write_gguf(
+    folder: Path, file: Path, kind: Type = Type.F32, split_kv_b: bool = True, extra: Any = None, **metadata: Any
+) -> None:
     """Write the model in ``folder`` to ``file``. Matrices are of type ``kind`` where their rows allow it.
 
-    ``metadata``: more, for the architecture; keys with ``__`` for ``.``.
+    ``extra``: more vectors, by their names. ``metadata``: more, for the architecture; keys with ``__`` for ``.``.
     """
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -68,6 +70,8 @@ def write_gguf(folder: Path, file: Path, kind: Type = Type.F32, split_kv_b: bool
         if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[own][0]:
             own = Type.F16
         writer.add_tensor(found, gguf.quants.quantize(tensor, own), raw_dtype=own)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, np.array(values, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_gguf import write_gguf
 from tokenizers import Tokenizer
-from toys import TOYS, YARN, edit_config, make_toy
-from transformers import LlamaConfig, LlamaForCausalLM
+from toys import GQA, TOYS, YARN, edit_config, make_toy
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tierlm import LLM, Budget, CheckpointError, UnsupportedModelError
 from tierlm.checkpoints.gguf_header import read_gguf_header
@@ -68,6 +68,40 @@ def test_a_twin_in_float32_gives_the_same_bits(originals: Callable[[str], Path],
     assert torch.equal(logits(tmp_path / "whole.gguf"), expected)
     write_gguf(folder, tmp_path / "split.gguf")
     assert torch.allclose(logits(tmp_path / "split.gguf"), expected, rtol=0, atol=1e-4)
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    """Sinks, windows, biases, clamped experts; in one chunk and in chunks smaller than the window."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    config = GptOssConfig(
+        **{**GQA, "num_local_experts": 8}, sliding_window=4, rope_parameters={**yarn, "truncate": False}
+    )
+    torch.manual_seed(0)
+    reference = GptOssForCausalLM(config).eval()
+    reference.set_experts_implementation("eager")
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if parameter.dim() == 1 or "bias" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        expected = reference(torch.tensor([IDS * 2])).logits[0]
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="stacked experts in safetensors"):
+        Catalog(tmp_path)
+    write_gguf(tmp_path, tmp_path / "model.gguf")
+    for options in ({}, {"prefill_chunk": 3}):
+        with LLM.load(tmp_path / "model.gguf", heat=False, probe="off", **options) as llm:
+            assert torch.allclose(llm.logits(IDS * 2), expected, rtol=0, atol=1e-4)
+
+
+def test_rope_divisors_of_llama_3(llama: Path, tmp_path: Path) -> None:
+    """GGUF has the divisors in a tensor."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    table = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+    edit_config(folder, rope_parameters=table)
+    divisors = Catalog(folder).spec.layers[0].attention.rope.divisors
+    write_gguf(folder, tmp_path / "model.gguf", extra={"rope_freqs.weight": divisors})
+    assert len(set(divisors)) > 2 and torch.equal(logits(tmp_path / "model.gguf", IDS * 9), logits(folder, IDS * 9))
 
 
 def test_dense_llama_at_budgets_below_its_size(llama: Path, tmp_path: Path) -> None:

@@ -79,7 +79,14 @@ GQA: dict[str, Any] = {
 }
 QWEN3 = {**GQA, "num_experts": 16, "moe_intermediate_size": 24, "norm_topk_prob": True}
 QWEN2 = {**GQA, "num_experts": 16, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32, "head_dim": 8}
-GLM4 = {**GQA, "n_routed_experts": 16, "moe_intermediate_size": 24, "attention_bias": True, "n_group": 1, "topk_group": 1}
+GLM4 = {
+    **GQA,
+    "n_routed_experts": 16,
+    "moe_intermediate_size": 24,
+    "attention_bias": True,
+    "n_group": 1,
+    "topk_group": 1,
+}
 QWEN3_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 # For each kind of toy: its transformers classes, its model_type, and its common settings.
 KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {

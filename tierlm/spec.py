@@ -72,11 +72,13 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding. ``interleaved``: pairs are (0, 1), (2, 3), ...; else (0, n/2), (1, n/2 + 1), ..."""
+    """Rotary position embedding. ``interleaved``: pairs are (0, 1), (2, 3), ...; else (0, n/2), (1, n/2 + 1), ...
+    ``divisors``: of the angle of each pair; empty: none."""
 
     theta: float
     interleaved: bool
     yarn: Yarn | None = None
+    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

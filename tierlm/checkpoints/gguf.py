@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 from tierlm.checkpoints.checkpoint import Header, TensorInfo, check_shape
 from tierlm.checkpoints.gguf_config import config_of
-from tierlm.checkpoints.gguf_header import GgufHeader, read_gguf_header
+from tierlm.checkpoints.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from tierlm.errors import CheckpointError
 
 FLOATS = ("F32", "F16", "BF16")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")  # GGUF stacks the experts of a layer
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 MAX_SPLITS = 1000
+MAX_DIVISORS = 2**14  # bytes of rope_freqs
 
 
 class GgufCheckpoint:
@@ -34,6 +36,8 @@ class GgufCheckpoint:
         self.path, self.digest, parts = file, b"", _parts(file, header)
         found = {name: tensor for _, own in parts for name, tensor in own.tensors.items()}
         self.config = config_of(header.metadata, found, str(file))
+        if (divisors := found.get("rope_freqs.weight")) is not None:
+            self.config["rope_divisors"] = _floats(file, divisors)
         self._names = _name_map(header)
         self.tensors: dict[str, TensorInfo] = {}
         self._stacks: dict[str, int] = {}  # tensors of more than two dimensions -> the first one
@@ -119,3 +123,13 @@ def _name_map(header: GgufHeader) -> Any:
     found = next(known for known, name in MODEL_ARCH_NAMES.items() if name == architecture)
     blocks = header.metadata.get(f"{architecture}.block_count")
     return get_tensor_name_map(found, blocks if type(blocks) is int and 0 <= blocks <= 1000 else 0)
+
+
+def _floats(file: Path, tensor: GgufTensor) -> list[float]:
+    """The values of a small float32 tensor. Raises CheckpointError."""
+    with open(file, "rb") as stream:
+        stream.seek(tensor.offset)
+        data = stream.read(min(tensor.nbytes, MAX_DIVISORS))
+    if tensor.kind != "F32" or len(data) != tensor.nbytes:
+        raise CheckpointError(f"{file}: {tensor.name}: expected at most {MAX_DIVISORS} bytes of F32")
+    return list(struct.unpack(f"<{len(data) // 4}f", data))

@@ -1,7 +1,16 @@
 """Arithmetic on weights in their stored formats: compiled kernels, each with a torch reference."""
 
 from tierlm.kernels.attention import LatentAttention, fused_mla_decode
-from tierlm.kernels.linear import can_absorb, clamped_mlp, from_latent, gated_mlp, gated_mlps, into_latent, linear, widen
+from tierlm.kernels.linear import (
+    can_absorb,
+    clamped_mlp,
+    from_latent,
+    gated_mlp,
+    gated_mlps,
+    into_latent,
+    linear,
+    widen,
+)
 from tierlm.kernels.quantised import quantise
 from tierlm.kernels.routing import Groups, RouterCall, Rules, combined, grouped, route_few
 from tierlm.kernels.weight import Weight

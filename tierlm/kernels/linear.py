@@ -81,8 +81,9 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
 
 
 def clamped_mlp(x: Tensor, weights: Sequence[Weight], biases: Sequence[Weight]) -> Tensor:
-    """gpt-oss's expert (`GptOssExperts` in transformers). ``weights`` and ``biases``: gate, up and down. float32 [T, in]
-    -> float32 [T, in]."""
+    """gpt-oss's expert, after `GptOssExperts` in transformers: float32 [T, in] -> float32 [T, in].
+
+    ``weights`` and ``biases``: gate, up and down."""
 
     def product(x: Tensor, at: int) -> Tensor:
         return linear(x, weights[at]).add_(biases[at].data.float())

@@ -68,9 +68,7 @@ class Rotary:
         return Positions(segments, table, (turns.cos() * self._factor, turns.sin() * self._factor))
 
 
-def causal_softmax(
-    scores: Tensor, scale: float, window: int | None = None, sinks: Tensor | None = None
-) -> Tensor:
+def causal_softmax(scores: Tensor, scale: float, window: int | None = None, sinks: Tensor | None = None) -> Tensor:
     """Softmax of ``scale * scores`` [g, T, S]. The last of T queries is at the place of the last key. Overwrites
     ``scores``. ``window``: keys that a query sees, up to its own. ``sinks`` [g]: one more logit in each sum.
     """

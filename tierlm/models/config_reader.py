@@ -5,6 +5,7 @@ Every value is checked here, for its type and against bounds that any real model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -141,16 +142,26 @@ class Config(Fields):
         source = table if table.get("partial_rotary_factor") is not None else self
         return int(head_dim * source.real("partial_rotary_factor", factor, most=1.0))
 
-    def rope(self, interleaved: bool, theta: float = 10000.0) -> Rope:
-        """RoPE from the published ``rope_scaling`` and ``rope_theta``, or transformers 5's ``rope_parameters``."""
+    def rope(self, interleaved: bool, theta: float = 10000.0, dim: int = 0) -> Rope:
+        """RoPE from the published ``rope_scaling`` and ``rope_theta``, or transformers 5's ``rope_parameters``.
+
+        ``dim``: rotated dimensions of a head, for families that scale as Llama 3 does."""
         table, scaling = self.part("rope_parameters"), self.part("rope_scaling")
         table = table if table.fields else scaling
         named = table if table.get("rope_theta") is not None else self
         theta = named.real("rope_theta", theta, least=2.0, most=1e12)
         kind = table.get("rope_type") or table.get("type") or "default"
-        if kind not in ("default", "yarn"):
-            raise UnsupportedModelError(f"{self.where}: rope type {shown(kind)} is not supported; default and yarn are")
-        return Rope(theta, interleaved, self._yarn(table) if kind == "yarn" else None)
+        known = ("default", "yarn", "llama3") if dim else ("default", "yarn")
+        if kind not in known:
+            raise UnsupportedModelError(
+                f"{self.where}: rope type {shown(kind)} is not supported; supported are {', '.join(known)}"
+            )
+        divisors = tuple(self.listed("rope_divisors", float))  # from a GGUF file
+        if kind == "llama3":
+            divisors = _llama3(table, theta, dim)
+        if len(divisors) not in (0, dim // 2) or not all(0 < divisor < 1e6 for divisor in divisors):
+            raise self.wrong("rope_divisors", f"{dim // 2} positive numbers", divisors)
+        return Rope(theta, interleaved, self._yarn(table) if kind == "yarn" else None, divisors)
 
     def _yarn(self, table: Fields) -> Yarn:
         original = table.number("original_max_position_embeddings")
@@ -171,3 +182,19 @@ class Config(Fields):
                 f"least beta_slow, found {original}, {found.beta_fast} and {found.beta_slow}"
             )
         return found
+
+
+def _llama3(table: Fields, theta: float, dim: int) -> tuple[float, ...]:
+    """The divisors of Llama 3.1's RoPE (`_compute_llama3_parameters` in transformers): slow pairs are divided by
+    ``factor``, fast ones by 1, with a linear ramp of the frequencies between."""
+    original = table.number("original_max_position_embeddings")
+    factor = table.real("factor", least=1.0)
+    low, high = table.real("low_freq_factor", 1.0, least=1e-3), table.real("high_freq_factor", 4.0, least=1e-3)
+    if not low < high:
+        raise table.wrong("high_freq_factor", f"more than low_freq_factor, {low}", high)
+    found = []
+    for pair in range(dim // 2):
+        turns = original / (2 * math.pi * theta ** (2 * pair / dim))  # within the original context
+        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1 / (share + (1 - share) / factor))
+    return tuple(found)

@@ -26,6 +26,8 @@ def rope_frequencies(rope: Rope, dim: int) -> tuple[Tensor, float]:
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     plain = 1.0 / rope.theta**exponents
     yarn = rope.yarn
+    if rope.divisors:
+        plain = plain / torch.tensor(rope.divisors)
     if yarn is None:
         return plain, 1.0
 

@@ -15,15 +15,14 @@ class Llama(Names):
         config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), use_sliding_window=(False,))
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
+        head_dim, qwen3 = config.number("head_dim", default=hidden // max(1, heads)), config.model_type == "qwen3"
         attention = Grouped(
             heads=heads,
             kv_heads=config.number("num_key_value_heads", default=heads),
-            head_dim=config.number("head_dim", default=hidden // max(1, heads)),
-            rope=config.rope(interleaved=config.flag("rope_interleave", False)),
-            qk_norm="head" if config.model_type == "qwen3" else "",
-            window=None if config.model_type == "qwen3" else config.number("sliding_window", default=0) or None,
+            head_dim=head_dim,
+            rope=config.rope(interleaved=config.flag("rope_interleave", False), dim=head_dim),
+            qk_norm="head" if qwen3 else "",
+            window=None if qwen3 else config.number("sliding_window", default=0) or None,
         )
-        return config.model(
-            (LayerSpec(attention, Dense(config.number("intermediate_size"))),) * config.number("num_hidden_layers"),
-            1e-6,
-        )
+        layer = LayerSpec(attention, Dense(config.number("intermediate_size")))
+        return config.model((layer,) * config.number("num_hidden_layers"), 1e-6)

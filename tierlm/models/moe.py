@@ -16,7 +16,6 @@ from tierlm.spec import ModelSpec
 from tierlm.timeline import Timeline, span
 from tierlm.tracing.recorder import AHEAD, Recorder
 
-
 MLP, PARTS = ("gate", "up", "down"), ("proj", "bias")  # roles of a clamped expert
 
 

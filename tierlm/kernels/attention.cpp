@@ -11,7 +11,9 @@
 namespace {
 
 struct Attention {
-    Matrix query_a, query_b, key_value_a, key_value_b, output;  // query_a is zeros if queries have one projection
+    Matrix query_a, query_b, key_value_a;  // query_a is zeros if queries have one projection
+    // Zeros in value_b: key_value_b holds the keys and the values of each head. Else it holds keys only, transposed.
+    Matrix key_value_b, value_b, output;
     Matrix norm, query_norm, latent_norm, next_norm;            // vectors
     int64_t heads, nope, rope, value, interleaved;
     int64_t cache_format;   // index into FLOAT_FORMATS: float32 or bfloat16
@@ -52,7 +54,7 @@ uint16_t to_bfloat16(float x) {
 
 }  // namespace
 
-LAYOUT(Attention, FIELD(query_a), FIELD(query_b), FIELD(key_value_a), FIELD(key_value_b), FIELD(output), FIELD(norm),
+LAYOUT(Attention, FIELD(query_a), FIELD(query_b), FIELD(key_value_a), FIELD(key_value_b), FIELD(value_b), FIELD(output), FIELD(norm),
        FIELD(query_norm), FIELD(latent_norm), FIELD(next_norm), FIELD(heads), FIELD(nope), FIELD(rope), FIELD(value),
        FIELD(interleaved), FIELD(cache_format), FIELD(cache), FIELD(places), FIELD(cosine), FIELD(sine),
        FIELD(hidden), FIELD(sum), FIELD(normed), FIELD(rows))
@@ -65,7 +67,9 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
     const int64_t low_rank = a.query_a.outs;  // 0 if queries have one projection
     const Format& cached = FLOAT_FORMATS[a.cache_format];
     const int64_t item = a.cache_format == 0 ? 4 : 2;
-    const Matrix from_latent = a.key_value_b.exact();
+    const bool split = a.value_b.data != nullptr;
+    const Matrix from_latent = (split ? a.value_b : a.key_value_b).exact();
+    const int64_t values_per_head = split ? a.value : per_head;
     const auto norm = floats_of(a.norm), query_norm = floats_of(a.query_norm), latent_norm = floats_of(a.latent_norm);
     const auto next_norm = floats_of(a.next_norm);
     const auto lows = room<float>(rows * low_rank), queries = room<float>(rows * a.heads * query_width);
@@ -120,12 +124,18 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
             const int64_t row = i / groups, first = i % groups * group, count = std::min(group, a.heads - first);
             const int64_t keys = a.places[2 * row + 1] + 1, angle = row * a.rope / 2;
             const uint8_t* past = a.cache + a.places[2 * row] * latent * item;
-            const Matrix& b = a.key_value_b;
+            const Matrix b = split ? a.key_value_b.exact() : a.key_value_b;
             for (int64_t h = 0; h < count; ++h) {
                 const float* q = queries.get() + (row * a.heads + first + h) * query_width;
                 float* to = query.get() + h * latent;
-                const int64_t at = (first + h) * per_head;
-                b.as().weighted_rows(b.times(q, nullptr, to, 1), at, at + a.nope);
+                const int64_t at = (first + h) * (split ? rank : per_head);
+                Product into_latent = b.times(q, nullptr, to, 1);
+                into_latent.origin = at;
+                if (split) {
+                    b.as().outputs(into_latent, at, at + rank);
+                } else {
+                    b.as().weighted_rows(into_latent, at, at + a.nope);
+                }
                 rotated(q + a.nope, a.cosine + angle, a.sine + angle, to + rank, a.rope / 2, a.interleaved);
             }
             cached.outputs({query.get(), nullptr, past, nullptr, scores.get(), count, latent, keys, keys}, 0, keys);
@@ -133,7 +143,7 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
             float* sums = mixed.get();
             cached.weighted_rows({scores.get(), nullptr, past, nullptr, sums, count, latent, keys, keys}, 0, keys);
             for (int64_t h = 0; h < count; ++h) {
-                const int64_t last = (first + h + 1) * per_head, begin = last - a.value;
+                const int64_t last = (first + h + 1) * values_per_head, begin = last - a.value;
                 float* y = attended.row(row) + (first + h) * a.value;
                 Product values = from_latent.times(sums + h * latent, nullptr, y, 1);
                 values.origin = begin;

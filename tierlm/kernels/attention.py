@@ -43,12 +43,18 @@ def fused_mla_decode(
     [T, hidden]. None if no kernel supports these weights, or torch is faster for this many tokens.
 
     ``hidden``: the residual stream. ``matrices``: q_a_proj (None if queries have one projection), q_b_proj or q_proj,
-    kv_a_proj, kv_b_proj, o_proj. ``norms``: input, q_a (or None), latent, output. ``cache``: this layer's, float32 or
-    bfloat16 [capacity, rank + rope]; receives the new latents. ``places``: int64 [T, 2], the cache row where each
-    token's sequence begins, and the token's position in it. ``angles``: cosine and sine, float32 [T, rope / 2].
+    kv_a_proj, kv_b_proj and None or k_b_proj and v_b_proj, o_proj. ``norms``: input, q_a (or None), latent, output.
+    ``cache``: this layer's, float32 or bfloat16 [capacity, rank + rope]; receives the new latents. ``places``: int64
+    [T, 2], the cache row where each token's sequence begins, and the token's position in it. ``angles``: cosine and
+    sine, float32 [T, rope / 2].
     """
-    library, kv_b = native.load(), matrices[3]
-    if library is None or kv_b is None or not can_absorb(kv_b, hidden.shape[0], shape.nope, shape.value):
+    library, key_b, value_b = native.load(), matrices[3], matrices[4]
+    if library is None or key_b is None:
+        return None
+    halves = [(key_b, shape.nope, shape.value)]
+    if value_b is not None:
+        halves = [(key_b, 0, key_b.shape[0] // shape.heads), (value_b, 0, shape.value)]
+    if not all(can_absorb(weight, hidden.shape[0], keys, values) for weight, keys, values in halves):
         return None
     known = all(weight is None or weight.plain for weight in matrices)
     if not known or not all(norm is None or norm.format in VECTORS for norm in norms):

@@ -30,7 +30,7 @@ class Attention(ctypes.Structure):
     """Packed by kernels/attention.py."""
 
     _fields_ = [
-        *fields("query_a query_b key_value_a key_value_b output norm query_norm latent_norm next_norm", Matrix),
+        *fields("query_a query_b key_value_a key_value_b value_b output norm query_norm latent_norm next_norm", Matrix),
         *fields("heads nope rope value interleaved cache_format cache places cosine sine hidden sum normed rows"),
     ]
 

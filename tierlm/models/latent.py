@@ -107,7 +107,8 @@ class LatentHeads:
         """Few tokens: queries are projected into the latent space and multiplied with the cache directly (absorbed
         projections), in one kernel call if possible. Many: keys and values are expanded, a few heads at a time."""
         queries = (None, trunk["q_proj"]) if self.spec.q_rank is None else (trunk["q_a_proj"], trunk["q_b_proj"])
-        matrices = *queries, trunk["kv_a_proj"], trunk.get("kv_b_proj"), trunk["o_proj"]
+        names = ("k_b_proj", "v_b_proj") if self.spec.split else ("kv_b_proj", "")
+        matrices = *queries, trunk["kv_a_proj"], *map(trunk.get, names), trunk["o_proj"]
         norms = trunk["input_layernorm"], trunk.get("q_a_layernorm"), trunk["kv_a_layernorm"], next_norm
         where = self.cache.layer(layer), positions.places, positions.angles
         done = fused_mla_decode(self._shape, hidden, matrices, norms, *where)

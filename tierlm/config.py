@@ -100,7 +100,7 @@ class RuntimeOptions:
     context: int | None = None  # tokens of KV reserved for all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
     kv_dtype: str = "float32"
-    exact: bool = False  # multiply int8 and int4 weights by float32 activations instead of int8 ones: slower
+    exact: bool = False  # never round activations to int8, in products with quantised weights: slower
     transfer_threads: int | None = None  # concurrent reads; None: chosen for the disk
     probe: str = "auto"  # "auto": measure a disk at its first use; "refresh": measure again; "off": use defaults
     mirrors: Sequence[str | Path] = ()  # folders with copies of the model's files, on other disks

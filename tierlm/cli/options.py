@@ -75,7 +75,7 @@ class Loading(Group):
         Path | None, Option(help="Write a timeline of events to this file, for ui.perfetto.dev or chrome://tracing.")
     ] = None
     exact: Annotated[
-        bool, Option("--exact", help="Multiply int8 and int4 weights by unrounded activations: slower.")
+        bool, Option("--exact", help="Multiply quantised weights by activations that are not rounded: slower.")
     ] = False
     device: Annotated[str, Option(help="auto, cpu, or torch's name of an accelerator.")] = "auto"
     context: Annotated[

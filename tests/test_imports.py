@@ -22,7 +22,7 @@ FLOORS: list[list[set[str]]] = [
     [{"llm", "stats"}],
     [{"loading"}],
     [{"runtime"}],
-    [{"engine"}, {"text"}],
+    [{"engine"}, {"text"}, {"prompt"}],
     [{"models"}],
     [{"memory"}, {"profiling"}],
     [{"planning"}],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -100,6 +100,11 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         last = (self.seed or 0) + self.n - 1
         _require(last < 2**64, "n", f"at most {2**64 - (self.seed or 0)} with the seed {self.seed}", self)
+
+    def samples(self) -> list[SamplingParams]:
+        """The parameters of each of the ``n`` samples."""
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
 @dataclass(frozen=True)

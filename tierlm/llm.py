@@ -12,10 +12,12 @@ from torch import Tensor
 
 from tierlm.checkpoints.hub import find_model
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
+from tierlm.engine.sampler import TokenLogprob
 from tierlm.engine.sequence import Progress
 from tierlm.engine.sequence import Sequence as TokenSequence
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
 from tierlm.loading import load_runtime
+from tierlm.prompt import Prompt, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
 from tierlm.text import Message, TextCodec, TextStream
@@ -23,23 +25,23 @@ from tierlm.text import Message, TextCodec, TextStream
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Prompt = str | Sequence[int]
-
 
 @dataclass(frozen=True)
 class Piece:
-    """New text and its ids. ``finish_reason`` is set on the last piece."""
+    """New text and its ids. ``finish_reason`` is set on the last piece. ``logprobs``: of each id, if asked for."""
 
     text: str
     ids: list[int]
     finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     """The result of one prompt. ``ids``: generated, including a stop id. ``text``: None without a tokenizer.
 
-    ``finish_reason``: "stop" (a stop id or text), "length" or "error"; "error" also sets ``error``.
+    ``finish_reason``: "stop" (a stop id or text), "length" or "error"; "error" also sets ``error``. ``logprobs``: of
+    each id, if asked for.
     """
 
     prompt_ids: list[int]
@@ -47,6 +49,7 @@ class Result:
     text: str | None
     finish_reason: str
     error: StorageError | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 class LLM:
@@ -66,34 +69,37 @@ class LLM:
         cls,
         model: str | Path,
         *,
-        budget: Budget | None = None,
+        budget: Budget | str | int | None = None,
         progress: Callable[[int, int], None] | None = None,
         **options: Unpack[LoadOptions],
     ) -> LLM:
         """Load a model: a folder in Hugging Face layout, a Hub id, or "demo". Nothing is converted or written.
 
-        ``budget``: limits of the process. ``options``: the fields of ``RuntimeOptions``. ``progress`` is called with
-        the bytes loaded so far and in total. Raises UsageError, BudgetError, CheckpointError, StorageError.
+        ``budget``: limits of the process; "8GiB" is ``Budget(ram="8GiB")``. ``options``: the fields of
+        ``RuntimeOptions``. ``progress`` is called with the bytes loaded so far and in total.
+        Raises UsageError, BudgetError, CheckpointError, StorageError.
         """
         known = RuntimeOptions.__dataclass_fields__
         if unknown := sorted(set(options) - set(known)):
             raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
         chosen = RuntimeOptions(**options)
         folder = find_model(model)
-        return cls(load_runtime(folder, budget or Budget(), chosen, progress), folder)
+        limits = budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+        return cls(load_runtime(folder, limits, chosen, progress), folder)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Result]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Result]:
         """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
 
-        Prompts run concurrently if the context has room. A prompt whose reads fail ends with finish_reason "error" and
-        the others go on; a single prompt raises its StorageError. Raises PromptError.
+        ``params``: for all prompts, or one for each. With ``n`` samples a prompt has n results, one after another.
+        Prompts run concurrently if the context has room. One whose reads fail ends with finish_reason "error" and the
+        others go on; if there is only one result, its StorageError is raised. Raises PromptError, UsageError.
         """
-        params = params or SamplingParams()
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        several: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
-        prepared = [self._prepare(prompt, params) for prompt in several]  # check all before any is queued
+        samples = [(prompt, one) for prompt, each in _paired(several(prompts), params) for one in each.samples()]
+        prepared = [(*self._prepare(prompt, one), one) for prompt, one in samples]  # check all before any is queued
         scheduler = self._runtime.scheduler
-        requests = [_Request(scheduler.submit(ids, params), text) for ids, text in prepared]
+        requests = [_Request(scheduler.submit(ids, one), text) for ids, text, one in prepared]
         try:
             while alive := [request for request in requests if request.finish is None]:
                 progress = scheduler.advance([request.sequence for request in alive])
@@ -109,9 +115,13 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
-        Texts are empty for a prompt of ids without a tokenizer. Raises as ``generate``.
+        Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. Raises as
+        ``generate``.
         """
-        params, scheduler = params or SamplingParams(), self._runtime.scheduler
+        ((_, params),) = _paired([prompt], params)
+        if params.n > 1:
+            raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
+        scheduler = self._runtime.scheduler
         ids, text_stream = self._prepare(prompt, params)
         request, shown = _Request(scheduler.submit(ids, params), text_stream), 0
         try:
@@ -120,7 +130,7 @@ class LLM:
                 if request.error is not None:
                     raise request.error
                 if text or request.finish or request.text is None:
-                    yield Piece(text, request.ids[shown:], request.finish)
+                    yield Piece(text, request.ids[shown:], request.finish, request.logprobs_from(shown))
                     shown = len(request.ids)
         finally:
             request.sequence.cancel()
@@ -130,8 +140,8 @@ class LLM:
         chat template. Raises UsageError if it has none."""
         yield from self.stream(self.codec.encode(self.codec.chat(messages), special=False), params)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after every token of ``ids``, float32 [T, vocab], for perplexity or comparison with a reference.
+    def logits(self, ids: Prompt) -> Tensor:
+        """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
 
         Raises PromptError, StorageError, and BudgetError if the result is too large.
         """
@@ -178,7 +188,7 @@ class LLM:
         if self._closed:
             raise UsageError("this model is closed")
         spec, context = self._runtime.catalog.spec, self._runtime.context
-        ids = self.codec.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        ids = self.codec.encode(prompt) if isinstance(prompt, str) else ids_of(prompt)
         if not ids:
             raise PromptError("a prompt needs at least one token")
         if wrong := [token for token in ids if not 0 <= token < spec.vocab]:
@@ -192,7 +202,9 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:
         """The ids to run, and the stream that decodes the new ones; None without a tokenizer."""
-        ids = self._ids(prompt)
+        ids, vocab = self._ids(prompt), self._runtime.catalog.spec.vocab
+        if wrong := [token for token in params.logit_bias if token >= vocab]:
+            raise UsageError(f"logit_bias: token id {wrong[0]} is not in the vocabulary of {vocab}")
         try:
             return ids, TextStream(self.codec, tuple(params.stop))
         except CheckpointError:
@@ -201,12 +213,26 @@ class LLM:
             return ids, None  # ids in, ids out
 
 
+def _paired(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Each prompt with its parameters."""
+    if params is None or isinstance(params, SamplingParams):
+        return [(prompt, params or SamplingParams()) for prompt in prompts]
+    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        raise UsageError(f"params: expected SamplingParams, or one for each prompt, found {params!r}")
+    if len(params) != len(prompts):
+        raise UsageError(f"params: expected one for each of {len(prompts)} prompts, found {len(params)}")
+    return list(zip(prompts, params, strict=True))
+
+
 class _Request:
     """A sequence and its text. ``ids``: the new tokens, up to the end of the text."""
 
     def __init__(self, sequence: TokenSequence, text: TextStream | None):
         self.sequence, self.text = sequence, text
         self.ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self.finish: str | None = None
         self.error: StorageError | None = None
 
@@ -215,6 +241,7 @@ class _Request:
         self.error, found = new.error, ""
         for at, token in enumerate(new.ids, 1):
             self.ids.append(token)
+            self._logprobs += new.logprobs[at - 1 : at]
             if self.text is not None and not (new.finish == "stop" and at == len(new.ids)):  # a stop id is not text
                 found += self.text.push(token)
                 if self.text.stopped:
@@ -224,6 +251,11 @@ class _Request:
         self.finish = new.finish
         return found + self.text.flush() if self.text is not None and self.finish else found
 
+    def logprobs_from(self, start: int) -> list[TokenLogprob] | None:
+        """Those of the ids from ``start``; None if not asked for."""
+        return None if self.sequence.params.logprobs is None else self._logprobs[start:]
+
     def result(self) -> Result:
         text = None if self.text is None else self.text.text
-        return Result(list(self.sequence.prompt), self.ids, text, self.finish or "", self.error)
+        prompt, logprobs = list(self.sequence.prompt), self.logprobs_from(0)
+        return Result(prompt, self.ids, text, self.finish or "", self.error, logprobs)

@@ -10,7 +10,7 @@ from enum import Enum, auto
 from torch import Tensor
 
 from tierlm.config import SamplingParams
-from tierlm.engine.sampler import Sampler
+from tierlm.engine.sampler import Sampler, TokenLogprob
 from tierlm.errors import StorageError
 from tierlm.memory.kvcache import Span
 
@@ -27,11 +27,12 @@ class State(Enum):
 @dataclass(frozen=True, slots=True)
 class Progress:
     """New ``ids`` of a sequence, including a stop id. ``finish``: None until it ends, then "stop", "length" or "error";
-    "error" also sets ``error``."""
+    "error" also sets ``error``. ``logprobs``: of each new id, or empty if not asked for."""
 
     ids: list[int]
     finish: str | None
     error: StorageError | None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +53,7 @@ class Sequence:
     span: Span | None = None
     done: int = 0
     ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     taken: int = 0
     finish: str | None = None
     error: StorageError | None = None
@@ -73,8 +75,8 @@ class Sequence:
 
     def take(self) -> Progress:
         """Return the new tokens and mark them read."""
-        new, self.taken = self.ids[self.taken :], len(self.ids)
-        return Progress(new, self.finish, self.error)
+        new, logprobs, self.taken = self.ids[self.taken :], self.logprobs[self.taken :], len(self.ids)
+        return Progress(new, self.finish, self.error, logprobs)
 
     def cancel(self) -> None:
         """Let the scheduler drop it before its next step. Thread-safe."""

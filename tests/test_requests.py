@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tierlm import LLM, Budget, PromptError, SamplingParams, UsageError
+import tierlm.demo
+from tierlm import LLM, Budget, PromptError, SamplingParams, TokenLogprob, UsageError
+from tierlm.engine.sequence import Progress
+from tierlm.llm import Answer
+from tierlm.text import TextCodec, TextStream
 
 PROMPT = [5, 6, 7]
 
@@ -97,25 +101,16 @@ def test_logprobs_only_where_asked_for(llm: LLM) -> None:
     assert next(llm.stream(PROMPT, params())).logprobs is None
 
 
-def test_logprobs_of_tokens_that_come_together(toy_v3: tuple[Path, Any]) -> None:
-    """A stream that nobody reads runs to its end while another request waits for room."""
-    with LLM.load(toy_v3[0], budget="8GiB", context=30) as llm:
-        stream = llm.stream(PROMPT, params(max_new_tokens=25, logprobs=0))
-        pieces = [next(stream)]
-        llm.generate([[9] * 10], params())
-        pieces += stream
-        assert max(len(piece.ids) for piece in pieces) > 1
-        assert [[one.id for one in piece.logprobs or ()] for piece in pieces] == [piece.ids for piece in pieces]
-
-
 def test_logprobs_end_with_the_text() -> None:
-    """At a stop text, though the engine may be ahead."""
-    with LLM.load("demo", budget="4GiB") as llm:
-        free = llm.generate("The Congress", SamplingParams(max_new_tokens=12))[0]
-        assert free.text
-        result = llm.generate("The Congress", SamplingParams(max_new_tokens=12, stop=free.text[8:14], logprobs=1))[0]
-        assert result.finish_reason == "stop" and 0 < len(result.ids) < 12
-        assert result.logprobs is not None and [one.id for one in result.logprobs] == result.ids
+    """At a stop text, though more tokens were computed."""
+    codec = TextCodec(Path(tierlm.demo.__file__).parent)
+    ids = codec.encode("The Congress will stop here, and then go on.")
+    answer = Answer([5], TextStream(codec, ["stop"]))
+    answer.add(Progress(0, ids, "length", None, [TokenLogprob(token, -1.0, {}) for token in ids]))
+    result = answer.result()
+    assert result.text == "The Congress will " and result.finish_reason == "stop"
+    assert 0 < len(result.ids) < len(ids)
+    assert result.logprobs is not None and [one.id for one in result.logprobs] == result.ids
 
 
 def test_penalties_and_bias_act(llm: LLM) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from tierlm import client
 from tierlm.checkpoints.hub import find_model
+from tierlm.client import Client, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
 from tierlm.engine.sampler import TokenLogprob
-from tierlm.engine.sequence import Progress
-from tierlm.engine.sequence import Sequence as TokenSequence
+from tierlm.engine.sequence import Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
-from tierlm.loading import load_runtime
 from tierlm.prompt import Prompt, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
@@ -53,16 +55,18 @@ class Result:
 
 
 class LLM:
-    """A loaded model and context manager, made by ``LLM.load``.
+    """A loaded model and context manager, made by ``LLM.load``. It closes when it is dropped.
 
     Requests may run concurrently, from one thread or several; each gets the tokens it gets alone, but for ties within
-    rounding (docs/how-it-works.md).
+    rounding (docs/how-it-works.md). A KeyboardInterrupt ends the call that it comes in, and nothing else. A forked
+    process cannot use the model of its parent: it gets a UsageError.
     """
 
-    def __init__(self, runtime: Runtime, folder: Path):
-        self._runtime, self._folder = runtime, folder
+    def __init__(self, client: Client, runtime: Runtime, folder: Path):
+        self._client, self._folder = client, folder
+        self._runtime: Runtime | None = runtime
         self._codec: TextCodec | None = None
-        self._closed = False
+        self._stats: Stats | None = None  # the last, once closed
 
     @classmethod
     def load(
@@ -79,13 +83,9 @@ class LLM:
         ``RuntimeOptions``. ``progress`` is called with the bytes loaded so far and in total.
         Raises UsageError, BudgetError, CheckpointError, StorageError.
         """
-        known = RuntimeOptions.__dataclass_fields__
-        if unknown := sorted(set(options) - set(known)):
-            raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
-        chosen = RuntimeOptions(**options)
-        folder = find_model(model)
+        chosen, folder = checked_options(options), find_model(model)
         limits = budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
-        return cls(load_runtime(folder, limits, chosen, progress), folder)
+        return cls(*client.load(folder, limits, chosen, progress), folder)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -96,21 +96,23 @@ class LLM:
         Prompts run concurrently if the context has room. One whose reads fail ends with finish_reason "error" and the
         others go on; if there is only one result, its StorageError is raised. Raises PromptError, UsageError.
         """
-        samples = [(prompt, one) for prompt, each in _paired(several(prompts), params) for one in each.samples()]
-        prepared = [(*self._prepare(prompt, one), one) for prompt, one in samples]  # check all before any is queued
-        scheduler = self._runtime.scheduler
-        requests = [_Request(scheduler.submit(ids, one), text) for ids, text, one in prepared]
+        samples = [(prompt, one) for prompt, each in paired(several(prompts), params) for one in each.samples()]
+        answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
+        pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
+        queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
+        request = Request(self._client, SimpleQueue[Progress](), queued, pace)
         try:
-            while alive := [request for request in requests if request.finish is None]:
-                progress = scheduler.advance([request.sequence for request in alive])
-                for request, new in zip(alive, progress, strict=True):
-                    request.add(new)
+            request.submit()
+            while any(answer.finish is None for answer in answers):
+                progress = request.next()
+                answers[progress.place].add(progress)
+                if answers[progress.place].stopped:
+                    request.cancel_one(progress.place)
         finally:
-            for request in requests:
-                request.sequence.cancel()
-        if len(requests) == 1 and requests[0].error is not None:
-            raise requests[0].error
-        return [request.result() for request in requests]
+            request.cancel()
+        if len(answers) == 1 and answers[0].error is not None:
+            raise answers[0].error
+        return [answer.result() for answer in answers]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
@@ -118,22 +120,18 @@ class LLM:
         Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. Raises as
         ``generate``.
         """
-        ((_, params),) = _paired([prompt], params)
+        ((_, params),) = paired([prompt], params)
         if params.n > 1:
             raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
-        scheduler = self._runtime.scheduler
-        ids, text_stream = self._prepare(prompt, params)
-        request, shown = _Request(scheduler.submit(ids, params), text_stream), 0
+        answer = Answer(*self._prepare(prompt, params))
+        request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params)], Pace.ASKED)
         try:
-            while request.finish is None:
-                text = request.add(*scheduler.advance([request.sequence]))
-                if request.error is not None:
-                    raise request.error
-                if text or request.finish or request.text is None:
-                    yield Piece(text, request.ids[shown:], request.finish, request.logprobs_from(shown))
-                    shown = len(request.ids)
+            request.submit()
+            while answer.finish is None:
+                if (piece := answer.piece(request.next())) is not None:
+                    yield piece
         finally:
-            request.sequence.cancel()
+            request.cancel()
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
@@ -145,7 +143,7 @@ class LLM:
 
         Raises PromptError, StorageError, and BudgetError if the result is too large.
         """
-        ids, runtime = self._ids(ids), self._runtime
+        ids, runtime = self._ids(ids), self._loaded()
         per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
         if len(ids) * per_token > room:
             raise BudgetError(
@@ -155,11 +153,21 @@ class LLM:
                 given=runtime.ram_budget,
                 dominant="logits",
             )
-        return runtime.scheduler.logits(ids)
+        out = torch.empty(len(ids), runtime.catalog.spec.vocab)
+        request = Request(self._client, SimpleQueue[Progress](), [(ids, SamplingParams())], Pace.END, out)
+        try:
+            request.submit()
+            progress = request.next()
+        finally:
+            request.cancel()
+        if progress.error is not None:
+            raise progress.error
+        return out
 
     def stats(self) -> Stats:
-        """Counters since the model was loaded."""
-        return collect(self._runtime)
+        """Counters since the model was loaded, until it was closed."""
+        runtime = self._runtime
+        return collect(runtime) if runtime is not None else self._stats  # type: ignore[return-value]
 
     @property
     def codec(self) -> TextCodec:
@@ -169,11 +177,12 @@ class LLM:
         return self._codec
 
     def close(self) -> None:
-        """Stop transfers, free the memory and close the files. Waits for a step in another thread; live requests then
-        raise UsageError. May be called twice."""
-        if not self._closed:
-            self._closed = True
-            self._runtime.close()
+        """Stop transfers, free the memory and close the files. A step in another thread is abandoned; live requests
+        then raise UsageError. May be called twice. No-op in a forked process."""
+        self._client.close()
+        if self._runtime is not None:
+            self._stats = self.stats()
+            self._runtime = None  # its memory
 
     def __enter__(self) -> LLM:
         return self
@@ -183,11 +192,17 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _loaded(self) -> Runtime:
+        """Raises UsageError if the model is closed, or belongs to another process."""
+        self._client.worker.check()
+        if self._runtime is None:
+            raise UsageError("this model is closed")
+        return self._runtime
+
     def _ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, checked against vocabulary and context."""
-        if self._closed:
-            raise UsageError("this model is closed")
-        spec, context = self._runtime.catalog.spec, self._runtime.context
+        runtime = self._loaded()
+        spec, context = runtime.catalog.spec, runtime.context
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else ids_of(prompt)
         if not ids:
             raise PromptError("a prompt needs at least one token")
@@ -202,7 +217,7 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:
         """The ids to run, and the stream that decodes the new ones; None without a tokenizer."""
-        ids, vocab = self._ids(prompt), self._runtime.catalog.spec.vocab
+        ids, vocab = self._ids(prompt), self._loaded().catalog.spec.vocab
         if wrong := [token for token in params.logit_bias if token >= vocab]:
             raise UsageError(f"logit_bias: token id {wrong[0]} is not in the vocabulary of {vocab}")
         try:
@@ -213,7 +228,7 @@ class LLM:
             return ids, None  # ids in, ids out
 
 
-def _paired(
+def paired(
     prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[Prompt, SamplingParams]]:
     """Each prompt with its parameters."""
@@ -226,36 +241,62 @@ def _paired(
     return list(zip(prompts, params, strict=True))
 
 
-class _Request:
-    """A sequence and its text. ``ids``: the new tokens, up to the end of the text."""
+class Answer:
+    """The tokens of one prompt and their text. ``ids``: the new tokens, up to the end of the text."""
 
-    def __init__(self, sequence: TokenSequence, text: TextStream | None):
-        self.sequence, self.text = sequence, text
+    def __init__(self, prompt: list[int], text: TextStream | None):
+        self.prompt, self.text = prompt, text
         self.ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs: list[TokenLogprob] | None = None
         self.finish: str | None = None
         self.error: StorageError | None = None
+        self._shown = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text ended it."""
+        return self.text is not None and self.text.stopped
 
     def add(self, new: Progress) -> str:
         """Add new tokens. Returns the text that is now final."""
+        if self.finish is not None:  # computed before the end of the text was found
+            return ""
         self.error, found = new.error, ""
+        if new.logprobs is not None:
+            self._logprobs = self._logprobs or []
+            self._logprobs += new.logprobs
         for at, token in enumerate(new.ids, 1):
             self.ids.append(token)
-            self._logprobs += new.logprobs[at - 1 : at]
             if self.text is not None and not (new.finish == "stop" and at == len(new.ids)):  # a stop id is not text
                 found += self.text.push(token)
                 if self.text.stopped:
                     self.finish = "stop"
-                    self.sequence.cancel()
                     return found + self.text.flush()
         self.finish = new.finish
         return found + self.text.flush() if self.text is not None and self.finish else found
 
-    def logprobs_from(self, start: int) -> list[TokenLogprob] | None:
-        """Those of the ids from ``start``; None if not asked for."""
-        return None if self.sequence.params.logprobs is None else self._logprobs[start:]
+    def piece(self, new: Progress) -> Piece | None:
+        """Add new tokens. Returns the piece to show now, if any. Raises StorageError."""
+        text = self.add(new)
+        if self.error is not None:
+            raise self.error
+        if not text and self.finish is None and self.text is not None:
+            return None
+        ids, logprobs, self._shown = self.ids[self._shown :], self._logprobs_from(self._shown), len(self.ids)
+        return Piece(text, ids, self.finish, logprobs)
 
     def result(self) -> Result:
         text = None if self.text is None else self.text.text
-        prompt, logprobs = list(self.sequence.prompt), self.logprobs_from(0)
-        return Result(prompt, self.ids, text, self.finish or "", self.error, logprobs)
+        return Result(self.prompt, self.ids, text, self.finish or "", self.error, self._logprobs_from(0))
+
+    def _logprobs_from(self, start: int) -> list[TokenLogprob] | None:
+        """Of ``ids`` from ``start``, which may end before the last token computed."""
+        return None if self._logprobs is None else self._logprobs[start : len(self.ids)]
+
+
+def checked_options(options: LoadOptions) -> RuntimeOptions:
+    """Raises UsageError if there is an unknown or invalid one."""
+    known = RuntimeOptions.__dataclass_fields__
+    if unknown := sorted(set(options) - set(known)):
+        raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
+    return RuntimeOptions(**options)

@@ -23,7 +23,7 @@ FLOORS: list[list[set[str]]] = [
     [{"client", "worker"}],
     [{"loading"}],
     [{"runtime"}],
-    [{"engine"}, {"text"}],
+    [{"engine"}, {"text"}, {"prompt"}],
     [{"models"}],
     [{"memory"}, {"profiling"}],
     [{"planning"}],
@@ -31,7 +31,7 @@ FLOORS: list[list[set[str]]] = [
     [{"checkpoints"}, {"policies"}],
     [{"spec"}, {"config"}, {"timeline"}, {"host"}],
     [{"kernels"}],
-    [{"formats"}, {"errors"}, {"files"}, {"demo"}],
+    [{"formats"}, {"errors"}, {"files"}, {"table"}, {"demo"}],
     [{"library"}],
 ]
 # Parts that may import less than their floor allows.

@@ -24,6 +24,7 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from tierlm.engine.sampler import TokenLogprob
     from tierlm.llm import LLM, Piece, Result
     from tierlm.stats import Stats
 
@@ -41,12 +42,19 @@ __all__ = [
     "Stats",
     "StorageError",
     "TierlmError",
+    "TokenLogprob",
     "TraceError",
     "UnsupportedModelError",
     "UsageError",
 ]
 
-_NEEDS_TORCH = {"LLM": "tierlm.llm", "Piece": "tierlm.llm", "Result": "tierlm.llm", "Stats": "tierlm.stats"}
+_NEEDS_TORCH = {
+    "LLM": "tierlm.llm",
+    "Piece": "tierlm.llm",
+    "Result": "tierlm.llm",
+    "Stats": "tierlm.stats",
+    "TokenLogprob": "tierlm.engine.sampler",
+}
 
 
 def __getattr__(name: str) -> Any:

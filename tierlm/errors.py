@@ -4,7 +4,7 @@
 
     TierlmError                 (exit code 1)
     ├── UsageError              an invalid argument, on any machine (exit code 2); also a ValueError
-    │   └── PromptError         a prompt that is empty, or longer than the context
+    │   └── PromptError         a prompt that is empty, neither text nor ids, or longer than the context
     ├── BudgetError             the budget is below the floor; names both and the largest part
     ├── CheckpointError         a file of the model is missing, malformed, or contradicts another
     │   └── UnsupportedModelError   a well-formed model whose architecture or format is not implemented
@@ -35,7 +35,7 @@ class UsageError(TierlmError, ValueError):
 
 
 class PromptError(UsageError):
-    """A prompt that is empty or does not fit the context."""
+    """A prompt that is empty, neither text nor token ids, or does not fit the context."""
 
 
 class BudgetError(TierlmError):

@@ -16,8 +16,10 @@ from tierlm import client
 from tierlm.checkpoints.hub import find_model
 from tierlm.client import Client, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
+from tierlm.engine.sampler import TokenLogprob
 from tierlm.engine.sequence import Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
+from tierlm.prompt import Prompt, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
 from tierlm.text import Message, TextCodec, TextStream
@@ -25,23 +27,23 @@ from tierlm.text import Message, TextCodec, TextStream
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Prompt = str | Sequence[int]
-
 
 @dataclass(frozen=True)
 class Piece:
-    """New text and its ids. ``finish_reason`` is set on the last piece."""
+    """New text and its ids. ``finish_reason`` is set on the last piece. ``logprobs``: of each id, if asked for."""
 
     text: str
     ids: list[int]
     finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     """The result of one prompt. ``ids``: generated, including a stop id. ``text``: None without a tokenizer.
 
-    ``finish_reason``: "stop" (a stop id or text), "length" or "error"; "error" also sets ``error``.
+    ``finish_reason``: "stop" (a stop id or text), "length" or "error"; "error" also sets ``error``. ``logprobs``: of
+    each id, if asked for.
     """
 
     prompt_ids: list[int]
@@ -49,6 +51,7 @@ class Result:
     text: str | None
     finish_reason: str
     error: StorageError | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 class LLM:
@@ -70,31 +73,34 @@ class LLM:
         cls,
         model: str | Path,
         *,
-        budget: Budget | None = None,
+        budget: Budget | str | int | None = None,
         progress: Callable[[int, int], None] | None = None,
         **options: Unpack[LoadOptions],
     ) -> LLM:
         """Load a model: a folder in Hugging Face layout, a Hub id, or "demo". Nothing is converted or written.
 
-        ``budget``: limits of the process. ``options``: the fields of ``RuntimeOptions``. ``progress`` is called with
-        the bytes loaded so far and in total. Raises UsageError, BudgetError, CheckpointError, StorageError.
+        ``budget``: limits of the process; "8GiB" is ``Budget(ram="8GiB")``. ``options``: the fields of
+        ``RuntimeOptions``. ``progress`` is called with the bytes loaded so far and in total.
+        Raises UsageError, BudgetError, CheckpointError, StorageError.
         """
         chosen, folder = checked_options(options), find_model(model)
-        return cls(*client.load(folder, budget or Budget(), chosen, progress), folder)
+        limits = budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+        return cls(*client.load(folder, limits, chosen, progress), folder)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Result]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Result]:
         """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
 
-        Prompts run concurrently if the context has room. A prompt whose reads fail ends with finish_reason "error" and
-        the others go on; a single prompt raises its StorageError. Raises PromptError.
+        ``params``: for all prompts, or one for each. With ``n`` samples a prompt has n results, one after another.
+        Prompts run concurrently if the context has room. One whose reads fail ends with finish_reason "error" and the
+        others go on; if there is only one result, its StorageError is raised. Raises PromptError, UsageError.
         """
-        params = params or SamplingParams()
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        several: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
-        prepared = [self._prepare(prompt, params) for prompt in several]  # check all before any is queued
-        answers = [Answer(ids, text) for ids, text in prepared]
-        pace = Pace.EACH if params.stop else Pace.END
-        request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params) for answer in answers], pace)
+        samples = [(prompt, one) for prompt, each in paired(several(prompts), params) for one in each.samples()]
+        answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
+        pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
+        queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
+        request = Request(self._client, SimpleQueue[Progress](), queued, pace)
         try:
             request.submit()
             while any(answer.finish is None for answer in answers):
@@ -111,9 +117,12 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
-        Texts are empty for a prompt of ids without a tokenizer. Raises as ``generate``.
+        Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. Raises as
+        ``generate``.
         """
-        params = params or SamplingParams()
+        ((_, params),) = paired([prompt], params)
+        if params.n > 1:
+            raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
         answer = Answer(*self._prepare(prompt, params))
         request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params)], Pace.ASKED)
         try:
@@ -129,8 +138,8 @@ class LLM:
         chat template. Raises UsageError if it has none."""
         yield from self.stream(self.codec.encode(self.codec.chat(messages), special=False), params)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after every token of ``ids``, float32 [T, vocab], for perplexity or comparison with a reference.
+    def logits(self, ids: Prompt) -> Tensor:
+        """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
 
         Raises PromptError, StorageError, and BudgetError if the result is too large.
         """
@@ -194,7 +203,7 @@ class LLM:
         """The ids of a prompt, checked against vocabulary and context."""
         runtime = self._loaded()
         spec, context = runtime.catalog.spec, runtime.context
-        ids = self.codec.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        ids = self.codec.encode(prompt) if isinstance(prompt, str) else ids_of(prompt)
         if not ids:
             raise PromptError("a prompt needs at least one token")
         if wrong := [token for token in ids if not 0 <= token < spec.vocab]:
@@ -208,7 +217,9 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:
         """The ids to run, and the stream that decodes the new ones; None without a tokenizer."""
-        ids = self._ids(prompt)
+        ids, vocab = self._ids(prompt), self._loaded().catalog.spec.vocab
+        if wrong := [token for token in params.logit_bias if token >= vocab]:
+            raise UsageError(f"logit_bias: token id {wrong[0]} is not in the vocabulary of {vocab}")
         try:
             return ids, TextStream(self.codec, tuple(params.stop))
         except CheckpointError:
@@ -217,12 +228,26 @@ class LLM:
             return ids, None  # ids in, ids out
 
 
+def paired(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Each prompt with its parameters."""
+    if params is None or isinstance(params, SamplingParams):
+        return [(prompt, params or SamplingParams()) for prompt in prompts]
+    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        raise UsageError(f"params: expected SamplingParams, or one for each prompt, found {params!r}")
+    if len(params) != len(prompts):
+        raise UsageError(f"params: expected one for each of {len(prompts)} prompts, found {len(params)}")
+    return list(zip(prompts, params, strict=True))
+
+
 class Answer:
     """The tokens of one prompt and their text. ``ids``: the new tokens, up to the end of the text."""
 
     def __init__(self, prompt: list[int], text: TextStream | None):
         self.prompt, self.text = prompt, text
         self.ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None
         self.finish: str | None = None
         self.error: StorageError | None = None
         self._shown = 0
@@ -237,6 +262,9 @@ class Answer:
         if self.finish is not None:  # computed before the end of the text was found
             return ""
         self.error, found = new.error, ""
+        if new.logprobs is not None:
+            self._logprobs = self._logprobs or []
+            self._logprobs += new.logprobs
         for at, token in enumerate(new.ids, 1):
             self.ids.append(token)
             if self.text is not None and not (new.finish == "stop" and at == len(new.ids)):  # a stop id is not text
@@ -254,12 +282,16 @@ class Answer:
             raise self.error
         if not text and self.finish is None and self.text is not None:
             return None
-        ids, self._shown = self.ids[self._shown :], len(self.ids)
-        return Piece(text, ids, self.finish)
+        ids, logprobs, self._shown = self.ids[self._shown :], self._logprobs_from(self._shown), len(self.ids)
+        return Piece(text, ids, self.finish, logprobs)
 
     def result(self) -> Result:
         text = None if self.text is None else self.text.text
-        return Result(self.prompt, self.ids, text, self.finish or "", self.error)
+        return Result(self.prompt, self.ids, text, self.finish or "", self.error, self._logprobs_from(0))
+
+    def _logprobs_from(self, start: int) -> list[TokenLogprob] | None:
+        """Of ``ids`` from ``start``, which may end before the last token computed."""
+        return None if self._logprobs is None else self._logprobs[start : len(self.ids)]
 
 
 def checked_options(options: LoadOptions) -> RuntimeOptions:

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer import Option
 
 from tierlm.cli.options import Loading, Memory, Model, Sampling, grouped
-from tierlm.cli.output import STDOUT, emit, progress
+from tierlm.cli.output import STDOUT, emit, pairs, progress
 from tierlm.config import Budget, LoadOptions, SamplingParams
 from tierlm.errors import UsageError
 
@@ -108,6 +108,4 @@ def _ask() -> str:
 
 
 def _print_stats(stats: Stats) -> None:
-    from tierlm.cli.report import table
-
-    Console(stderr=True).print(table(stats))
+    Console(stderr=True).print(pairs(stats.rows(), "what it took"))

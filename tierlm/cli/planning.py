@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tierlm.models.outline import Outline, Records
     from tierlm.planning.cost import Machine, Work
     from tierlm.planning.forecast import Forecast, Question
-    from tierlm.planning.plan import Sizes, TierPlan
+    from tierlm.planning.plan import Sizes
 
 Model = Annotated[
     str, Argument(help="A folder, a config.json, a hub id, 'demo', or a known model such as DeepSeek-V3.")
@@ -72,7 +72,7 @@ def plan(
         return
     console = Console(width=max(WIDTH, Console().width), emoji=False)  # emoji tables are slow to load
     console.print(pairs(answer.bytes(), f"{name}, {answer.format}"))
-    console.print(pairs(answer.plan(), "plan"))
+    console.print(pairs(found.plan.rows(), "plan"))
     console.print(pairs(answer.speed(routing), f"predicted; rates: {source}"))
     for warning in found.warnings:
         console.print(f"[yellow]note[/yellow] {warning}")
@@ -111,11 +111,6 @@ class _Answer:
         spec = self.records.spec
         return self.sizes.kv * spec.expanded_width // spec.cache_width
 
-    @property
-    def tiers(self) -> dict[str, TierPlan]:
-        tiers = {"vram": self.found.plan.vram, "ram": self.found.plan.ram}
-        return {name: tier for name, tier in tiers.items() if tier is not None}
-
     def bytes(self) -> Iterator[tuple[str, str]]:
         """Sizes of the model."""
         sizes, work = self.sizes, self.work
@@ -133,17 +128,6 @@ class _Answer:
         if self.expanded_kv != sizes.kv:
             kv += f" as latents; {format_size(self.expanded_kv)} as keys and values"
         yield f"KV cache of {self.question.context} tokens", kv
-
-    def plan(self) -> Iterator[tuple[str, str]]:
-        """Contents of each tier."""
-        trunks = self.sizes.trunk
-        for name, tier in self.tiers.items():
-            yield name, ", ".join(f"{what} {format_size(size)}" for what, size in tier.parts.items() if size)
-            yield "", f"{tier.expert_slots} expert slots; floor {format_size(tier.floor)}"
-            rest = len(trunks) - len(tier.trunk)
-            streams = f"; the other {rest} stream through two slots of {format_size(tier.ring)}" if tier.ring else ""
-            held = format_size(sum(trunks[key] for key in tier.trunk))
-            yield "", f"{len(tier.trunk)} trunks stay, {held}{streams}"
 
     def speed(self, routing: str) -> Iterator[tuple[str, str]]:
         """Expected speed, and the rates behind it."""
@@ -195,7 +179,7 @@ class _Answer:
                     "streamed": [str(key) for key in sizes.trunk if key not in tier.trunk] if tier.ring else [],
                     "parts": dict(tier.parts),
                 }
-                for name, tier in self.tiers.items()
+                for name, tier in found.plan.tiers.items()
             },
             "predicted": {
                 name: {

@@ -24,6 +24,7 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from tierlm.async_llm import AsyncLLM
     from tierlm.engine.sampler import TokenLogprob
     from tierlm.llm import LLM, Piece, Result
     from tierlm.stats import Stats
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Budget",
     "BudgetError",
     "CheckpointError",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _NEEDS_TORCH = {
+    "AsyncLLM": "tierlm.async_llm",
     "LLM": "tierlm.llm",
     "Piece": "tierlm.llm",
     "Result": "tierlm.llm",

@@ -26,7 +26,8 @@ class Scheduler:
     the other callers find their tokens when they get the lock. A sequence with an unread token pauses, so a stream is
     at most one token ahead of its reader. If all running sequences pause while a request waits for room, they all run.
 
-    ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it.
+    ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it. ``threads``: of
+    torch and the kernels; None: torch's own choice.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Scheduler:
         relief: PressureRelief | None,
         eos: abc.Iterable[int],
         chunk: int,
+        threads: int | None = None,
     ):
         self.decoder, self.cache, self.meter, self.relief = decoder, cache, meter, relief
-        self.eos, self.chunk = frozenset(eos), chunk
+        self.eos, self.chunk, self.threads = frozenset(eos), chunk, threads
         self.counters = Counters()
         self._lock = threading.Lock()
         self._closed = False
@@ -136,6 +138,8 @@ class Scheduler:
         """Run one step of ``batch``. A sequence whose reads fail ends with its error; the others go on."""
         if not batch:
             return
+        if self.threads is not None and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)  # at each step, since torch has a number for each calling thread
         phase = self.counters.prefill if prefill else self.counters.decode
         began, before = time.perf_counter(), self.meter.read()
         for sequence, segment, outcome in zip(batch, segments, self._forward(batch, segments, prefill), strict=True):

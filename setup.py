@@ -39,6 +39,7 @@ setup(
         "jinja2>=3.1",
         "psutil>=5.9",
         "rich>=13",
+        "tomli>=2; python_version < '3.11'",
         "typer>=0.12",
         "xxhash>=3.4",
     ],

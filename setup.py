@@ -40,7 +40,7 @@ setup(
         "psutil>=5.9",
         "rich>=13",
         "tomli>=2; python_version < '3.11'",
-        "typer>=0.12",
+        "typer>=0.20",
         "xxhash>=3.4",
     ],
     extras_require={

@@ -88,7 +88,8 @@ def test_the_file_takes_names_of_options_of_any_command_and_kind(tierlm: Any, co
         ("[trace.convert]\nform = 1", ["[trace]", "[convert]", "'form'"]),
         ("[plan\n", ["expected TOML", "line 1"]),
         ('[plan]\nprompt = "long"', ["'--prompt'", "integer"]),
-        ("[plan]\nprompt = []", ["'--prompt'", "integer"]),
+        ("[plan]\nprompt = []", ["[plan]: prompt", "expected one value"]),
+        ("[plan.ram]\nsize = 8", ["[plan]: ram", "expected one value"]),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_it(tierlm: Any, config: Path, text: str, words: list[str]) -> None:
@@ -97,6 +98,13 @@ def test_a_wrong_file_is_one_line_that_names_it(tierlm: Any, config: Path, text:
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert all(word in err for word in ["error: UsageError", str(config), *words]), err
     assert tierlm("--help")[0] == 0
+
+
+@pytest.mark.parametrize("text", ['path = "/nowhere"', 'path = [".", "/nowhere"]'])
+def test_an_option_that_repeats_takes_a_value_or_a_list(tierlm: Any, config: Path, text: str) -> None:
+    config.write_text(f"[profile]\n{text}\n")
+    code, _, err = tierlm("profile")
+    assert code == 2 and "/nowhere: expected a folder" in err
 
 
 def test_a_wrong_variable_is_named(tierlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,11 +65,15 @@ def _defaults(group: Any, tables: dict[str, Any], where: str) -> dict[str, Any]:
         if hasattr(command, "commands"):
             found[name] = _defaults(command, table, place)
             continue
-        options = {word.lstrip("-"): param.name for param in command.params for word in param.opts if len(word) > 2}
+        params = {word.lstrip("-"): param for param in command.params for word in param.opts if len(word) > 2}
         for key, value in table.items():
-            if key.replace("_", "-") not in options:
+            param = params.get(key.replace("_", "-"))
+            if param is None:
                 raise UsageError(f"{place}: unknown option {key!r}; `tierlm {name} --help` lists the options")
-            found.setdefault(name, {})[options[key.replace("_", "-")]] = value
+            several = getattr(param, "multiple", False)
+            if isinstance(value, dict) or (isinstance(value, list) and not several):
+                raise UsageError(f"{place}: {key}: expected one value, found {value!r}")
+            found.setdefault(name, {})[param.name] = [value] if several and not isinstance(value, list) else value
     return found
 
 

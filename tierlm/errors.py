@@ -17,6 +17,11 @@ A message says what was expected, what was found, where, and what to do.
 
 from __future__ import annotations
 
+import traceback
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
+
 
 class TierlmError(Exception):
     """Base class of all errors of tierlm."""
@@ -69,3 +74,12 @@ class StorageError(TierlmError):
 
 class TraceError(TierlmError):
     """A trace that is incomplete, malformed, or contradicts itself. Names the line or the offset."""
+
+
+def forget_frames(error: E) -> E:
+    """Drop the local variables that the tracebacks of ``error`` and its causes keep alive, such as a loaded model."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +56,19 @@ class Decoder:
         ]
 
     @torch.inference_mode()
-    def forward(self, steps: Sequence[Segment], *, prefill: bool, out: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        steps: Sequence[Segment],
+        *,
+        prefill: bool,
+        out: Tensor | None = None,
+        watch: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """Run new tokens of several sequences through the model, and advance the sequences.
 
         Returns logits, float32 on the CPU: of each sequence's last token [len(steps), vocab]; or of every new token,
-        written into ``out`` [T, vocab] if given. If it raises, no sequence has advanced.
+        written into ``out`` [T, vocab] if given. ``watch``: called before each layer; it may raise to abandon the step.
+        After an error, no sequence has advanced.
         """
         hidden = self.embedding.read([i for step in steps for i in step.ids])  # [T, hidden]
         segments: list[Rows] = []
@@ -72,6 +80,7 @@ class Decoder:
         if recorder is not None:
             recorder.begin([(step.span.start, step.span.length, len(step.ids)) for step in steps], prefill)
         for layer, (key, kind, norm, is_moe) in enumerate(self._layers):
+            watch()
             trunk = self.trunks.get(key)
             if is_moe:
                 self.moe.before_attention(hidden, layer, prefill)

@@ -149,36 +149,6 @@ def test_ids_are_a_prompt_for_a_model_without_tokenizer(model: str, tierlm: Any)
     assert piped.stdout == outcome.out
 
 
-def test_threads_act_in_whatever_thread_runs_a_step(original: Path) -> None:
-    import threading
-
-    import torch
-
-    counts: list[int] = []
-    before = torch.get_num_threads()
-
-    def generate() -> None:
-        torch.get_num_threads()  # from now on, torch keeps a number for this thread
-        ready.set()
-        loaded.wait(LIMIT)
-        llm.generate([1, 2], SamplingParams(max_new_tokens=2))
-        counts.append(torch.get_num_threads())
-
-    ready, loaded = threading.Event(), threading.Event()
-    thread = threading.Thread(target=generate)
-    thread.start()
-    ready.wait(LIMIT)
-    try:
-        with LLM.load(original, budget=Budget("2GiB"), context=64, threads=before + 2, heat=False) as llm:
-            loaded.set()
-            thread.join()
-            llm.generate([1, 2], SamplingParams(max_new_tokens=2))
-            counts.append(torch.get_num_threads())
-    finally:
-        torch.set_num_threads(before)
-    assert counts == [before + 2, before + 2]
-
-
 def test_verbose_logs_the_plan_and_the_disk_and_changes_no_text(model: str, tierlm: Any) -> None:
     words = ("run", model, "-p", "the quick", "-n", "3", "--context", "64")
     logger = logging.getLogger("tierlm")

@@ -136,7 +136,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             trunk_tiers=trunk_tiers,
             store=store,
             decoder=decoder,
-            scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk, options.threads),
+            scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk),
             heat=heat,
             heat_file=heat_file,
             recorder=recorder,

@@ -27,8 +27,7 @@ class Scheduler:
     its client has yet to take a token, so a stream is at most one token ahead of its reader. If all running sequences
     pause while a request waits for room, they all run.
 
-    ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it. ``threads``: of
-    torch and the kernels; None: torch's own choice.
+    ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it.
     """
 
     def __init__(
@@ -39,10 +38,9 @@ class Scheduler:
         relief: PressureRelief | None,
         eos: abc.Iterable[int],
         chunk: int,
-        threads: int | None = None,
     ):
         self.decoder, self.cache, self.meter, self.relief = decoder, cache, meter, relief
-        self.eos, self.chunk, self.threads = frozenset(eos), chunk, threads
+        self.eos, self.chunk = frozenset(eos), chunk
         self.counters = Counters()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -130,8 +128,6 @@ class Scheduler:
         """Run one step of ``batch``. A sequence whose reads fail ends with its error; the others go on."""
         if not batch:
             return
-        if self.threads is not None and torch.get_num_threads() != self.threads:
-            torch.set_num_threads(self.threads)  # at each step, since torch has a number for each calling thread
         phase = self.counters.prefill if prefill else self.counters.decode
         began, before = time.perf_counter(), self.meter.read()
         outcomes = self._forward(batch, segments, functools.partial(watch, batch), prefill)

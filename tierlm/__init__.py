@@ -10,6 +10,7 @@ from tierlm.config import Budget, RuntimeOptions, SamplingParams
 from tierlm.errors import (
     BudgetError,
     CheckpointError,
+    ModelNotFoundError,
     PromptError,
     StorageError,
     TierlmError,
@@ -36,6 +37,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CheckpointError",
+    "ModelNotFoundError",
     "Piece",
     "PromptError",
     "Result",

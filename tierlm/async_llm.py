@@ -19,7 +19,8 @@ from tierlm.engine.sequence import Progress
 from tierlm.llm import LLM, Piece, Result, add, checked, results, unfinished
 from tierlm.prompt import Prompt
 from tierlm.stats import Stats
-from tierlm.text import Message, TextCodec
+from tierlm.templates.template import Message
+from tierlm.text import TextCodec
 from tierlm.worker import News
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class AsyncLLM:
             request.cancel()
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> AsyncIterator[Piece]:
-        return self.stream(self._llm._chat_prompt(messages), params)
+        return self.stream(self.codec.chat(messages), params)
 
     async def logits(self, ids: Prompt) -> Tensor:
         out, request = self._llm._logits(Mailbox[Progress](), ids)

@@ -22,7 +22,8 @@ from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageErro
 from tierlm.prompt import Prompt, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
-from tierlm.text import Message, TextCodec, TextStream
+from tierlm.templates.template import Message
+from tierlm.text import TextCodec, TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -123,7 +124,7 @@ class LLM:
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
         chat template. Raises UsageError if it has none."""
-        yield from self.stream(self._chat_prompt(messages), params)
+        yield from self.stream(self.codec.chat(messages), params)
 
     def logits(self, ids: Prompt) -> Tensor:
         """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
@@ -195,9 +196,6 @@ class LLM:
             raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
         answer = Answer(*self._prepare(prompt, params))
         return answer, Request(self._client, mailbox, [(answer.prompt, params)], Pace.ASKED)
-
-    def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        return self.codec.encode(self.codec.chat(messages), special=False)
 
     def _logits(self, mailbox: Box, prompt: Prompt) -> tuple[Tensor, Request[Box]]:
         """The result of ``logits``, still empty, and the request that fills it."""

@@ -426,7 +426,7 @@ def test_module_is_the_console_script(model: str) -> None:
 
 
 @contextmanager
-def interruptible(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def interruptible(words: list[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command in a process that handles SIGINT, even if this process has inherited that it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -434,7 +434,7 @@ def interruptible(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
             [sys.executable, "-m", "tierlm", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment(),
+            env=environment() | variables,
         )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -468,6 +468,23 @@ def test_interrupt_ends_a_generation_with_what_there_is(model: str) -> None:
     assert result["finish_reason"] == "interrupted"
     assert 0 < len(result["ids"]) < 19000
     assert (shown + rest).decode() == result["text"] + "\n"
+
+
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_interrupt_during_an_import_that_swallows_it(module: str, model: str, tmp_path: Path) -> None:
+    """As destructors and callbacks do, at times."""
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / f"{module}.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.01)\n"
+        "except KeyboardInterrupt:\n    pass\n"
+        f"raise SystemExit('{module} was imported')\n"
+    )
+    path = os.pathsep.join([str(fake), *sys.path])
+    with interruptible(["run", model, "-p", "x"], PYTHONPATH=path) as process:
+        _, errors = process.communicate(timeout=LIMIT)
+    assert (process.returncode, errors) == (-signal.SIGINT, b"")
 
 
 def test_reader_of_the_output_that_goes_away_is_no_traceback(model: str) -> None:

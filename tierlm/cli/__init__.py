@@ -6,21 +6,24 @@ import os
 import sys
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.text import Text
-from typer import Option
+from tierlm.cli.interrupts import importing
 
-from tierlm.cli.chat import chat
-from tierlm.cli.command import Command, CommandGroup, Misuse, explain
-from tierlm.cli.health import doctor
-from tierlm.cli.measuring import profile
-from tierlm.cli.packing import pack, verify
-from tierlm.cli.planning import plan
-from tierlm.cli.run import run
-from tierlm.cli.settings import PREFIX, read_config
-from tierlm.cli.tracing import simulate, trace
-from tierlm.errors import TierlmError, UsageError
+with importing():
+    import typer
+    from rich.console import Console
+    from rich.text import Text
+    from typer import Option
+
+    from tierlm.cli.chat import chat
+    from tierlm.cli.command import Command, CommandGroup, Misuse, explain
+    from tierlm.cli.health import doctor
+    from tierlm.cli.measuring import profile
+    from tierlm.cli.packing import pack, verify
+    from tierlm.cli.planning import plan
+    from tierlm.cli.run import run
+    from tierlm.cli.settings import PREFIX, read_config
+    from tierlm.cli.tracing import simulate, trace
+    from tierlm.errors import TierlmError, UsageError
 
 INTERRUPTED = 130  # typer's exit code for Ctrl-C
 SETTINGS = (

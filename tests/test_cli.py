@@ -508,8 +508,9 @@ def test_version() -> None:
 
 
 def test_pack_verify_and_run(model: str, tierlm: Any) -> None:
-    outcome = tierlm("pack", model, "packed", "--experts", "keep", "--trunk", "keep")
+    outcome = tierlm("pack", model, "packed", "--experts", "keep", "--trunk", "keep", "--json", "-")
     assert outcome.code == 0 and "packed: " in outcome.err
+    assert json.loads(outcome.out)["bytes"] == sum(file.stat().st_size for file in Path("packed").iterdir())
     outcome = tierlm("verify", "packed")
     assert outcome.code == 0 and "all checksums match" in outcome.err
     assert "no checksums" in tierlm("verify", model).err
@@ -520,6 +521,9 @@ def test_pack_verify_and_run(model: str, tierlm: Any) -> None:
     data[-5000] ^= 4
     file.write_bytes(data)
     check_failure(tierlm("verify", "packed"), 1, str(file), "expert 15 of layer 2", "expected xxh3_64", "found")
+    outcome = tierlm("verify", "packed", "--json", "-")
+    found = json.loads(outcome.out)
+    assert outcome.code == 1 and found["checksums"] and "expert 15 of layer 2" in "".join(found["damage"])
 
 
 def test_pack_refuses_what_cannot_be(model: str, tierlm: Any) -> None:

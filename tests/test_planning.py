@@ -401,6 +401,8 @@ def test_the_profile_command_is_what_plan_uses(
     assert code == 0 and "random direct reads" in " ".join(out.split()) and "from RAM" in out
     assert default_file() == tmp_path / "cache/tierlm/profile.json"
     assert (tmp_path / "mine.json").read_text() == (tmp_path / "cache/tierlm/profile.json").read_text()
+    shown = json.loads(tierlm("profile", "--path", str(tmp_path), "--json", "-")[1])
+    assert shown == json.loads((tmp_path / "mine.json").read_text())
     rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json", "-")[1])["rates"]
     assert rates["disk"] == 3e9 and rates["origins"]["disk"] == "measured today"
     diskless = Profile("later", "a processor", 2, 2**34, 2**33, missing=["a disk: full"])

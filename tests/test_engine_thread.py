@@ -9,10 +9,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_llm import faulty
 from test_loading import open_files
 
 from tierlm import LLM, Budget, BudgetError, SamplingParams, TierlmError, UsageError
@@ -97,6 +100,26 @@ def test_a_stream_after_close(toy_v3: tuple[Path, Any]) -> None:
     for call in (lambda: llm.generate([[1]]), lambda: llm.logits([1]), lambda: llm.codec and next(llm.stream([1]))):
         with pytest.raises(TierlmError):
             call()
+
+
+def test_closing_does_not_wait_for_a_stalled_disk(toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, stalled = threading.Event(), threading.Event()
+    with faulty(toy_v3[0], io_timeout=3600) as (llm, reader), ThreadPoolExecutor(1) as pool:
+
+        def stall(request: Any, buffer: memoryview) -> bool:
+            stalled.set()
+            return not gate.wait(120)
+
+        reader.fault = stall
+        transfer: Any = llm._runtime.transfer  # type: ignore[union-attr]
+        monkeypatch.setattr(transfer, "close", partial(transfer.close, 0.01))  # one of its threads is stuck
+        running = pool.submit(llm.generate, [[5, 6, 7]], TEN)
+        assert stalled.wait(60)
+        llm.close()
+        assert not gate.is_set()
+        with pytest.raises(UsageError, match="closed"):
+            running.result()
+        gate.set()
 
 
 def test_a_bug_reaches_all_who_wait(toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:

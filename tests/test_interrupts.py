@@ -101,9 +101,11 @@ def test_an_interrupt_at_any_instruction(call: Callable[[LLM], Any], toy: LLM) -
         call(toy)
     assert counted.count > 100
     for at in places(counted.count):
-        with pytest.raises(KeyboardInterrupt), Interrupt(at):
+        with pytest.raises(KeyboardInterrupt) as kept, Interrupt(at):  # a notebook keeps the traceback, and its frames
             call(toy)
         assert call(toy) == expected, f"after an interrupt at instruction {at}"
+        assert not toy._runtime.scheduler._running, f"after an interrupt at instruction {at}"  # type: ignore[union-attr]
+        del kept
     check_whole(toy)
 
 
@@ -111,16 +113,16 @@ def test_an_interrupted_load_leaves_nothing_open(toy_v3: tuple[Path, Any]) -> No
     def load() -> LLM:
         return LLM.load(toy_v3[0], budget=RAM, progress=lambda done, total: None)
 
-    threads, files = threading.active_count(), open_files()
+    before, files = set(threading.enumerate()), open_files()
     with Interrupt() as counted:
         load().close()
     for at in places(counted.count)[:: max(1, STEPS // 12)]:
         with pytest.raises(KeyboardInterrupt), Interrupt(at):
             load().close()
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - before:
         if isinstance(thread, Worker):
             thread.join(60)
-    assert threading.active_count() == threads and open_files() == files
+    assert set(threading.enumerate()) == before and open_files() == files
     with load() as llm:
         assert len(generate(llm)) == len(PROMPTS)
 

@@ -55,7 +55,7 @@ class Client:
 
     def abandon(self) -> None:
         """Let the model close by itself, loaded or not."""
-        self.worker.leaving = True
+        self.worker.leave()
         self._stop()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from tierlm.memory.ticket import DISK, Job, Priority, State, Ticket
 from tierlm.policies.limits import spare_lanes
 from tierlm.timeline import Timeline
 
-INTERRUPTIBLE = 0.1  # longest wait in seconds before Python checks for signals
+LOOK = 0.1  # longest wait in seconds before a look at ``leaving``
 
 
 class Transfer:
@@ -26,7 +26,8 @@ class Transfer:
 
     Prefetch and warm-up use a quarter of the threads, at least two, so that demands find most threads free and
     computation keeps memory bandwidth. ``merged_bytes``: adjacent plain reads up to this total are done as one.
-    ``executor``: replaces both executors. Raises TierlmError if the system refuses a thread.
+    ``executor``: replaces both executors. ``leaving``: set it to end all waits, since the model is to be closed.
+    Raises TierlmError if the system refuses a thread.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Transfer:
     ):
         self.timeline = timeline
         self._lock = threading.Lock()
+        self.leaving = False
         self._closed = False
         self._seen = 0  # the value of ``reads.count`` at the last collection
         spare = spare_lanes(threads)
@@ -115,15 +117,18 @@ class Transfer:
             return True
 
     def wait_any(self, tickets: Sequence[Ticket], timeout: float) -> None:
-        """Return once any of ``tickets`` is done. Raises the stalled job's error after ``timeout`` seconds."""
+        """Return once any of ``tickets`` is done. Raises the stalled job's error after ``timeout`` seconds, and
+        RuntimeError once ``leaving``."""
         deadline = time.monotonic() + timeout
         while True:
             seen = self.reads.count
             self.collect()
             if any(ticket.done for ticket in tickets):
                 return
+            if self.leaving:
+                raise RuntimeError("transfer is closing")
             if (left := deadline - time.monotonic()) > 0:
-                self.reads.wait(seen, min(left, INTERRUPTIBLE))
+                self.reads.wait(seen, min(left, LOOK))
             elif (stuck := self._stuck(tickets[0])) is not None:
                 raise stuck.stalled(f"stalled: nothing came for {timeout:g} s")
 

@@ -35,7 +35,7 @@ FLOORS: list[list[set[str]]] = [
 ]
 # Parts that may import less than their floor allows.
 ONLY = {
-    "text": {"text", "checkpoints", "errors"},
+    "text": {"text", "checkpoints", "errors", "files"},
     "kernels": {"kernels", "formats", "library"},
     "formats": {"formats", "errors"},
     "errors": set[str](),

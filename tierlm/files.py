@@ -24,9 +24,9 @@ class Stamp(NamedTuple):
     device: int
 
     @classmethod
-    def of(cls, fd: int) -> Stamp:
-        """The stamp of an open file."""
-        found = os.fstat(fd)
+    def of(cls, file: int | Path) -> Stamp:
+        """The stamp of a file or of a descriptor. Raises OSError."""
+        found = os.stat(file)
         return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
 
 
@@ -60,16 +60,16 @@ def changed(fd: int, expected: Stamp) -> str:
         for name, then, now in zip(Stamp._fields, expected, found, strict=True)
         if then != now
     )
-    return f"the file was changed or replaced since its header was read ({what}); load the model again"
+    return f"the file was changed or replaced since its header was read ({what})"
 
 
 def read_regular(file: Path, limit: int = MAX_READ) -> bytes:
     """The content of a regular file of at most ``limit`` bytes. Raises OSError."""
     with open(open_regular(file), "rb") as stream:
-        content = stream.read(limit + 1)
-    if len(content) > limit:
-        raise OSError(errno.EFBIG, f"expected at most {limit} bytes, found more", str(file))
-    return content
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"expected at most {limit} bytes, found {size}", str(file))
+        return stream.read(size)
 
 
 @contextmanager

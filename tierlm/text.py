@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from tierlm.checkpoints.checkpoint import read_json
 from tierlm.errors import CheckpointError, UsageError
+from tierlm.files import read_regular
 
 Message = Mapping[str, Any]
 
@@ -29,7 +30,9 @@ class TextCodec:
                 "transformers' AutoTokenizer writes it)"
             )
         try:
-            self.tokenizer = Tokenizer.from_file(str(file))
+            self.tokenizer = Tokenizer.from_buffer(read_regular(file))
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file}: not a readable tokenizer: {error}") from error
         config = folder / "tokenizer_config.json"
@@ -71,7 +74,12 @@ class TextCodec:
     def _template(self) -> str:
         plain, packed = self.folder / "chat_template.jinja", self.folder / "chat_template.json"
         if plain.exists():
-            return plain.read_text(encoding="utf-8")
+            try:
+                return read_regular(plain).decode("utf-8")
+            except OSError as error:
+                raise CheckpointError(f"{plain}: cannot be read: {error.strerror}") from error
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{plain}: expected UTF-8, found: {error}") from error
         template = (read_json(packed) if packed.exists() else self._config).get("chat_template")
         if isinstance(template, list):  # several named templates
             template = {entry.get("name"): entry.get("template") for entry in template}.get("default")

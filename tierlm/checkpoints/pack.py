@@ -29,7 +29,7 @@ from tierlm.checkpoints.stored import StoredWeight
 from tierlm.checkpoints.views import view
 from tierlm.config import format_size
 from tierlm.errors import StorageError, UsageError
-from tierlm.files import read_regular, whole, write_whole
+from tierlm.files import Stamp, open_regular, read_regular, whole, write_whole
 from tierlm.formats import FORMATS, Part
 from tierlm.kernels import Weight, quantise, widen
 
@@ -142,12 +142,14 @@ def pack(
     beside: Mapping[str, bytes],
     out: Path,
     description: Mapping[str, Any],
+    sources: Mapping[Path, Stamp],
     progress: Progress | None = None,
 ) -> None:
     """Write ``files`` (name -> records) and ``beside`` (name -> content) to the new folder ``out``.
 
     Reading, converting and writing overlap. ``description``: "packed" and "source"; an interrupted pack with the same
-    description continues. ``progress``: called with bytes done and in total. Raises UsageError, StorageError.
+    description continues. ``sources``: the files that are read; the pack fails if one changes meanwhile. ``progress``:
+    called with bytes done and in total. Raises UsageError, StorageError.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out}: exists already; a pack needs a new folder: choose another, or remove it")
@@ -176,6 +178,8 @@ def pack(
             stream = counted(chunks)
             for name in missing:
                 write_file(folder / name, shapes[name], metadata, stream)
+        for source, stamp in sources.items():
+            _require_unchanged(source, stamp)
         total = sum((folder / name).stat().st_size for name in files)
         weight_map = {tensor: name for name, each in shapes.items() for shape in each for tensor in shape.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -210,7 +214,10 @@ def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         text = json.dumps(description, indent=1) + "\n"
-        found = read_regular(note) if note.exists() else None
+        try:
+            found = read_regular(note) if note.exists() else None
+        except OSError as error:
+            raise UsageError(f"{note}: cannot be read: {error.strerror}; remove {folder}") from error
         if found != text.encode() and (found is not None or any(folder.glob("*.safetensors"))):
             raise UsageError(
                 f"{folder}: an unfinished pack of another model, of other settings, or of files changed since; "
@@ -236,6 +243,13 @@ def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
         raise UsageError(f"{folder}: another pack is writing to it") from None
     finally:
         os.close(held)
+
+
+def _require_unchanged(file: Path, stamp: Stamp) -> None:
+    try:
+        os.close(open_regular(file, expected=stamp))
+    except OSError as error:
+        raise StorageError(f"{file}: {error.strerror}: what was packed of it is of no use", file=str(file)) from error
 
 
 def _check_room(folder: Path, out: Path, needed: int) -> None:

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, INSIDE, ITEM_SIZE, MAX_HEADER, Header
+from tierlm.checkpoints.checkpoint import ALIGNMENT, INSIDE, ITEM_SIZE, MAX_HEADER, Header, parse_json
 from tierlm.checkpoints.checksum import DIGITS, Checksums, Seal, checksum
 from tierlm.checkpoints.codec import Run, compress, least_and_most
 from tierlm.errors import CheckpointError
@@ -135,7 +135,7 @@ def read_seals(file: Path, header: Header) -> dict[int, Seal]:
     if version != VERSION:
         raise CheckpointError(f"{file}: packed in version {version!r}, expected {VERSION!r}; pack the model again")
     try:
-        entries: Any = json.loads(text)
+        entries: Any = parse_json(text.encode())
         seals = {}
         for name, (offset, nbytes, checksum) in entries.items():
             if type(offset) is not int or type(nbytes) is not int or re.fullmatch(r"[0-9a-f]{16}", checksum) is None:

@@ -36,8 +36,8 @@ FLOORS: list[list[set[str]]] = [
 ]
 # Parts that may import less than their floor allows.
 ONLY = {
-    "text": {"text", "templates", "checkpoints", "errors"},
-    "templates": {"templates", "checkpoints", "errors"},
+    "text": {"text", "templates", "checkpoints", "errors", "files"},
+    "templates": {"templates", "checkpoints", "errors", "files"},
     "kernels": {"kernels", "formats", "library"},
     "formats": {"formats", "errors"},
     "errors": set[str](),

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from tierlm.checkpoints.checkpoint import read_json
 from tierlm.errors import CheckpointError, UsageError
+from tierlm.files import read_regular
 from tierlm.templates.template import ChatTemplate, Message, special_tokens
 
 
@@ -26,7 +27,9 @@ class TextCodec:
                 "transformers' AutoTokenizer writes it)"
             )
         try:
-            self.tokenizer = Tokenizer.from_file(str(file))
+            self.tokenizer = Tokenizer.from_buffer(read_regular(file))
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file}: not a readable tokenizer: {error}") from error
         config = folder / "tokenizer_config.json"

@@ -24,6 +24,7 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from tierlm.conversation import Conversation
     from tierlm.llm import LLM, Piece, Result
     from tierlm.stats import Stats
 
@@ -33,6 +34,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CheckpointError",
+    "Conversation",
     "Piece",
     "PromptError",
     "Result",
@@ -46,7 +48,8 @@ __all__ = [
     "UsageError",
 ]
 
-_NEEDS_TORCH = {"LLM": "tierlm.llm", "Piece": "tierlm.llm", "Result": "tierlm.llm", "Stats": "tierlm.stats"}
+_NEEDS_TORCH = {"Conversation": "tierlm.conversation", "LLM": "tierlm.llm", "Piece": "tierlm.llm"}
+_NEEDS_TORCH |= {"Result": "tierlm.llm", "Stats": "tierlm.stats"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,12 @@ from tierlm import client
 from tierlm.checkpoints.hub import find_model
 from tierlm.client import Client, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
-from tierlm.engine.sequence import Pace, Progress
+from tierlm.engine.sequence import Keep, Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
 from tierlm.templates.template import Message
-from tierlm.text import TextCodec, TextStream
+from tierlm.text import TextCodec, TextStream, default_params
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -109,14 +110,17 @@ class LLM:
             raise answers[0].error
         return [answer.result() for answer in answers]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, keep: Keep | None = None
+    ) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
-        Texts are empty for a prompt of ids without a tokenizer. Raises as ``generate``.
+        Texts are empty for a prompt of ids without a tokenizer. ``keep``: tokens that the prompt has in common with the
+        last request of the same ``keep`` are not computed again. Raises as ``generate``.
         """
         params = params or SamplingParams()
         answer = Answer(*self._prepare(prompt, params))
-        request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params)], Pace.ASKED)
+        request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params)], Pace.ASKED, keep=keep)
         try:
             request.submit()
             while answer.finish is None:
@@ -125,10 +129,23 @@ class LLM:
         finally:
             request.cancel()
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
-        chat template. Raises UsageError if it has none."""
-        yield from self.stream(self.codec.chat(messages), params)
+        chat template.
+
+        ``tools``: JSON schemas of functions. ``template_args``: more variables of the template, such as
+        ``enable_thinking``, ``documents`` or ``add_generation_prompt``. Raises UsageError if there is no template or it
+        rejects the messages, CheckpointError if it is wrong or exceeds its limits. ``Conversation`` keeps the KV values
+        from turn to turn.
+        """
+        yield from self.stream(self.codec.chat(messages, tools, template_args), params)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token of ``ids``, float32 [T, vocab], for perplexity or comparison with a reference.
@@ -160,6 +177,17 @@ class LLM:
         """Counters since the model was loaded, until it was closed."""
         runtime = self._runtime
         return collect(runtime) if runtime is not None else self._stats  # type: ignore[return-value]
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit the KV cache: those of all live requests, prompts and answers."""
+        return self._loaded().context
+
+    @cached_property
+    def default_params(self) -> SamplingParams:
+        """The sampling that the model's authors recommend in ``generation_config.json``; greedy if they do not.
+        Nothing uses it unasked, except the command line. Raises CheckpointError."""
+        return default_params(self._folder)
 
     @property
     def codec(self) -> TextCodec:

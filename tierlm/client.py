@@ -30,13 +30,13 @@ Box = TypeVar("Box", bound=Mailbox)
 class Client:
     """A model on its engine thread. When the client is dropped, the model closes.
 
-    ``news``: where to put the news of the load. ``stop``: ask the thread to close, or to stop loading, and do not wait.
+    ``news``: where to put the news of the load.
     """
 
     def __init__(self, folder: Path, budget: Budget, options: RuntimeOptions, news: NewsBox):
         self.worker = Worker(folder, budget, options, news)
-        self.stop = partial(self.worker.inbox.put, Close())
-        self.worker.owner = weakref.ref(self, self.stop)
+        self._stop = partial(self.worker.inbox.put, Close())
+        self.worker.owner = weakref.ref(self, self._stop)
 
     def start(self) -> None:
         """Begin to load. Raises TierlmError if no thread can be started."""
@@ -53,12 +53,16 @@ class Client:
             raise news
         return None if isinstance(news, tuple) else news
 
+    def abandon(self) -> None:
+        """Let the model close by itself, loaded or not."""
+        self.worker.leaving = True
+        self._stop()
+
     def close(self) -> None:
         """Close the model and wait for it. Raises the error of closing. No-op in a forked process."""
         if self.worker.forked:
             return
-        self.worker.leaving = True
-        self.stop()
+        self.abandon()
         self.worker.join()
         failure, self.worker.failure = self.worker.failure, None
         if failure is not None:
@@ -132,6 +136,5 @@ def load(
                 progress(*item)
         return client, runtime
     except BaseException:
-        client.worker.leaving = True
-        client.stop()
+        client.abandon()
         raise

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from tierlm import client
 from tierlm.checkpoints.hub import find_model
-from tierlm.client import Client, Request
+from tierlm.client import Box, Client, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
+from tierlm.engine.sampler import TokenLogprob
 from tierlm.engine.sequence import Keep, Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
+from tierlm.prompt import Prompt, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
 from tierlm.templates.template import Message
@@ -27,23 +29,23 @@ from tierlm.text import TextCodec, TextStream, default_params
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Prompt = str | Sequence[int]
-
 
 @dataclass(frozen=True)
 class Piece:
-    """New text and its ids. ``finish_reason`` is set on the last piece."""
+    """New text and its ids. ``finish_reason`` is set on the last piece. ``logprobs``: of each id, if asked for."""
 
     text: str
     ids: list[int]
     finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     """The result of one prompt. ``ids``: generated, including a stop id. ``text``: None without a tokenizer.
 
-    ``finish_reason``: "stop" (a stop id or text), "length" or "error"; "error" also sets ``error``.
+    ``finish_reason``: "stop" (a stop id or text), "length" or "error"; "error" also sets ``error``. ``logprobs``: of
+    each id, if asked for.
     """
 
     prompt_ids: list[int]
@@ -51,6 +53,7 @@ class Result:
     text: str | None
     finish_reason: str
     error: StorageError | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 class LLM:
@@ -72,55 +75,48 @@ class LLM:
         cls,
         model: str | Path,
         *,
-        budget: Budget | None = None,
+        budget: Budget | str | int | None = None,
         progress: Callable[[int, int], None] | None = None,
         **options: Unpack[LoadOptions],
     ) -> LLM:
         """Load a model: a folder in Hugging Face layout, a Hub id, or "demo". Nothing is converted or written.
 
-        ``budget``: limits of the process. ``options``: the fields of ``RuntimeOptions``. ``progress`` is called with
-        the bytes loaded so far and in total. Raises UsageError, BudgetError, CheckpointError, StorageError.
+        ``budget``: limits of the process; "8GiB" is ``Budget(ram="8GiB")``. ``options``: the fields of
+        ``RuntimeOptions``. ``progress`` is called with the bytes loaded so far and in total.
+        Raises UsageError, BudgetError, CheckpointError, StorageError.
         """
-        chosen, folder = checked_options(options), find_model(model)
-        return cls(*client.load(folder, budget or Budget(), chosen, progress), folder)
+        limits, chosen = checked(budget, options)
+        folder = find_model(model)
+        return cls(*client.load(folder, limits, chosen, progress), folder)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Result]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Result]:
         """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
 
-        Prompts run concurrently if the context has room. A prompt whose reads fail ends with finish_reason "error" and
-        the others go on; a single prompt raises its StorageError. Raises PromptError.
+        ``params``: for all prompts, or one for each. With ``n`` samples a prompt has n results, one after another.
+        Prompts run concurrently if the context has room. One whose reads fail ends with finish_reason "error" and the
+        others go on; if there is only one result, its StorageError is raised. Raises PromptError, UsageError.
         """
-        params = params or SamplingParams()
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        several: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
-        prepared = [self._prepare(prompt, params) for prompt in several]  # check all before any is queued
-        answers = [Answer(ids, text) for ids, text in prepared]
-        pace = Pace.EACH if params.stop else Pace.END
-        request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params) for answer in answers], pace)
+        answers, request = self._generation(SimpleQueue[Progress](), prompts, params)
         try:
             request.submit()
-            while any(answer.finish is None for answer in answers):
-                progress = request.next()
-                answers[progress.place].add(progress)
-                if answers[progress.place].stopped:
-                    request.cancel_one(progress.place)
+            while unfinished(answers):
+                add(answers, request, request.next())
         finally:
             request.cancel()
-        if len(answers) == 1 and answers[0].error is not None:
-            raise answers[0].error
-        return [answer.result() for answer in answers]
+        return results(answers)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, keep: Keep | None = None
     ) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
-        Texts are empty for a prompt of ids without a tokenizer. ``keep``: tokens that the prompt has in common with the
-        last request of the same ``keep`` are not computed again. Raises as ``generate``.
+        Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. ``keep``: the
+        tokens that the prompt begins with as the last request of this ``keep`` did are not computed again. Raises as
+        ``generate``.
         """
-        params = params or SamplingParams()
-        answer = Answer(*self._prepare(prompt, params))
-        request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params)], Pace.ASKED, keep=keep)
+        answer, request = self._stream(SimpleQueue[Progress](), prompt, params, keep)
         try:
             request.submit()
             while answer.finish is None:
@@ -147,23 +143,12 @@ class LLM:
         """
         yield from self.stream(self.codec.chat(messages, tools, template_args), params)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after every token of ``ids``, float32 [T, vocab], for perplexity or comparison with a reference.
+    def logits(self, ids: Prompt) -> Tensor:
+        """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
 
         Raises PromptError, StorageError, and BudgetError if the result is too large.
         """
-        ids, runtime = self._ids(ids), self._loaded()
-        per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
-        if len(ids) * per_token > room:
-            raise BudgetError(
-                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, but the ram "
-                f"budget has {format_size(room)} left: ask for at most {room // per_token} tokens at a time",
-                floor=runtime.ram_budget - room + len(ids) * per_token,
-                given=runtime.ram_budget,
-                dominant="logits",
-            )
-        out = torch.empty(len(ids), runtime.catalog.spec.vocab)
-        request = Request(self._client, SimpleQueue[Progress](), [(ids, SamplingParams())], Pace.END, out)
+        out, request = self._logits(SimpleQueue[Progress](), ids)
         try:
             request.submit()
             progress = request.next()
@@ -219,11 +204,49 @@ class LLM:
             raise UsageError("this model is closed")
         return self._runtime
 
+    def _generation(
+        self,
+        mailbox: Box,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> tuple[list[Answer], Request[Box]]:
+        """The answers of ``generate``, still empty, and the request that fills them."""
+        samples = [(prompt, one) for prompt, each in paired(several(prompts), params) for one in each.samples()]
+        answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
+        pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
+        queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
+        return answers, Request(self._client, mailbox, queued, pace)
+
+    def _stream(
+        self, mailbox: Box, prompt: Prompt, params: SamplingParams | None, keep: Keep | None = None
+    ) -> tuple[Answer, Request[Box]]:
+        """The answer of ``stream``, still empty, and the request that fills it."""
+        ((_, params),) = paired([prompt], params)
+        if params.n > 1:
+            raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
+        answer = Answer(*self._prepare(prompt, params))
+        return answer, Request(self._client, mailbox, [(answer.prompt, params)], Pace.ASKED, keep=keep)
+
+    def _logits(self, mailbox: Box, prompt: Prompt) -> tuple[Tensor, Request[Box]]:
+        """The result of ``logits``, still empty, and the request that fills it."""
+        ids, runtime = self._ids(prompt), self._loaded()
+        per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
+        if len(ids) * per_token > room:
+            raise BudgetError(
+                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, but the ram "
+                f"budget has {format_size(room)} left: ask for at most {room // per_token} tokens at a time",
+                floor=runtime.ram_budget - room + len(ids) * per_token,
+                given=runtime.ram_budget,
+                dominant="logits",
+            )
+        out = torch.empty(len(ids), runtime.catalog.spec.vocab)
+        return out, Request(self._client, mailbox, [(ids, SamplingParams())], Pace.END, out)
+
     def _ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, checked against vocabulary and context."""
         runtime = self._loaded()
         spec, context = runtime.catalog.spec, runtime.context
-        ids = self.codec.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        ids = self.codec.encode(prompt) if isinstance(prompt, str) else ids_of(prompt)
         if not ids:
             raise PromptError("a prompt needs at least one token")
         if wrong := [token for token in ids if not 0 <= token < spec.vocab]:
@@ -237,7 +260,9 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:
         """The ids to run, and the stream that decodes the new ones; None without a tokenizer."""
-        ids = self._ids(prompt)
+        ids, vocab = self._ids(prompt), self._loaded().catalog.spec.vocab
+        if wrong := [token for token in params.logit_bias if token >= vocab]:
+            raise UsageError(f"logit_bias: token id {wrong[0]} is not in the vocabulary of {vocab}")
         try:
             return ids, TextStream(self.codec, tuple(params.stop))
         except CheckpointError:
@@ -246,12 +271,26 @@ class LLM:
             return ids, None  # ids in, ids out
 
 
+def paired(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Each prompt with its parameters."""
+    if params is None or isinstance(params, SamplingParams):
+        return [(prompt, params or SamplingParams()) for prompt in prompts]
+    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        raise UsageError(f"params: expected SamplingParams, or one for each prompt, found {params!r}")
+    if len(params) != len(prompts):
+        raise UsageError(f"params: expected one for each of {len(prompts)} prompts, found {len(params)}")
+    return list(zip(prompts, params, strict=True))
+
+
 class Answer:
     """The tokens of one prompt and their text. ``ids``: the new tokens, up to the end of the text."""
 
     def __init__(self, prompt: list[int], text: TextStream | None):
         self.prompt, self.text = prompt, text
         self.ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None
         self.finish: str | None = None
         self.error: StorageError | None = None
         self._shown = 0
@@ -266,6 +305,9 @@ class Answer:
         if self.finish is not None:  # computed before the end of the text was found
             return ""
         self.error, found = new.error, ""
+        if new.logprobs is not None:
+            self._logprobs = self._logprobs or []
+            self._logprobs += new.logprobs
         for at, token in enumerate(new.ids, 1):
             self.ids.append(token)
             if self.text is not None and not (new.finish == "stop" and at == len(new.ids)):  # a stop id is not text
@@ -283,17 +325,41 @@ class Answer:
             raise self.error
         if not text and self.finish is None and self.text is not None:
             return None
-        ids, self._shown = self.ids[self._shown :], len(self.ids)
-        return Piece(text, ids, self.finish)
+        ids, logprobs, self._shown = self.ids[self._shown :], self._logprobs_from(self._shown), len(self.ids)
+        return Piece(text, ids, self.finish, logprobs)
 
     def result(self) -> Result:
         text = None if self.text is None else self.text.text
-        return Result(self.prompt, self.ids, text, self.finish or "", self.error)
+        return Result(self.prompt, self.ids, text, self.finish or "", self.error, self._logprobs_from(0))
+
+    def _logprobs_from(self, start: int) -> list[TokenLogprob] | None:
+        """Of ``ids`` from ``start``, which may end before the last token computed."""
+        return None if self._logprobs is None else self._logprobs[start : len(self.ids)]
 
 
-def checked_options(options: LoadOptions) -> RuntimeOptions:
-    """Raises UsageError if there is an unknown or invalid one."""
+def unfinished(answers: Sequence[Answer]) -> bool:
+    return any(answer.finish is None for answer in answers)
+
+
+def add(answers: Sequence[Answer], request: Request[Box], new: Progress) -> None:
+    """Add new tokens to the answer that they belong to, and cancel what follows a stop text."""
+    answer = answers[new.place]
+    answer.add(new)
+    if answer.stopped:
+        request.cancel_one(new.place)
+
+
+def results(answers: Sequence[Answer]) -> list[Result]:
+    """Raises the StorageError of a single answer."""
+    if len(answers) == 1 and answers[0].error is not None:
+        raise answers[0].error
+    return [answer.result() for answer in answers]
+
+
+def checked(budget: Budget | str | int | None, options: LoadOptions) -> tuple[Budget, RuntimeOptions]:
+    """The settings of a load. Raises UsageError if one is unknown or invalid."""
     known = RuntimeOptions.__dataclass_fields__
     if unknown := sorted(set(options) - set(known)):
         raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
-    return RuntimeOptions(**options)
+    limits = budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+    return limits, RuntimeOptions(**options)

@@ -100,8 +100,10 @@ class Worker(threading.Thread):
 
     def _load(self) -> Runtime | None:
         try:
-            require_threads(torch.get_num_threads() - 1, "OpenMP")  # which would end the process
             folder, budget, options = self._load_arguments
+            if options.threads is not None:
+                torch.set_num_threads(options.threads)  # of this thread, which computes everything
+            require_threads(torch.get_num_threads() - 1, "OpenMP")  # which would end the process
             runtime = load_runtime(folder, budget, options, self._report, self._others())
         except BaseException as error:  # the client raises it
             self._ended = True

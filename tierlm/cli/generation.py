@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 from typer import Option
 
-from tierlm.cli.output import progress
+from tierlm.cli.interrupts import importing
+from tierlm.cli.output import pairs, progress
 from tierlm.config import Budget, LoadOptions
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ ShowStats = Annotated[bool, Option("--stats", help="Print transfers, hit rates a
 
 def load(model: str, budget: Budget, options: LoadOptions, quiet: bool = False) -> LLM:
     """Load the model, with a progress bar."""
-    from tierlm.llm import LLM
+    with importing():
+        from tierlm.llm import LLM
 
     with progress("loading", quiet) as update:
         return LLM.load(model, budget=budget, progress=update, **options)
@@ -46,6 +48,4 @@ def show(pieces: Iterable[Piece], quiet: bool = False) -> tuple[str, list[int], 
 
 
 def print_stats(stats: Stats) -> None:
-    from tierlm.cli.report import table
-
-    Console(stderr=True).print(table(stats))
+    Console(stderr=True).print(pairs(stats.rows(), "what it took"))

@@ -11,6 +11,7 @@ from collections import abc, deque
 from torch import Tensor
 
 from tierlm.engine.counters import Counters
+from tierlm.engine.sampler import logprob_of
 from tierlm.engine.sequence import Kept, Sequence, State
 from tierlm.errors import StorageError
 from tierlm.memory.kvcache import KvCache
@@ -212,6 +213,8 @@ class Scheduler:
             self.counters.first_tokens += 1
             self.counters.first_token = time.perf_counter() - sequence.submitted
         sequence.ids.append(token)
+        if params.logprobs is not None:
+            sequence.logprobs.append(logprob_of(logits, token, params.logprobs))
         sequence.state = State.DECODE
         if (token in self.eos and not params.ignore_eos) or token in params.stop_ids:
             self._end(sequence, "stop")

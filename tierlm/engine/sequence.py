@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tierlm.config import SamplingParams
-from tierlm.engine.sampler import Sampler
+from tierlm.engine.sampler import Sampler, TokenLogprob
 from tierlm.errors import StorageError
 from tierlm.memory.kvcache import Span
 
@@ -31,13 +31,14 @@ class Progress:
     """New ``ids`` of the sequence at ``place`` of its request, including a stop id.
 
     ``finish``: None until it ends, then "stop", "length" or "error". ``error``: the failed read; None if the model was
-    closed.
+    closed. ``logprobs``: of each new id; None if not asked for.
     """
 
     place: int
     ids: list[int]
     finish: str | None
     error: StorageError | None
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Mailbox(Protocol):
@@ -97,6 +98,7 @@ class Sequence:
     span: Span | None = None
     done: int = 0
     ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     told: int = 0
     asked: bool = True
     finish: str | None = None
@@ -125,5 +127,7 @@ class Sequence:
     def tell(self) -> None:
         """Put what is new into the mailbox."""
         if self.ended or (len(self.ids) > self.told and self.pace is not Pace.END):
-            new, self.told, self.asked = self.ids[self.told :], len(self.ids), False
-            self.mailbox.put(Progress(self.place, new, self.finish, self.error))
+            new, logprobs = self.ids[self.told :], self.logprobs[self.told :]
+            self.told, self.asked = len(self.ids), False
+            reported = None if self.params.logprobs is None else logprobs
+            self.mailbox.put(Progress(self.place, new, self.finish, self.error, reported))

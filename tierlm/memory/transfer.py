@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from tierlm.memory import compiled
 from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.jobs import Read
-from tierlm.memory.threads import Threads
+from tierlm.memory.threads import LEAVE, Threads
 from tierlm.memory.ticket import DISK, Job, Priority, State, Ticket
 from tierlm.policies.limits import spare_lanes
 from tierlm.timeline import Timeline
@@ -26,7 +26,7 @@ class Transfer:
 
     Prefetch and warm-up use a quarter of the threads, at least two, so that demands find most threads free and
     computation keeps memory bandwidth. ``merged_bytes``: adjacent plain reads up to this total are done as one.
-    ``executor``: replaces both executors.
+    ``executor``: replaces both executors. Raises TierlmError if the system refuses a thread.
     """
 
     def __init__(
@@ -44,7 +44,11 @@ class Transfer:
         self.threads = executor or Threads(threads, spare, self.take_ended, timeline)
         self.reads = self.threads
         if executor is None and compiled.load() is not None:
-            self.reads = compiled.Reads(threads, spare, merged_bytes, self.take_ended, timeline)
+            try:
+                self.reads = compiled.Reads(threads, spare, merged_bytes, self.take_ended, timeline)
+            except BaseException:
+                self.threads.close(LEAVE)
+                raise
         self._executors: tuple[Executor, ...] = (
             (self.threads,) if self.reads is self.threads else (self.threads, self.reads)
         )
@@ -139,7 +143,7 @@ class Transfer:
         """Bytes of queued demands that no thread has taken."""
         return sum(executor.backlog() for executor in self._executors)
 
-    def close(self, timeout: float = 5.0) -> bool:
+    def close(self, timeout: float = LEAVE) -> bool:
         """Let the threads finish their current jobs, then stop them. False if one is stuck in a read."""
         with self._lock:
             self._closed = True

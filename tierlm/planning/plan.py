@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from tierlm.config import format_size
 from tierlm.errors import BudgetError
 from tierlm.spec import Dense, ModelSpec, UnitKey
+from tierlm.table import Table
 
 AUTO_RAM = 0.8  # share of free memory that "auto" takes
 MAX_LOGITS = 64 * 2**20  # bytes reserved for the result of a call for logits
@@ -42,12 +43,26 @@ class TierPlan:
     parts: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Table):
     """The tiers of one model under one budget. ``vram`` is None if the compute tier is ``ram``."""
 
     ram: TierPlan
     vram: TierPlan | None
+
+    @property
+    def tiers(self) -> dict[str, TierPlan]:
+        """By name, the compute tier first."""
+        return {"ram": self.ram} if self.vram is None else {"vram": self.vram, "ram": self.ram}
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Contents of each tier."""
+        for name, tier in self.tiers.items():
+            yield name, ", ".join(f"{what} {format_size(size)}" for what, size in tier.parts.items() if size)
+            yield "", f"{tier.expert_slots} expert slots; floor {format_size(tier.floor)}"
+            streams = f"; others stream through two slots of {format_size(tier.ring)}" if tier.ring else ""
+            held = max(0, tier.parts.get("trunk", 0) - 2 * tier.ring)
+            yield "", f"{len(tier.trunk)} trunks stay, {format_size(held)}{streams}"
 
 
 def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:

@@ -19,6 +19,7 @@ ROOT = Path(tierlm.__file__).parent
 # part is a file or a folder of tierlm/.
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
+    [{"conversation"}],
     [{"llm", "async_llm", "stats"}],
     [{"client", "worker"}],
     [{"loading"}],
@@ -36,8 +37,8 @@ FLOORS: list[list[set[str]]] = [
 ]
 # Parts that may import less than their floor allows.
 ONLY = {
-    "text": {"text", "templates", "checkpoints", "errors"},
-    "templates": {"templates", "checkpoints", "errors"},
+    "text": {"text", "templates", "checkpoints", "config", "errors", "files"},
+    "templates": {"templates", "checkpoints", "errors", "files"},
     "kernels": {"kernels", "formats", "library"},
     "formats": {"formats", "errors"},
     "errors": set[str](),

@@ -26,6 +26,7 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from tierlm.async_llm import AsyncLLM
+    from tierlm.conversation import Conversation
     from tierlm.engine.sampler import TokenLogprob
     from tierlm.llm import LLM, Piece, Result
     from tierlm.stats import Stats
@@ -37,6 +38,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CheckpointError",
+    "Conversation",
     "ModelNotFoundError",
     "Piece",
     "PromptError",
@@ -54,6 +56,7 @@ __all__ = [
 
 _NEEDS_TORCH = {
     "AsyncLLM": "tierlm.async_llm",
+    "Conversation": "tierlm.conversation",
     "LLM": "tierlm.llm",
     "Piece": "tierlm.llm",
     "Result": "tierlm.llm",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -107,8 +107,18 @@ class AsyncLLM:
         finally:
             request.cancel()
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> AsyncIterator[Piece]:
-        return self.stream(self.codec.chat(messages), params)
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[Piece]:
+        ids = await asyncio.to_thread(self.codec.chat, messages, tools, template_args)
+        async with aclosing(self.stream(ids, params)) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                yield piece
 
     async def logits(self, ids: Prompt) -> Tensor:
         out, request = self._llm._logits(Mailbox[Progress](), ids)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tierlm.config import Budget, RuntimeOptions, SamplingParams
 from tierlm.engine.messages import Ask, Cancel, Close, Submit
-from tierlm.engine.sequence import Mailbox, Pace, Progress
+from tierlm.engine.sequence import Keep, Mailbox, Pace, Progress
 from tierlm.engine.sequence import Sequence as TokenSequence
 from tierlm.host import cannot_start
 from tierlm.runtime import Runtime
@@ -72,8 +72,8 @@ class Client:
 class Request(Generic[Box]):
     """Sequences that are submitted together, with one mailbox. Cancelled when it is dropped.
 
-    ``prompts``: ids and parameters of each. ``logits``: see Sequence. ``cancel``: drop its sequences; may be called at
-    any time, and more than once.
+    ``prompts``: ids and parameters of each. ``logits``, ``keep``: see Sequence.
+    ``cancel``: drop its sequences; may be called at any time, and more than once.
     """
 
     def __init__(
@@ -83,11 +83,13 @@ class Request(Generic[Box]):
         prompts: Iterable[tuple[Sequence[int], SamplingParams]],
         pace: Pace,
         logits: Tensor | None = None,
+        keep: Keep | None = None,
     ):
         self.mailbox, self._client, self._pace = mailbox, client, pace
         self._put = client.worker.inbox.put
         self.sequences = tuple(
-            TokenSequence(ids, params, mailbox, place, pace, logits) for place, (ids, params) in enumerate(prompts)
+            TokenSequence(ids, params, mailbox, place, pace, logits, keep)
+            for place, (ids, params) in enumerate(prompts)
         )
         self.cancel = partial(self._put, Cancel(self.sequences))
         for sequence in self.sequences:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,13 @@ from tierlm.checkpoints.hub import find_model
 from tierlm.client import Box, Client, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
 from tierlm.engine.sampler import TokenLogprob
-from tierlm.engine.sequence import Pace, Progress
+from tierlm.engine.sequence import Keep, Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
 from tierlm.prompt import Prompt, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
 from tierlm.templates.template import Message
-from tierlm.text import TextCodec, TextStream
+from tierlm.text import TextCodec, TextStream, default_params
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,13 +107,16 @@ class LLM:
             request.cancel()
         return results(answers)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, keep: Keep | None = None
+    ) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
-        Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. Raises as
+        Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. ``keep``: the
+        tokens that the prompt begins with as the last request of this ``keep`` did are not computed again. Raises as
         ``generate``.
         """
-        answer, request = self._stream(SimpleQueue[Progress](), prompt, params)
+        answer, request = self._stream(SimpleQueue[Progress](), prompt, params, keep)
         try:
             request.submit()
             while answer.finish is None:
@@ -121,10 +125,23 @@ class LLM:
         finally:
             request.cancel()
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
-        chat template. Raises UsageError if it has none."""
-        yield from self.stream(self.codec.chat(messages), params)
+        chat template.
+
+        ``tools``: JSON schemas of functions. ``template_args``: more variables of the template, such as
+        ``enable_thinking``, ``documents`` or ``add_generation_prompt``. Raises UsageError if there is no template or it
+        rejects the messages, CheckpointError if it is wrong or exceeds its limits. ``Conversation`` keeps the KV values
+        from turn to turn.
+        """
+        yield from self.stream(self.codec.chat(messages, tools, template_args), params)
 
     def logits(self, ids: Prompt) -> Tensor:
         """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
@@ -145,6 +162,17 @@ class LLM:
         """Counters since the model was loaded, until it was closed."""
         runtime = self._runtime
         return collect(runtime) if runtime is not None else self._stats  # type: ignore[return-value]
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit the KV cache: those of all live requests, prompts and answers."""
+        return self._loaded().context
+
+    @cached_property
+    def default_params(self) -> SamplingParams:
+        """The sampling that the model's authors recommend in ``generation_config.json``; greedy if they do not.
+        Nothing uses it unasked, except the command line. Raises CheckpointError."""
+        return default_params(self._folder)
 
     @property
     def codec(self) -> TextCodec:
@@ -189,13 +217,15 @@ class LLM:
         queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
         return answers, Request(self._client, mailbox, queued, pace)
 
-    def _stream(self, mailbox: Box, prompt: Prompt, params: SamplingParams | None) -> tuple[Answer, Request[Box]]:
+    def _stream(
+        self, mailbox: Box, prompt: Prompt, params: SamplingParams | None, keep: Keep | None = None
+    ) -> tuple[Answer, Request[Box]]:
         """The answer of ``stream``, still empty, and the request that fills it."""
         ((_, params),) = paired([prompt], params)
         if params.n > 1:
             raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
         answer = Answer(*self._prepare(prompt, params))
-        return answer, Request(self._client, mailbox, [(answer.prompt, params)], Pace.ASKED)
+        return answer, Request(self._client, mailbox, [(answer.prompt, params)], Pace.ASKED, keep=keep)
 
     def _logits(self, mailbox: Box, prompt: Prompt) -> tuple[Tensor, Request[Box]]:
         """The result of ``logits``, still empty, and the request that fills it."""

@@ -10,8 +10,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tierlm.checkpoints.checkpoint import read_json
+from tierlm.config import SamplingParams
 from tierlm.errors import CheckpointError, UsageError
+from tierlm.files import read_regular
 from tierlm.templates.template import ChatTemplate, Message, special_tokens
+
+RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class TextCodec:
@@ -26,7 +30,9 @@ class TextCodec:
                 "transformers' AutoTokenizer writes it)"
             )
         try:
-            self.tokenizer = Tokenizer.from_file(str(file))
+            self.tokenizer = Tokenizer.from_buffer(read_regular(file))
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file}: not a readable tokenizer: {error}") from error
         config = folder / "tokenizer_config.json"
@@ -61,6 +67,20 @@ class TextCodec:
     ) -> list[int]:
         """The ids of a conversation's prompt. Arguments and errors are those of ``ChatTemplate.render``."""
         return self.encode(self.template.render(messages, tools, args), special=False)
+
+
+def default_params(folder: Path) -> SamplingParams:
+    """The sampling of ``generation_config.json``, where it says ``do_sample``; what it does not name is off, at a
+    temperature of 1. Raises CheckpointError."""
+    file = folder / "generation_config.json"
+    stated = read_json(file) if file.exists() else {}
+    if stated.get("do_sample") is not True:
+        return SamplingParams()
+    chosen = {name: stated[name] for name in RECOMMENDED if stated.get(name) is not None}
+    try:
+        return SamplingParams(**{"temperature": 1.0, **chosen})
+    except UsageError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 class TextStream:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+import weakref
 from collections import abc, deque
 
 from torch import Tensor
 
 from tierlm.engine.counters import Counters
 from tierlm.engine.sampler import logprob_of
-from tierlm.engine.sequence import Sequence, State
+from tierlm.engine.sequence import Kept, Sequence, State
 from tierlm.errors import StorageError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
@@ -27,6 +28,10 @@ class Scheduler:
     A step runs while a client waits for a token, and serves all sequences that do not pause. A sequence pauses while
     its client has yet to take a token, so a stream is at most one token ahead of its reader. If all running sequences
     pause while a request waits for room, they all run.
+
+    A sequence with ``keep`` leaves its KV values in the cache when it ends. The next one with the same ``keep``
+    computes only what follows the tokens that both begin with. Kept values give way to sequences that wait for room,
+    the longest idle first.
 
     ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it.
     """
@@ -45,6 +50,7 @@ class Scheduler:
         self.counters = Counters()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._kept: list[Kept] = []  # the longest idle first
 
     @property
     def wanted(self) -> bool:
@@ -99,10 +105,42 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Reserve KV cache for waiting sequences, in order."""
-        while self._waiting and self.cache.can_reserve(self._waiting[0].capacity):
-            sequence = self._waiting.popleft()
-            sequence.span, sequence.state = self.cache.reserve(sequence.capacity), State.PREFILL
+        while self._waiting:
+            sequence = self._waiting[0]
+            own = self._kept_for(sequence)
+            if not self._make_room(sequence.capacity, own):
+                return
+            self._waiting.popleft()
+            if own is None:
+                sequence.span = self.cache.reserve(sequence.capacity)
+            else:
+                self._kept.remove(own)
+                self.cache.resize(own.span, sequence.capacity)
+                sequence.span, sequence.done = own.span, _common(own.ids, sequence.prompt[:-1])
+                sequence.span.length = sequence.done
+            sequence.state = State.PREFILL
             self._running.append(sequence)
+
+    def _make_room(self, tokens: int, own: Kept | None) -> bool:
+        """Whether a span of ``tokens``, or ``own`` with as many, has room once others' kept values have given way."""
+        others = [kept for kept in self._kept if kept is not own]
+        for kept in [kept for kept in others if kept.owner() is None]:
+            others.remove(kept)
+            self._drop(kept)
+        while not self.cache.can_reserve(tokens, None if own is None else own.span):
+            if not others:
+                return False
+            self._drop(others.pop(0))
+        return True
+
+    def _kept_for(self, sequence: Sequence) -> Kept | None:
+        if sequence.keep is None:
+            return None
+        return next((kept for kept in self._kept if kept.owner() is sequence.keep), None)
+
+    def _drop(self, kept: Kept) -> None:
+        self._kept.remove(kept)
+        self.cache.release(kept.span)
 
     def _prefill(self, sequences: list[Sequence], watch: Watch) -> None:
         """One prefill step. It takes a whole chunk of a prompt, the rest, or nothing, so the cuts in a prompt do not
@@ -184,7 +222,20 @@ class Scheduler:
             self._end(sequence, "length")
 
     def _end(self, sequence: Sequence, finish: str | None) -> None:
-        assert sequence.span is not None
-        self.cache.release(sequence.span)
+        span = sequence.span
+        assert span is not None
+        if sequence.keep is not None and span.length:
+            if (old := self._kept_for(sequence)) is not None:  # of a request that ran beside this one
+                self._drop(old)
+            self.cache.resize(span, span.length)
+            ids = [*sequence.prompt, *sequence.ids][: span.length]
+            self._kept.append(Kept(weakref.ref(sequence.keep), ids, span))
+        else:
+            self.cache.release(span)
         self._running.remove(sequence)
         sequence.span, sequence.finish, sequence.state, sequence.request = None, finish, State.ENDED, None
+
+
+def _common(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:
+    """The number of ids that both begin with."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

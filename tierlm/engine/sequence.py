@@ -61,14 +61,28 @@ class Pace(Enum):
     END = auto()
 
 
+class Keep:
+    """Names the KV values that requests of one conversation leave for the next one. They go with this object."""
+
+
+@dataclass(slots=True, eq=False)
+class Kept:
+    """KV values that stay in the cache: ``span.length`` tokens, those of ``ids``, for requests with ``owner``."""
+
+    owner: weakref.ref[Keep]
+    ids: list[int]
+    span: Span
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A prompt and its generated tokens, ``ids``. Only the engine thread changes it once it is submitted.
 
     ``place``: its index in the request that ``mailbox`` belongs to. ``logits``: float32 [T, vocab]; if set, filled for
-    every prompt token, and nothing is generated. ``capacity``: tokens reserved in the KV cache. ``limit``: maximum of
-    new tokens. ``done``: prompt tokens that have run. ``told``: new tokens that were put into the mailbox. ``asked``:
-    the client waits for the next token. ``request``: cancels the sequence when the client drops its request.
+    every prompt token, and nothing is generated. ``keep``: whose KV values it takes up and leaves. ``capacity``: tokens
+    reserved in the KV cache. ``limit``: maximum of new tokens. ``done``: prompt tokens that have run. ``told``: new
+    tokens that were put into the mailbox. ``asked``: the client waits for the next token. ``request``: cancels the
+    sequence when the client drops its request.
     """
 
     prompt: abc.Sequence[int]
@@ -77,6 +91,7 @@ class Sequence:
     place: int = 0
     pace: Pace = Pace.ASKED
     logits: Tensor | None = None
+    keep: Keep | None = None
     state: State = State.WAITING
     capacity: int = 0
     limit: int = 0

@@ -78,7 +78,7 @@ class Decoder:
         positions = [attention.positions(segments) for attention in self._attention]
         recorder = self.moe.recorder
         if recorder is not None:
-            recorder.begin([(step.span.start, step.span.length, len(step.ids)) for step in steps], prefill)
+            recorder.begin([(id(step.span), step.span.length, len(step.ids)) for step in steps], prefill)
         for layer, (key, kind, norm, is_moe) in enumerate(self._layers):
             watch()
             trunk = self.trunks.get(key)

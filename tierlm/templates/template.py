@@ -12,6 +12,7 @@ from typing import Any
 
 from tierlm.checkpoints.checkpoint import read_json
 from tierlm.errors import CheckpointError, UsageError
+from tierlm.files import read_regular
 from tierlm.templates import worker
 
 Message = Mapping[str, Any]
@@ -134,12 +135,11 @@ def _find(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 def _read(file: Path) -> str:
     """The text of a template file. Raises CheckpointError."""
     try:
-        if not file.is_file() or (size := file.stat().st_size) > LARGEST:
-            found = f"{size} bytes" if file.is_file() else "something else"
-            raise CheckpointError(f"{file}: expected a file of at most {LARGEST} bytes, found {found}")
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+        return read_regular(file, LARGEST).decode("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: expected UTF-8, found: {error}") from error
 
 
 def _plain(message: Message) -> dict[str, Any]:

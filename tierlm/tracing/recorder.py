@@ -31,18 +31,18 @@ class Recorder:
         self._shape = (len(info.moe_layers), chosen)
         self._place = {layer: at for at, layer in enumerate(info.moe_layers)}
         self._writer = TraceWriter(file, info)
-        self._sequences: dict[int, int] = {}  # by place in the KV cache: the sequence's number
+        self._sequences: dict[int, int] = {}  # by the identity of its KV span: the sequence's number
         self._count = self._step = 0
         self._rows: dict[str, Array] = {}
 
     def begin(self, sequences: Sequence[tuple[int, int, int]], prefill: bool) -> None:
-        """Begin a step. ``sequences``: (place in the KV cache, tokens already cached, new tokens) of each."""
+        """Begin a step. ``sequences``: (identity of its KV span, tokens already cached, new tokens) of each."""
         numbers: list[int] = []
-        for place, cached, new in sequences:
+        for span, cached, new in sequences:
             if not cached:
-                self._sequences[place] = self._count
+                self._sequences[span] = self._count
                 self._count += 1
-            numbers += [self._sequences[place]] * new
+            numbers += [self._sequences[span]] * new
         tokens, (layers, chosen) = len(numbers), self._shape
         self._rows = {"experts": np.full((tokens, layers, chosen), -1, np.int16)}
         self._rows |= {"sequences": np.array(numbers, np.int32), "steps": np.full(tokens, self._step, np.int32)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-import errno
 import fcntl
 import json
 import os
@@ -19,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import FullDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -319,37 +318,6 @@ def test_what_is_finished_is_not_written_again(
     with pytest.raises(KeyboardInterrupt):
         pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
     assert len(first) == len(written) == 3 and not set(first) & set(written)
-
-
-class FullDisk:
-    """FAKE: an ``open`` whose disk is full after some bytes."""
-
-    def __init__(self, room: int):
-        self.room = room
-
-    def open(self, file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        stream = builtins.open(file, mode, *rest, **options)  # noqa: SIM115
-        return stream if "w" not in mode else FullStream(stream, self)
-
-
-class FullStream:
-    def __init__(self, stream: Any, disk: FullDisk):
-        self._stream, self._disk = stream, disk
-
-    def write(self, data: Any) -> int:
-        self._disk.room -= len(data)
-        if self._disk.room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return int(self._stream.write(data))
-
-    def __enter__(self) -> FullStream:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stream.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 @pytest.mark.parametrize("room", [0, 5_000, 200_000, 600_000])

@@ -135,7 +135,7 @@ def test_a_profile_that_cannot_be_kept_is_not_measured(
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr("tierlm.cli.measuring._measure", lambda *_: pytest.fail("measured for nothing"))
     code, _, err = tierlm("profile", "--json", str(tmp_path / "p.json"))
-    assert code == 2 and "p.json: cannot be written: Read-only file system" in " ".join(err.split())
+    assert code == 1 and "p.json: cannot be written: Read-only file system" in " ".join(err.split())
 
 
 def test_where_torch_has_no_room_the_rest_is_measured(
@@ -166,6 +166,14 @@ def test_the_engine_is_timed_with_other_weights_between_its_steps(monkeypatch: p
     layer, record = overhead.engine_seconds()
     assert 2 * overhead.DEMO_LAYERS <= runs <= 3 * overhead.DEMO_LAYERS, "before each step, as much as all layers have"
     assert layer > 0 and record >= 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_to_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-m", "tierlm", "plan", "demo", "--ram", "1GiB", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == "error: [Errno 28] No space left on device\n"
 
 
 def test_plan_and_doctor_start_without_torch() -> None:
@@ -237,12 +245,20 @@ def test_a_disk_is_measured_and_left_as_it_was(quick: None, tmp_path: Path) -> N
     steps: list[None] = []
     found = measure_disk(tmp_path, cells, 5.0, lambda: steps.append(None))
     assert list(tmp_path.iterdir()) == [], "what was written is gone again"
+    assert {rate.path for rate in found} == {str(tmp_path)}
     assert len(steps) == storage.ROUNDS * len(cells)
     if file_system(tmp_path) not in storage.MEMORY_FILE_SYSTEMS:
         assert {rate.reader for rate in found} == {"direct", "mmap"}
     for rate in found:
         assert 0 < rate.rate.low <= rate.rate.median <= rate.rate.high
         assert 0 < rate.percentiles[0] <= rate.percentiles[1] <= rate.percentiles[2]
+
+
+def test_the_file_to_measure_with_has_no_name(quick: None, tmp_path: Path) -> None:
+    """So that a killed profile leaves nothing."""
+    with files_of(tmp_path) as (file,):
+        assert list(tmp_path.iterdir()) == []
+        assert file.stat().st_size == 64 * MIB and file.stat().st_dev == tmp_path.stat().st_dev
 
 
 def test_what_came_from_ram_is_labelled(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +297,7 @@ def test_a_config_that_may_not_be_read(tierlm: Command, tmp_path: Path, monkeypa
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("tierlm.checkpoints.checkpoint.read_regular", refuse)
     code, _, err = tierlm("plan", str(tmp_path), "--ram", "4GiB")
     assert code == 1 and "config.json: cannot be read: Permission denied" in " ".join(err.split())
 

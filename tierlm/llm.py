@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,9 @@ class LLM:
         return self._codec
 
     def close(self) -> None:
-        """Stop transfers, free the memory and close the files. Waits for a step in another thread; live requests then
-        raise UsageError. May be called twice."""
+        """Stop transfers, free the memory, close the files, and write heat, trace and timeline. Waits for a step in
+        another thread; live requests then raise UsageError. May be called twice. Raises StorageError if a write fails.
+        """
         if not self._closed:
             self._closed = True
             self._runtime.close()
@@ -171,7 +173,12 @@ class LLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except StorageError as unwritten:
+            if error is None:
+                raise
+            warnings.warn(str(unwritten), stacklevel=2)  # not to hide the error
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, checked against vocabulary and context."""

@@ -21,7 +21,7 @@ from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
 from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions
 from tierlm.engine.scheduler import Scheduler
-from tierlm.errors import UsageError
+from tierlm.errors import StorageError, UsageError
 from tierlm.files import user_cache
 from tierlm.host import available_ram, process_ram
 from tierlm.kernels import native
@@ -167,8 +167,10 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
     predictor = make_predictor(options.predictor, spec.experts_per_token)
     make_policy(options.policy, TierInfo(len(spec.layers), 1))
     for name, file in (("timeline", options.timeline), ("trace", options.trace)):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{name}: {Path(file).absolute().parent}: no such folder")
+        if file is not None and not (folder := Path(file).absolute().parent).is_dir():
+            raise UsageError(f"{name}: {folder}: no such folder")
+        if file is not None and not os.access(folder, os.W_OK):  # fail now rather than after the run
+            raise StorageError(f"{name}: {file}: cannot be written: its folder is read-only", file=str(file))
     sizes = sizes_of(catalog, context, options.prefill_chunk, KV_DTYPES[options.kv_dtype].itemsize)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # math libraries allocate before RAM use is measured
     held = process_ram()
@@ -190,7 +192,7 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
 
 
 def _open_recorder(file: Path, request: Request) -> Recorder:
-    """Open the recorder of a trace, which stores the prefill read order. Raises UsageError."""
+    """Open the recorder of a trace, which stores the prefill read order. Raises UsageError, StorageError."""
     catalog, spec = request.catalog, request.catalog.spec
     if not spec.moe_layers:
         raise UsageError("trace: this model has no experts, so there is no routing to record")
@@ -204,7 +206,7 @@ def _open_recorder(file: Path, request: Request) -> Recorder:
     try:
         return Recorder(file, info, spec.experts_per_token, request.options.trace_scores)
     except OSError as error:
-        raise UsageError(f"trace: {file}: cannot be written: {error.strerror}") from error
+        raise StorageError(f"trace: {file}: cannot be written: {error.strerror}", file=str(file)) from error
 
 
 def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, DiskProfile, Transfer, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -44,18 +45,24 @@ def options(version: Version = False) -> None:
 
 
 def main() -> None:
-    """The console script. A TierlmError becomes one line and its exit code."""
+    """The console script. A TierlmError becomes one line and its exit code, a warning one line."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        app()
+        try:
+            app()
+        finally:
+            print(end="", flush=True)  # what is buffered may not fit the disk
     except TierlmError as error:
         Console(stderr=True).print(f"[red]error:[/red] {type(error).__name__}:", Text(str(error)), soft_wrap=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
+        if not isinstance(error, BrokenPipeError):  # the reader closed the pipe
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
+        try:
+            print(end="", flush=True)
+        except OSError:  # Python tries again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except SystemExit as stop:
         if stop.code != INTERRUPTED:

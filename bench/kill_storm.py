@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -72,8 +71,7 @@ class Storm:
         process, told = self.begin()
         assert told.recv() == "loaded"
         time.sleep(after)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL if number % 2 else signal.SIGTERM)
+        process.kill() if number % 2 else process.terminate()
         process.join()
 
     def wrong(self) -> list[str]:

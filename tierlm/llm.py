@@ -134,15 +134,19 @@ class LLM:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token of ``ids``, float32 [T, vocab], for perplexity or comparison with a reference.
 
-        Raises PromptError, StorageError, and BudgetError if the result is too large.
+        Raises PromptError, StorageError, and BudgetError if the result is larger than the plan allows: see
+        ``logits_tokens`` of RuntimeOptions.
         """
         ids, runtime = self._ids(ids), self._runtime
         per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
-        if len(ids) * per_token > room:
+        needed, ram = len(ids) * per_token, runtime.plan.ram
+        if needed > room:
+            floor = ram.floor - ram.parts["logits"] + needed
             raise BudgetError(
-                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, but the ram "
-                f"budget has {format_size(room)} left: ask for at most {room // per_token} tokens at a time",
-                floor=runtime.ram_budget - room + len(ids) * per_token,
+                f"the logits of {len(ids)} tokens take {format_size(needed)}, but the plan has {format_size(room)} for "
+                f"them: load the model with logits_tokens={len(ids)}, whose least ram budget is {format_size(floor)}, "
+                f"or ask for at most {room // per_token} tokens at a time",
+                floor=floor,
                 given=runtime.ram_budget,
                 dominant="logits",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from tierlm.checkpoints.mirrors import open_disks
 from tierlm.checkpoints.reader import Reader, split
 from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
-from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions
+from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
-from tierlm.errors import StorageError, UsageError
+from tierlm.errors import BudgetError, StorageError, UsageError
 from tierlm.files import user_cache
-from tierlm.host import available_ram, process_ram
+from tierlm.host import available_ram, process_ram, total_ram
 from tierlm.kernels import native
 from tierlm.memory.disk import Disk
 from tierlm.memory.heat import Heat
@@ -42,7 +43,7 @@ from tierlm.models.embedding import Embedding
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.outline import sizes_of
 from tierlm.models.router import Router
-from tierlm.planning.plan import AUTO_RAM, Plan, TierPlan, make_plan
+from tierlm.planning.plan import AUTO_RAM, SLACK, Plan, TierPlan, make_plan
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import TierInfo
 from tierlm.policies.lookahead import Lookahead
@@ -171,7 +172,8 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
             raise UsageError(f"{name}: {folder}: no such folder")
         if file is not None and not os.access(folder, os.W_OK):  # fail now rather than after the run
             raise StorageError(f"{name}: {file}: cannot be written: its folder is read-only", file=str(file))
-    sizes = sizes_of(catalog, context, options.prefill_chunk, KV_DTYPES[options.kv_dtype].itemsize)
+    kv_item = KV_DTYPES[options.kv_dtype].itemsize
+    sizes = sizes_of(catalog, context, options.prefill_chunk, kv_item, options.logits_tokens)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # math libraries allocate before RAM use is measured
     held = process_ram()
     ram = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
@@ -188,7 +190,32 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
         vram_slots=options.vram_slots,
         resident_trunks=options.resident_trunks,
     )
+    ram = min(ram, _require_memory(plan, ram, held, device))
     return Request(catalog, options, device, context, predictor, plan, ram, budget.ram is None)
+
+
+def _require_memory(plan: Plan, ram: int, held: int, device: torch.device) -> int:
+    """Refuse a plan that cannot be held here, and warn of one that does not fit the free memory. Returns the limit of
+    this process in bytes. Raises BudgetError."""
+    emulated = plan.vram.parts if plan.vram is not None and device.type == "cpu" else {}
+    parts = {**plan.ram.parts, "vram in host memory": sum(emulated.values())}
+    needed, limit, free = sum(parts.values()), total_ram(), available_ram() + held
+    if needed > limit:
+        raise BudgetError(
+            f"a ram budget of {format_size(ram)} leads to a plan of {format_size(needed)}, but this process can have "
+            f"{format_size(limit)} (this machine's memory, or a memory cgroup's): it would be killed; lower the "
+            "budget, or use 'auto'",
+            floor=plan.ram.floor,
+            given=ram,
+            dominant=max(parts, key=lambda name: parts[name]),
+        )
+    if needed - SLACK > free:
+        warnings.warn(
+            f"the plan takes {format_size(needed)} of host memory and {format_size(free)} are free: the process may be "
+            "killed, or slow down other programs; lower the ram budget, or use 'auto'",
+            stacklevel=5,
+        )
+    return limit
 
 
 def _open_recorder(file: Path, request: Request) -> Recorder:

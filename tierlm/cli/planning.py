@@ -37,6 +37,7 @@ def plan(
     format: Annotated[str | None, Option(help="bf16, fp8, int8, int4, mxfp4 or q4_k_m; default: as published.")] = None,
     context: Annotated[int | None, Option(help="Tokens to reserve; default: the model's, up to 4096.")] = None,
     prompt: Annotated[int, Option(help="Tokens of the prompt, for the time to the first token.")] = 512,
+    logits_tokens: Annotated[int | None, Option(help="Tokens whose logits one call of LLM.logits returns.")] = None,
     trace: Annotated[Path | None, Option(help="A trace of routing to use instead of assumed hit rates.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -53,7 +54,7 @@ def plan(
         raise UsageError(f"context: expected 1 to the model's own {records.spec.max_position}, found {context}")
     if not 1 <= prompt <= tokens:
         raise UsageError(f"prompt: expected 1 to the context of {tokens} tokens, found {prompt}")
-    options = RuntimeOptions(context=tokens)
+    options = RuntimeOptions(context=tokens, logits_tokens=logits_tokens)
     free = available_ram()
     question = Question(
         ram=int(free * AUTO_RAM) if ram == "auto" else parse_size(ram, "ram"),
@@ -63,7 +64,7 @@ def plan(
         chunk=options.prefill_chunk,
     )
     rates, source = _machine(machine, disk_bandwidth, question.vram is not None)
-    sizes, work = sizes_of(records, tokens, options.prefill_chunk, 4), work_of(records)
+    sizes, work = sizes_of(records, tokens, options.prefill_chunk, 4, logits_tokens), work_of(records)
     recorded, routing = _recorded(trace, work)
     found = forecast(sizes, work, rates, question, free if machine is None else None, recorded)
     answer = _Answer(name, records, sizes, work, question, rates, found)

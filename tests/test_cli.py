@@ -476,6 +476,11 @@ def test_pack_verify_and_run(model: str, tierlm: Any) -> None:
     check_failure(tierlm("verify", "packed"), 1, str(file), "expert 15 of layer 2", "expected xxh3_64", "found")
 
 
+def test_pack_keeps_to_a_budget_or_says_what_it_needs(model: str, tierlm: Any) -> None:
+    with leaves_nothing():
+        check_failure(tierlm("pack", model, "out", "--ram", "1MiB"), 1, "BudgetError", "that packing needs", "1.00 MiB")
+
+
 def test_pack_refuses_what_cannot_be(model: str, tierlm: Any) -> None:
     with leaves_nothing():
         check_failure(tierlm("pack", model, model), 2, "exists already")

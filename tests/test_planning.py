@@ -191,7 +191,8 @@ def test_doctor_on_a_model_that_is_whole_and_one_that_is_not(
     code, out, _ = tierlm("doctor", str(folder), "--json")
     found = json.loads(out)
     assert code == 0 and found["fit"]
-    assert {"checkpoint", "file system", "budget", "open files", "kernels"} <= {f["area"] for f in found["findings"]}
+    areas = {finding["area"] for finding in found["findings"]}
+    assert {"checkpoint", "file system", "checksums", "budget", "packing", "open files", "kernels"} <= areas
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"

@@ -108,7 +108,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         widths = [layer.attention.cache_width for layer in spec.layers]
         kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
         embedded = catalog.embedding
-        rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps[embedded.file])
+        rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file))
         undo.callback(rows.close)
         moe = MixtureOfExperts(spec, Router(spec, resident), store, timeline, recorder)
         embedding = Embedding(rows, embedded, request.device)
@@ -241,7 +241,7 @@ def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, Dis
     options, catalog = request.options, request.catalog
     mirrors = [Path(folder) for folder in options.mirrors]
     reader, profile, notes = open_disks(
-        catalog.stamps, mirrors, options.reader, options.probe, ProfileCache(user_cache())
+        catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache()), catalog.stamps
     )
     try:
         threads = options.transfer_threads or _transfer_threads(request, profile)

@@ -12,19 +12,22 @@ from typer import Argument, Option
 
 from tierlm.cli.options import Model
 from tierlm.cli.output import progress
-from tierlm.config import format_size
+from tierlm.config import Budget, format_size
 
+EXPERTS, TRUNK = "int4", "int8"
 Experts = Annotated[str, Option(help="Format of the routed experts: int4, int8, fp8, bf16, f16, f32, or keep.")]
 Trunk = Annotated[str, Option(help="Format of attention, shared and dense MLPs, and lm_head; like --experts.")]
+Ram = Annotated[str, Option(help="Host memory of the whole process, e.g. 2GiB; auto: most of the free memory.")]
 Codec = Annotated[str, Option(help="none; zstd: lossless, floats only; auto: zstd if it keeps up with the disk.")]
 
 
 def pack(
     model: Model,
     out: Annotated[Path, Argument(help="A new folder for the packed store.")],
-    experts: Experts = "int4",
-    trunk: Trunk = "int8",
+    experts: Experts = EXPERTS,
+    trunk: Trunk = TRUNK,
     codec: Codec = "none",
+    ram: Ram = "auto",
 ) -> None:
     """Write a model as a packed store: each expert is one aligned, checksummed read, quantised if you choose.
 
@@ -33,14 +36,16 @@ def pack(
     from tierlm.checkpoints.hub import find_model
     from tierlm.models.packing import pack_model
 
-    console = Console(stderr=True)
+    console, limit = Console(stderr=True), Budget(ram).ram
 
     def say(what: str) -> None:
         console.print(Text(what))
 
     try:
         with progress("packing") as update:
-            pack_model(find_model(model), out, experts=experts, trunk=trunk, codec=codec, progress=update, say=say)
+            pack_model(
+                find_model(model), out, experts=experts, trunk=trunk, codec=codec, ram=limit, progress=update, say=say
+            )
     except KeyboardInterrupt:
         console.print("[dim]interrupted; finished files are kept: the same command continues from there[/dim]")
         raise typer.Exit(1) from None

@@ -526,6 +526,11 @@ def test_pack_verify_and_run(model: str, tierlm: Any) -> None:
     assert outcome.code == 1 and found["checksums"] and "expert 15 of layer 2" in "".join(found["damage"])
 
 
+def test_pack_keeps_to_a_budget_or_says_what_it_needs(model: str, tierlm: Any) -> None:
+    with leaves_nothing():
+        check_failure(tierlm("pack", model, "out", "--ram", "1MiB"), 1, "BudgetError", "that packing needs", "1.00 MiB")
+
+
 def test_pack_refuses_what_cannot_be(model: str, tierlm: Any) -> None:
     with leaves_nothing():
         check_failure(tierlm("pack", model, model), 2, "exists already")

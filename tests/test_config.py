@@ -229,6 +229,7 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     *((field, value) for field in ("threads", "transfer_threads") for value in (0, -1, 257, 8.0, "8", True)),
     *(("io_timeout", value) for value in (0, -1, NAN, INF, "60", None, True)),
     *(("context", value) for value in (0, -1, 1.5, "4096", True, NAN)),
+    *(("logits_tokens", value) for value in (0, -1, 1.5, "4", True)),
     *(("ram_slots", value) for value in (0, -1, 1.5, "4", True)),
     *(("vram_slots", value) for value in (0, -1, 1.5, "4", True)),
     *(("resident_trunks", value) for value in (-1, 1.5, "4", True)),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierlm import LLM, Budget, SamplingParams
+from tierlm import LLM, Budget, SamplingParams, StorageError
 from tierlm.memory.heat import REMEMBERED, Heat
 from tierlm.spec import ExpertKey
 
@@ -95,12 +95,13 @@ def test_the_next_run_begins_with_the_hottest(
         assert (hits or 0) > (llm.stats().hit_rate or 1)
 
 
-def test_a_cache_folder_that_cannot_be_written_is_a_warning(
+def test_a_cache_folder_that_cannot_be_written_is_an_error_after_the_run(
     toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     llm = LLM.load(toy_v3[0], budget=RAM)
     llm.generate([[5]], SamplingParams(max_new_tokens=2))
-    with pytest.warns(UserWarning, match="not written"):
+    with pytest.raises(StorageError, match=r"heat \(.*--no-heat.*\): .*file/tierlm/heat/.*json: cannot be written: "):
         llm.close()
+    llm.close()

@@ -136,7 +136,7 @@ def test_a_profile_that_cannot_be_kept_is_not_measured(
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr("tierlm.cli.measuring._measure", lambda *_: pytest.fail("measured for nothing"))
     code, _, err = tierlm("profile", "--json", str(tmp_path / "p.json"))
-    assert code == 2 and "p.json: cannot be written: Read-only file system" in " ".join(err.split())
+    assert code == 1 and "p.json: cannot be written: Read-only file system" in " ".join(err.split())
 
 
 def test_where_torch_has_no_room_the_rest_is_measured(
@@ -169,6 +169,14 @@ def test_the_engine_is_timed_with_other_weights_between_its_steps(monkeypatch: p
     assert layer > 0 and record >= 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_to_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-m", "tierlm", "plan", "demo", "--ram", "1GiB", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == "error: [Errno 28] No space left on device\n"
+
+
 def test_plan_and_doctor_start_without_torch() -> None:
     """Users plan before they install anything for a card, and expect an answer at once."""
     script = "import sys; sys.argv = ['tierlm', 'plan', 'DeepSeek-V3', '--ram', '64GiB', '--json', '-']\n"
@@ -184,7 +192,8 @@ def test_doctor_on_a_model_that_is_whole_and_one_that_is_not(
     code, out, _ = tierlm("doctor", str(folder), "--json", "-")
     found = json.loads(out)
     assert code == 0 and found["fit"]
-    assert {"checkpoint", "file system", "budget", "open files", "kernels"} <= {f["area"] for f in found["findings"]}
+    areas = {finding["area"] for finding in found["findings"]}
+    assert {"checkpoint", "file system", "checksums", "budget", "packing", "open files", "kernels"} <= areas
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"
@@ -261,12 +270,20 @@ def test_a_disk_is_measured_and_left_as_it_was(quick: None, tmp_path: Path) -> N
     steps: list[None] = []
     found = measure_disk(tmp_path, cells, 5.0, lambda: steps.append(None))
     assert list(tmp_path.iterdir()) == [], "what was written is gone again"
+    assert {rate.path for rate in found} == {str(tmp_path)}
     assert len(steps) == storage.ROUNDS * len(cells)
     if file_system(tmp_path) not in storage.MEMORY_FILE_SYSTEMS:
         assert {rate.reader for rate in found} == {"direct", "mmap"}
     for rate in found:
         assert 0 < rate.rate.low <= rate.rate.median <= rate.rate.high
         assert 0 < rate.percentiles[0] <= rate.percentiles[1] <= rate.percentiles[2]
+
+
+def test_the_file_to_measure_with_has_no_name(quick: None, tmp_path: Path) -> None:
+    """So that a killed profile leaves nothing."""
+    with files_of(tmp_path) as (file,):
+        assert list(tmp_path.iterdir()) == []
+        assert file.stat().st_size == 64 * MIB and file.stat().st_dev == tmp_path.stat().st_dev
 
 
 def test_what_came_from_ram_is_labelled(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +322,7 @@ def test_a_config_that_may_not_be_read(tierlm: Command, tmp_path: Path, monkeypa
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("tierlm.checkpoints.checkpoint.read_regular", refuse)
     code, _, err = tierlm("plan", str(tmp_path), "--ram", "4GiB")
     assert code == 1 and "config.json: cannot be read: Permission denied" in " ".join(err.split())
 

@@ -121,6 +121,7 @@ class RuntimeOptions:
     reader: str = "auto"
     context: int | None = None  # tokens of KV reserved for all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
+    logits_tokens: int | None = None  # tokens to reserve the result of a call for logits for; None: up to 64 MiB
     kv_dtype: str = "float32"
     threads: int | None = None  # of torch and the kernels, in the whole process; None: as torch chooses
     exact: bool = False  # multiply int8 and int4 weights by float32 activations instead of int8 ones: slower
@@ -151,6 +152,7 @@ class LoadOptions(TypedDict, total=False):
     reader: str
     context: int | None
     prefill_chunk: int
+    logits_tokens: int | None
     kv_dtype: str
     threads: int | None
     exact: bool
@@ -209,7 +211,11 @@ _OPTIONS: _Checks = (
     ("kv_dtype", "float32 or bfloat16", ("float32", "bfloat16").__contains__),
     ("exact heat trace_scores", "True or False", lambda v: isinstance(v, bool)),
     ("prefill_chunk", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
-    ("context ram_slots vram_slots", "an integer >= 1 or None", lambda v: v is None or (_is_int(v) and v >= 1)),
+    (
+        "context logits_tokens ram_slots vram_slots",
+        "an integer >= 1 or None",
+        lambda v: v is None or (_is_int(v) and v >= 1),
+    ),
     ("resident_trunks", "an integer >= 0 or None", lambda v: v is None or (_is_int(v) and v >= 0)),
     ("threads transfer_threads", "1 to 256 or None", lambda v: v is None or (_is_int(v) and 1 <= v <= 256)),
     ("io_timeout", "seconds > 0", lambda v: _finite(v) and v > 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,7 +147,8 @@ class LLM:
     def logits(self, ids: Prompt) -> Tensor:
         """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
 
-        Raises PromptError, StorageError, and BudgetError if the result is too large.
+        Raises PromptError, StorageError, and BudgetError if the result is larger than the plan allows: see
+        ``logits_tokens`` of RuntimeOptions.
         """
         out, request = self._logits(SimpleQueue[Progress](), ids)
         try:
@@ -182,12 +184,15 @@ class LLM:
         return self._codec
 
     def close(self) -> None:
-        """Stop transfers, free the memory and close the files. A step in another thread is abandoned; live requests
-        then raise UsageError. May be called twice. No-op in a forked process."""
-        self._client.close()
-        if self._runtime is not None:
-            self._stats = self.stats()
-            self._runtime = None  # its memory
+        """Stop transfers, free the memory, close the files, and write heat, trace and timeline. A step in another
+        thread is abandoned; live requests then raise UsageError. May be called twice. No-op in a forked process.
+        Raises StorageError if a write fails."""
+        stats = None if self._runtime is None else self.stats()
+        try:
+            self._client.close()
+        finally:
+            if stats is not None:
+                self._stats, self._runtime = stats, None  # its memory
 
     def __enter__(self) -> LLM:
         return self
@@ -195,7 +200,12 @@ class LLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except StorageError as unwritten:
+            if error is None:
+                raise
+            warnings.warn(str(unwritten), stacklevel=2)  # not to hide the error
 
     def _loaded(self) -> Runtime:
         """Raises UsageError if the model is closed, or belongs to another process."""
@@ -231,11 +241,14 @@ class LLM:
         """The result of ``logits``, still empty, and the request that fills it."""
         ids, runtime = self._ids(prompt), self._loaded()
         per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
-        if len(ids) * per_token > room:
+        needed, ram = len(ids) * per_token, runtime.plan.ram
+        if needed > room:
+            floor = ram.floor - ram.parts["logits"] + needed
             raise BudgetError(
-                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, but the ram "
-                f"budget has {format_size(room)} left: ask for at most {room // per_token} tokens at a time",
-                floor=runtime.ram_budget - room + len(ids) * per_token,
+                f"the logits of {len(ids)} tokens take {format_size(needed)}, but the plan has {format_size(room)} for "
+                f"them: load the model with logits_tokens={len(ids)}, whose least ram budget is {format_size(floor)}, "
+                f"or ask for at most {room // per_token} tokens at a time",
+                floor=floor,
                 given=runtime.ram_budget,
                 dominant="logits",
             )

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
 from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
-from tierlm.errors import UsageError
+from tierlm.errors import BudgetError, StorageError, UsageError
 from tierlm.files import user_cache
-from tierlm.host import available_ram, process_ram
+from tierlm.host import available_ram, process_ram, total_ram
 from tierlm.kernels import native
 from tierlm.memory.disk import Disk
 from tierlm.memory.heat import Heat
@@ -43,7 +44,7 @@ from tierlm.models.embedding import Embedding
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.outline import sizes_of
 from tierlm.models.router import Router
-from tierlm.planning.plan import AUTO_RAM, Plan, TierPlan, make_plan
+from tierlm.planning.plan import AUTO_RAM, SLACK, Plan, TierPlan, make_plan
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import TierInfo
 from tierlm.policies.lookahead import Lookahead
@@ -116,7 +117,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         widths = [layer.attention.cache_width for layer in spec.layers]
         kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
         embedded = catalog.embedding
-        rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps[embedded.file])
+        rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file))
         undo.callback(rows.close)
         moe = MixtureOfExperts(spec, Router(spec, resident), store, timeline, recorder)
         embedding = Embedding(rows, embedded, request.device)
@@ -177,9 +178,12 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -
     predictor = make_predictor(options.predictor, spec.experts_per_token)
     make_policy(options.policy, TierInfo(len(spec.layers), 1))
     for name, file in (("timeline", options.timeline), ("trace", options.trace)):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{name}: {Path(file).absolute().parent}: no such folder")
-    sizes = sizes_of(catalog, context, options.prefill_chunk, KV_DTYPES[options.kv_dtype].itemsize)
+        if file is not None and not (folder := Path(file).absolute().parent).is_dir():
+            raise UsageError(f"{name}: {folder}: no such folder")
+        if file is not None and not os.access(folder, os.W_OK):  # fail now rather than after the run
+            raise StorageError(f"{name}: {file}: cannot be written: its folder is read-only", file=str(file))
+    kv_item = KV_DTYPES[options.kv_dtype].itemsize
+    sizes = sizes_of(catalog, context, options.prefill_chunk, kv_item, options.logits_tokens)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # math libraries allocate before RAM use is measured
     held = process_ram()
     ram = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
@@ -197,6 +201,7 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -
         vram_slots=options.vram_slots,
         resident_trunks=options.resident_trunks,
     )
+    ram = min(ram, _require_memory(plan, ram, held, device))
     return Request(catalog, options, device, context, predictor, plan, ram, budget.ram is None)
 
 
@@ -209,8 +214,32 @@ def _log_plan(request: Request) -> None:
         log.info("plan of %s: %s; %d expert slots; floor %s", name, parts, plan.expert_slots, format_size(plan.floor))
 
 
+def _require_memory(plan: Plan, ram: int, held: int, device: torch.device) -> int:
+    """Refuse a plan that cannot be held here, and warn of one that does not fit the free memory. Returns the limit of
+    this process in bytes. Raises BudgetError."""
+    emulated = plan.vram.parts if plan.vram is not None and device.type == "cpu" else {}
+    parts = {**plan.ram.parts, "vram in host memory": sum(emulated.values())}
+    needed, limit, free = sum(parts.values()), total_ram(), available_ram() + held
+    if needed > limit:
+        raise BudgetError(
+            f"a ram budget of {format_size(ram)} leads to a plan of {format_size(needed)}, but this process can have "
+            f"{format_size(limit)} (this machine's memory, or a memory cgroup's): it would be killed; lower the "
+            "budget, or use 'auto'",
+            floor=plan.ram.floor,
+            given=ram,
+            dominant=max(parts, key=lambda name: parts[name]),
+        )
+    if needed - SLACK > free:
+        warnings.warn(
+            f"the plan takes {format_size(needed)} of host memory and {format_size(free)} are free: the process may be "
+            "killed, or slow down other programs; lower the ram budget, or use 'auto'",
+            stacklevel=5,
+        )
+    return limit
+
+
 def _open_recorder(file: Path, request: Request) -> Recorder:
-    """Open the recorder of a trace, which stores the prefill read order. Raises UsageError."""
+    """Open the recorder of a trace, which stores the prefill read order. Raises UsageError, StorageError."""
     catalog, spec = request.catalog, request.catalog.spec
     if not spec.moe_layers:
         raise UsageError("trace: this model has no experts, so there is no routing to record")
@@ -224,7 +253,7 @@ def _open_recorder(file: Path, request: Request) -> Recorder:
     try:
         return Recorder(file, info, spec.experts_per_token, request.options.trace_scores)
     except OSError as error:
-        raise UsageError(f"trace: {file}: cannot be written: {error.strerror}") from error
+        raise StorageError(f"trace: {file}: cannot be written: {error.strerror}", file=str(file)) from error
 
 
 def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, DiskProfile, Transfer, list[str]]:
@@ -232,7 +261,7 @@ def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, Dis
     options, catalog = request.options, request.catalog
     mirrors = [Path(folder) for folder in options.mirrors]
     reader, profile, notes = open_disks(
-        catalog.stamps, mirrors, options.reader, options.probe, ProfileCache(user_cache())
+        catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache()), catalog.stamps
     )
     try:
         threads = options.transfer_threads or _transfer_threads(request, profile)

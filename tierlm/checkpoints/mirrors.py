@@ -102,18 +102,24 @@ class MirrorReader(Reader):
 
 
 def open_disks(
-    stamps: Mapping[Path, Stamp], mirrors: Sequence[Path], reader: str, probe: str, cache: ProfileCache
+    files: Sequence[Path],
+    mirrors: Sequence[Path],
+    reader: str,
+    probe: str,
+    cache: ProfileCache,
+    stamps: Mapping[Path, Stamp],
 ) -> tuple[Reader, DiskProfile, list[str]]:
-    """A reader of files and their copies in the folders ``mirrors``, the combined disk profile, and notes.
+    """A reader of ``files`` and their copies in the folders ``mirrors``, the combined disk profile, and notes.
 
-    ``stamps``: of the files, when their headers were read. Each file system gets its own reader (``open_reader``) and
-    profile (``find_profile``). Raises UsageError and CheckpointError; an error leaves no file open.
+    ``stamps``: of the files to compare with it, when their headers were read. Each file system gets its own reader
+    (``open_reader``) and profile (``find_profile``). Raises UsageError and CheckpointError; an error leaves no file
+    open.
     """
-    copies = find_copies(stamps, mirrors)
-    stamps = {copy: stamps.get(copy) or Stamp.of(copy) for each in copies.values() for copy in each}
+    copies = find_copies(files, mirrors)
+    stamps = {copy: stamps.get(copy) or Stamp.of(copy) for file in stamps for copy in copies[file]}
     disks: dict[int, list[Path]] = {}
-    for file, stamp in stamps.items():
-        disks.setdefault(stamp.device, []).append(file)
+    for file in (copy for each in copies.values() for copy in each):
+        disks.setdefault(os.stat(file).st_dev, []).append(file)
     readers: list[Reader] = []
     profiles: list[DiskProfile] = []
     notes: list[str] = []

@@ -24,7 +24,7 @@ from tierlm.checkpoints.ahead import ahead
 from tierlm.checkpoints.checkpoint import Place, TensorInfo
 from tierlm.checkpoints.codec import Run
 from tierlm.checkpoints.packed import RecordShape, file_size, in_file_order, write_file
-from tierlm.checkpoints.reader import read_pieces
+from tierlm.checkpoints.reader import PIECE, read_pieces
 from tierlm.checkpoints.stored import StoredWeight
 from tierlm.checkpoints.views import view
 from tierlm.config import format_size
@@ -37,7 +37,7 @@ DESCRIPTION = "tierlm.json"  # source and settings of the pack
 INDEX = "model.safetensors.index.json"
 SLICE_VALUES = 2**18  # values converted at a time, so that they stay in the processor's cache
 SLICE_ROWS = 128  # a slice has a multiple of these rows, and of the rows of a block
-AHEAD = 4  # matrices or pieces queued between reading, converting and writing
+AHEAD = 4  # matrices or pieces queued between reading, converting and writing, if memory allows
 SPARE = 64 * 2**20  # bytes left free on the disk
 
 Progress = Callable[[int, int], None]
@@ -144,12 +144,13 @@ def pack(
     description: Mapping[str, Any],
     sources: Mapping[Path, Stamp],
     progress: Progress | None = None,
+    queued: int = AHEAD,
 ) -> None:
     """Write ``files`` (name -> records) and ``beside`` (name -> content) to the new folder ``out``.
 
     Reading, converting and writing overlap. ``description``: "packed" and "source"; an interrupted pack with the same
     description continues. ``sources``: the files that are read; the pack fails if one changes meanwhile. ``progress``:
-    called with bytes done and in total. Raises UsageError, StorageError.
+    called with bytes done and in total. ``queued``: see ``memory_of``. Raises UsageError, StorageError.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out}: exists already; a pack needs a new folder: choose another, or remove it")
@@ -173,8 +174,8 @@ def pack(
                 if progress is not None:
                     progress(done, total)
 
-        reads = ahead(read_records(record for name in missing for record in files[name]), AHEAD)
-        with closing(ahead(converted(reads), AHEAD)) as chunks:
+        reads = ahead(read_records(record for name in missing for record in files[name]), queued)
+        with closing(ahead(converted(reads), queued)) as chunks:
             stream = counted(chunks)
             for name in missing:
                 write_file(folder / name, shapes[name], metadata, stream)
@@ -188,6 +189,23 @@ def pack(
                 file.write(content)
         write_whole(folder / INDEX, json.dumps(index, indent=1))
         os.rename(folder, out)
+
+
+def memory_of(files: Mapping[str, Sequence[PackedRecord]], queued: int) -> int:
+    """The most bytes of a pack of ``files`` with ``queued`` matrices or pieces between its stages."""
+    source = target = piece = compressing = 0
+    for record in (record for records in files.values() for record in records):
+        for packing in record.packings:
+            parts = [part.nbytes for part in packing.weight.parts.values()]
+            if packing.target == packing.weight.format:
+                piece = max(piece, *(min(PIECE, nbytes) for nbytes in parts))
+            else:
+                source = max(source, sum(parts))
+                target = max(target, RecordShape("", packing.tensors()).nbytes)
+        if record.compress:
+            compressing = max(compressing, 4 * record.shape().nbytes)  # pieces, whole, planes, stored
+    between = (queued + 1) * (max(source, piece) + max(target, piece))
+    return between + 2 * target + compressing  # a converted matrix is joined from its slices
 
 
 def unfinished(out: Path) -> Any:

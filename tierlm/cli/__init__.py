@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 from tierlm.cli.interrupts import importing
@@ -65,21 +66,27 @@ def options(context: typer.Context, version: Version = False) -> None:
 
 
 def main() -> None:
-    """The console script. An error becomes one line and its exit code."""
+    """The console script. An error becomes one line and its exit code, a warning one line."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        code = app(standalone_mode=False)
+        try:
+            code = app(standalone_mode=False)
+        finally:
+            print(end="", flush=True)  # what is buffered may not fit the disk
     except TierlmError as error:
         _fail(error)
     except Misuse as misuse:
         _fail(explain(misuse))
     except typer.Abort:
         _fail(UsageError("standard input ended where the command needed more"))
-    except BrokenPipeError:  # the reader closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
+        if not isinstance(error, BrokenPipeError):  # the reader closed the pipe
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            Console(stderr=True).print("[red]error:[/red]", Text(what), soft_wrap=True)
+        try:
+            print(end="", flush=True)
+        except OSError:  # Python tries again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     else:
         if code == INTERRUPTED:

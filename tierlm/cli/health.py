@@ -15,6 +15,7 @@ from typer import Argument
 from tierlm.cli.complete import models
 from tierlm.cli.options import Json
 from tierlm.cli.output import pairs, report
+from tierlm.cli.packing import EXPERTS, TRUNK
 from tierlm.cli.settings import config_file, variables
 from tierlm.config import format_size
 from tierlm.errors import (
@@ -70,7 +71,7 @@ def doctor(
         findings.append(Finding("ok", "architecture", str(named.config["model_type"])))
         findings += _text(catalog.checkpoint.folder)
         findings += check_files(catalog.files)
-        findings.append(_budget(catalog))
+        findings += [_protection(catalog), _budget(catalog), _packing(catalog)]
     findings += check_limits(0 if catalog is None else len(catalog.files), pins=_has_accelerator())
     findings += check_machine()
     findings += _settings(context.find_root().command)
@@ -122,6 +123,31 @@ def _settings(commands: Any) -> Iterator[Finding]:
             yield Finding("ok", "environment", f"{name} is set")
         else:
             yield Finding("note", "environment", f"{name} is no option of a command", f"unset {name}")
+
+
+def _protection(catalog: Catalog) -> Finding:
+    """Say which damage is found."""
+    from tierlm.profiling.health import Finding
+
+    if catalog.sealed:
+        return Finding("ok", "checksums", "every record is compared with its checksum when it is first read")
+    what = "the files have no checksums: bytes that change on the disk or during a run are not noticed, only a file"
+    what += " of another size, time or inode when it is opened or when a read fails"
+    return Finding("note", "checksums", what, "keep the files as they are during a run; `tierlm pack` adds checksums")
+
+
+def _packing(catalog: Catalog) -> Finding:
+    """Say what memory ``tierlm pack`` needs."""
+    from tierlm.host import available_ram
+    from tierlm.models.packing import least_memory
+    from tierlm.planning.forecast import PROCESS
+    from tierlm.profiling.health import Finding
+
+    need, free = least_memory(catalog, EXPERTS, TRUNK, PROCESS), available_ram()
+    what = f"`tierlm pack` needs --ram {format_size(need)} for experts {EXPERTS} and trunk {TRUNK}"
+    if need > free:
+        return Finding("note", "packing", f"{what}; {format_size(free)} are free", "free memory before packing")
+    return Finding("ok", "packing", what)
 
 
 def _budget(catalog: Catalog) -> Finding:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from tierlm.errors import UsageError
+from tierlm.errors import StorageError
 from tierlm.files import write_whole
 
 STDOUT = Path("-")
@@ -30,7 +30,7 @@ def report(found: Mapping[str, object], file: Path | None, *tables: RenderableTy
 
 
 def emit(found: Mapping[str, object], file: Path = STDOUT) -> None:
-    """Write ``found`` as JSON to a file or to standard output. Raises UsageError."""
+    """Write ``found`` as JSON to a file or to standard output. Raises StorageError."""
     text = json.dumps(found, indent=1, default=str)
     if file == STDOUT:
         print(text)
@@ -41,11 +41,11 @@ def emit(found: Mapping[str, object], file: Path = STDOUT) -> None:
 
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Turn an OSError into a UsageError that names ``file``."""
+    """Turn an OSError into a StorageError that names ``file``."""
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
+        raise StorageError(f"{file}: cannot be written: {error.strerror or error}", file=str(file)) from error
 
 
 def pairs(rows: Iterable[tuple[str, object]], title: str | None = None) -> Table:

@@ -12,13 +12,17 @@ from typer import Argument, Option
 
 from tierlm.cli.options import Json, Model, Quiet
 from tierlm.cli.output import progress, report
-from tierlm.config import format_size
+from tierlm.config import Budget, format_size
 
+EXPERTS, TRUNK = "int4", "int8"
 Experts = Annotated[
     str, Option(metavar="FORMAT", help="Of the routed experts: int4, int8, fp8, bf16, f16, f32, or keep.")
 ]
 Trunk = Annotated[
     str, Option(metavar="FORMAT", help="Of attention, shared and dense MLPs, and lm_head; like --experts.")
+]
+Ram = Annotated[
+    str, Option(metavar="SIZE", help="Memory of the whole process, e.g. 2GiB; auto: most of the free memory.")
 ]
 Codec = Annotated[
     str, Option(metavar="NAME", help="none; zstd: lossless, floats only; auto: zstd if it keeps up with the disk.")
@@ -28,9 +32,10 @@ Codec = Annotated[
 def pack(
     model: Model,
     out: Annotated[Path, Argument(metavar="FOLDER", help="A new folder for the packed store.")],
-    experts: Experts = "int4",
-    trunk: Trunk = "int8",
+    experts: Experts = EXPERTS,
+    trunk: Trunk = TRUNK,
     codec: Codec = "none",
+    ram: Ram = "auto",
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -41,7 +46,7 @@ def pack(
     from tierlm.checkpoints.hub import find_model
     from tierlm.models.packing import pack_model
 
-    console = Console(stderr=True)
+    console, limit = Console(stderr=True), Budget(ram).ram
 
     def say(what: str) -> None:
         if not quiet:
@@ -49,7 +54,9 @@ def pack(
 
     try:
         with progress("packing", quiet) as update:
-            pack_model(find_model(model), out, experts=experts, trunk=trunk, codec=codec, progress=update, say=say)
+            pack_model(
+                find_model(model), out, experts=experts, trunk=trunk, codec=codec, ram=limit, progress=update, say=say
+            )
     except KeyboardInterrupt:
         console.print("[dim]interrupted; finished files are kept: the same command continues from there[/dim]")
         raise typer.Exit(1) from None

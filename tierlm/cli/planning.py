@@ -54,6 +54,9 @@ def plan(
         ),
     ] = None,
     prompt: Annotated[int, Option(metavar="N", help="Tokens of the prompt, for the time to the first token.")] = 512,
+    logits_tokens: Annotated[
+        int | None, Option(metavar="N", help="Tokens whose logits one call of LLM.logits returns.")
+    ] = None,
     trace: Annotated[
         Path | None,
         Option(metavar="FILE", exists=True, dir_okay=False, help="A trace of routing, instead of assumed hit rates."),
@@ -73,7 +76,7 @@ def plan(
         raise UsageError(f"context: expected 1 to the model's own {records.spec.max_position}, found {context}")
     if not 1 <= prompt <= tokens:
         raise UsageError(f"prompt: expected 1 to the context of {tokens} tokens, found {prompt}")
-    options = RuntimeOptions(context=tokens)
+    options = RuntimeOptions(context=tokens, logits_tokens=logits_tokens)
     free = available_ram()
     question = Question(
         ram=int(free * AUTO_RAM) if ram == "auto" else parse_size(ram, "ram"),
@@ -83,7 +86,7 @@ def plan(
         chunk=options.prefill_chunk,
     )
     rates, source = _machine(machine, disk_bandwidth, question.vram is not None)
-    sizes, work = sizes_of(records, tokens, options.prefill_chunk, 4), work_of(records)
+    sizes, work = sizes_of(records, tokens, options.prefill_chunk, 4, logits_tokens), work_of(records)
     recorded, routing = _recorded(trace, work)
     found = forecast(sizes, work, rates, question, free if machine is None else None, recorded)
     answer = _Answer(name, records, sizes, work, question, rates, found)

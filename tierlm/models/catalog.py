@@ -64,8 +64,8 @@ class Catalog:
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
-        """The stamp of each of the files when its header was read."""
-        return {file: self.checkpoint.headers[file].stamp for file in self.files}
+        """The stamp of each file without checksums when its header was read."""
+        return {file: self.checkpoint.headers[file].stamp for file in self.files if not self._seals[file]}
 
     @property
     def formats(self) -> Formats:
@@ -84,8 +84,8 @@ class Catalog:
     def fingerprint(self) -> str:
         """Identifies this model: a hash of its config and of its files' names and sizes."""
         digest = hashlib.sha256(read_regular(self.checkpoint.folder / "config.json"))
-        for file, stamp in self.stamps.items():
-            digest.update(f"{file.name} {stamp.size}".encode())
+        for file in self.files:
+            digest.update(f"{file.name} {self.checkpoint.headers[file].stamp.size}".encode())
         return digest.hexdigest()[:32]
 
     def experts(self) -> list[ExpertKey]:

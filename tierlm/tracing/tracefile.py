@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -32,10 +33,11 @@ Array = npt.NDArray[Any]
 
 
 class TraceWriter:
-    """Writes ``file``, which exists once ``close`` has returned. Raises OSError."""
+    """Writes ``file``, which exists once ``close`` has returned. Raises OSError, then again at each ``add``."""
 
     def __init__(self, file: Path, info: TraceInfo):
-        self.info = info
+        self.file, self.info = file, info
+        self._failed: OSError | None = None
         self.tokens = 0
         self._pending: list[dict[str, Array]] = []
         self._blocks = self._waiting = 0
@@ -50,28 +52,43 @@ class TraceWriter:
             self._flush()
 
     def close(self) -> None:
-        """Complete the file. A trace without tokens is not written."""
+        """Complete the file. A trace without tokens, or after an error, is not written."""
+        if self._failed is not None:
+            return
         if self._waiting:
             self._flush()
         if not self.tokens:
             self.drop()
             return
         head = {"format": FORMAT, "version": VERSION, "tokens": self.tokens, "blocks": self._blocks}
-        with self._open, self._zip as archive:
+        with self._dropped_on_error(), self._open, self._zip as archive:
             archive.writestr(HEAD, json.dumps(head | asdict(self.info)))
 
     def drop(self) -> None:
-        """Discard the file."""
+        """Discard the file. Never raises."""
         self._pending = []
-        with suppress(_Dropped), self._open:
-            self._zip.close()
+        self._zip.fp = None  # so that zipfile completes nothing, now or when it is collected
+        with suppress(_Dropped, OSError), self._open:
             raise _Dropped
 
+    @contextmanager
+    def _dropped_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.file)
+            self._failed = error
+            self.drop()
+            raise
+
     def _flush(self) -> None:
-        for name in self._pending[0]:
-            rows = np.concatenate([parts[name] for parts in self._pending]).astype(DTYPES[name])
-            with self._zip.open(f"{self._blocks}/{name}.npy", "w") as member:
-                np.lib.format.write_array(member, rows, allow_pickle=False)
+        if self._failed is not None:
+            raise self._failed
+        with self._dropped_on_error():
+            for name in self._pending[0]:
+                rows = np.concatenate([parts[name] for parts in self._pending]).astype(DTYPES[name])
+                with self._zip.open(f"{self._blocks}/{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, rows, allow_pickle=False)
         self.tokens += sum(len(parts["experts"]) for parts in self._pending)
         self._blocks += 1
         self._pending, self._waiting = [], 0

@@ -49,6 +49,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "tune": ["optuna>=4"],
         "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20", "zstandard>=0.22"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "ruff>=0.8"],
         "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil"],
     },
     ext_modules=[

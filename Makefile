@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint docs sanitize clean
 
 demo: $(VENV)/.installed
-	$(BIN)/tierlm run demo -p "The Congress of the United States" --max-new-tokens 64 --ram 2GiB --stats
+	$(BIN)/tierlm run demo --raw -p "The Congress of the United States" --max-new-tokens 64 --ram 2GiB --stats
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

@@ -235,7 +235,7 @@ def test_chat_answers_and_ends_with_its_input(original: Path) -> None:
 
 def test_options_not_given_are_the_defaults_of_the_api() -> None:
     assert Memory().make() == Budget()
-    assert Sampling().make() == SamplingParams()
+    assert SamplingParams(**Sampling().make()) == SamplingParams()
     assert RuntimeOptions(**Loading().make()) == RuntimeOptions()
 
 
@@ -274,7 +274,7 @@ def test_run_chat_and_record_have_the_same_options() -> None:
         return set(inspect.signature(command).parameters)
 
     shared = {field.name for group in (Memory, Sampling, Loading, Messages) for field in dataclasses.fields(group)}
-    assert names(run) - shared == {"model", "prompt", "ids", "stats", "json"} and shared < names(run)
+    assert names(run) - shared == {"model", "prompt", "ids", "system", "raw", "stats", "json"} and shared < names(run)
     assert names(chat) - shared == {"model", "system", "stats"} and shared < names(chat)
     assert names(record) - shared == {"model", "prompts", "output", "scores", "json"} and shared < names(record)
 

@@ -105,8 +105,10 @@ def _text(folder: Path) -> Iterator[Finding]:
     yield Finding("ok", "tokenizer", f"{codec.tokenizer.get_vocab_size()} tokens")
     try:
         codec.chat([{"role": "user", "content": "Hello"}])
-    except UsageError as error:
-        yield Finding("note", "chat template", str(error), "`tierlm chat` needs a template, `tierlm run` does not")
+    except (CheckpointError, UsageError) as error:
+        yield Finding(
+            "note", "chat template", str(error), "`tierlm chat` needs a template, `tierlm run --raw` does not"
+        )
     else:
         yield Finding("ok", "chat template", "renders a message")
 

@@ -57,7 +57,7 @@ class Memory(Group):
 
 @dataclass(frozen=True)
 class Sampling(Group):
-    """Sampling and stop conditions."""
+    """Sampling and stop conditions. Where none is given, `run` and `chat` take what the model recommends."""
 
     panel: ClassVar[str] = "Sampling"
 
@@ -65,19 +65,26 @@ class Sampling(Group):
         int, Option("--max-new-tokens", "--n-predict", "-n", metavar="N", help="Maximum number of new tokens.")
     ] = 128
     temperature: Annotated[
-        float, Option("--temperature", "--temp", metavar="X", help="0: always the most likely token.")
-    ] = 0.0
-    top_k: Annotated[int, Option(metavar="N", help="Keep the N most likely tokens; 0: all.")] = 0
-    top_p: Annotated[float, Option(metavar="X", help="Keep the most likely tokens up to this probability.")] = 1.0
-    min_p: Annotated[float, Option(metavar="X", help="Drop tokens below this share of the highest probability.")] = 0.0
+        float | None, Option("--temperature", "--temp", metavar="X", help="0: always the most likely token.")
+    ] = None
+    top_k: Annotated[int | None, Option(metavar="N", help="Keep the N most likely tokens; 0: all.")] = None
+    top_p: Annotated[float | None, Option(metavar="X", help="Keep the most likely tokens up to this probability.")] = (
+        None
+    )
+    min_p: Annotated[
+        float | None, Option(metavar="X", help="Drop tokens below this share of the highest probability.")
+    ] = None
     repetition_penalty: Annotated[
-        float, Option(metavar="X", help="Above 1: tokens in the text become less likely.")
-    ] = 1.0
+        float | None, Option(metavar="X", help="Above 1: tokens in the text become less likely.")
+    ] = None
     seed: Annotated[int | None, Option(metavar="N", help="Makes sampling reproducible.")] = None
     stop: Annotated[list[str] | None, Option(metavar="TEXT", help="Text that ends the answer; repeatable.")] = None
 
-    def make(self) -> SamplingParams:
-        return SamplingParams(**{**vars(self), "stop": tuple(self.stop or ())})
+    def make(self) -> dict[str, Any]:
+        """The fields of SamplingParams that the user has given."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        SamplingParams(**given)  # checks them
+        return given
 
 
 @dataclass(frozen=True)

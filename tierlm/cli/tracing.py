@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -41,7 +41,7 @@ def record(
     scores: Annotated[bool, Option("--scores", help="Also record all experts' scores and gate predictions.")] = False,
     json: Json = None,
     budget: Annotated[Budget, Memory()],
-    params: Annotated[SamplingParams, Sampling()],
+    params: Annotated[dict[str, Any], Sampling()],
     options: Annotated[LoadOptions, Loading()],
     quiet: Annotated[bool, Messages()],
 ) -> None:
@@ -55,7 +55,7 @@ def record(
     options["trace"], options["trace_scores"] = output, scores
     with load(model, budget, options, quiet) as llm:
         for line in lines:
-            llm.generate(line, params)
+            llm.generate(line, SamplingParams(**params))
     info(output, json)
 
 

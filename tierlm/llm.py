@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tierlm import client
 from tierlm.checkpoints.hub import find_model
-from tierlm.client import Client, Request
+from tierlm.client import Client, OnPrefill, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
 from tierlm.engine.sampler import TokenLogprob
 from tierlm.engine.sequence import Pace, Progress
@@ -88,19 +88,24 @@ class LLM:
         return cls(*client.load(folder, limits, chosen, progress), folder)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_prefill: OnPrefill | None = None,
     ) -> list[Result]:
         """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
 
         ``params``: for all prompts, or one for each. With ``n`` samples a prompt has n results, one after another.
         Prompts run concurrently if the context has room. One whose reads fail ends with finish_reason "error" and the
-        others go on; if there is only one result, its StorageError is raised. Raises PromptError, UsageError.
+        others go on; if there is only one result, its StorageError is raised. ``on_prefill``: called here with the
+        tokens of the prompts that have run and all, until they are equal. Raises PromptError, UsageError.
         """
         samples = [(prompt, one) for prompt, each in paired(several(prompts), params) for one in each.samples()]
         answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
         pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
         queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
-        request = Request(self._client, SimpleQueue[Progress](), queued, pace)
+        request = Request(self._client, SimpleQueue[Progress](), queued, pace, on_prefill=on_prefill)
         try:
             request.submit()
             while any(answer.finish is None for answer in answers):
@@ -114,17 +119,20 @@ class LLM:
             raise answers[0].error
         return [answer.result() for answer in answers]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, on_prefill: OnPrefill | None = None
+    ) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
-        Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. Raises as
-        ``generate``.
+        Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. ``on_prefill``
+        and errors: as for ``generate``.
         """
         ((_, params),) = paired([prompt], params)
         if params.n > 1:
             raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
         answer = Answer(*self._prepare(prompt, params))
-        request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params)], Pace.ASKED)
+        mailbox, prompts = SimpleQueue[Progress](), [(answer.prompt, params)]
+        request = Request(self._client, mailbox, prompts, Pace.ASKED, on_prefill=on_prefill)
         try:
             request.submit()
             while answer.finish is None:
@@ -133,10 +141,13 @@ class LLM:
         finally:
             request.cancel()
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, on_prefill: OnPrefill | None = None
+    ) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
         chat template. Raises UsageError if it has none."""
-        yield from self.stream(self.codec.encode(self.codec.chat(messages), special=False), params)
+        ids = self.codec.encode(self.codec.chat(messages), special=False)
+        yield from self.stream(ids, params, on_prefill=on_prefill)
 
     def logits(self, ids: Prompt) -> Tensor:
         """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.

@@ -15,6 +15,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	rm -rf build/examples && $(BIN)/python tests/examples.py build/examples
+	cd build/examples && $(abspath $(BIN))/mypy --strict .  # as in a user's project
 
 # The tests of what is compiled on libraries that watch their memory and their arithmetic: with the kernels that this
 # processor chooses, then with those for any processor.

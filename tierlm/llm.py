@@ -19,7 +19,7 @@ from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, f
 from tierlm.engine.sampler import TokenLogprob
 from tierlm.engine.sequence import Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
-from tierlm.prompt import Prompt, ids_of, several
+from tierlm.prompt import Prompt, Prompts, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
 from tierlm.text import Message, TextCodec, TextStream
@@ -89,7 +89,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_prefill: OnPrefill | None = None,
@@ -194,6 +194,12 @@ class LLM:
         if self._runtime is not None:
             self._stats = self.stats()
             self._runtime = None  # its memory
+
+    def __repr__(self) -> str:
+        if (runtime := self._runtime) is None:
+            return f"<LLM {self._folder}, closed>"
+        layers, ram = len(runtime.catalog.spec.layers), format_size(runtime.ram_budget)
+        return f"<LLM {self._folder}, {layers} layers on {runtime.device}, ram {ram}, context {runtime.context}>"
 
     def __enter__(self) -> LLM:
         return self

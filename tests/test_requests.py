@@ -45,6 +45,12 @@ def test_a_budget_may_be_a_size(toy_v3: tuple[Path, Any]) -> None:
             LLM.load(toy_v3[0], budget=wrong)
 
 
+def test_a_model_says_what_it_is(toy_v3: tuple[Path, Any]) -> None:
+    with LLM.load(toy_v3[0], budget="4GiB", context=100) as llm:
+        assert repr(llm) == f"<LLM {toy_v3[0]}, 4 layers on cpu, ram 4.00 GiB, context 100>"
+    assert repr(llm) == f"<LLM {toy_v3[0]}, closed>"
+
+
 def test_ids_in_arrays(llm: LLM) -> None:
     expected = llm.generate([PROMPT], params())[0].ids
     for prompt in (np.array(PROMPT), torch.tensor(PROMPT)):

@@ -15,6 +15,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	rm -rf build/examples && $(BIN)/python tests/examples.py build/examples
+	cd build/examples && $(abspath $(BIN))/mypy --strict .  # as in a user's project
 
 # The site, in build/site; a dead link is an error (not with --quiet, which hides warnings from --strict too).
 docs: $(VENV)/.installed-test

@@ -24,6 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    package_dir={"": "."},  # makes an editable install a path, which mypy follows, instead of an import hook
     packages=find_packages(include=["tierlm", "tierlm.*"]),
     package_data={
         "tierlm": ["py.typed"],

@@ -19,7 +19,7 @@ ROOT = Path(tierlm.__file__).parent
 # part is a file or a folder of tierlm/.
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
-    [{"conversation"}],
+    [{"conversation"}, {"progress"}],
     [{"llm", "async_llm", "stats"}],
     [{"client", "worker"}],
     [{"loading"}],

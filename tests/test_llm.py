@@ -52,8 +52,10 @@ def is_expert(request: Request, name: str = ".experts.") -> bool:
 
 
 def test_public_names() -> None:
+    assert sorted(tierlm.__all__) == sorted(set(tierlm.__all__))
     for name in tierlm.__all__:
-        assert getattr(tierlm, name) is not None
+        assert getattr(tierlm, name).__name__ == name
+        assert getattr(tierlm, name).__doc__
     with pytest.raises(AttributeError):
         _ = tierlm.Nothing
 

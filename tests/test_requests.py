@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from test_llm import faulty, is_expert
 
 import tierlm.demo
+import tierlm.progress
 from tierlm import LLM, Budget, PromptError, SamplingParams, TokenLogprob, UsageError
+from tierlm.checkpoints.reader import Request as Read
 from tierlm.engine.sequence import Progress
 from tierlm.llm import Answer
+from tierlm.progress import prefill_bar
 from tierlm.text import TextCodec, TextStream
 
 PROMPT = [5, 6, 7]
@@ -35,6 +43,12 @@ def test_a_budget_may_be_a_size(toy_v3: tuple[Path, Any]) -> None:
     for wrong in ("8 GiBs", "", -1, True):
         with pytest.raises(UsageError, match="budget ram: expected"):
             LLM.load(toy_v3[0], budget=wrong)
+
+
+def test_a_model_says_what_it_is(toy_v3: tuple[Path, Any]) -> None:
+    with LLM.load(toy_v3[0], budget="4GiB", context=100) as llm:
+        assert repr(llm) == f"<LLM {toy_v3[0]}, 4 layers on cpu, ram 4.00 GiB, context 100>"
+    assert repr(llm) == f"<LLM {toy_v3[0]}, closed>"
 
 
 def test_ids_in_arrays(llm: LLM) -> None:
@@ -121,3 +135,61 @@ def test_penalties_and_bias_act(llm: LLM) -> None:
     assert {*llm.generate([PROMPT], params(**among))[0].ids} == {11, 12, 13, 14}
     with pytest.raises(UsageError, match="logit_bias: token id 131 is not in the vocabulary of 131"):
         llm.generate([PROMPT], params(logit_bias={3: 1, 131: 1}))
+
+
+def test_prefill_is_told_layer_by_layer(toy_v3: tuple[Path, Any]) -> None:
+    """The disk waits in the last layer of the first of three chunks until the caller has been told."""
+    told: list[tuple[int, int]] = []
+    gate = threading.Event()
+
+    def listen(done: int, total: int) -> None:
+        told.append((done, total))
+        if 0 < done < 16:
+            gate.set()
+
+    def wait(request: Read, buffer: memoryview) -> bool:
+        if is_expert(request, "layers.3.mlp.experts."):
+            gate.wait(10)
+            gate.set()
+        return False
+
+    prompt = [(7 * i) % 120 + 2 for i in range(40)]
+    with faulty(toy_v3[0], prefill_chunk=16, predictor="none", heat=False) as (llm, reader):
+        expected = llm.generate([prompt], params())[0].ids
+        reader.fault = wait
+        assert [token for piece in llm.stream(prompt, params(), on_prefill=listen) for token in piece.ids] == expected
+        assert any(0 < done < 16 for done, _ in told)
+        assert told[0] == (0, 40) and told[-1] == (40, 40) and told.count((40, 40)) == 1
+        assert told == sorted(told)
+        both: list[tuple[int, int]] = []
+        llm.generate([prompt, [9]], params(), on_prefill=lambda *counts: both.append(counts))
+        assert both[0] == (0, 41) and both[-1] == (41, 41)
+        assert llm.generate([], on_prefill=lambda *counts: both.append(counts)) == []
+
+
+def test_an_error_of_the_listener_ends_the_request_and_nothing_else(llm: LLM) -> None:
+    def fail(done: int, total: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        llm.generate([PROMPT], params(), on_prefill=fail)
+    with pytest.raises(ZeroDivisionError):
+        next(llm.stream(PROMPT, params(), on_prefill=fail))
+    assert len(llm.generate([PROMPT], params())[0].ids) == 8
+
+
+def test_a_bar_shows_tokens_and_bytes_and_goes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(tierlm.progress, "Console", lambda stderr: terminal)
+    with prefill_bar(llm) as bar:
+        bar(0, 7)
+        bar(3, 7)
+        bar(7, 7)
+        before = screen.getvalue()
+        bar(7, 7)
+        assert screen.getvalue() == before
+    assert "7/7 tokens, 0 B read" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", before)
+    with prefill_bar(llm, quiet=True) as bar:
+        bar(3, 7)
+    assert screen.getvalue() == before

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -25,6 +25,8 @@ from tierlm.runtime import Runtime
 from tierlm.worker import News, NewsBox, Worker
 
 Box = TypeVar("Box", bound=Mailbox)
+OnPrefill = Callable[[int, int], None]  # tokens of the prompts that have run, and all
+TICK = 0.1  # seconds between two calls of it
 
 
 class Client:
@@ -72,8 +74,9 @@ class Client:
 class Request(Generic[Box]):
     """Sequences that are submitted together, with one mailbox. Cancelled when it is dropped.
 
-    ``prompts``: ids and parameters of each. ``logits``, ``keep``: see Sequence.
-    ``cancel``: drop its sequences; may be called at any time, and more than once.
+    ``prompts``: ids and parameters of each. ``logits``, ``keep``: see Sequence. ``on_prefill``: called by ``submit``,
+    and by ``next`` while it waits, until all prompts have run. ``cancel``: drop its sequences; may be called at any
+    time, and more than once.
     """
 
     def __init__(
@@ -84,8 +87,9 @@ class Request(Generic[Box]):
         pace: Pace,
         logits: Tensor | None = None,
         keep: Keep | None = None,
+        on_prefill: OnPrefill | None = None,
     ):
-        self.mailbox, self._client, self._pace = mailbox, client, pace
+        self.mailbox, self._client, self._pace, self._on_prefill = mailbox, client, pace, on_prefill
         self._put = client.worker.inbox.put
         self.sequences = tuple(
             TokenSequence(ids, params, mailbox, place, pace, logits, keep)
@@ -98,6 +102,7 @@ class Request(Generic[Box]):
     def submit(self) -> None:
         """Queue the sequences. Call it inside the ``try`` whose ``finally`` cancels them. Raises UsageError."""
         self._client.worker.check()
+        self._report()
         self._put(Submit(self.sequences))
 
     def cancel_one(self, place: int) -> None:
@@ -119,7 +124,22 @@ class Request(Generic[Box]):
     def next(self: Request[SimpleQueue[Progress]]) -> Progress:
         """Wait for the next progress of any of the sequences. Raises UsageError."""
         self.ask()
-        return self.checked(self.mailbox.get())
+        while True:
+            try:
+                progress = self.mailbox.get(timeout=None if self._on_prefill is None else TICK)
+            except Empty:
+                self._report()
+            else:
+                self._report()
+                return self.checked(progress)
+
+    def _report(self) -> None:
+        if self._on_prefill is not None:
+            done = sum(sequence.prefilled for sequence in self.sequences)
+            total = sum(len(sequence.prompt) for sequence in self.sequences)
+            self._on_prefill(done, total)
+            if done == total:
+                self._on_prefill = None
 
 
 def load(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tierlm.client import OnPrefill
 from tierlm.config import SamplingParams
 from tierlm.engine.sequence import Keep
 from tierlm.llm import LLM, Piece
@@ -44,7 +45,7 @@ class Conversation:
         """The number of messages that the last prompt left out, the oldest ones."""
         return min(self._left_out, len(self.messages))
 
-    def say(self, message: str | Message) -> Iterator[Piece]:
+    def say(self, message: str | Message, *, on_prefill: OnPrefill | None = None) -> Iterator[Piece]:
         """Stream the answer to ``message``: a user's text, or a message with any role.
 
         Message and answer join ``messages`` when the answer ends, also if it is stopped by closing the iterator; an
@@ -52,7 +53,7 @@ class Conversation:
         """
         question = {"role": "user", "content": message} if isinstance(message, str) else message
         ids, answer, ended = self._fit(question), "", False
-        pieces = self.llm.stream(ids, self.params, keep=self._keep)
+        pieces = self.llm.stream(ids, self.params, keep=self._keep, on_prefill=on_prefill)
         try:
             for piece in pieces:
                 answer += piece.text

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tierlm import client
 from tierlm.checkpoints.hub import find_model
-from tierlm.client import Box, Client, Request
+from tierlm.client import Box, Client, OnPrefill, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
 from tierlm.engine.sampler import TokenLogprob
 from tierlm.engine.sequence import Keep, Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
-from tierlm.prompt import Prompt, ids_of, several
+from tierlm.prompt import Prompt, Prompts, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
 from tierlm.templates.template import Message
@@ -91,15 +91,20 @@ class LLM:
         return cls(*client.load(folder, limits, chosen, progress), folder)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_prefill: OnPrefill | None = None,
     ) -> list[Result]:
         """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
 
         ``params``: for all prompts, or one for each. With ``n`` samples a prompt has n results, one after another.
         Prompts run concurrently if the context has room. One whose reads fail ends with finish_reason "error" and the
-        others go on; if there is only one result, its StorageError is raised. Raises PromptError, UsageError.
+        others go on; if there is only one result, its StorageError is raised. ``on_prefill``: called here with the
+        tokens of the prompts that have run and all, until they are equal. Raises PromptError, UsageError.
         """
-        answers, request = self._generation(SimpleQueue[Progress](), prompts, params)
+        answers, request = self._generation(SimpleQueue[Progress](), prompts, params, on_prefill)
         try:
             request.submit()
             while unfinished(answers):
@@ -109,15 +114,20 @@ class LLM:
         return results(answers)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, keep: Keep | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        keep: Keep | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
         Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. ``keep``: the
-        tokens that the prompt begins with as the last request of this ``keep`` did are not computed again. Raises as
-        ``generate``.
+        tokens that the prompt begins with as the last request of this ``keep`` did are not computed again.
+        ``on_prefill`` and errors: as for ``generate``.
         """
-        answer, request = self._stream(SimpleQueue[Progress](), prompt, params, keep)
+        answer, request = self._stream(SimpleQueue[Progress](), prompt, params, keep, on_prefill)
         try:
             request.submit()
             while answer.finish is None:
@@ -133,6 +143,7 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
         chat template.
@@ -142,7 +153,7 @@ class LLM:
         rejects the messages, CheckpointError if it is wrong or exceeds its limits. ``Conversation`` keeps the KV values
         from turn to turn.
         """
-        yield from self.stream(self.codec.chat(messages, tools, template_args), params)
+        yield from self.stream(self.codec.chat(messages, tools, template_args), params, on_prefill=on_prefill)
 
     def logits(self, ids: Prompt) -> Tensor:
         """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
@@ -194,6 +205,12 @@ class LLM:
             if stats is not None:
                 self._stats, self._runtime = stats, None  # its memory
 
+    def __repr__(self) -> str:
+        if (runtime := self._runtime) is None:
+            return f"<LLM {self._folder}, closed>"
+        layers, ram = len(runtime.catalog.spec.layers), format_size(runtime.ram_budget)
+        return f"<LLM {self._folder}, {layers} layers on {runtime.device}, ram {ram}, context {runtime.context}>"
+
     def __enter__(self) -> LLM:
         return self
 
@@ -217,25 +234,32 @@ class LLM:
     def _generation(
         self,
         mailbox: Box,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None,
+        on_prefill: OnPrefill | None = None,
     ) -> tuple[list[Answer], Request[Box]]:
         """The answers of ``generate``, still empty, and the request that fills them."""
         samples = [(prompt, one) for prompt, each in paired(several(prompts), params) for one in each.samples()]
         answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
         pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
         queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
-        return answers, Request(self._client, mailbox, queued, pace)
+        return answers, Request(self._client, mailbox, queued, pace, on_prefill=on_prefill)
 
     def _stream(
-        self, mailbox: Box, prompt: Prompt, params: SamplingParams | None, keep: Keep | None = None
+        self,
+        mailbox: Box,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        keep: Keep | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> tuple[Answer, Request[Box]]:
         """The answer of ``stream``, still empty, and the request that fills it."""
         ((_, params),) = paired([prompt], params)
         if params.n > 1:
             raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
         answer = Answer(*self._prepare(prompt, params))
-        return answer, Request(self._client, mailbox, [(answer.prompt, params)], Pace.ASKED, keep=keep)
+        queued = [(answer.prompt, params)]
+        return answer, Request(self._client, mailbox, queued, Pace.ASKED, keep=keep, on_prefill=on_prefill)
 
     def _logits(self, mailbox: Box, prompt: Prompt) -> tuple[Tensor, Request[Box]]:
         """The result of ``logits``, still empty, and the request that fills it."""

@@ -20,9 +20,10 @@ class Array(Protocol):
 
 
 Prompt = str | Sequence[int] | Array
+Prompts = str | Array | Sequence[Prompt | int]  # one or several; with one kind of sequence mypy infers ["text", [1, 2]]
 
 
-def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def several(prompts: Prompts) -> list[Prompt]:
     """The prompts of a call that takes one or several. Integers in a sequence are the ids of one prompt."""
     if isinstance(prompts, (str, Array)) or not isinstance(prompts, Sequence):
         return [prompts]

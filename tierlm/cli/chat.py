@@ -57,7 +57,7 @@ def chat(
                     if message.startswith("/"):
                         _command(talk, message)
                     else:
-                        _answer(talk, message, interrupts)
+                        _answer(talk, message, interrupts, quiet)
                 except TierlmError as error:
                     if not sys.stdin.isatty():
                         raise
@@ -66,9 +66,12 @@ def chat(
             print_stats(llm.stats())
 
 
-def _answer(talk: Conversation, message: str, interrupts: Interrupts) -> None:
+def _answer(talk: Conversation, message: str, interrupts: Interrupts, quiet: bool) -> None:
+    from tierlm.progress import prefill_bar
+
     before = talk.left_out
-    interrupts.during(lambda: show(talk.say(message)))
+    with prefill_bar(talk.llm, quiet) as bar:
+        interrupts.during(lambda: show(talk.say(message, on_prefill=bar)))
     if talk.left_out > before:
         note(f"the context is short: the oldest {talk.left_out} messages are left out")
 

@@ -43,14 +43,18 @@ def run(
     """Answer a prompt, through the model's chat template if it has one. Ctrl-C stops and keeps the text so far."""
     if json not in (None, STDOUT) and (json.is_dir() or not json.parent.is_dir()):
         raise UsageError(f"{json}: cannot be written: expected a file in an existing folder")
+    from tierlm.progress import prefill_bar
+
     given = _prompt(prompt, ids)
     silent = json == STDOUT
     with load(model, budget, options, quiet or silent) as llm:
         asked = given if raw or ids is not None else _templated(llm, str(given), system)
         if system is not None and asked is given:
             raise UsageError("--system: expected a text prompt for a model with a chat template, and not --raw")
-        pieces = llm.stream(asked, sampling(llm, params, quiet or silent))
-        text, new, reason = show(pieces if ids is None else _as_ids(pieces), silent)
+        chosen = sampling(llm, params, quiet or silent)
+        with prefill_bar(llm, quiet or silent) as bar:
+            pieces = llm.stream(asked, chosen, on_prefill=bar)
+            text, new, reason = show(pieces if ids is None else _as_ids(pieces), silent)
         if reason == "interrupted":
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
         if stats:

@@ -169,7 +169,7 @@ class Scheduler:
             return
         phase = self.counters.prefill if prefill else self.counters.decode
         began, before = time.perf_counter(), self.meter.read()
-        outcomes = self._forward(batch, segments, functools.partial(watch, batch), prefill)
+        outcomes = self._forward(batch, segments, watch, prefill)
         for sequence, segment, outcome in zip(batch, segments, outcomes, strict=True):
             if isinstance(outcome, StorageError):
                 sequence.error = outcome
@@ -177,7 +177,7 @@ class Scheduler:
                 continue
             phase.tokens += len(segment.ids)
             if prefill:
-                sequence.done += len(segment.ids)
+                sequence.done = sequence.prefilled = sequence.done + len(segment.ids)
             if not prefill or sequence.done == len(sequence.prompt):
                 self._take(sequence, outcome)
         phase.add(0, time.perf_counter() - began, self.meter.read() - before)
@@ -185,13 +185,14 @@ class Scheduler:
             sequence.tell()
 
     def _forward(
-        self, batch: list[Sequence], segments: list[Segment], watch: abc.Callable[[], None], prefill: bool
+        self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool
     ) -> abc.Sequence[Tensor | StorageError]:
         """Per segment: the logits of its last token, float32 [vocab], or the error."""
         logits = batch[0].logits
         out = None if logits is None else logits[batch[0].done :][: len(segments[0].ids)]
         try:
-            found = self.decoder.forward(segments, prefill=prefill, out=out, watch=watch)
+            look = functools.partial(self._look, batch, segments, watch, itertools.count())
+            found = self.decoder.forward(segments, prefill=prefill, out=out, watch=look)
             return [found[-1]] if out is not None else list(found)
         except StorageError as error:
             if len(batch) == 1:
@@ -201,6 +202,14 @@ class Scheduler:
             self._forward([sequence], [segment], watch, prefill)[0]
             for sequence, segment in zip(batch, segments, strict=True)
         ]
+
+    def _look(self, batch: list[Sequence], segments: list[Segment], watch: Watch, layers: abc.Iterator[int]) -> None:
+        """Before each layer of a step: note how far its prompts are, and call ``watch``."""
+        layer = next(layers)
+        for sequence, segment in zip(batch, segments, strict=True):
+            if sequence.state is State.PREFILL:
+                sequence.prefilled = sequence.done + len(segment.ids) * layer // len(self.decoder.spec.layers)
+        watch(batch)
 
     def _take(self, sequence: Sequence, logits: Tensor) -> None:
         """Sample the next token and end the sequence if it is the last."""

@@ -63,7 +63,7 @@ class Loading(Group):
         str, Option(help="Eviction: default, lru, another of docs/policies.md, a FILE.json, or module:Class.")
     ] = "default"
     predictor: Annotated[str, Option(help="Prefetch: gate, none, one of docs/traces.md, or module:Class.")] = "gate"
-    reader: Annotated[str, Option(help="auto, direct (O_DIRECT) or mmap.")] = "auto"
+    reader: Annotated[str, Option(help="auto, direct (O_DIRECT) or mmap (the page cache).")] = "auto"
     mirror: Annotated[
         list[str] | None, Option(help="A folder with copies of the files on another disk; repeatable.")
     ] = None

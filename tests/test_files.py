@@ -63,7 +63,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == "new"
 
 
-@pytest.mark.parametrize("target", ["fifo", "folder", "/dev/null"])
+@pytest.mark.parametrize("target", ["fifo", "folder"])
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, target: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()

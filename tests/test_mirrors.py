@@ -23,6 +23,7 @@ from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
 from tierlm.checkpoints.mirrors import Copy, MirrorReader, Volume, find_copies, open_disks
 from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, failure, split
 from tierlm.errors import CheckpointError, StorageError, UsageError
+from tierlm.files import Stamp
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=60)
 NO_CACHE = ProfileCache(None)
@@ -336,6 +337,15 @@ def test_copies_on_one_disk_share_its_depth(model: list[Path], tmp_path: Path) -
     reader, profile, notes = open_disks(model, [one], "auto", "auto", NO_CACHE, {})
     assert profile == DiskProfile() and len(notes) == 2
     assert [read(reader, file) for file in model] == [file.read_bytes() for file in model]
+    reader.close()
+
+
+def test_a_file_replaced_since_its_header_was_read_is_read_from_its_copy(model: list[Path], tmp_path: Path) -> None:
+    one, content = copied(model, tmp_path / "one", 1), model[1].read_bytes()
+    reader, _, _ = open_disks(model, [one], "auto", "off", NO_CACHE, {file: Stamp.of(file) for file in model})
+    shard(tmp_path / "other", fill=100).replace(model[1])
+    assert read(reader, model[1]) == content
+    assert "changed or replaced" in reader.troubles()[0]
     reader.close()
 
 

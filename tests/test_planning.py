@@ -171,10 +171,13 @@ def test_the_engine_is_timed_with_other_weights_between_its_steps(monkeypatch: p
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_output_to_a_full_disk_is_one_line() -> None:
-    command = [sys.executable, "-m", "tierlm", "plan", "demo", "--ram", "1GiB", "--json"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1 and done.stderr == "error: [Errno 28] No space left on device\n"
+    """Whether it is found in the middle or, of a short output, at the end."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for words in (("plan", "demo", "--ram", "1GiB", "--json"), ("--version",)):
+        command = [sys.executable, "-m", "tierlm", *words]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+        assert done.returncode == 1 and done.stderr == "error: [Errno 28] No space left on device\n"
 
 
 def test_plan_and_doctor_start_without_torch() -> None:

@@ -117,9 +117,9 @@ class Loading(Group):
             autocompletion=predictors,
         ),
     ] = "gate"
-    reader: Annotated[str, Option(metavar="NAME", help="auto, direct (O_DIRECT) or mmap.", autocompletion=readers)] = (
-        "auto"
-    )
+    reader: Annotated[
+        str, Option(metavar="NAME", help="auto, direct (O_DIRECT) or mmap (the page cache).", autocompletion=readers)
+    ] = "auto"
     mirror: Annotated[
         list[str] | None, Option(metavar="FOLDER", help="Copies of the files on another disk; repeatable.")
     ] = None

@@ -80,10 +80,10 @@ class Sequence:
 
     ``place``: its index in the request that ``mailbox`` belongs to. ``logits``: float32 [T, vocab]; if set, filled for
     every prompt token, and nothing is generated. ``keep``: whose KV values it takes up and leaves. ``capacity``: tokens
-    reserved in the KV cache. ``limit``: maximum of new tokens. ``done``: prompt tokens that have run. ``prefilled``: the
-    same, with a share for the layers that have run of the present step; the client may read it. ``told``: new tokens
-    that were put into the mailbox. ``asked``: the client waits for the next token. ``request``: cancels the sequence
-    when the client drops its request.
+    reserved in the KV cache. ``limit``: maximum of new tokens. ``done``: prompt tokens that have run. ``prefilled``:
+    the same, with a share for the layers that have run of the present step; the client may read it. ``told``: new
+    tokens that were put into the mailbox. ``asked``: the client waits for the next token. ``request``: cancels the
+    sequence when the client drops its request.
     """
 
     prompt: abc.Sequence[int]

@@ -20,6 +20,7 @@ ROOT = Path(tierlm.__file__).parent
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
     [{"llm", "stats"}],
+    [{"client", "worker"}],
     [{"loading"}],
     [{"runtime"}],
     [{"engine"}, {"text"}],

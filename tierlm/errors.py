@@ -19,7 +19,10 @@ whatever names and values a file contains.
 from __future__ import annotations
 
 import reprlib
+import traceback
+from typing import TypeVar
 
+E = TypeVar("E", bound=BaseException)
 MAX_MESSAGE = 4000  # characters
 
 _short = reprlib.Repr()
@@ -94,3 +97,12 @@ class NumericsError(TierlmError):
 
 class TraceError(TierlmError):
     """A trace that is incomplete, malformed, or contradicts itself. Names the line or the offset."""
+
+
+def forget_frames(error: E) -> E:
+    """Drop the local variables that the tracebacks of ``error`` and its causes keep alive, such as a loaded model."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return error

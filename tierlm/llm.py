@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from tierlm import client
 from tierlm.checkpoints.hub import find_model
+from tierlm.client import Client, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
-from tierlm.engine.sequence import Progress
-from tierlm.engine.sequence import Sequence as TokenSequence
+from tierlm.engine.sequence import Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, TierlmError, UsageError
-from tierlm.loading import load_runtime
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
 from tierlm.text import Message, TextCodec, TextStream
@@ -50,16 +52,18 @@ class Result:
 
 
 class LLM:
-    """A loaded model and context manager, made by ``LLM.load``.
+    """A loaded model and context manager, made by ``LLM.load``. It closes when it is dropped.
 
     Requests may run concurrently, from one thread or several; each gets the tokens it gets alone, but for ties within
-    rounding (docs/how-it-works.md).
+    rounding (docs/how-it-works.md). A KeyboardInterrupt ends the call that it comes in, and nothing else. A forked
+    process cannot use the model of its parent: it gets a UsageError.
     """
 
-    def __init__(self, runtime: Runtime, folder: Path):
-        self._runtime, self._folder = runtime, folder
+    def __init__(self, client: Client, runtime: Runtime, folder: Path):
+        self._client, self._folder = client, folder
+        self._runtime: Runtime | None = runtime
         self._codec: TextCodec | None = None
-        self._closed = False
+        self._stats: Stats | None = None  # the last, once closed
 
     @classmethod
     def load(
@@ -75,12 +79,8 @@ class LLM:
         ``budget``: limits of the process. ``options``: the fields of ``RuntimeOptions``. ``progress`` is called with
         the bytes loaded so far and in total. Raises UsageError, BudgetError, CheckpointError, StorageError.
         """
-        known = RuntimeOptions.__dataclass_fields__
-        if unknown := sorted(set(options) - set(known)):
-            raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
-        chosen = RuntimeOptions(**options)
-        folder = find_model(model)
-        return cls(load_runtime(folder, budget or Budget(), chosen, progress), folder)
+        chosen, folder = checked_options(options), find_model(model)
+        return cls(*client.load(folder, budget or Budget(), chosen, progress), folder)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Result]:
         """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
@@ -93,38 +93,37 @@ class LLM:
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         several: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
         prepared = [self._prepare(prompt, params) for prompt in several]  # check all before any is queued
-        scheduler = self._runtime.scheduler
-        requests = [_Request(scheduler.submit(ids, params), text) for ids, text in prepared]
+        answers = [Answer(ids, text) for ids, text in prepared]
+        pace = Pace.EACH if params.stop else Pace.END
+        request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params) for answer in answers], pace)
         try:
-            while alive := [request for request in requests if request.finish is None]:
-                progress = scheduler.advance([request.sequence for request in alive])
-                for request, new in zip(alive, progress, strict=True):
-                    request.add(new)
+            request.submit()
+            while any(answer.finish is None for answer in answers):
+                progress = request.next()
+                answers[progress.place].add(progress)
+                if answers[progress.place].stopped:
+                    request.cancel_one(progress.place)
         finally:
-            for request in requests:
-                request.sequence.cancel()
-        if len(requests) == 1 and requests[0].error is not None:
-            raise requests[0].error
-        return [request.result() for request in requests]
+            request.cancel()
+        if len(answers) == 1 and answers[0].error is not None:
+            raise answers[0].error
+        return [answer.result() for answer in answers]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
         Texts are empty for a prompt of ids without a tokenizer. Raises as ``generate``.
         """
-        params, scheduler = params or SamplingParams(), self._runtime.scheduler
-        ids, text_stream = self._prepare(prompt, params)
-        request, shown = _Request(scheduler.submit(ids, params), text_stream), 0
+        params = params or SamplingParams()
+        answer = Answer(*self._prepare(prompt, params))
+        request = Request(self._client, SimpleQueue[Progress](), [(answer.prompt, params)], Pace.ASKED)
         try:
-            while request.finish is None:
-                text = request.add(*scheduler.advance([request.sequence]))
-                if request.error is not None:
-                    raise request.error
-                if text or request.finish or request.text is None:
-                    yield Piece(text, request.ids[shown:], request.finish)
-                    shown = len(request.ids)
+            request.submit()
+            while answer.finish is None:
+                if (piece := answer.piece(request.next())) is not None:
+                    yield piece
         finally:
-            request.sequence.cancel()
+            request.cancel()
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
@@ -136,7 +135,7 @@ class LLM:
 
         Raises PromptError, StorageError, NumericsError, and BudgetError if the result is too large.
         """
-        ids, runtime = self._ids(ids), self._runtime
+        ids, runtime = self._ids(ids), self._loaded()
         per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
         if len(ids) * per_token > room:
             raise BudgetError(
@@ -146,11 +145,21 @@ class LLM:
                 given=runtime.ram_budget,
                 dominant="logits",
             )
-        return runtime.scheduler.logits(ids)
+        out = torch.empty(len(ids), runtime.catalog.spec.vocab)
+        request = Request(self._client, SimpleQueue[Progress](), [(ids, SamplingParams())], Pace.END, out)
+        try:
+            request.submit()
+            progress = request.next()
+        finally:
+            request.cancel()
+        if progress.error is not None:
+            raise progress.error
+        return out
 
     def stats(self) -> Stats:
-        """Counters since the model was loaded."""
-        return collect(self._runtime)
+        """Counters since the model was loaded, until it was closed."""
+        runtime = self._runtime
+        return collect(runtime) if runtime is not None else self._stats  # type: ignore[return-value]
 
     @property
     def codec(self) -> TextCodec:
@@ -160,11 +169,12 @@ class LLM:
         return self._codec
 
     def close(self) -> None:
-        """Stop transfers, free the memory and close the files. Waits for a step in another thread; live requests then
-        raise UsageError. May be called twice."""
-        if not self._closed:
-            self._closed = True
-            self._runtime.close()
+        """Stop transfers, free the memory and close the files. A step in another thread is abandoned; live requests
+        then raise UsageError. May be called twice. No-op in a forked process."""
+        self._client.close()
+        if self._runtime is not None:
+            self._stats = self.stats()
+            self._runtime = None  # its memory
 
     def __enter__(self) -> LLM:
         return self
@@ -174,11 +184,17 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _loaded(self) -> Runtime:
+        """Raises UsageError if the model is closed, or belongs to another process."""
+        self._client.worker.check()
+        if self._runtime is None:
+            raise UsageError("this model is closed")
+        return self._runtime
+
     def _ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, checked against vocabulary and context."""
-        if self._closed:
-            raise UsageError("this model is closed")
-        spec, context = self._runtime.catalog.spec, self._runtime.context
+        runtime = self._loaded()
+        spec, context = runtime.catalog.spec, runtime.context
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
             raise PromptError("a prompt needs at least one token")
@@ -202,17 +218,25 @@ class LLM:
             return ids, None  # ids in, ids out
 
 
-class _Request:
-    """A sequence and its text. ``ids``: the new tokens, up to the end of the text."""
+class Answer:
+    """The tokens of one prompt and their text. ``ids``: the new tokens, up to the end of the text."""
 
-    def __init__(self, sequence: TokenSequence, text: TextStream | None):
-        self.sequence, self.text = sequence, text
+    def __init__(self, prompt: list[int], text: TextStream | None):
+        self.prompt, self.text = prompt, text
         self.ids: list[int] = []
         self.finish: str | None = None
         self.error: TierlmError | None = None
+        self._shown = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text ended it."""
+        return self.text is not None and self.text.stopped
 
     def add(self, new: Progress) -> str:
         """Add new tokens. Returns the text that is now final."""
+        if self.finish is not None:  # computed before the end of the text was found
+            return ""
         self.error, found = new.error, ""
         for at, token in enumerate(new.ids, 1):
             self.ids.append(token)
@@ -220,11 +244,28 @@ class _Request:
                 found += self.text.push(token)
                 if self.text.stopped:
                     self.finish = "stop"
-                    self.sequence.cancel()
                     return found + self.text.flush()
         self.finish = new.finish
         return found + self.text.flush() if self.text is not None and self.finish else found
 
+    def piece(self, new: Progress) -> Piece | None:
+        """Add new tokens. Returns the piece to show now, if any. Raises StorageError, NumericsError."""
+        text = self.add(new)
+        if self.error is not None:
+            raise self.error
+        if not text and self.finish is None and self.text is not None:
+            return None
+        ids, self._shown = self.ids[self._shown :], len(self.ids)
+        return Piece(text, ids, self.finish)
+
     def result(self) -> Result:
         text = None if self.text is None else self.text.text
-        return Result(list(self.sequence.prompt), self.ids, text, self.finish or "", self.error)
+        return Result(self.prompt, self.ids, text, self.finish or "", self.error)
+
+
+def checked_options(options: LoadOptions) -> RuntimeOptions:
+    """Raises UsageError if there is an unknown or invalid one."""
+    known = RuntimeOptions.__dataclass_fields__
+    if unknown := sorted(set(options) - set(known)):
+        raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
+    return RuntimeOptions(**options)

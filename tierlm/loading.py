@@ -76,14 +76,15 @@ class Request:
     auto: bool  # the ram budget was derived from the free memory
 
 
-def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress: Progress | None = None) -> Runtime:
-    """The runtime of the model in ``folder``, with its resident trunks loaded.
+def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress: Progress, others: int = 0) -> Runtime:
+    """The runtime of the model in ``folder``, with its resident trunks loaded. It belongs to the calling thread.
 
-    ``progress`` is called with the trunk bytes loaded so far and in total. Raises UsageError, BudgetError,
-    CheckpointError, StorageError; after an error no thread runs and no file is open.
+    ``progress`` is called with the trunk bytes loaded so far and in total; it may raise to stop the load. ``others``:
+    bytes of ram held by other models of this process. Raises UsageError, BudgetError, CheckpointError, StorageError;
+    after an error no thread runs and no file is open.
     """
     began = time.perf_counter()
-    request = _check(folder, budget, options)
+    request = _check(folder, budget, options, others)
     catalog, plan, spec = request.catalog, request.plan, request.catalog.spec
     with ExitStack() as undo:
         timeline = None if options.timeline is None else Timeline()
@@ -98,7 +99,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         disk = Disk(reader, catalog.record, transfer, profile.request_bytes)
         resident = _load_resident(request, disk, transfer)
         experts, trunk_tiers = _expert_tiers(request, disk, transfer), _trunk_tiers(request, disk, transfer)
-        trunks = _load_trunks(request, trunk_tiers, progress or (lambda done, total: None))
+        trunks = _load_trunks(request, trunk_tiers, progress)
         lookahead = Lookahead(request.predictor, spec.moe_layers)
         store = Store(experts[0], catalog.record, lookahead, options.io_timeout, heat, options.exact)
         if options.heat:
@@ -154,7 +155,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
+def _check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -> Request:
     """Check a load before anything is opened."""
     device, catalog = find_device(options.device), Catalog(folder)
     spec = catalog.spec
@@ -179,7 +180,8 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
         sizes,
         ram=ram,
         vram=vram,
-        process=held,
+        process=max(0, held - others),
+        others=others,
         min_slots=spec.experts_per_token,
         ram_slots=options.ram_slots,
         vram_slots=options.vram_slots,
@@ -290,6 +292,7 @@ def _load_trunks(request: Request, tiers: Sequence[Tier], progress: Progress) ->
     plans = _tier_plans(request)
     total = sum(catalog.size(key) for _, plan, _ in plans for key in plan.trunk)
     done = 0
+    progress(done, total)
     for tier, (_, plan, _) in zip(reversed(tiers), plans, strict=True):
         trunks = Trunks(tier, plan.trunk, catalog.trunks, catalog.record, options.io_timeout, options.exact)
         for size in trunks.load():

@@ -66,10 +66,17 @@ class Runtime:
         parts = self.plan.ram.parts
         return self.ram_budget - sum(parts.values()) + parts["logits"]
 
+    @property
+    def held(self) -> int:
+        """Bytes of ram in use: filled slots, KV cache and resident tensors."""
+        tiers = [tier for tier in (*self.experts, *self.trunk_tiers) if tier.name == "ram"]
+        parts = self.plan.ram.parts
+        slots = sum(slot.size for tier in tiers for slot in list(tier.slots) if slot.filled)
+        return slots + parts.get("KV cache", 0) + parts.get("routers and norms", 0)
+
     def close(self) -> None:
         """Stop the threads, close the files, and write heat, trace and timeline; warns if a write fails. If a thread is
         stuck in a read, its files stay open."""
-        self.scheduler.close()
         if self.transfer.close():
             self.reader.close()
         self.decoder.embedding.close()

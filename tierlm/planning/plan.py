@@ -74,6 +74,7 @@ def make_plan(
     ram: int,
     vram: int | None,
     process: int,
+    others: int = 0,
     min_slots: int,
     ram_slots: int | None = None,
     vram_slots: int | None = None,
@@ -81,11 +82,14 @@ def make_plan(
 ) -> Plan:
     """Divide a budget: trunks first, since every token uses all of them, then expert slots.
 
-    ``process``: bytes of the interpreter and its libraries. ``min_slots``: one token's experts of one layer.
-    ``ram_slots``, ``vram_slots``, ``resident_trunks``: upper limits. Raises BudgetError below the floor.
+    ``process``: bytes of the interpreter and its libraries; ``others``: of other models in the process.
+    ``min_slots``: one token's experts of one layer. ``ram_slots``, ``vram_slots``, ``resident_trunks``: upper limits.
+    Raises BudgetError below the floor.
     """
     state = {"KV cache": sizes.kv, "activations": sizes.workspace, "routers and norms": sizes.resident}
     host = {"interpreter and libraries": process, "slack": SLACK, "logits": sizes.logits}
+    if others:
+        host["other loaded models"] = others
     everything = list(sizes.trunk)
     if vram is None:
         return Plan(
@@ -131,7 +135,8 @@ def _plan_tier(
         raise BudgetError(
             f"{tier} budget of {format_size(budget)} is below the floor of {format_size(floor)}; what dominates is "
             f"{dominant} with {format_size(parts[dominant])} ({listed}). Raise the {tier} budget"
-            + (", or lower the context" if parts.get("KV cache", 0) > floor // 8 else ""),
+            + (", or lower the context" if parts.get("KV cache", 0) > floor // 8 else "")
+            + (", or close the other models of this process" if parts.get("other loaded models") else ""),
             tier=tier,
             floor=floor,
             given=budget,

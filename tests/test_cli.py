@@ -24,8 +24,9 @@ from toys import edit_config, make_toy
 from typer.testing import CliRunner
 
 from tierlm import LLM, Budget, RuntimeOptions, SamplingParams, __version__, cli
-from tierlm.cli.generation import chat, run
+from tierlm.cli.chat import chat
 from tierlm.cli.options import Loading, Memory, Sampling, grouped
+from tierlm.cli.run import run
 from tierlm.cli.tracing import record
 from tierlm.config import LoadOptions
 

@@ -25,7 +25,7 @@ FLOORS: list[list[set[str]]] = [
     [{"runtime"}],
     [{"engine"}, {"text"}],
     [{"models"}],
-    [{"memory"}, {"profiling"}],
+    [{"memory"}, {"profiling"}, {"templates"}],
     [{"planning"}],
     [{"tracing"}],
     [{"checkpoints"}, {"policies"}],
@@ -36,7 +36,8 @@ FLOORS: list[list[set[str]]] = [
 ]
 # Parts that may import less than their floor allows.
 ONLY = {
-    "text": {"text", "checkpoints", "errors"},
+    "text": {"text", "templates", "checkpoints", "errors", "files"},
+    "templates": {"templates", "checkpoints", "errors", "files"},
     "kernels": {"kernels", "formats", "library"},
     "formats": {"formats", "errors"},
     "errors": set[str](),

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tierlm import LLM, Budget, CheckpointError, StorageError, UsageError
+from tierlm import LLM, Budget, CheckpointError, StorageError, UsageError, files
 from tierlm.checkpoints import packed
 from tierlm.checkpoints.ahead import ahead
 from tierlm.checkpoints.checkpoint import ALIGNMENT, ITEM_SIZE, TensorInfo, read_header
@@ -263,6 +263,43 @@ def test_killed_at_ten_points_and_resumed_it_is_the_same(toy_v3: tuple[Path, Any
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "whole"]
 
 
+LAST_STEP = """
+import os, signal, sys
+from contextlib import contextmanager
+from pathlib import Path
+from tierlm import files
+from tierlm.checkpoints import pack
+from tierlm.models.packing import pack_model
+
+real = pack.whole
+
+@contextmanager
+def killed(file):
+    with real(file) as stream:
+        stream.write(b"half")
+        stream.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield stream
+
+for nameless in (files._nameless, lambda folder: None):
+    if os.fork() == 0:
+        files._nameless, pack.whole = nameless, killed
+        pack_model(Path(sys.argv[1]), Path(sys.argv[2]), experts="keep", trunk="keep")
+    os.wait()
+    print(len(list(Path(f"{sys.argv[2]}.unfinished").glob(".*"))))
+pack_model(Path(sys.argv[1]), Path(sys.argv[2]), experts="keep", trunk="keep")
+"""
+
+
+def test_killed_in_its_last_step_it_leaves_no_stray_file(kept: Path, toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
+    """On a file system with nameless files, and on one without, where the next run removes what is left."""
+    command = [sys.executable, "-c", LAST_STEP, str(toy_v3[0]), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "1"]
+    assert contents(tmp_path / "out") == contents(kept)
+
+
 def test_what_is_finished_is_not_written_again(
     toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,8 +357,8 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
     room: int, kept: Path, toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(packed, "open", FullDisk(room).open, raising=False)
-    with pytest.raises(StorageError, match=r"safetensors: cannot be written: No space left on device.*same command"):
+    monkeypatch.setattr(files, "open", FullDisk(room).open, raising=False)
+    with pytest.raises(StorageError, match=r"cannot be written: No space left on device.*same command"):
         pack_model(toy_v3[0], out, experts="keep", trunk="keep")
     assert not out.exists()
     for file in (tmp_path / "out.unfinished").glob("*"):
@@ -410,7 +447,7 @@ def test_what_exists_is_never_written_to(toy_v3: tuple[Path, Any], tmp_path: Pat
 def test_an_unfinished_pack_of_something_else_is_left_alone(
     toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "open", FullDisk(200_000).open, raising=False)
+    monkeypatch.setattr(files, "open", FullDisk(200_000).open, raising=False)
     with pytest.raises(StorageError):
         pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
     monkeypatch.undo()

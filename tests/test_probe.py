@@ -212,7 +212,7 @@ def test_off_neither_probes_nor_takes_what_is_remembered(big: list[Path], cache:
 @pytest.mark.parametrize("mode", ["auto", "refresh"])
 def test_memory_mapped_files_are_not_probed(big: list[Path], cache: ProfileCache, mode: str) -> None:
     profile, note = find_profile(MmapReader(), big, mode, cache)
-    assert profile == DiskProfile() and "not probed: memory-mapped" in note
+    assert profile == DiskProfile() and "not probed: reads through the page cache" in note
 
 
 @pytest.mark.parametrize("sizes", [[WORTHWHILE - 1], [MIB] * 600], ids=["small", "in small files"])

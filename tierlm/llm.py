@@ -20,7 +20,8 @@ from tierlm.engine.sequence import Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, TierlmError, UsageError
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
-from tierlm.text import Message, TextCodec, TextStream
+from tierlm.templates.template import Message
+from tierlm.text import TextCodec, TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -128,7 +129,7 @@ class LLM:
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
         chat template. Raises UsageError if it has none."""
-        yield from self.stream(self.codec.encode(self.codec.chat(messages), special=False), params)
+        yield from self.stream(self.codec.chat(messages), params)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after every token of ``ids``, float32 [T, vocab], for perplexity or comparison with a reference.

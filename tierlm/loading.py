@@ -107,10 +107,11 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         widths = [layer.attention.cache_width for layer in spec.layers]
         kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
-        rows = Rows(catalog.embedding, catalog.seals_of(catalog.embedding))
+        embedded = catalog.embedding
+        rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps[embedded.file])
         undo.callback(rows.close)
         moe = MixtureOfExperts(spec, Router(spec, resident), store, timeline, recorder)
-        embedding = Embedding(rows, catalog.embedding, request.device)
+        embedding = Embedding(rows, embedded, request.device)
         decoder = Decoder(spec, embedding, resident, trunks, catalog.head, kv, moe, request.device, timeline)
         relief = _relief(request, experts[-1])
         meter = Meter(store, trunks, transfer)
@@ -213,7 +214,7 @@ def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, Dis
     options, catalog = request.options, request.catalog
     mirrors = [Path(folder) for folder in options.mirrors]
     reader, profile, notes = open_disks(
-        catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache())
+        catalog.stamps, mirrors, options.reader, options.probe, ProfileCache(user_cache())
     )
     try:
         threads = options.transfer_threads or _transfer_threads(request, profile)

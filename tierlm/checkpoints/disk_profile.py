@@ -12,7 +12,7 @@ from typing import Any
 
 from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.config import format_size
-from tierlm.files import write_whole
+from tierlm.files import read_regular, write_whole
 
 VERSION = 1  # of the cache file; a file of another version is replaced
 MAX_DEPTH = 256
@@ -91,7 +91,7 @@ class ProfileCache:
         if self._file is None:
             return {}
         try:
-            found = json.loads(self._file.read_text(encoding="utf-8"))
+            found = json.loads(read_regular(self._file))
         except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(found, dict) or found.get("version") != VERSION:

@@ -1,7 +1,7 @@
 """Packing: stored weights in, a folder of packed files out, complete or not at all.
 
 The output goes to a temporary folder next to the target, which is renamed at the end. Each file in it is renamed when
-complete; after a kill, incomplete files are written again. Only a few matrices are in memory at a time.
+complete; after a kill, the others are written again. Only a few matrices are in memory at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tierlm.checkpoints.stored import StoredWeight
 from tierlm.checkpoints.views import view
 from tierlm.config import format_size
 from tierlm.errors import StorageError, UsageError
-from tierlm.files import whole, write_whole
+from tierlm.files import Stamp, open_regular, read_regular, whole, write_whole
 from tierlm.formats import FORMATS, Part
 from tierlm.kernels import Weight, quantise, widen
 
@@ -142,12 +142,14 @@ def pack(
     beside: Mapping[str, bytes],
     out: Path,
     description: Mapping[str, Any],
+    sources: Mapping[Path, Stamp],
     progress: Progress | None = None,
 ) -> None:
     """Write ``files`` (name -> records) and ``beside`` (name -> content) to the new folder ``out``.
 
     Reading, converting and writing overlap. ``description``: "packed" and "source"; an interrupted pack with the same
-    description continues. ``progress``: called with bytes done and in total. Raises UsageError, StorageError.
+    description continues. ``sources``: the files that are read; the pack fails if one changes meanwhile. ``progress``:
+    called with bytes done and in total. Raises UsageError, StorageError.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out}: exists already; a pack needs a new folder: choose another, or remove it")
@@ -176,23 +178,22 @@ def pack(
             stream = counted(chunks)
             for name in missing:
                 write_file(folder / name, shapes[name], metadata, stream)
+        for source, stamp in sources.items():
+            _require_unchanged(source, stamp)
         total = sum((folder / name).stat().st_size for name in files)
         weight_map = {tensor: name for name, each in shapes.items() for shape in each for tensor in shape.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        try:
-            for name, content in beside.items():
-                with whole(folder / name) as file:
-                    file.write(content)
-            write_whole(folder / INDEX, json.dumps(index, indent=1))
-            os.rename(folder, out)
-        except OSError as error:
-            raise StorageError(f"{out}: cannot be written: {error.strerror or error}", file=str(out)) from error
+        for name, content in beside.items():
+            with whole(folder / name) as file:
+                file.write(content)
+        write_whole(folder / INDEX, json.dumps(index, indent=1))
+        os.rename(folder, out)
 
 
 def unfinished(out: Path) -> Any:
     """The description of an interrupted pack to ``out``; None if absent or unreadable."""
     with suppress(OSError, ValueError):
-        return json.loads((_beside(out) / DESCRIPTION).read_text(encoding="utf-8"))
+        return json.loads(read_regular(_beside(out) / DESCRIPTION))
     return None
 
 
@@ -213,21 +214,30 @@ def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         text = json.dumps(description, indent=1) + "\n"
-        if note.exists() or any(folder.glob("*.safetensors")):
-            if not note.exists() or note.read_text(encoding="utf-8") != text:
-                raise UsageError(
-                    f"{folder}: an unfinished pack of another model, of other settings, or of files changed since; "
-                    "remove it, or choose another folder"
-                )
-        else:
-            write_whole(note, text)
         try:
+            found = read_regular(note) if note.exists() else None
+        except OSError as error:
+            raise UsageError(f"{note}: cannot be read: {error.strerror}; remove {folder}") from error
+        if found != text.encode() and (found is not None or any(folder.glob("*.safetensors"))):
+            raise UsageError(
+                f"{folder}: an unfinished pack of another model, of other settings, or of files changed since; "
+                "remove it, or choose another folder"
+            )
+        try:
+            if found is None:
+                write_whole(note, text)
             yield folder
-        except BaseException:
+        except BaseException as error:
             if not any(folder.glob("*.safetensors")):  # nothing to continue from
-                note.unlink()
+                note.unlink(missing_ok=True)
                 with suppress(OSError):  # the folder is not empty
                     folder.rmdir()
+            if isinstance(error, OSError):
+                raise StorageError(
+                    f"{error.filename or out}: cannot be written: {error.strerror or error}; free some space and run "
+                    "the same command again: it continues from there",
+                    file=str(error.filename or out),
+                ) from error
             raise
     except BlockingIOError:
         raise UsageError(f"{folder}: another pack is writing to it") from None
@@ -235,8 +245,15 @@ def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
         os.close(held)
 
 
+def _require_unchanged(file: Path, stamp: Stamp) -> None:
+    try:
+        os.close(open_regular(file, expected=stamp))
+    except OSError as error:
+        raise StorageError(f"{file}: {error.strerror}: what was packed of it is of no use", file=str(file)) from error
+
+
 def _check_room(folder: Path, out: Path, needed: int) -> None:
-    for left in folder.glob("*.unfinished"):  # left by a killed pack
+    for left in folder.glob(".*"):  # left by a killed pack on a file system without nameless files
         left.unlink()
     free = shutil.disk_usage(folder).free
     if needed + SPARE > free:

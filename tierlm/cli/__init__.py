@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.text import Text
 from typer import Option
 
-from tierlm.cli.generation import chat, run
+from tierlm.cli.chat import chat
 from tierlm.cli.health import doctor
 from tierlm.cli.measuring import profile
 from tierlm.cli.packing import pack, verify
 from tierlm.cli.planning import plan
+from tierlm.cli.run import run
 from tierlm.cli.tracing import simulate, trace
 from tierlm.errors import TierlmError
 

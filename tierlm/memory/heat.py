@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tierlm.files import write_whole
+from tierlm.files import read_regular, write_whole
 from tierlm.spec import ExpertKey
 
 VERSION = 1
@@ -45,7 +45,7 @@ class Heat:
         """Load what ``write`` saved, faded; empty if the file is missing or invalid."""
         heat, keys = cls(), set(known)
         try:
-            found: Any = json.loads(file.read_text(encoding="utf-8"))
+            found: Any = json.loads(read_regular(file))
             if found["version"] == VERSION:
                 turns = {int(layer): float(count) for layer, count in found["turns"]}
                 fade = {layer: min(1.0, REMEMBERED / count) for layer, count in turns.items()}

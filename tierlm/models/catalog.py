@@ -13,6 +13,7 @@ from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight, float_dtypes
 from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.files import Stamp, read_regular
 from tierlm.models import family_of, read_spec
 from tierlm.models.config_reader import Fields
 from tierlm.models.family import require_runnable
@@ -62,6 +63,11 @@ class Catalog:
         return sorted({tensor.file for tensor in self.checkpoint.tensors.values()})
 
     @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """The stamp of each of the files when its header was read."""
+        return {file: self.checkpoint.headers[file].stamp for file in self.files}
+
+    @property
     def formats(self) -> Formats:
         """The formats of the matrices in routed experts, trunks and the lm_head."""
         spec, family = self.spec, self.family
@@ -77,9 +83,9 @@ class Catalog:
     @property
     def fingerprint(self) -> str:
         """Identifies this model: a hash of its config and of its files' names and sizes."""
-        digest = hashlib.sha256((self.checkpoint.folder / "config.json").read_bytes())
-        for file in self.files:
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
+        digest = hashlib.sha256(read_regular(self.checkpoint.folder / "config.json"))
+        for file, stamp in self.stamps.items():
+            digest.update(f"{file.name} {stamp.size}".encode())
         return digest.hexdigest()[:32]
 
     def experts(self) -> list[ExpertKey]:

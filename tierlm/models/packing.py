@@ -21,7 +21,7 @@ from tierlm.checkpoints.reader import open_reader
 from tierlm.checkpoints.rows import block_of_rows
 from tierlm.checkpoints.stored import StoredWeight
 from tierlm.errors import UsageError
-from tierlm.files import user_cache
+from tierlm.files import open_regular, read_regular, user_cache
 from tierlm.formats import FORMATS
 from tierlm.formats.tiles import GROUP, LANES
 from tierlm.models.catalog import Catalog
@@ -40,6 +40,7 @@ BESIDE = (
     "vocab*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "*.jinja",
     "LICENSE*",
 )
@@ -88,14 +89,17 @@ def pack_model(
         if say is not None:
             say(f"codec zstd: {count} of {total} records are compressed")
     beside = {
-        file.name: file.read_bytes() for pattern in BESIDE for file in sorted(folder.glob(pattern)) if file.is_file()
+        str(file.relative_to(folder)): read_regular(file)
+        for pattern in BESIDE
+        for file in sorted(folder.glob(pattern))
+        if file.is_file()
     }
     config = json.loads(beside["config.json"])
     packings = (packing for records in files.values() for record in records for packing in record.packings)
     if "quantization_config" in config and any(packing.target != packing.weight.format for packing in packings):
         del config["quantization_config"]  # no longer true for all weights
         beside["config.json"] = json.dumps(config, indent=2).encode()
-    pack(files, beside, out, describe(catalog, experts, trunk, codec), progress)
+    pack(files, beside, out, describe(catalog, experts, trunk, codec), catalog.stamps, progress)
 
 
 def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[PackedRecord]]:
@@ -165,10 +169,10 @@ def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str
     """The settings of a pack, and its source files."""
     files = {}
     for file, header in catalog.checkpoint.headers.items():
-        status = file.stat()
-        with open(file, "rb") as stream:
+        size, modified, *_ = header.stamp
+        with open(open_regular(file), "rb") as stream:
             digest = xxhash.xxh3_64_hexdigest(stream.read(header.begin))
-        files[file.name] = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns, "header_xxh3_64": digest}
+        files[file.name] = {"bytes": size, "modified_ns": modified, "header_xxh3_64": digest}
     source = {"name": catalog.checkpoint.folder.resolve().name, "fingerprint": catalog.fingerprint, "files": files}
     packed = {"experts": experts, "trunk": trunk, "tile": [LANES, GROUP], "checksum": ALGORITHM}
     if codec != "none":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tierlm.errors import UsageError
-from tierlm.files import write_whole
+from tierlm.files import read_regular, write_whole
 from tierlm.policies.cycle import Cycle
 from tierlm.policies.echo import Echo
 from tierlm.policies.eviction import Policy, TierInfo
@@ -58,7 +58,7 @@ def write_policy(file: Path, name: str, parameters: Mapping[str, float]) -> None
 
 def _read(file: Path) -> tuple[str, dict[str, float]]:
     try:
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
+        found: Any = json.loads(read_regular(file))
         name, parameters = found["policy"], found["parameters"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"policy file {file}: {error!r}; expected an object with policy and parameters") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tierlm.errors import UsageError
-from tierlm.files import user_cache, write_whole
+from tierlm.files import read_regular, user_cache, write_whole
 from tierlm.formats import FORMATS
 from tierlm.planning.cost import Accelerator, Machine
 
@@ -143,7 +143,7 @@ def default_file() -> Path | None:
 def read_profile(file: Path) -> Profile:
     """Read a file written by ``Profile.write``. Raises UsageError."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(file))
         if found.get("version") != VERSION:
             raise ValueError(f"version {found.get('version')!r}, expected {VERSION}")
         found["memory"] = [MemoryRate(**_with_spreads(row, "read", "write", "copy")) for row in found["memory"]]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tierlm.errors import TraceError, UsageError
-from tierlm.files import whole
+from tierlm.files import open_regular, whole
 from tierlm.tracing.trace import BLOCK, MAX_EXPERTS, Ids, Trace, TraceInfo
 from tierlm.tracing.tracefile import HEAD, Array, read_member, read_own, write_trace
 
@@ -25,17 +25,17 @@ def read_trace(file: Path, *, scores: bool = False) -> Trace:
     """The trace in ``file``: tierlm's own, JSON lines or npz, detected by content. ``scores``: with the optional parts.
     Raises TraceError with the line or offset."""
     try:
-        with open(file, "rb") as stream:
+        with open(open_regular(file), "rb") as stream:
             start = stream.read(4)
             if not start:
                 raise TraceError(f"{file}: the file is empty")
             if start[:2] != b"PK":
                 stream.seek(0)
                 return _read_jsonl(stream, file)
-        with zipfile.ZipFile(file) as archive:
-            if HEAD in archive.namelist():
-                return read_own(archive, str(file), scores)
-            return _read_npz(archive, file)
+            with zipfile.ZipFile(stream) as archive:
+                if HEAD in archive.namelist():
+                    return read_own(archive, str(file), scores)
+                return _read_npz(archive, file)
     except zipfile.BadZipFile as error:
         size = file.stat().st_size
         raise TraceError(f"{file}: {error}: truncated at offset {size}, or damaged") from error

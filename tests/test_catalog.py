@@ -23,6 +23,8 @@ from tierlm.spec import Dense, ExpertKey, HeadKey, Latent, ModelSpec, Moe, Resid
 
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 Tensors = dict[str, torch.Tensor]
+NAN, INF = float("nan"), float("inf")
+ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.fixture(scope="module")
@@ -258,12 +260,41 @@ def test_v2_has_its_own_choices(
         ({"topk_group": 0}, "0 chosen"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
+        ({"rms_norm_eps": NAN}, "rms_norm_eps"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": INF}, "rms_norm_eps"),
         ({"routed_scaling_factor": True}, "routed_scaling_factor"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "YaRN"),
+        ({"routed_scaling_factor": INF}, "routed_scaling_factor"),
+        ({"routed_scaling_factor": 10**400}, "routed_scaling_factor"),
+        ({"hidden_size": 10**30}, "hidden_size"),
+        ({"vocab_size": 10**9}, "vocab_size"),
+        ({"norm_topk_prob": "false"}, "norm_topk_prob"),
+        ({"bos_token_id": "<s>"}, "bos_token_id"),
+        ({"eos_token_id": [1, True]}, "eos_token_id"),
+        ({"eos_token_id": -1}, "eos_token_id"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "original_max_position_embeddings"),
         ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 0}}, "YaRN"),
-        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": "x"}}, "YaRN"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": "x"}},
+            "original_max_position_embeddings",
+        ),
         ({"rope_parameters": "yarn"}, "rope"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": NAN}}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": 1}}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": True}}, "rope_theta"),
+        ({"rope_parameters": {**ROPE, "factor": 0.5}}, "factor"),
+        ({"rope_parameters": {**ROPE, "factor": INF}}, "factor"),
+        ({"rope_parameters": {**ROPE, "original_max_position_embeddings": 64.5}}, "original_max_position_embeddings"),
+        ({"rope_parameters": {**ROPE, "beta_fast": 1, "beta_slow": 32}}, "beta_fast"),
+        ({"rope_parameters": {**ROPE, "beta_slow": 0}}, "beta_slow"),
+        ({"rope_parameters": {**ROPE, "beta_slow": -1}}, "beta_slow"),
+        ({"rope_parameters": {**ROPE, "mscale": NAN}}, "mscale"),
+        ({"rope_parameters": {**ROPE, "mscale_all_dim": "1"}}, "mscale_all_dim"),
+        ({"rope_parameters": {**ROPE, "attention_factor": -1}}, "attention_factor"),
+        ({"rope_parameters": {**ROPE, "truncate": 1}}, "truncate"),
         ({"quantization_config": "fp8"}, "quantization"),
     ],
     ids=str,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierlm import LLM, Budget, SamplingParams, StorageError
@@ -28,6 +28,7 @@ def test_hottest_are_those_with_the_largest_share_of_their_layers_turns() -> Non
     assert heat.share(ExpertKey(2, 7)) == heat.share(ExpertKey(3, 0)) == 0.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 2), st.sets(st.integers(0, 7))), max_size=30))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, set[int]]]) -> None:
     file = tmp_path_factory.mktemp("heat") / "new folder" / "heat.json"
@@ -67,6 +68,11 @@ def test_old_runs_fade(tmp_path: Path) -> None:
         json.dumps({"version": 1, "turns": [[1, 0]], "uses": [[1, 1, 3]]}),
         json.dumps({"version": 1, "turns": [[1, 5]], "uses": [[1, 1, -3]]}),
         '{"version": 1, "turns": [[1, 5]], "uses": [[1, 1, NaN]]}',
+        '{"version": 1, "turns": [[1, Infinity]], "uses": [[1, 1, 3]]}',
+        '{"version": 1, "turns": [[Infinity, 5]], "uses": [[1, 1, 3]]}',
+        '{"version": 1, "turns": [[1, 5]], "uses": [[1, 1, 6]]}',
+        '{"version": 1, "turns": [[1, -5]], "uses": [[1, 1, -6]]}',
+        '{"version": 1, "turns": ' + "[" * 100_000,
     ],
 )
 def test_a_file_that_makes_no_sense_is_no_heat(tmp_path: Path, text: str) -> None:

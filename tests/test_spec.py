@@ -78,10 +78,13 @@ def test_layers_of_different_attention_each_have_their_own_width() -> None:
         ({"num_key_value_heads": 4}, "6 heads cannot share 4"),
         ({"head_dim": 15}, "head_dim must be even"),
         ({"num_experts_per_tok": 17}, "17 experts a token"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 4096"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected a whole number from 0 to 4096"),
+        ({"num_experts": 10**9}, "num_experts: expected a whole number from 0 to 4096"),
+        ({"num_hidden_layers": 4096, "num_experts": 4096}, "expected at most 262144 experts in all"),
+        ({"num_hidden_layers": 10**4000}, "num_hidden_layers: expected .*found 1000"),
         ({"intermediate_size": 0, "mlp_only_layers": [0]}, "width must be at least 1"),
-        ({"mlp_only_layers": 3}, "mlp_only_layers: expected a list of layer numbers, found 3"),
-        ({"mlp_only_layers": "0"}, "mlp_only_layers: expected a list of layer numbers, found '0'"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers: expected a list of int, found 3"),
+        ({"mlp_only_layers": "0"}, "mlp_only_layers: expected a list of int, found '0'"),
     ],
 )
 def test_sizes_that_no_model_has(changes: dict[str, Any], words: str) -> None:

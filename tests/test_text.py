@@ -231,6 +231,37 @@ def test_broken_tokenizer_names_the_file(tmp_path: Path, content: str) -> None:
     assert str(tmp_path / "tokenizer.json") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}),
+        ("model", {"type": "BPE", "vocab": {"a": -1}, "merges": []}),
+        ("model", {"type": "Unigram", "unk_id": 7, "vocab": [["a", float("nan")]]}),
+        ("model", {"type": "WordPiece", "vocab": [], "unk_token": 3}),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("decoder", 5),
+        ("post_processor", {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}),
+        ("added_tokens", {"id": "x"}),
+    ],
+)
+def test_tokenizers_of_wrong_types(part: str, value: Any, tmp_path: Path) -> None:
+    """Some make the library's Rust code panic."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(train_tokenizer().to_str()) | {part: value}))
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        TextCodec(tmp_path).encode("the quick brown fox")
+
+
+def test_a_tokenizer_that_pads_and_cuts_does_neither(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer()
+    expected = tokenizer.encode(CORPUS[0]).ids
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=10**9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert TextCodec(tmp_path).encode(CORPUS[0]) == expected
+
+
 def test_broken_tokenizer_config_names_the_file(tmp_path: Path) -> None:
     make_codec(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")

@@ -20,7 +20,7 @@ from tierlm.client import Box, Client, OnPrefill, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
 from tierlm.engine.sampler import TokenLogprob
 from tierlm.engine.sequence import Keep, Pace, Progress
-from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
+from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, TierlmError, UsageError
 from tierlm.prompt import Prompt, Prompts, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
@@ -53,7 +53,7 @@ class Result:
     ids: list[int]
     text: str | None
     finish_reason: str
-    error: StorageError | None = None
+    error: TierlmError | None = None
     logprobs: list[TokenLogprob] | None = None
 
 
@@ -100,9 +100,10 @@ class LLM:
         """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
 
         ``params``: for all prompts, or one for each. With ``n`` samples a prompt has n results, one after another.
-        Prompts run concurrently if the context has room. One whose reads fail ends with finish_reason "error" and the
-        others go on; if there is only one result, its StorageError is raised. ``on_prefill``: called here with the
-        tokens of the prompts that have run and all, until they are equal. Raises PromptError, UsageError.
+        Prompts run concurrently if the context has room. One whose reads or arithmetic fail ends with finish_reason
+        "error" and the others go on; if there is only one result, its StorageError or NumericsError is raised.
+        ``on_prefill``: called here with the tokens of the prompts that have run and all, until they are equal. Raises
+        PromptError, UsageError.
         """
         answers, request = self._generation(SimpleQueue[Progress](), prompts, params, on_prefill)
         try:
@@ -158,8 +159,8 @@ class LLM:
     def logits(self, ids: Prompt) -> Tensor:
         """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
 
-        Raises PromptError, StorageError, and BudgetError if the result is larger than the plan allows: see
-        ``logits_tokens`` of RuntimeOptions.
+        Raises PromptError, StorageError, NumericsError, and BudgetError if the result is larger than the plan allows:
+        see ``logits_tokens`` of RuntimeOptions.
         """
         out, request = self._logits(SimpleQueue[Progress](), ids)
         try:
@@ -329,7 +330,7 @@ class Answer:
         self.ids: list[int] = []
         self._logprobs: list[TokenLogprob] | None = None
         self.finish: str | None = None
-        self.error: StorageError | None = None
+        self.error: TierlmError | None = None
         self._shown = 0
 
     @property
@@ -356,7 +357,7 @@ class Answer:
         return found + self.text.flush() if self.text is not None and self.finish else found
 
     def piece(self, new: Progress) -> Piece | None:
-        """Add new tokens. Returns the piece to show now, if any. Raises StorageError."""
+        """Add new tokens. Returns the piece to show now, if any. Raises StorageError, NumericsError."""
         text = self.add(new)
         if self.error is not None:
             raise self.error

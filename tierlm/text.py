@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ class TextCodec:
                 "transformers' AutoTokenizer writes it)"
             )
         try:
-            self.tokenizer = Tokenizer.from_buffer(read_regular(file))
+            raw = read_regular(file)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{file}: not a readable tokenizer: {error}") from error
+        with _readable(file):
+            self.tokenizer = Tokenizer.from_buffer(raw)
+            self.tokenizer.no_padding()  # a prompt is never padded or cut
+            self.tokenizer.no_truncation()
         config = folder / "tokenizer_config.json"
         self._config = read_json(config) if config.exists() else {}
 
@@ -44,14 +47,16 @@ class TextCodec:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode: {error}") from error
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        with _readable(self.folder / "tokenizer.json"):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         if special and self._config.get("add_bos_token"):
             bos = self.tokenizer.token_to_id(special_tokens(self.folder, self._config).get("bos_token", ""))
             return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _readable(self.folder / "tokenizer.json"):
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
     @cached_property
@@ -81,6 +86,17 @@ def default_params(folder: Path) -> SamplingParams:
         return SamplingParams(**{"temperature": 1.0, **chosen})
     except UsageError as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Errors of the tokenizer's library, also panics of its Rust code, become a CheckpointError."""
+    try:
+        yield
+    except BaseException as error:  # the library raises bare Exception; a panic is not even that
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CheckpointError(f"{file}: not a readable tokenizer: {error}") from error
+        raise
 
 
 class TextStream:

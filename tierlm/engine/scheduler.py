@@ -13,7 +13,7 @@ from torch import Tensor
 from tierlm.engine.counters import Counters
 from tierlm.engine.sampler import logprob_of
 from tierlm.engine.sequence import Kept, Sequence, State
-from tierlm.errors import StorageError
+from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import PressureRelief
@@ -164,14 +164,14 @@ class Scheduler:
         self._run(batch, segments, watch, prefill=False)
 
     def _run(self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool) -> None:
-        """Run one step of ``batch``. A sequence whose reads fail ends with its error; the others go on."""
+        """Run one step of ``batch``. A sequence that fails ends with its error; the others go on."""
         if not batch:
             return
         phase = self.counters.prefill if prefill else self.counters.decode
         began, before = time.perf_counter(), self.meter.read()
         outcomes = self._forward(batch, segments, watch, prefill)
         for sequence, segment, outcome in zip(batch, segments, outcomes, strict=True):
-            if isinstance(outcome, StorageError):
+            if isinstance(outcome, TierlmError):
                 sequence.error = outcome
                 self._end(sequence, "error")
                 continue
@@ -186,7 +186,7 @@ class Scheduler:
 
     def _forward(
         self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool
-    ) -> abc.Sequence[Tensor | StorageError]:
+    ) -> abc.Sequence[Tensor | TierlmError]:
         """Per segment: the logits of its last token, float32 [vocab], or the error."""
         logits = batch[0].logits
         out = None if logits is None else logits[batch[0].done :][: len(segments[0].ids)]
@@ -194,7 +194,7 @@ class Scheduler:
             look = functools.partial(self._look, batch, segments, watch, itertools.count())
             found = self.decoder.forward(segments, prefill=prefill, out=out, watch=look)
             return [found[-1]] if out is not None else list(found)
-        except StorageError as error:
+        except (StorageError, NumericsError) as error:
             if len(batch) == 1:
                 return [error]
         # Retried alone, so that one sequence's failure does not fail the batch.

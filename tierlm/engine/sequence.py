@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tierlm.config import SamplingParams
 from tierlm.engine.sampler import Sampler, TokenLogprob
-from tierlm.errors import StorageError
+from tierlm.errors import TierlmError
 from tierlm.memory.kvcache import Span
 
 
@@ -37,7 +37,7 @@ class Progress:
     place: int
     ids: list[int]
     finish: str | None
-    error: StorageError | None
+    error: TierlmError | None
     logprobs: list[TokenLogprob] | None = None
 
 
@@ -104,7 +104,7 @@ class Sequence:
     told: int = 0
     asked: bool = True
     finish: str | None = None
-    error: StorageError | None = None
+    error: TierlmError | None = None
     request: weakref.ref[object] | None = None
     submitted: float = field(default_factory=time.perf_counter)
     sampler: Sampler = field(init=False)

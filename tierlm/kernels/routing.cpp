@@ -65,7 +65,10 @@ void route(const Router& r, float eps, float scale) {
         } else {
             for (int64_t i = 0; i < experts; ++i) scores[i] = 1 / (1 + std::exp(-scores[i]));
         }
-        for (int64_t i = 0; i < experts; ++i) choice[i] = scores[i] + (bias ? bias[i] : 0);
+        for (int64_t i = 0; i < experts; ++i) {
+            choice[i] = scores[i] + (bias ? bias[i] : 0);
+            if (choice[i] != choice[i]) choice[i] = NEVER;  // only TAKEN is NaN, so that no expert is chosen twice
+        }
         if (r.groups > 1) close_groups(r, choice.get(), worths.get());
         float sum = 0;
         for (int64_t k = 0; k < r.chosen; ++k) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,9 +51,9 @@ class Heat:
                 turns = {int(layer): float(count) for layer, count in found["turns"]}
                 fade = {layer: min(1.0, REMEMBERED / count) for layer, count in turns.items()}
                 uses = {ExpertKey(int(at), int(e)): float(count) * fade[int(at)] for at, e, count in found["uses"]}
-                if set(uses) <= keys and all(0 <= count < float("inf") for count in uses.values()):
+                if set(uses) <= keys and all(0 <= uses[key] <= turns[key.layer] < math.inf for key in uses):
                     heat.uses.update(uses)
                     heat.turns.update({layer: count * fade[layer] for layer, count in turns.items()})
-        except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
             return cls()
         return heat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.errors import CheckpointError, UnsupportedModelError, shown
 from tierlm.models.config_reader import Config
 from tierlm.models.deepseek import DeepSeek
 from tierlm.models.family import Family
@@ -27,7 +27,7 @@ def family_of(model_type: object, where: str) -> Family:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise UnsupportedModelError(
-            f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{where}: model_type {shown(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
         )
     return family
 

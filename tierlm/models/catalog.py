@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tierlm.checkpoints.checkpoint import Checkpoint, Place, Record, TensorInfo, build_record, compressed, read_json
 from tierlm.checkpoints.checksum import Seal
@@ -16,6 +15,7 @@ from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight, float_
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.files import Stamp, read_regular
 from tierlm.models import family_of, read_spec
+from tierlm.models.config_reader import Fields
 from tierlm.models.family import require_runnable
 from tierlm.planning.cost import Formats
 from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey, UnitKey
@@ -182,9 +182,5 @@ class Catalog:
     def _eos(self, folder: Path) -> tuple[int, ...]:
         """End-of-text ids from ``config.json`` and ``generation_config.json``."""
         file = folder / "generation_config.json"
-        extra: Any = read_json(file).get("eos_token_id") if file.exists() else None
-        more = () if extra is None else tuple(extra) if isinstance(extra, list) else (extra,)
-        eos = (*self.spec.eos, *more)
-        if not all(isinstance(i, int) for i in eos):
-            raise CheckpointError(f"{folder}: eos_token_id: expected token ids, found {eos!r}")
-        return tuple(dict.fromkeys(eos))
+        more = Fields(read_json(file), str(file)).token_ids("eos_token_id") if file.exists() else ()
+        return tuple(dict.fromkeys((*self.spec.eos, *more)))

@@ -1,117 +1,167 @@
-"""Reads fields of a ``config.json``, with errors that name the file and the field. No torch."""
+"""Reads fields of a ``config.json``, with errors that name the file and the field. No torch.
+
+Every value is checked here, for its type and against bounds that any real model keeps, before anything is allocated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.errors import CheckpointError, UnsupportedModelError, shown
 from tierlm.spec import LayerSpec, ModelSpec, Rope, Yarn
+from tierlm.tracing.trace import MAX_EXPERTS, MAX_LAYERS
 
-MAX_LAYERS = 4096  # about forty times the deepest model: more is a corrupt config
+# The largest values, ten or more times those of any published model: what is larger is a corrupt config.
+MOST = {
+    "num_hidden_layers": MAX_LAYERS,
+    "n_routed_experts": MAX_EXPERTS,
+    "num_experts": MAX_EXPERTS,
+    "num_local_experts": MAX_EXPERTS,
+    "num_nextn_predict_layers": 64,
+    "vocab_size": 2**22,
+    "hidden_size": 2**17,
+    "max_position_embeddings": 2**31 - 1,
+    "original_max_position_embeddings": 2**31 - 1,
+}
+MOST_OTHER = 2**24
+MAX_RECORDS = 2**18  # experts of all layers
+MAX_ID = 2**31 - 1  # of a token
 
 
-class Config:
-    """The fields of the ``config.json`` at ``where``. Methods raise CheckpointError and UnsupportedModelError."""
+class Fields:
+    """The fields of a JSON object at ``where``. Null is absent. Methods raise CheckpointError."""
 
     def __init__(self, fields: Mapping[str, Any], where: str):
         self.fields, self.where = fields, where
-        self.model_type: str = fields["model_type"]
-        for name in ("quantization_config", "rope_scaling", "rope_parameters"):
-            if not isinstance(self.get(name, {}), Mapping):
-                raise CheckpointError(f"{where}: {name}: expected an object, found {fields[name]!r}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field ``name``, unchecked; ``default`` if absent or null."""
+        """The field ``name``, unchecked."""
         value = self.fields.get(name)
         return default if value is None else value
 
     def number(self, *names: str, default: int | None = None) -> int:
-        """The first field of ``names`` that is present: a non-negative integer."""
-        value = next((self.fields[name] for name in names if self.fields.get(name) is not None), default)
-        if type(value) is not int or value < 0:
-            raise CheckpointError(f"{self.where}: {' or '.join(names)}: expected a whole number, found {value!r}")
+        """The first field of ``names`` that is present: a whole number from 0 to its bound in MOST."""
+        name = next((name for name in names if self.get(name) is not None), names[0])
+        value, most = self.get(name, default), MOST.get(name, MOST_OTHER)
+        if type(value) is not int:
+            raise self.wrong(" or ".join(names), "a whole number", value)
+        if not 0 <= value <= most:
+            raise self.wrong(name, f"a whole number from 0 to {most}", value)
         return value
 
-    def layers(self) -> int:
-        count = self.number("num_hidden_layers")
-        if count > MAX_LAYERS:  # checked before allocating that many
-            raise CheckpointError(f"{self.where}: num_hidden_layers: expected at most {MAX_LAYERS}, found {count}")
-        return count
-
-    def real(self, name: str, default: float) -> float:
-        value = self.fields.get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {name}: expected a number, found {value!r}")
+    def real(self, name: str, default: float | None = None, *, least: float = 0.0, most: float = 1e6) -> float:
+        """The field ``name``: a number from ``least`` to ``most``, so neither NaN nor infinite."""
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise self.wrong(name, f"a number from {least:g} to {most:g}", value)
         return float(value)
 
+    def optional(self, name: str) -> float | None:
+        """``real``, or None if absent."""
+        return None if self.get(name) is None else self.real(name)
+
     def flag(self, name: str, default: bool) -> bool:
-        return bool(self.fields.get(name, default))
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false", value)
+        return value
+
+    def part(self, name: str) -> Fields:
+        """The object ``name``; empty if absent."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise self.wrong(name, "an object", value)
+        return Fields(value, f"{self.where}: {name}")
+
+    def listed(self, name: str, kind: type, default: Sequence[Any] = ()) -> Sequence[Any]:
+        """The field ``name``: a list of ``kind``."""
+        values = self.get(name, default)
+        if not isinstance(values, (list, tuple)) or not all(type(value) is kind for value in values):
+            raise self.wrong(name, f"a list of {kind.__name__}", values)
+        return values
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """The field ``name``: absent, one id, or a list."""
         value = self.get(name, [])
-        return tuple(value) if isinstance(value, list) else (value,)
+        values = value if isinstance(value, list) else [value]
+        if not all(type(token) is int and 0 <= token <= MAX_ID for token in values):
+            raise self.wrong(name, "token ids", value)
+        return tuple(values)
+
+    def wrong(self, name: str, expected: str, found: object) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {name}: expected {expected}, found {shown(found)}")
+
+
+class Config(Fields):
+    """The fields of the ``config.json`` at ``where``. Methods also raise UnsupportedModelError."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str):
+        super().__init__(fields, where)
+        self.model_type: str = fields["model_type"]
 
     def model(self, layers: tuple[LayerSpec, ...], norm_eps: float) -> ModelSpec:
         """The spec of ``layers``, plus the fields common to all families; ``norm_eps`` is a default.
         Also raises ValueError, for impossible sizes."""
-        return ModelSpec(
+        spec = ModelSpec(
             model_type=self.model_type,
             vocab=self.number("vocab_size"),
             hidden=self.number("hidden_size"),
             layers=layers,
-            norm_eps=self.real("rms_norm_eps", norm_eps),
+            norm_eps=self.real("rms_norm_eps", norm_eps, least=1e-30, most=1.0),
             max_position=self.number("max_position_embeddings"),
-            bos=self.get("bos_token_id"),
+            bos=next(iter(self.token_ids("bos_token_id")), None),
             eos=self.token_ids("eos_token_id"),
             tied_head=self.flag("tie_word_embeddings", False),
         )
+        if (records := len(spec.moe_layers) * spec.experts) > MAX_RECORDS:
+            raise CheckpointError(f"{self.where}: expected at most {MAX_RECORDS} experts in all, found {records}")
+        return spec
 
     def allow(self, **allowed: tuple[Any, ...]) -> None:
         """Refuse values that would silently give wrong text: each field must be absent, null, or an allowed value."""
         for name, values in allowed.items():
-            if self.get(name, values[0]) not in values:
+            if (found := self.get(name, values[0])) not in values:
                 wanted = " or ".join(map(repr, values))
-                raise UnsupportedModelError(f"{self.where}: {name} {self.fields[name]!r} is not supported; {wanted} is")
+                raise UnsupportedModelError(f"{self.where}: {name} {shown(found)} is not supported; {wanted} is")
 
     def allow_fp8_blocks(self) -> None:
         """Refuse quantisation other than float8 in 128 x 128 blocks."""
-        quantization = self.get("quantization_config", {})
+        quantization = self.part("quantization_config")
         method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-        if quantization and (method != "fp8" or block != [128, 128]):
+        if quantization.fields and (method != "fp8" or block != [128, 128]):
             raise UnsupportedModelError(
-                f"{self.where}: quantization {method!r} with blocks {block} is not supported; fp8 with [128, 128] is"
+                f"{self.where}: quantization {shown(method)} with blocks {shown(block)} is not supported; fp8 with "
+                "[128, 128] is"
             )
 
     def rope(self, interleaved: bool, theta: float = 10000.0) -> Rope:
         """RoPE from the published ``rope_scaling`` and ``rope_theta``, or transformers 5's ``rope_parameters``."""
-        table: dict[str, Any] = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
-        theta = table.get("rope_theta") or self.get("rope_theta") or theta
-        if not isinstance(theta, (int, float)):
-            raise CheckpointError(f"{self.where}: rope_theta: expected a number, found {theta!r}")
+        table, scaling = self.part("rope_parameters"), self.part("rope_scaling")
+        table = table if table.fields else scaling
+        named = table if table.get("rope_theta") is not None else self
+        theta = named.real("rope_theta", theta, least=2.0, most=1e12)
         kind = table.get("rope_type") or table.get("type") or "default"
         if kind not in ("default", "yarn"):
-            raise UnsupportedModelError(f"{self.where}: rope type {kind!r} is not supported; default and yarn are")
-        return Rope(float(theta), interleaved, self._yarn(table) if kind == "yarn" else None)
+            raise UnsupportedModelError(f"{self.where}: rope type {shown(kind)} is not supported; default and yarn are")
+        return Rope(theta, interleaved, self._yarn(table) if kind == "yarn" else None)
 
-    def _yarn(self, table: Mapping[str, Any]) -> Yarn:
-        try:
-            original = int(table["original_max_position_embeddings"])
-            factor = table.get("factor") or self.fields["max_position_embeddings"] / original
-            return Yarn(
-                factor=float(factor),
-                original_max_position=original,
-                beta_fast=float(table.get("beta_fast") or 32),
-                beta_slow=float(table.get("beta_slow") or 1),
-                mscale=_optional(table, "mscale"),
-                mscale_all_dim=_optional(table, "mscale_all_dim"),
-                attention_factor=_optional(table, "attention_factor"),
-                truncate=bool(table.get("truncate", True)),
+    def _yarn(self, table: Fields) -> Yarn:
+        original = table.number("original_max_position_embeddings")
+        derived = self.number("max_position_embeddings") / max(1, original)
+        found = Yarn(
+            factor=table.real("factor", derived, least=1.0),
+            original_max_position=original,
+            beta_fast=table.real("beta_fast", 32.0, least=1e-3),
+            beta_slow=table.real("beta_slow", 1.0, least=1e-3),
+            mscale=table.optional("mscale"),
+            mscale_all_dim=table.optional("mscale_all_dim"),
+            attention_factor=table.optional("attention_factor"),
+            truncate=table.flag("truncate", True),
+        )
+        if not original or found.beta_fast < found.beta_slow:
+            raise CheckpointError(
+                f"{table.where}: YaRN: expected original_max_position_embeddings of at least 1 and beta_fast of at "
+                f"least beta_slow, found {original}, {found.beta_fast} and {found.beta_slow}"
             )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{self.where}: malformed YaRN parameters: {error!r} in {table}") from error
-
-
-def _optional(table: Mapping[str, Any], name: str) -> float | None:
-    return None if table.get(name) is None else float(table[name])
+        return found

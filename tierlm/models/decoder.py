@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
+from tierlm.errors import NumericsError
 from tierlm.kernels import gated_mlp, linear
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.memory.trunks import Trunks
@@ -68,17 +71,36 @@ class Decoder:
 
         Returns logits, float32 on the CPU: of each sequence's last token [len(steps), vocab]; or of every new token,
         written into ``out`` [T, vocab] if given. ``watch``: called before each layer; it may raise to abandon the step.
-        After an error, no sequence has advanced.
+        Raises StorageError, and NumericsError if a logit is not finite. After an error, no sequence has advanced.
         """
-        hidden = self.embedding.read([i for step in steps for i in step.ids])  # [T, hidden]
-        segments: list[Rows] = []
-        for step in steps:
-            start = segments[-1].stop if segments else 0
-            segments.append(Rows(start, start + len(step.ids), step.span))
-        positions = [attention.positions(segments) for attention in self._attention]
         recorder = self.moe.recorder
         if recorder is not None:
             recorder.begin([(id(step.span), step.span.length, len(step.ids)) for step in steps], prefill)
+        hidden = self._layers_of(steps, prefill, watch)
+        if out is None:
+            out = torch.empty(len(steps), self.spec.vocab)
+            hidden = hidden[[end - 1 for end in accumulate(len(step.ids) for step in steps)]]
+        self._logits(rms_norm(hidden, self._norm, self.spec.norm_eps), out)
+        if not _finite(out):
+            self._layers_of(steps, prefill, lambda: None, check=True)  # finds the layer
+            raise _not_finite("the final norm or the lm_head")
+        if recorder is not None:
+            recorder.end()
+        for step in steps:
+            step.span.length += len(step.ids)
+        return out
+
+    def _layers_of(
+        self, steps: Sequence[Segment], prefill: bool, watch: Callable[[], None], check: bool = False
+    ) -> Tensor:
+        """The residual stream after the last layer, float32 [T, hidden]. ``check``: raise NumericsError where it is not
+        finite."""
+        hidden = self.embedding.read([i for step in steps for i in step.ids])  # [T, hidden]
+        if check and not _finite(hidden):
+            raise _not_finite("the embedding")
+        ends = accumulate((len(step.ids) for step in steps), initial=0)
+        segments = [Rows(*edges, step.span) for edges, step in zip(pairwise(ends), steps, strict=True)]
+        positions = [attention.positions(segments) for attention in self._attention]
         for layer, (key, kind, norm, is_moe) in enumerate(self._layers):
             watch()
             trunk = self.trunks.get(key)
@@ -90,15 +112,9 @@ class Decoder:
                 hidden = self.moe.forward(hidden, normed, layer, trunk, prefill)
             else:
                 hidden = hidden + gated_mlp(normed, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
-        if out is None:
-            out = torch.empty(len(steps), self.spec.vocab)
-            hidden = hidden[[segment.stop - 1 for segment in segments]]
-        self._logits(rms_norm(hidden, self._norm, self.spec.norm_eps), out)
-        if recorder is not None:
-            recorder.end()
-        for step in steps:
-            step.span.length += len(step.ids)
-        return out
+            if check and not _finite(hidden):
+                raise _not_finite(f"layer {layer}", layer)
+        return hidden
 
     def _logits(self, x: Tensor, out: Tensor) -> None:
         """float32 [T, hidden] -> ``out`` [T, vocab], block by block of the lm_head."""
@@ -108,6 +124,19 @@ class Decoder:
             with span(self.timeline, "compute", "lm_head"):
                 out[:, start : start + block.shape[0]] = linear(x, block)
             start += block.shape[0]
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; without a temporary of their size."""
+    return all(map(math.isfinite, torch.stack(torch.aminmax(values)).tolist()))
+
+
+def _not_finite(where: str, layer: int | None = None) -> NumericsError:
+    return NumericsError(
+        f"the logits are not finite (NaN or infinity); this began in {where}: expected weights that belong to this "
+        "config.json, found damaged or other ones; download the model again, or pack it again",
+        layer=layer,
+    )
 
 
 def attention_of(spec: AttentionSpec, norm_eps: float, cache: KvCache, device: torch.device) -> Attention:

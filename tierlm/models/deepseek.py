@@ -30,7 +30,7 @@ class DeepSeek(Names):
             value_dim=config.number("v_head_dim"),
             rope=config.rope(interleaved=v2 or config.flag("rope_interleave", True)),
         )
-        layers = config.layers()
+        layers = config.number("num_hidden_layers")
         dense = min(config.number("first_k_dense_replace", default=0), layers)
         stack = [LayerSpec(attention, Dense(config.number("intermediate_size")))] * dense
         if dense < layers:

@@ -38,7 +38,9 @@ class GptOss(Names):
             router=RouterSpec("softmax", bias=True),
             clamped=True,
         )
-        layers = config.layers()
-        kinds = config.get("layer_types", ["sliding_attention", "full_attention"] * layers)[:layers]
+        layers = config.number("num_hidden_layers")
+        kinds = config.listed("layer_types", str, (["sliding_attention", "full_attention"] * layers)[:layers])
+        if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+            raise config.wrong("layer_types", f"sliding_attention or full_attention for {layers} layers", kinds)
         stack = (LayerSpec(windowed if kind == "sliding_attention" else full, moe) for kind in kinds)
         return config.model(tuple(stack), 1e-5)

@@ -31,4 +31,4 @@ class Mixtral(Names):
             shared_width=0,
             router=RouterSpec("softmax"),
         )
-        return config.model((LayerSpec(attention, moe),) * config.layers(), 1e-5)
+        return config.model((LayerSpec(attention, moe),) * config.number("num_hidden_layers"), 1e-5)

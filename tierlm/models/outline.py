@@ -14,6 +14,7 @@ from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.errors import UsageError
 from tierlm.models import family_of, read_spec
 from tierlm.models.catalog import HEAD_BLOCK_BYTES
+from tierlm.models.config_reader import Fields
 from tierlm.models.family import Family, Shapes
 from tierlm.planning.cost import Formats, Work
 from tierlm.planning.mixtures import MIXTURES
@@ -58,7 +59,7 @@ class Outline:
         self._blocks: list[int] = [min(rows, spec.vocab - at) * row for at in range(0, spec.vocab, rows)]
         layers, blocks = range(len(spec.layers)), range(len(self._blocks))
         self.trunks: list[UnitKey] = [*map(TrunkKey, layers), *map(HeadKey, blocks)]
-        self._prediction_layers = int(config.get("num_nextn_predict_layers") or 0)
+        self._prediction_layers = Fields(config, where).number("num_nextn_predict_layers", default=0)
         self._sizes: dict[Key, int] = {}
 
     def experts(self) -> list[ExpertKey]:
@@ -158,7 +159,7 @@ def published_format(config: Mapping[str, Any]) -> str:
     """The checkpoint format stated by a config."""
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    return method if method in MIXTURES else "bf16"
+    return method if isinstance(method, str) and method in MIXTURES else "bf16"
 
 
 def _bytes(tensors: Shapes, bits: float) -> int:

@@ -29,11 +29,9 @@ class Qwen3Moe(Names):
             shared_width=0,
             router=router,
         )
-        step, dense_layers = config.number("decoder_sparse_step", default=1), config.get("mlp_only_layers", None) or []
-        if not isinstance(dense_layers, list):
-            raise ValueError(f"mlp_only_layers: expected a list of layer numbers, found {dense_layers!r}")
+        step, dense_layers = config.number("decoder_sparse_step", default=1), set(config.listed("mlp_only_layers", int))
         layers = []
-        for layer in range(config.layers()):
+        for layer in range(config.number("num_hidden_layers")):
             sparse = layer not in dense_layers and (layer + 1) % max(1, step) == 0
             layers.append(LayerSpec(attention, moe if sparse else Dense(config.number("intermediate_size"))))
         return config.model(tuple(layers), 1e-6)

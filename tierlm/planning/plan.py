@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from tierlm.config import format_size
 from tierlm.errors import BudgetError
@@ -129,13 +130,13 @@ def _plan_tier(
 ) -> TierPlan:
     """Plan one tier that serves ``trunk``. ``through``: trunks that go through its ring while loading."""
     largest_first = sorted(trunk, key=lambda key: -sizes.trunk[key])
+    sizes_first = [sizes.trunk[key] for key in largest_first]
+    totals = [0, *accumulate(sizes_first)]
     streaming = max((sizes.trunk[key] for key in through or ()), default=0)
 
     def need(resident: int) -> tuple[int, int]:
         """Bytes of the ``resident`` largest trunks and of one ring slot for the rest."""
-        rest = largest_first[resident:]
-        ring = max(sizes.trunk[rest[0]] if rest else 0, streaming)
-        return sum(sizes.trunk[key] for key in largest_first[:resident]), ring
+        return totals[resident], max(*sizes_first[resident : resident + 1], streaming, 0)
 
     slots = min(min_slots, sizes.experts, max_slots or min_slots)
     least = slots * sizes.expert

@@ -19,23 +19,26 @@ ROOT = Path(tierlm.__file__).parent
 # part is a file or a folder of tierlm/.
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
-    [{"llm", "stats"}],
+    [{"conversation"}, {"progress"}],
+    [{"llm", "async_llm", "stats"}],
+    [{"client", "worker"}],
     [{"loading"}],
     [{"runtime"}],
-    [{"engine"}, {"text"}],
+    [{"engine"}, {"text"}, {"prompt"}],
     [{"models"}],
-    [{"memory"}, {"profiling"}],
+    [{"memory"}, {"profiling"}, {"templates"}],
     [{"planning"}],
     [{"tracing"}],
     [{"checkpoints"}, {"policies"}],
     [{"spec"}, {"config"}, {"timeline"}, {"host"}],
     [{"kernels"}],
-    [{"formats"}, {"errors"}, {"files"}, {"demo"}],
+    [{"formats"}, {"errors"}, {"files"}, {"table"}, {"demo"}],
     [{"library"}],
 ]
 # Parts that may import less than their floor allows.
 ONLY = {
-    "text": {"text", "checkpoints", "errors"},
+    "text": {"text", "templates", "checkpoints", "config", "errors", "files"},
+    "templates": {"templates", "checkpoints", "errors", "files"},
     "kernels": {"kernels", "formats", "library"},
     "formats": {"formats", "errors"},
     "errors": set[str](),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -17,9 +18,9 @@ def find_model(model: str | Path) -> Path:
         return DEMO
     folder = Path(model)
     refuse_foreign(folder)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, false for a name that is too long
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(f"{folder}: expected the folder of a model in Hugging Face layout, found a file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
         raise ModelNotFoundError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")

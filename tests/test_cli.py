@@ -138,7 +138,7 @@ def test_run_prints_the_text(model: str, tierlm: Any) -> None:
 def test_ids_are_a_prompt_for_a_model_without_tokenizer(model: str, tierlm: Any) -> None:
     words = ("-n", "5", "--context", "64")
     prompt = TextCodec(Path(model)).encode("the quick")
-    text = json.loads(tierlm("run", model, "-p", "the quick", *words, "--json", "-").out)
+    text = json.loads(tierlm("run", model, "--raw", "-p", "the quick", *words, "--json", "-").out)
     (Path(model) / "tokenizer.json").unlink()
     given = ",".join(map(str, prompt))
     outcome = tierlm("run", model, "--ids", given, *words, "--json", "ids.json")
@@ -263,7 +263,7 @@ def test_grouped_options_become_objects() -> None:
     assert result.exit_code == 0, result.output
     *names, budget, params, options = got
     assert names == ["m", "a"] and budget == Budget("1GiB")
-    assert params == SamplingParams(7, temperature=0.5, top_k=3, seed=7, stop=("x", "y"))
+    assert SamplingParams(**params) == SamplingParams(7, temperature=0.5, top_k=3, seed=7, stop=("x", "y"))
     assert RuntimeOptions(**options) == RuntimeOptions(
         mirrors=("one",), probe="refresh", heat=False, timeline=Path("t.json"), exact=True, context=8, threads=3
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.codec import Compressed, least_and_most
-from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.errors import CheckpointError, UnsupportedModelError, shown
 from tierlm.files import Stamp, open_regular, read_regular
 
 ALIGNMENT = 4096  # bytes; file offset, length and memory address of direct reads
@@ -214,8 +214,8 @@ class Checkpoint:
         for shard in sorted(set(weight_map.values())):
             file = index.parent / shard
             if os.path.basename(shard) != shard or shard in ("", ".", ".."):
-                raise CheckpointError(f"{index}: expected shards in its own folder, found {shard!r}")
-            if not file.exists():
+                raise CheckpointError(f"{index}: expected shards in its own folder, found {shown(shard)}")
+            if not os.path.exists(file):  # unlike Path.exists, false for a name that is too long
                 raise CheckpointError(f"{file}: missing shard, named by {index.name}; download it again")
             headers[shard] = self.headers[file] = read_header(file)
         for name, shard in weight_map.items():
@@ -278,7 +278,7 @@ def read_header(file: Path) -> Header:
         raise CheckpointError(f"{file}: safetensors header is {type(header).__name__}, expected an object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{file}: header: expected strings under __metadata__, found {str(metadata)[:200]}")
+        raise CheckpointError(f"{file}: header: expected strings under __metadata__, found {shown(metadata)}")
     begin = 8 + length
     tensors = {name: _tensor(file, name, entry, begin, size) for name, entry in header.items()}
     tensors_inside = _inside(file, tensors, metadata.get(INSIDE, "{}"))
@@ -336,7 +336,7 @@ def _tensor(file: Path, name: str, entry: Any, begin: int, size: int) -> TensorI
     except (KeyError, TypeError, ValueError):
         well_formed = False
     if not well_formed:
-        raise CheckpointError(f"{file}: header entry of {name} is malformed: {str(entry)[:200]}")
+        raise CheckpointError(f"{file}: header entry of {name} is malformed: {shown(entry)}")
     if dtype not in ITEM_SIZE:
         raise UnsupportedModelError(f"{file}: {name} has dtype {dtype}; supported are {', '.join(ITEM_SIZE)}")
     nbytes = math.prod(shape) * ITEM_SIZE[dtype]

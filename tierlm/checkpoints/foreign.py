@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tierlm.errors import UnsupportedModelError
@@ -15,7 +16,7 @@ KINDS = {
 
 def refuse_foreign(model: Path) -> None:
     """Raise UnsupportedModelError if ``model`` is such a file, or a folder of such files without safetensors."""
-    files = sorted(model.iterdir()) if model.is_dir() else [model]
+    files = sorted(model.iterdir()) if os.path.isdir(model) else [model]
     if any(file.suffix == ".safetensors" for file in files):
         return
     for file in files:

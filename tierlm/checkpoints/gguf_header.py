@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -53,8 +54,8 @@ def gguf_in(path: Path) -> Path | None:
     """The GGUF file that ``path`` is, or the only one in a folder without safetensors; of a split one, the first.
 
     Raises UsageError if there are several."""
-    if not path.is_dir():
-        return path if path.suffix == ".gguf" and path.exists() else None
+    if not os.path.isdir(path):  # unlike Path.is_dir, false for a name that is too long
+        return path if path.suffix == ".gguf" and os.path.exists(path) else None
     if any(path.glob("*.safetensors")):
         return None
     later = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")

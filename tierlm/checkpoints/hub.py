@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -23,9 +24,9 @@ def find_model(model: str | Path) -> Path:
     if (file := gguf_in(folder)) is not None:
         return file
     refuse_foreign(folder)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, false for a name that is too long
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(f"{folder}: expected a folder in Hugging Face layout or a GGUF file, found another file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
         raise ModelNotFoundError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")

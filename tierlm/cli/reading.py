@@ -22,11 +22,11 @@ class Interrupts:
     end what the first one interrupted."""
 
     def __init__(self) -> None:
-        self._armed = False
+        self.armed = False
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        before = signal.signal(signal.SIGINT, self._interrupt)
+        before = signal.signal(signal.SIGINT, self.interrupt)
         try:
             yield
         finally:
@@ -34,15 +34,15 @@ class Interrupts:
 
     def during(self, work: Callable[[], T]) -> T:
         """Do ``work``, which may raise KeyboardInterrupt, once."""
-        self._armed = True
+        self.armed = True
         try:
             return work()
         finally:
-            self._armed = False
+            self.armed = False
 
-    def _interrupt(self, *_: object) -> None:
-        if self._armed:
-            self._armed = False
+    def interrupt(self, *_: object) -> None:
+        if self.armed:
+            self.armed = False
             raise KeyboardInterrupt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,13 +44,13 @@ def find_config(model: str) -> Named:
     if (file := gguf_in(path)) is not None:
         described = describe(file)
         return Named(file.stem, described.config, described.where, file)
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):  # unlike Path.is_file, false for a name that is too long
         refuse_foreign(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         config = read_json(path / "config.json")
         whole = any(path.glob("*.safetensors"))
         return Named(path.resolve().name, config, str(path / "config.json"), path if whole else None)
-    if path.is_file():
+    if os.path.isfile(path):
         return Named(path.stem, read_json(path), str(path))
     known = known_models()
     for name, entry in known.items():

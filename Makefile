@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint fuzz sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tierlm run demo -p "The Congress of the United States" --max-new-tokens 64 --ram 2GiB --stats
@@ -15,6 +15,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The damaged files of tests/test_fuzz.py: 100,000 new ones instead of the 2,000 of `make test`. Takes hours.
+fuzz: $(VENV)/.installed-test
+	TIERLM_FUZZ_CASES=5600 $(BIN)/python -m pytest tests/test_fuzz.py
 
 # The tests of what is compiled on libraries that watch their memory and their arithmetic: with the kernels that this
 # processor chooses, then with those for any processor.

@@ -40,7 +40,8 @@ setup(
         "jinja2>=3.1",
         "psutil>=5.9",
         "rich>=13",
-        "typer>=0.12",
+        "tomli>=2; python_version < '3.11'",
+        "typer>=0.20",
         "xxhash>=3.4",
     ],
     extras_require={

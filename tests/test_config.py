@@ -226,7 +226,7 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     *(("probe", value) for value in ("", "on", "Auto", None, True)),
     *(("kv_dtype", value) for value in ("", "float16", "fp32", None)),
     *(("prefill_chunk", value) for value in (0, -1, 1.0, "512", None, True)),
-    *(("transfer_threads", value) for value in (0, -1, 257, 8.0, "8", True)),
+    *((field, value) for field in ("threads", "transfer_threads") for value in (0, -1, 257, 8.0, "8", True)),
     *(("io_timeout", value) for value in (0, -1, NAN, INF, "60", None, True)),
     *(("context", value) for value in (0, -1, 1.5, "4096", True, NAN)),
     *(("ram_slots", value) for value in (0, -1, 1.5, "4", True)),

@@ -20,13 +20,13 @@ ROOT = Path(tierlm.__file__).parent
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
     [{"progress"}],
-    [{"llm", "stats"}],
+    [{"llm", "async_llm", "stats"}],
     [{"client", "worker"}],
     [{"loading"}],
     [{"runtime"}],
     [{"engine"}, {"text"}, {"prompt"}],
     [{"models"}],
-    [{"memory"}, {"profiling"}],
+    [{"memory"}, {"profiling"}, {"templates"}],
     [{"planning"}],
     [{"tracing"}],
     [{"checkpoints"}, {"policies"}],
@@ -37,7 +37,8 @@ FLOORS: list[list[set[str]]] = [
 ]
 # Parts that may import less than their floor allows.
 ONLY = {
-    "text": {"text", "checkpoints", "errors"},
+    "text": {"text", "templates", "checkpoints", "errors"},
+    "templates": {"templates", "checkpoints", "errors"},
     "kernels": {"kernels", "formats", "library"},
     "formats": {"formats", "errors"},
     "errors": set[str](),

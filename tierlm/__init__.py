@@ -10,6 +10,7 @@ from tierlm.config import Budget, RuntimeOptions, SamplingParams
 from tierlm.errors import (
     BudgetError,
     CheckpointError,
+    ModelNotFoundError,
     PromptError,
     StorageError,
     TierlmError,
@@ -24,6 +25,7 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from tierlm.async_llm import AsyncLLM
     from tierlm.engine.sampler import TokenLogprob
     from tierlm.llm import LLM, Piece, Result
     from tierlm.stats import Stats
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Budget",
     "BudgetError",
     "CheckpointError",
+    "ModelNotFoundError",
     "Piece",
     "PromptError",
     "Result",
@@ -49,6 +53,7 @@ __all__ = [
 ]
 
 _NEEDS_TORCH = {
+    "AsyncLLM": "tierlm.async_llm",
     "LLM": "tierlm.llm",
     "Piece": "tierlm.llm",
     "Result": "tierlm.llm",

@@ -32,13 +32,13 @@ TICK = 0.1  # seconds between two calls of it
 class Client:
     """A model on its engine thread. When the client is dropped, the model closes.
 
-    ``news``: where to put the news of the load. ``stop``: ask the thread to close, or to stop loading, and do not wait.
+    ``news``: where to put the news of the load.
     """
 
     def __init__(self, folder: Path, budget: Budget, options: RuntimeOptions, news: NewsBox):
         self.worker = Worker(folder, budget, options, news)
-        self.stop = partial(self.worker.inbox.put, Close())
-        self.worker.owner = weakref.ref(self, self.stop)
+        self._stop = partial(self.worker.inbox.put, Close())
+        self.worker.owner = weakref.ref(self, self._stop)
 
     def start(self) -> None:
         """Begin to load. Raises TierlmError if no thread can be started."""
@@ -55,12 +55,16 @@ class Client:
             raise news
         return None if isinstance(news, tuple) else news
 
+    def abandon(self) -> None:
+        """Let the model close by itself, loaded or not."""
+        self.worker.leave()
+        self._stop()
+
     def close(self) -> None:
         """Close the model and wait for it. Raises the error of closing. No-op in a forked process."""
         if self.worker.forked:
             return
-        self.worker.leaving = True
-        self.stop()
+        self.abandon()
         self.worker.join()
         failure, self.worker.failure = self.worker.failure, None
         if failure is not None:
@@ -82,9 +86,9 @@ class Request(Generic[Box]):
         prompts: Iterable[tuple[Sequence[int], SamplingParams]],
         pace: Pace,
         logits: Tensor | None = None,
-        on_prefill: OnPrefill | None = None,
     ):
-        self.mailbox, self._client, self._pace, self._on_prefill = mailbox, client, pace, on_prefill
+        self.mailbox, self._client, self._pace = mailbox, client, pace
+        self.on_prefill: OnPrefill | None = None
         self._put = client.worker.inbox.put
         self.sequences = tuple(
             TokenSequence(ids, params, mailbox, place, pace, logits) for place, (ids, params) in enumerate(prompts)
@@ -120,7 +124,7 @@ class Request(Generic[Box]):
         self.ask()
         while True:
             try:
-                progress = self.mailbox.get(timeout=None if self._on_prefill is None else TICK)
+                progress = self.mailbox.get(timeout=None if self.on_prefill is None else TICK)
             except Empty:
                 self._report()
             else:
@@ -128,12 +132,12 @@ class Request(Generic[Box]):
                 return self.checked(progress)
 
     def _report(self) -> None:
-        if self._on_prefill is not None:
+        if self.on_prefill is not None:
             done = sum(sequence.prefilled for sequence in self.sequences)
             total = sum(len(sequence.prompt) for sequence in self.sequences)
-            self._on_prefill(done, total)
+            self.on_prefill(done, total)
             if done == total:
-                self._on_prefill = None
+                self.on_prefill = None
 
 
 def load(
@@ -150,6 +154,5 @@ def load(
                 progress(*item)
         return client, runtime
     except BaseException:
-        client.worker.leaving = True
-        client.stop()
+        client.abandon()
         raise

@@ -122,6 +122,7 @@ class RuntimeOptions:
     context: int | None = None  # tokens of KV reserved for all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
     kv_dtype: str = "float32"
+    threads: int | None = None  # of torch and the kernels, in the whole process; None: as torch chooses
     exact: bool = False  # multiply int8 and int4 weights by float32 activations instead of int8 ones: slower
     transfer_threads: int | None = None  # concurrent reads; None: chosen for the disk
     probe: str = "auto"  # "auto": measure a disk at its first use; "refresh": measure again; "off": use defaults
@@ -151,6 +152,7 @@ class LoadOptions(TypedDict, total=False):
     context: int | None
     prefill_chunk: int
     kv_dtype: str
+    threads: int | None
     exact: bool
     transfer_threads: int | None
     probe: str
@@ -209,7 +211,7 @@ _OPTIONS: _Checks = (
     ("prefill_chunk", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
     ("context ram_slots vram_slots", "an integer >= 1 or None", lambda v: v is None or (_is_int(v) and v >= 1)),
     ("resident_trunks", "an integer >= 0 or None", lambda v: v is None or (_is_int(v) and v >= 0)),
-    ("transfer_threads", "1 to 256 or None", lambda v: v is None or (_is_int(v) and 1 <= v <= 256)),
+    ("threads transfer_threads", "1 to 256 or None", lambda v: v is None or (_is_int(v) and 1 <= v <= 256)),
     ("io_timeout", "seconds > 0", lambda v: _finite(v) and v > 0),
     ("timeline trace", "a file name or None", lambda v: v is None or _is_path(v)),
     (

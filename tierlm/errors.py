@@ -7,7 +7,8 @@
     │   └── PromptError         a prompt that is empty, neither text nor ids, or longer than the context
     ├── BudgetError             the budget is below the floor; names both and the largest part
     ├── CheckpointError         a file of the model is missing, malformed, or contradicts another
-    │   └── UnsupportedModelError   a well-formed model whose architecture or format is not implemented
+    │   ├── UnsupportedModelError   a well-formed model whose architecture or format is not implemented
+    │   └── ModelNotFoundError      no folder, file or known model of that name (exit code 2)
     ├── StorageError            a read failed, was short, stalled or did not match its checksum, or a write failed
     └── TraceError              a recorded trace is incomplete, malformed, or contradicts itself
 
@@ -55,6 +56,12 @@ class CheckpointError(TierlmError):
 
 class UnsupportedModelError(CheckpointError):
     """A well-formed model whose architecture or format is not implemented."""
+
+
+class ModelNotFoundError(CheckpointError):
+    """No model of that name: no folder, no file, and no Hub id."""
+
+    exit_code = 2
 
 
 class StorageError(TierlmError):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tierlm import client
 from tierlm.checkpoints.hub import find_model
-from tierlm.client import Client, OnPrefill, Request
+from tierlm.client import Box, Client, OnPrefill, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
 from tierlm.engine.sampler import TokenLogprob
 from tierlm.engine.sequence import Pace, Progress
@@ -22,7 +22,8 @@ from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageErro
 from tierlm.prompt import Prompt, Prompts, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
-from tierlm.text import Message, TextCodec, TextStream
+from tierlm.templates.template import Message
+from tierlm.text import TextCodec, TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,8 +84,8 @@ class LLM:
         ``RuntimeOptions``. ``progress`` is called with the bytes loaded so far and in total.
         Raises UsageError, BudgetError, CheckpointError, StorageError.
         """
-        chosen, folder = checked_options(options), find_model(model)
-        limits = budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+        limits, chosen = checked(budget, options)
+        folder = find_model(model)
         return cls(*client.load(folder, limits, chosen, progress), folder)
 
     def generate(
@@ -101,23 +102,15 @@ class LLM:
         others go on; if there is only one result, its StorageError is raised. ``on_prefill``: called here with the
         tokens of the prompts that have run and all, until they are equal. Raises PromptError, UsageError.
         """
-        samples = [(prompt, one) for prompt, each in paired(several(prompts), params) for one in each.samples()]
-        answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
-        pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
-        queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
-        request = Request(self._client, SimpleQueue[Progress](), queued, pace, on_prefill=on_prefill)
+        answers, request = self._generation(SimpleQueue[Progress](), prompts, params)
+        request.on_prefill = on_prefill
         try:
             request.submit()
-            while any(answer.finish is None for answer in answers):
-                progress = request.next()
-                answers[progress.place].add(progress)
-                if answers[progress.place].stopped:
-                    request.cancel_one(progress.place)
+            while unfinished(answers):
+                add(answers, request, request.next())
         finally:
             request.cancel()
-        if len(answers) == 1 and answers[0].error is not None:
-            raise answers[0].error
-        return [answer.result() for answer in answers]
+        return results(answers)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, on_prefill: OnPrefill | None = None
@@ -127,12 +120,8 @@ class LLM:
         Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. ``on_prefill``
         and errors: as for ``generate``.
         """
-        ((_, params),) = paired([prompt], params)
-        if params.n > 1:
-            raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
-        answer = Answer(*self._prepare(prompt, params))
-        mailbox, prompts = SimpleQueue[Progress](), [(answer.prompt, params)]
-        request = Request(self._client, mailbox, prompts, Pace.ASKED, on_prefill=on_prefill)
+        answer, request = self._stream(SimpleQueue[Progress](), prompt, params)
+        request.on_prefill = on_prefill
         try:
             request.submit()
             while answer.finish is None:
@@ -146,26 +135,14 @@ class LLM:
     ) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
         chat template. Raises UsageError if it has none."""
-        ids = self.codec.encode(self.codec.chat(messages), special=False)
-        yield from self.stream(ids, params, on_prefill=on_prefill)
+        yield from self.stream(self.codec.chat(messages), params, on_prefill=on_prefill)
 
     def logits(self, ids: Prompt) -> Tensor:
         """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
 
         Raises PromptError, StorageError, and BudgetError if the result is too large.
         """
-        ids, runtime = self._ids(ids), self._loaded()
-        per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
-        if len(ids) * per_token > room:
-            raise BudgetError(
-                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, but the ram "
-                f"budget has {format_size(room)} left: ask for at most {room // per_token} tokens at a time",
-                floor=runtime.ram_budget - room + len(ids) * per_token,
-                given=runtime.ram_budget,
-                dominant="logits",
-            )
-        out = torch.empty(len(ids), runtime.catalog.spec.vocab)
-        request = Request(self._client, SimpleQueue[Progress](), [(ids, SamplingParams())], Pace.END, out)
+        out, request = self._logits(SimpleQueue[Progress](), ids)
         try:
             request.submit()
             progress = request.next()
@@ -215,6 +192,42 @@ class LLM:
         if self._runtime is None:
             raise UsageError("this model is closed")
         return self._runtime
+
+    def _generation(
+        self,
+        mailbox: Box,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> tuple[list[Answer], Request[Box]]:
+        """The answers of ``generate``, still empty, and the request that fills them."""
+        samples = [(prompt, one) for prompt, each in paired(several(prompts), params) for one in each.samples()]
+        answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
+        pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
+        queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
+        return answers, Request(self._client, mailbox, queued, pace)
+
+    def _stream(self, mailbox: Box, prompt: Prompt, params: SamplingParams | None) -> tuple[Answer, Request[Box]]:
+        """The answer of ``stream``, still empty, and the request that fills it."""
+        ((_, params),) = paired([prompt], params)
+        if params.n > 1:
+            raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
+        answer = Answer(*self._prepare(prompt, params))
+        return answer, Request(self._client, mailbox, [(answer.prompt, params)], Pace.ASKED)
+
+    def _logits(self, mailbox: Box, prompt: Prompt) -> tuple[Tensor, Request[Box]]:
+        """The result of ``logits``, still empty, and the request that fills it."""
+        ids, runtime = self._ids(prompt), self._loaded()
+        per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
+        if len(ids) * per_token > room:
+            raise BudgetError(
+                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, but the ram "
+                f"budget has {format_size(room)} left: ask for at most {room // per_token} tokens at a time",
+                floor=runtime.ram_budget - room + len(ids) * per_token,
+                given=runtime.ram_budget,
+                dominant="logits",
+            )
+        out = torch.empty(len(ids), runtime.catalog.spec.vocab)
+        return out, Request(self._client, mailbox, [(ids, SamplingParams())], Pace.END, out)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, checked against vocabulary and context."""
@@ -311,9 +324,29 @@ class Answer:
         return None if self._logprobs is None else self._logprobs[start : len(self.ids)]
 
 
-def checked_options(options: LoadOptions) -> RuntimeOptions:
-    """Raises UsageError if there is an unknown or invalid one."""
+def unfinished(answers: Sequence[Answer]) -> bool:
+    return any(answer.finish is None for answer in answers)
+
+
+def add(answers: Sequence[Answer], request: Request[Box], new: Progress) -> None:
+    """Add new tokens to the answer that they belong to, and cancel what follows a stop text."""
+    answer = answers[new.place]
+    answer.add(new)
+    if answer.stopped:
+        request.cancel_one(new.place)
+
+
+def results(answers: Sequence[Answer]) -> list[Result]:
+    """Raises the StorageError of a single answer."""
+    if len(answers) == 1 and answers[0].error is not None:
+        raise answers[0].error
+    return [answer.result() for answer in answers]
+
+
+def checked(budget: Budget | str | int | None, options: LoadOptions) -> tuple[Budget, RuntimeOptions]:
+    """The settings of a load. Raises UsageError if one is unknown or invalid."""
     known = RuntimeOptions.__dataclass_fields__
     if unknown := sorted(set(options) - set(known)):
         raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
-    return RuntimeOptions(**options)
+    limits = budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+    return limits, RuntimeOptions(**options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from tierlm.checkpoints.mirrors import open_disks
 from tierlm.checkpoints.reader import Reader, split
 from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
-from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions
+from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
 from tierlm.errors import UsageError
 from tierlm.files import user_cache
@@ -59,6 +60,8 @@ AUTO_VRAM = 0.9  # share of the free memory
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HOST = torch.device("cpu")
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 
 
@@ -86,6 +89,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
     began = time.perf_counter()
     request = _check(folder, budget, options, others)
     catalog, plan, spec = request.catalog, request.plan, request.catalog.spec
+    _log_plan(request)
     with ExitStack() as undo:
         timeline = None if options.timeline is None else Timeline()
         recorder = None if options.trace is None else _open_recorder(Path(options.trace), request)
@@ -93,10 +97,14 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             undo.callback(recorder.drop)
         reader, profile, transfer, notes = _open_disk(request, timeline)
         undo.callback(_stop, transfer, reader)
+        notes += _platform_notes(request)
+        for note in notes:
+            log.info("%s", note)
         cache = user_cache()
         heat_file = cache / "heat" / f"{catalog.fingerprint}.json" if options.heat and cache else None
         heat = Heat() if heat_file is None else Heat.read(heat_file, catalog.experts())
         disk = Disk(reader, catalog.record, transfer, profile.request_bytes)
+        log.info("heat of %d experts from %s", len(heat.uses), heat_file or "nowhere")
         resident = _load_resident(request, disk, transfer)
         experts, trunk_tiers = _expert_tiers(request, disk, transfer), _trunk_tiers(request, disk, transfer)
         trunks = _load_trunks(request, trunk_tiers, progress)
@@ -134,10 +142,11 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             recorder=recorder,
             timeline=timeline,
             relief=relief,
-            loading_notes=(*notes, *_platform_notes(request)),
+            loading_notes=tuple(notes),
             load_seconds=time.perf_counter() - began,
         )
         undo.pop_all()
+    log.info("loaded in %.2f s", runtime.load_seconds)
     return runtime
 
 
@@ -188,6 +197,15 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -
         resident_trunks=options.resident_trunks,
     )
     return Request(catalog, options, device, context, predictor, plan, ram, budget.ram is None)
+
+
+def _log_plan(request: Request) -> None:
+    catalog = request.catalog
+    files, context = len(catalog.files), request.context
+    log.info("%s: %d files, context of %d tokens, on %s", catalog.checkpoint.folder, files, context, request.device)
+    for name, plan, _ in _tier_plans(request):
+        parts = ", ".join(f"{part} {format_size(size)}" for part, size in plan.parts.items() if size)
+        log.info("plan of %s: %s; %d expert slots; floor %s", name, parts, plan.expert_slots, format_size(plan.floor))
 
 
 def _open_recorder(file: Path, request: Request) -> Recorder:

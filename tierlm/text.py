@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from tierlm.checkpoints.checkpoint import read_json
 from tierlm.errors import CheckpointError, UsageError
-
-Message = Mapping[str, Any]
+from tierlm.templates.template import ChatTemplate, Message, special_tokens
 
 
 class TextCodec:
@@ -43,7 +40,7 @@ class TextCodec:
             raise UsageError(f"the text is not valid Unicode: {error}") from error
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         if special and self._config.get("add_bos_token"):
-            bos = self.tokenizer.token_to_id(self._token("bos_token") or "")
+            bos = self.tokenizer.token_to_id(special_tokens(self.folder, self._config).get("bos_token", ""))
             return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         return ids
 
@@ -51,41 +48,19 @@ class TextCodec:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def chat(self, messages: Sequence[Message]) -> str:
-        """The prompt text of a conversation, from the checkpoint's template, which runs in a sandbox.
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template; false if it has none. Raises CheckpointError if its file cannot be read."""
+        return ChatTemplate(self.folder, self._config)
 
-        Raises UsageError if the model has no template or the template rejects the messages.
-        """
-        template = self._template()
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        tokens = {name: self._token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        try:
-            return environment.from_string(template).render(
-                messages=list(messages), add_generation_prompt=True, **tokens
-            )
-        except Exception as error:  # a template is foreign code: it may raise anything
-            raise UsageError(f"{self.folder}: the chat template rejects these messages: {error}") from error
-
-    def _template(self) -> str:
-        plain, packed = self.folder / "chat_template.jinja", self.folder / "chat_template.json"
-        if plain.exists():
-            return plain.read_text(encoding="utf-8")
-        template = (read_json(packed) if packed.exists() else self._config).get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-        if not isinstance(template, str):
-            raise UsageError(f"{self.folder}: this model has no chat template; use `run` with a plain prompt")
-        return template
-
-    def _token(self, name: str) -> str | None:
-        value = self._config.get(name)
-        return value.get("content") if isinstance(value, dict) else value
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        args: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The ids of a conversation's prompt. Arguments and errors are those of ``ChatTemplate.render``."""
+        return self.encode(self.template.render(messages, tools, args), special=False)
 
 
 class TextStream:

@@ -67,6 +67,12 @@ class Worker(threading.Thread):
         except RuntimeError as error:
             self._news.put(error)
 
+    def leave(self) -> None:
+        """Abandon the step in progress, even if it waits for a stalled disk. ``Close`` must follow."""
+        self.leaving = True
+        if self._runtime is not None:
+            self._runtime.transfer.leaving = True
+
     @property
     def forked(self) -> bool:
         """Whether this is a copy in a child process, where the thread does not exist."""
@@ -100,8 +106,10 @@ class Worker(threading.Thread):
 
     def _load(self) -> Runtime | None:
         try:
-            require_threads(torch.get_num_threads() - 1, "OpenMP")  # which would end the process
             folder, budget, options = self._load_arguments
+            if options.threads is not None:
+                torch.set_num_threads(options.threads)  # of this thread, which computes everything
+            require_threads(torch.get_num_threads() - 1, "OpenMP")  # which would end the process
             runtime = load_runtime(folder, budget, options, self._report, self._others())
         except BaseException as error:  # the client raises it
             self._ended = True
@@ -132,7 +140,8 @@ class Worker(threading.Thread):
                 except Abandoned:
                     continue
         except BaseException as error:
-            self._bug = forget_frames(error)
+            if not self.leaving:
+                self._bug = forget_frames(error)
         self._ended = True  # a client that sees it answers itself; the messages of the others are in the inbox
         while self._mail or not self.inbox.empty():
             if isinstance(message := self._next(), Submit):
@@ -176,5 +185,6 @@ class Worker(threading.Thread):
     def _leave(self) -> None:
         """Close when Python exits."""
         if not self.forked:
+            self.leave()
             self.inbox.put(Close())
             self.join(LEAVE)

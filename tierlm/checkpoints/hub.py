@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tierlm.errors import CheckpointError
+from tierlm.checkpoints.foreign import refuse_foreign
+from tierlm.errors import CheckpointError, ModelNotFoundError
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -15,12 +16,13 @@ def find_model(model: str | Path) -> Path:
     if model == "demo":
         return DEMO
     folder = Path(model)
+    refuse_foreign(folder)
     if folder.is_dir():
         return folder
     if folder.is_file():
         raise CheckpointError(f"{folder}: expected the folder of a model in Hugging Face layout, found a file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
-        raise CheckpointError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")
+        raise ModelNotFoundError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")
     from huggingface_hub import snapshot_download  # slow to import, rarely needed
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

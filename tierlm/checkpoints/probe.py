@@ -83,7 +83,7 @@ def find_profile(reader: Reader, files: Sequence[Path], mode: str, cache: Profil
     if why_not is None:
         try:
             profile = probe(reader, big)
-        except StorageError as error:
+        except (StorageError, RuntimeError) as error:  # a RuntimeError: no thread can be started
             why_not = str(error)
         else:
             lost = cache.put(largest, profile)

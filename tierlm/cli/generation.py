@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 from typer import Option
 
+from tierlm.cli.interrupts import importing
 from tierlm.cli.output import pairs, progress
 from tierlm.config import Budget, LoadOptions
 
@@ -21,7 +22,8 @@ ShowStats = Annotated[bool, Option("--stats", help="Print transfers, hit rates a
 
 def load(model: str, budget: Budget, options: LoadOptions, quiet: bool = False) -> LLM:
     """Load the model, with a progress bar."""
-    from tierlm.llm import LLM
+    with importing():
+        from tierlm.llm import LLM
 
     with progress("loading", quiet) as update:
         return LLM.load(model, budget=budget, progress=update, **options)

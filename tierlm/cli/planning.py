@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
 from typer import Argument, Option
 
-from tierlm.cli.output import emit, pairs
+from tierlm.cli.complete import models_to_plan
+from tierlm.cli.options import Json
+from tierlm.cli.output import pairs, report
 from tierlm.config import format_size, parse_size
 from tierlm.errors import UsageError
 
@@ -21,24 +22,43 @@ if TYPE_CHECKING:
     from tierlm.planning.plan import Sizes
 
 Model = Annotated[
-    str, Argument(help="A folder, a config.json, a hub id, 'demo', or a known model such as DeepSeek-V3.")
+    str,
+    Argument(
+        metavar="MODEL",
+        help="A folder, a config.json, a Hub id, 'demo', or a known model such as DeepSeek-V3.",
+        autocompletion=models_to_plan,
+    ),
 ]
-Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.")]
-WIDTH = 116
 ASSUMED_ROUTING = "like trained models'"
 
 
 def plan(
     model: Model,
-    ram: Annotated[str, Option(help="Host memory of the whole process, e.g. 32GiB; auto: this machine's.")],
-    vram: Annotated[str | None, Option(help="Memory of the card that computes.")] = None,
-    disk_bandwidth: Annotated[str | None, Option(help="Random reads, in bytes a second, e.g. 3.5GB.")] = None,
-    machine: Annotated[Path | None, Option(help="A file from `tierlm profile --json`, of any machine.")] = None,
-    format: Annotated[str | None, Option(help="bf16, fp8, int8, int4, mxfp4 or q4_k_m; default: as published.")] = None,
-    context: Annotated[int | None, Option(help="Tokens to reserve; default: the model's, up to 4096.")] = None,
-    prompt: Annotated[int, Option(help="Tokens of the prompt, for the time to the first token.")] = 512,
-    trace: Annotated[Path | None, Option(help="A trace of routing to use instead of assumed hit rates.")] = None,
-    as_json: Json = False,
+    ram: Annotated[
+        str, Option(metavar="SIZE", help="Memory of the whole process, e.g. 32GiB; auto: most of what is free here.")
+    ] = "auto",
+    vram: Annotated[str | None, Option(metavar="SIZE", help="Memory of the card that computes.")] = None,
+    machine: Annotated[
+        Path | None, Option(metavar="FILE", help="Rates of a machine, from `tierlm profile --json`; default: this one.")
+    ] = None,
+    disk_bandwidth: Annotated[
+        str | None, Option(metavar="SIZE", help="Random reads a second, e.g. 3.5GB, instead of the machine's.")
+    ] = None,
+    format: Annotated[
+        str | None, Option(metavar="NAME", help="bf16, fp8, int8, int4, mxfp4 or q4_k_m; default: as published.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        Option(
+            "--context", "--ctx-size", "-c", metavar="N", help="Tokens to reserve KV memory for; default: up to 4096."
+        ),
+    ] = None,
+    prompt: Annotated[int, Option(metavar="N", help="Tokens of the prompt, for the time to the first token.")] = 512,
+    trace: Annotated[
+        Path | None,
+        Option(metavar="FILE", exists=True, dir_okay=False, help="A trace of routing, instead of assumed hit rates."),
+    ] = None,
+    json: Json = None,
 ) -> None:
     """Predict bytes, slots and tokens a second of a model on a machine within a budget. Needs no weights."""
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
@@ -67,15 +87,14 @@ def plan(
     recorded, routing = _recorded(trace, work)
     found = forecast(sizes, work, rates, question, free if machine is None else None, recorded)
     answer = _Answer(name, records, sizes, work, question, rates, found)
-    if as_json:
-        emit(answer.as_json() | {"routing": routing})
-        return
-    console = Console(width=max(WIDTH, Console().width), emoji=False)  # emoji tables are slow to load
-    console.print(pairs(answer.bytes(), f"{name}, {answer.format}"))
-    console.print(pairs(found.plan.rows(), "plan"))
-    console.print(pairs(answer.speed(routing), f"predicted; rates: {source}"))
-    for warning in found.warnings:
-        console.print(f"[yellow]note[/yellow] {warning}")
+    report(
+        answer.as_json() | {"routing": routing},
+        json,
+        pairs(answer.bytes(), f"{name}, {answer.format}"),
+        pairs(found.plan.rows(), "plan"),
+        pairs(answer.speed(routing), f"predicted; rates: {source}"),
+        *(f"[yellow]note[/yellow] {warning}" for warning in found.warnings),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,48 +1,76 @@
-"""``tierlm run``: text from a prompt."""
+"""``tierlm run``: text from a prompt, or ids from ids."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from tierlm.cli.generation import ShowStats, load, print_stats, show
-from tierlm.cli.options import Loading, Memory, Model, Sampling, grouped
+from tierlm.cli.options import Json, Loading, Memory, Messages, Model, Sampling, grouped
 from tierlm.cli.output import STDOUT, emit
 from tierlm.config import Budget, LoadOptions, SamplingParams
 from tierlm.errors import UsageError
+from tierlm.progress import prefill_bar
 
-Json = Annotated[
-    Path | None, Option("--json", help="Write result and statistics to a file; '-': to stdout, without other output.")
-]
+if TYPE_CHECKING:
+    from tierlm.llm import Piece
 
 
 @grouped
 def run(
     model: Model,
     *,
-    prompt: Annotated[str, Option("--prompt", "-p", help="The prompt; '-' reads it from standard input.")],
+    prompt: Annotated[
+        str | None, Option("--prompt", "-p", metavar="TEXT", help="The prompt; '-': from standard input.")
+    ] = None,
+    ids: Annotated[
+        str | None, Option(metavar="1,2,3", help="Token ids as the prompt; '-': from stdin. The answer is ids too.")
+    ] = None,
+    json: Json = None,
+    stats: ShowStats = False,
     budget: Annotated[Budget, Memory()],
     params: Annotated[SamplingParams, Sampling()],
     options: Annotated[LoadOptions, Loading()],
-    stats: ShowStats = False,
-    json_file: Json = None,
+    quiet: Annotated[bool, Messages()],
 ) -> None:
     """Continue a prompt and print the text as it is generated. Ctrl-C stops and keeps the text so far."""
-    if json_file not in (None, STDOUT) and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise UsageError(f"{json_file}: cannot be written: expected a file in an existing folder")
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    from tierlm.progress import prefill_bar
-
-    quiet = json_file == STDOUT
-    with load(model, budget, options, quiet) as llm:
-        with prefill_bar(llm, quiet) as bar:
-            text, ids, reason = show(llm.stream(prompt, params, on_prefill=bar), quiet)
+    if json not in (None, STDOUT) and (json.is_dir() or not json.parent.is_dir()):
+        raise UsageError(f"{json}: cannot be written: expected a file in an existing folder")
+    given = _prompt(prompt, ids)
+    silent = json == STDOUT
+    with load(model, budget, options, quiet or silent) as llm:
+        with prefill_bar(llm, quiet or silent) as bar:
+            pieces = llm.stream(given, params, on_prefill=bar)
+            text, new, reason = show(pieces if ids is None else _as_ids(pieces), silent)
         if stats:
             print_stats(llm.stats())
-        if json_file is not None:
-            result = {"model": model, "prompt": prompt, "text": text, "ids": ids, "finish_reason": reason}
-            emit(result | {"stats": llm.stats().as_json()}, json_file)
+        if json is not None:
+            answer = {"text": text if ids is None else None, "ids": new, "finish_reason": reason}
+            emit({"model": model, "prompt": given, **answer, "stats": llm.stats().as_json()}, json)
+
+
+def _prompt(text: str | None, ids: str | None) -> str | list[int]:
+    """The prompt, from the one of two options that is given. Raises UsageError."""
+    given = [value for value in (text, ids) if value is not None]
+    if len(given) != 1:
+        raise UsageError("expected one prompt, as --prompt TEXT or as --ids 1,2,3")
+    found = sys.stdin.read() if given[0] == "-" else given[0]
+    if ids is None:
+        return found
+    words = re.split(r"[\s,]+", found.strip().rstrip(","))
+    if wrong := [word for word in words if not re.fullmatch("[0-9]{1,18}", word)]:
+        raise UsageError(f"--ids: expected token ids such as 1,2,3, found {wrong[0]!r}")
+    return [int(word) for word in words]
+
+
+def _as_ids(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same pieces, with ids for text."""
+    separator = ""
+    for piece in pieces:
+        yield dataclasses.replace(piece, text=separator + ",".join(map(str, piece.ids)))
+        separator = ","

@@ -40,6 +40,7 @@ BESIDE = (
     "vocab*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "*.jinja",
     "LICENSE*",
 )
@@ -88,7 +89,10 @@ def pack_model(
         if say is not None:
             say(f"codec zstd: {count} of {total} records are compressed")
     beside = {
-        file.name: file.read_bytes() for pattern in BESIDE for file in sorted(folder.glob(pattern)) if file.is_file()
+        str(file.relative_to(folder)): file.read_bytes()
+        for pattern in BESIDE
+        for file in sorted(folder.glob(pattern))
+        if file.is_file()
     }
     config = json.loads(beside["config.json"])
     packings = (packing for records in files.values() for record in records for packing in record.packings)

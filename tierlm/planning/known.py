@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tierlm.checkpoints.checkpoint import read_json
+from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.checkpoints.hub import DEMO
-from tierlm.errors import CheckpointError
+from tierlm.errors import CheckpointError, ModelNotFoundError
 
 # name -> Hub ids, source of the dimensions, second source that they were checked against, config
 DATA = Path(__file__).with_name("known.json")
@@ -37,6 +38,8 @@ def find_config(model: str) -> Named:
     """The config of ``model``: "demo", a folder, a ``config.json``, a known name or Hub id, or another Hub id, of which
     only the config is downloaded. Raises CheckpointError."""
     path = DEMO if model == "demo" else Path(model)
+    if not (path / "config.json").is_file():
+        refuse_foreign(path)
     if path.is_dir():
         config = read_json(path / "config.json")
         whole = any(path.glob("*.safetensors"))
@@ -48,7 +51,7 @@ def find_config(model: str) -> Named:
         if model.lower() in (name.lower(), *(hub.lower() for hub in entry["hub"])):
             return Named(name, entry["config"], f"known as {name}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is None:
-        raise CheckpointError(
+        raise ModelNotFoundError(
             f"{model}: no such folder or file, and no known model; give a model folder, a config.json, a hub id, or "
             f"one of {', '.join(known)}"
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.errors import CheckpointError, ModelNotFoundError
+from tierlm.files import is_file, is_folder
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -18,9 +18,9 @@ def find_model(model: str | Path) -> Path:
         return DEMO
     folder = Path(model)
     refuse_foreign(folder)
-    if os.path.isdir(folder):  # unlike Path.is_dir, false for a name that is too long
+    if is_folder(folder):
         return folder
-    if os.path.isfile(folder):
+    if is_file(folder):
         raise CheckpointError(f"{folder}: expected the folder of a model in Hugging Face layout, found a file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
         raise ModelNotFoundError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from tests.toys import TOYS, make_toy, settings_of
 from tierlm import LLM, Budget, SamplingParams, TierlmError
 from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
 from tierlm.checkpoints.verify import damage as damage_of
+from tierlm.cli.output import STDOUT
 from tierlm.cli.planning import plan
 from tierlm.memory.heat import Heat
 from tierlm.models.catalog import Catalog
@@ -149,7 +151,8 @@ def test_plans_of_configs(format: str | None, name: str, damage: Damage, folder:
 
     config = settings_of(name) if name in TOYS else known_models()[name]["config"]
     file = replaced(folder / "config.json", damaged(json.dumps(config).encode(), damage))
-    tried(plan, str(file), "8GiB", "1GiB" if format else None, None, None, format, None, 16, None, True)
+    vram = "1GiB" if format else None
+    tried(partial(plan, vram=vram, format=format, prompt=16, json=STDOUT), str(file), "8GiB")
 
 
 @pytest.mark.parametrize(
@@ -282,4 +285,4 @@ def test_profiles(damage: Damage, folder: Path) -> None:
         start=3.0,
     ).write(folder / "whole.json")
     file = replaced(folder / "profile.json", damaged((folder / "whole.json").read_bytes(), damage))
-    tried(plan, "demo", "8GiB", "1GiB", None, file, None, None, 16, None, True)
+    tried(partial(plan, vram="1GiB", machine=file, prompt=16, json=STDOUT), "demo", "8GiB")

@@ -173,7 +173,7 @@ def test_the_engine_is_timed_with_other_weights_between_its_steps(monkeypatch: p
 def test_output_to_a_full_disk_is_one_line() -> None:
     """Whether it is found in the middle or, of a short output, at the end."""
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    for words in (("plan", "demo", "--ram", "1GiB", "--json"), ("--version",)):
+    for words in (("plan", "demo", "--ram", "1GiB", "--json", "-"), ("--version",)):
         command = [sys.executable, "-m", "tierlm", *words]
         with open("/dev/full", "w") as full:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.checkpoints.gguf_header import gguf_in
 from tierlm.errors import CheckpointError, ModelNotFoundError
+from tierlm.files import is_file, is_folder
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -24,9 +24,9 @@ def find_model(model: str | Path) -> Path:
     if (file := gguf_in(folder)) is not None:
         return file
     refuse_foreign(folder)
-    if os.path.isdir(folder):  # unlike Path.is_dir, false for a name that is too long
+    if is_folder(folder):
         return folder
-    if os.path.isfile(folder):
+    if is_file(folder):
         raise CheckpointError(f"{folder}: expected a folder in Hugging Face layout or a GGUF file, found another file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
         raise ModelNotFoundError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.checkpoints.gguf_header import gguf_in
 from tierlm.checkpoints.hub import DEMO
 from tierlm.errors import CheckpointError, ModelNotFoundError
+from tierlm.files import is_file, is_folder
 
 # name -> Hub ids, source of the dimensions, second source that they were checked against, config
 DATA = Path(__file__).with_name("known.json")
@@ -44,13 +44,13 @@ def find_config(model: str) -> Named:
     if (file := gguf_in(path)) is not None:
         described = describe(file)
         return Named(file.stem, described.config, described.where, file)
-    if not os.path.isfile(path / "config.json"):  # unlike Path.is_file, false for a name that is too long
+    if not is_file(path / "config.json"):
         refuse_foreign(path)
-    if os.path.isdir(path):
+    if is_folder(path):
         config = read_json(path / "config.json")
         whole = any(path.glob("*.safetensors"))
         return Named(path.resolve().name, config, str(path / "config.json"), path if whole else None)
-    if os.path.isfile(path):
+    if is_file(path):
         return Named(path.stem, read_json(path), str(path))
     known = known_models()
     for name, entry in known.items():

@@ -322,7 +322,7 @@ def test_into_and_out_of_the_latent_space(
 
 
 def format_of(name: str) -> str | None:
-    """A mixture as in GGUF files, within records too; None: float32. All of the first layer's attention has kernels."""
+    """A mixture as in GGUF files, within records too; None: float32."""
     rules = {
         "1.self_attn.q_a_proj": "q5_1",
         "1.self_attn.q_b_proj": "iq4_xs",

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from tierlm.formats import FORMATS, Shape
 from tierlm.formats.dtypes import torch_dtypes
+from tierlm.formats.ggml import GGML
 
-GGML_KERNELS = ("q8_0", "q4_0", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "mxfp4_ggml")
 # Format numbers of kernels/product.h, and those of the formats that round, with unrounded activations.
 NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}
-NUMBERS |= {name: 8 + i for i, name in enumerate(GGML_KERNELS)}
-EXACT = {"int8": 6, "int4": 7, **{name: 16 + i for i, name in enumerate(GGML_KERNELS)}}
+NUMBERS |= {format.name: 8 + i for i, format in enumerate(GGML)}
+EXACT = {"int8": 6, "int4": 7, **{format.name: 8 + len(GGML) + i for i, format in enumerate(GGML)}}
 TILES = ("int8", "int4")  # formats with interleaved rows
 VECTORS = ("f32", "bf16", "f16")  # formats of norms and biases in the compiled kernels
 

@@ -189,7 +189,6 @@ def test_missing_misshapen_and_mistyped_tensors_are_named(toy: Path, name: str) 
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["gptq", "fp8"]),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, ["[64, 64]", "[128, 128]"]),
-        ({"quantization_config": {"quant_method": "fp8"}}, ["None", "[128, 128]"]),
         ({"quantization_config": {"bits": 4}}, ["quantization"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
         ({"scoring_func": "softmax"}, ["scoring_func", "'softmax'", "'sigmoid'"]),

@@ -34,7 +34,9 @@ def plan(
     vram: Annotated[str | None, Option(help="Memory of the card that computes.")] = None,
     disk_bandwidth: Annotated[str | None, Option(help="Random reads, in bytes a second, e.g. 3.5GB.")] = None,
     machine: Annotated[Path | None, Option(help="A file from `tierlm profile --json`, of any machine.")] = None,
-    format: Annotated[str | None, Option(help="bf16, fp8, int8, int4, mxfp4 or q4_k_m; default: as published.")] = None,
+    format: Annotated[
+        str | None, Option(help="bf16, fp8, int8, int4, mxfp4, int4_g32, nvfp4 or q4_k_m; default: as published.")
+    ] = None,
     context: Annotated[int | None, Option(help="Tokens to reserve; default: the model's, up to 4096.")] = None,
     prompt: Annotated[int, Option(help="Tokens of the prompt, for the time to the first token.")] = 512,
     trace: Annotated[Path | None, Option(help="A trace of routing to use instead of assumed hit rates.")] = None,

@@ -23,7 +23,7 @@ DTYPES = torch_dtypes()
 class Weight:
     """A matrix [out, in] (or a vector [out]) in its stored format.
 
-    ``data``, ``scale``: the parts of the format for a weight of ``shape``; (): the shape of ``data``.
+    ``data``, ``scale``, ``factor``: the parts of the format for a weight of ``shape``; (): the shape of ``data``.
     ``exact``: products keep activations in float32 even if the format rounds them to int8.
     Computed once, since every product needs them: ``rounds``: products round activations; ``tiled``: rows are
     interleaved; ``plain``: the compiled kernels support this matrix; ``operand``: struct Matrix of kernels/team.h, with
@@ -35,6 +35,7 @@ class Weight:
     scale: Tensor | None = None
     shape: Shape = ()
     exact: bool = False
+    factor: Tensor | None = None
     rounds: bool = field(init=False, repr=False, compare=False)
     tiled: bool = field(init=False, repr=False, compare=False)
     plain: bool = field(init=False, repr=False, compare=False)
@@ -67,4 +68,4 @@ class Weight:
             return self
         scale = None if self.scale is None else known.rows(self.scale, total, start, stop)
         data = known.rows(self.data, total, start, stop)
-        return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact)
+        return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact, self.factor)

@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test lint docs sanitize clean
 
 demo: $(VENV)/.installed
-	$(BIN)/tierlm run demo -p "The Congress of the United States" --max-new-tokens 64 --ram 2GiB --stats
+	$(BIN)/tierlm run demo --raw -p "The Congress of the United States" --max-new-tokens 64 --ram 2GiB --stats
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
@@ -15,6 +15,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	rm -rf build/examples && $(BIN)/python tests/examples.py build/examples
+	cd build/examples && $(abspath $(BIN))/mypy --strict .  # as in a user's project
+
+# The site, in build/site; a dead link is an error (not with --quiet, which hides warnings from --strict too).
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The tests of what is compiled on libraries that watch their memory and their arithmetic: with the kernels that this
 # processor chooses, then with those for any processor.
@@ -41,7 +47,7 @@ $(VENV)/.installed: $(BIN)/python setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(BIN)/python setup.py constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint,plot,tune]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint,plot,tune,docs]"
 	touch $@
 
 clean:

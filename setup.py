@@ -24,6 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    package_dir={"": "."},  # makes an editable install a path, which mypy follows, instead of an import hook
     packages=find_packages(include=["tierlm", "tierlm.*"]),
     package_data={
         "tierlm": ["py.typed"],
@@ -40,7 +41,8 @@ setup(
         "jinja2>=3.1",
         "psutil>=5.9",
         "rich>=13",
-        "typer>=0.12",
+        "tomli>=2; python_version < '3.11'",
+        "typer>=0.20",
         "xxhash>=3.4",
     ],
     extras_require={
@@ -49,6 +51,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "tune": ["optuna>=4"],
         "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20", "zstandard>=0.22"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "ruff>=0.8"],
         "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil"],
     },
     ext_modules=[

@@ -1,11 +1,12 @@
 """Kernel rates, beside memory speed and beside llama.cpp on the same shapes.
 
-    python bench/kernels.py [--formats int4 int8 bf16] [--rounds 5]
+    python bench/kernels.py [--formats int4 int8 bf16 q4_k] [--rounds 5]
 
 Three tasks of DeepSeek-V2-Lite, on weights larger than any cache: a matrix and one row; a token's six experts; 512
 tokens over half of a layer's experts. Each format alternates with the llama.cpp type of nearly the same size: int4 with
-Q4_0, repacked for the processor; int8 with Q8_0; bf16 with BF16. Rates are multiplications of a weight, G weights/s,
-medians and ranges of the rounds; so the share of the memory's speed applies to one row only. The last line is JSON.
+Q4_0, repacked for the processor; int8 with Q8_0; bf16 with BF16. A format of GGUF alternates with itself, the experts'
+width rounded up to whole blocks. Rates are multiplications of a weight, G weights/s, medians and ranges of the rounds;
+so the share of the memory's speed applies to one row only. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,19 +26,31 @@ from ggml import Ggml
 from rich.console import Console
 from rich.table import Table
 
+from tierlm.formats import FORMATS
+from tierlm.formats.ggml import GGML
 from tierlm.kernels import Weight, gated_mlps, linear
 from tierlm.kernels.quantised import quantise
 
 HIDDEN, WIDTH, EXPERTS, CHOSEN, PROMPT = 2048, 1408, 32, 6, 512  # half of a layer's 64 experts, to save memory
 HEAD = 16384  # rows of the matrix: an eighth of a large vocabulary
 PEERS = {"int4": "Q4_0", "int8": "Q8_0", "bf16": "BF16"}
-BITS = {"int4": 4.5, "int8": 8.5, "bf16": 16.0}  # of a weight, scales included, on either side
+PEERS |= {format.name: format.dtype for format in GGML if format.rounds}
 SECONDS = 0.4  # of a round
 
 
-def copies_of(matrix: torch.Tensor, format: str, copies: int) -> list[Weight]:
+def width_of(format: str) -> int:
+    """WIDTH, rounded up to whole blocks."""
+    block = FORMATS[format].block[1]
+    return -(-WIDTH // block) * block
+
+
+def copies_of(ggml: Ggml, matrix: torch.Tensor, format: str, copies: int) -> list[Weight]:
     """``copies`` copies of one matrix."""
-    made = Weight(matrix.bfloat16(), "bf16") if format == "bf16" else quantise(matrix, format)
+    if FORMATS[format].packable:
+        made = quantise(matrix, format)
+    else:
+        data = torch.from_numpy(ggml.quantised(FORMATS[format].dtype, matrix))
+        made = Weight(data.view(len(matrix), -1), format, None, tuple(matrix.shape))
     scales = [None if made.scale is None else made.scale.clone() for _ in range(copies)]
     return [Weight(made.data.clone(), made.format, scale, made.shape) for scale in scales]
 
@@ -50,10 +63,11 @@ def choices(generator: torch.Generator, tokens: int) -> torch.Tensor:
 class Ours:
     """The kernels' side of a format."""
 
-    def __init__(self, format: str, generator: torch.Generator):
-        head = copies_of(torch.randn(HEAD, HIDDEN, generator=generator) / 50, format, 8)
-        gate, down = (torch.randn(n, m, generator=generator) / 50 for n, m in ((WIDTH, HIDDEN), (HIDDEN, WIDTH)))
-        parts = (copies_of(gate, format, EXPERTS), copies_of(gate, format, EXPERTS), copies_of(down, format, EXPERTS))
+    def __init__(self, ggml: Ggml, format: str, generator: torch.Generator):
+        head = copies_of(ggml, torch.randn(HEAD, HIDDEN, generator=generator) / 50, format, 8)
+        width = width_of(format)
+        gate, down = (torch.randn(n, m, generator=generator) / 50 for n, m in ((width, HIDDEN), (HIDDEN, width)))
+        parts = [copies_of(ggml, part, format, EXPERTS) for part in (gate, gate, down)]
         self.heads = itertools.cycle(head)
         experts = list(zip(*parts, strict=True))
         self.steps = {n: itertools.cycle([self._step(experts, n, generator) for _ in range(8)]) for n in (1, PROMPT)}
@@ -77,8 +91,8 @@ class Theirs:
     def __init__(self, ggml: Ggml, format: str, generator: torch.Generator):
         self.ggml, type = ggml, PEERS[format]
         repacked = type == "Q4_0"  # this version repacks no other type for AVX2
-        head = torch.randn(HEAD, HIDDEN, generator=generator) / 50
-        gate, down = (torch.randn(n, m, generator=generator) / 50 for n, m in ((WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+        head, width = torch.randn(HEAD, HIDDEN, generator=generator) / 50, width_of(format)
+        gate, down = (torch.randn(n, m, generator=generator) / 50 for n, m in ((width, HIDDEN), (HIDDEN, width)))
         self.gate, self.up, self.down = (ggml.weights(type, part, EXPERTS, repacked) for part in (gate, gate, down))
         matrices = [self._matrix(ggml.weights(type, head, 1, repacked)) for _ in range(8)]
         self.matrices = itertools.cycle(matrices)
@@ -134,15 +148,18 @@ def main() -> None:
     args = parser.parse_args()
 
     ggml, slab = Ggml(torch.get_num_threads()), torch.ones(2**27)
-    expert = 3 * HIDDEN * WIDTH
-    work = {
-        "matrix, 1 row": (lambda side: side.matrix, HEAD * HIDDEN),
-        "6 experts, 1 row": (lambda side: lambda: side.experts_of(1), CHOSEN * expert),
-        f"{EXPERTS} experts, {PROMPT} rows": (lambda side: lambda: side.experts_of(PROMPT), PROMPT * CHOSEN * expert),
-    }
     rows = []
     for format in args.formats:
-        ours = Ours(format, torch.Generator().manual_seed(0))
+        expert = 3 * HIDDEN * width_of(format)
+        work = {
+            "matrix, 1 row": (lambda side: side.matrix, HEAD * HIDDEN),
+            "6 experts, 1 row": (lambda side: lambda: side.experts_of(1), CHOSEN * expert),
+            f"{EXPERTS} experts, {PROMPT} rows": (
+                lambda side: lambda: side.experts_of(PROMPT),
+                PROMPT * CHOSEN * expert,
+            ),
+        }
+        ours = Ours(ggml, format, torch.Generator().manual_seed(0))
         theirs = Theirs(ggml, format, torch.Generator().manual_seed(0))
         found: dict[str, list[list[float]]] = {name: [[], []] for name in work}
         ram = []
@@ -151,7 +168,7 @@ def main() -> None:
             for name, (run_of, amount) in work.items():
                 for side, rates in zip((ours, theirs), found[name], strict=True):
                     rates.append(rate(run_of(side), amount))
-        limit = statistics.median(ram) * 8 / BITS[format]
+        limit = statistics.median(ram) * 8 / FORMATS[format].bits
         for name, (mine, other) in found.items():
             ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
             share = statistics.median(mine) / limit if name.endswith("1 row") else None

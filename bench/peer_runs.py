@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from disk import bytes_read, own_bytes_read
@@ -91,15 +92,20 @@ def run_tierlm_cold(request: Request) -> dict[str, Any]:
 def run_tierlm(request: Request, heat: bool = True) -> dict[str, Any]:
     """Below the text layer, which would hold back tokens that end within a character."""
     from tierlm import LLM, Budget, SamplingParams
+    from tierlm.client import Request as Tokens
+    from tierlm.engine.sequence import Pace, Progress
 
     clock = Clock(request.model, request.started)
     params = SamplingParams(max_new_tokens=request.tokens, ignore_eos=True)
     with LLM.load(request.model, budget=Budget(request.ram), context=CONTEXT, heat=heat) as llm:
         clock.loaded(request.pause)
-        scheduler = llm._runtime.scheduler
-        sequence = scheduler.submit(request.prompt, params)
-        while not sequence.ended:
-            for token in scheduler.advance([sequence])[0].ids:
+        tokens = Tokens(llm._client, SimpleQueue[Progress](), [(request.prompt, params)], Pace.ASKED)
+        tokens.submit()
+        finish = None
+        while finish is None:
+            progress = tokens.next()
+            finish = progress.finish
+            for token in progress.ids:
                 clock.token(token)
         stats = llm.stats()
     return clock.result() | {"hit_rate": stats.hit_rate, "notes": list(stats.notes)}

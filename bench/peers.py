@@ -8,7 +8,8 @@ all, and moves the first to the end. tierlm and accelerate read the folder in pl
 get the same ids and decode greedily. Load and start-to-first-token count from the start of the process. Decode runs
 from the first new token to the last; its bytes are those that the block device delivered meanwhile, to all processes,
 and those that the process itself requested. The peak includes cached pages, which fill any cgroup smaller than the
-mapped file. A probe of the disk's ceiling precedes each round (bench/disk.py).
+mapped file. A probe of the disk's ceiling precedes each round (bench/disk.py). A note says how many tokens all engines
+have in common; texts part at a tie within rounding, and soon if an engine computes something else (bench/noise.py).
 
 "tierlm" runs as at its first start; "tierlm-again" has run once before and knows the most used experts.
 "llama.cpp-repacked" copies quantised weights into the layout of its fastest kernels, if memory holds them all.
@@ -20,6 +21,7 @@ codes: 0 success, 1 nothing could be measured, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -107,6 +109,11 @@ def ratios(own: list[Run], other: list[Run]) -> list[float]:
     """tierlm's decode speed over a peer's, round by round."""
     pairs = zip(own, other, strict=False)
     return [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs if "failed" not in a | b]
+
+
+def common_start(texts: list[list[int]]) -> int:
+    """With how many ids all ``texts`` begin alike."""
+    return len(list(itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*texts, strict=False))))
 
 
 def summary(runs: list[Run]) -> dict[str, dict[str, float]]:
@@ -222,8 +229,8 @@ def measure(args: argparse.Namespace) -> Measured:
         for turn in range(args.rounds):
             measure_round(args, turn, found, files, cache)
     known = [run["ids"] for runs in found.cases.values() for run in runs if -1 not in run.get("ids", [-1])]
-    texts = {tuple(ids[: min(args.counts.values())]) for ids in known}
-    found.note("all decoded the same tokens" if len(texts) == 1 else "not all decoded the same tokens")
+    if known:
+        found.note(f"all decoded the same first {common_start(known)} of {min(map(len, known))} tokens")
     return found
 
 

@@ -21,15 +21,15 @@ RATE = {"softmax": 0.2, "sigmoid": 0.04}  # of a step: a sigmoid's scores spread
 CEILING = 0.9  # the largest requested probability; a certain choice needs an infinite bias
 
 
-def choose(spec: ModelSpec, logits: Tensor, bias: Tensor) -> Tensor:
-    """The experts, int64 [n, k], that the router picks for ``logits`` [n, experts] under a bias: V3's correction bias
-    acts on the scores; V2 has none, so the logits are shifted."""
+def route(spec: ModelSpec, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The router's weights, float32 [n, k], and expert ids, int64 [n, k], for ``logits`` [n, experts] under a bias:
+    V3's correction bias acts on the scores; V2 has none, so the logits are shifted."""
     alone = replace(spec, layers=(spec.layers[spec.moe_layers[0]],))
     eye = Weight(torch.eye(spec.experts), "f32")
     resident = {"0.router": eye, "0.norm": Weight(torch.ones(spec.experts), "f32")}
     if not router_of(spec).correction:
-        return Router(alone, resident).route(logits + bias, 0)[1]
-    return Router(alone, resident | {"0.correction": Weight(bias, "f32")}).route(logits, 0)[1]
+        return Router(alone, resident).route(logits + bias, 0)
+    return Router(alone, resident | {"0.correction": Weight(bias, "f32")}).route(logits, 0)
 
 
 def router_of(spec: ModelSpec) -> RouterSpec:
@@ -59,16 +59,22 @@ def fit_bias(spec: ModelSpec, skew: float) -> Tensor:
     if skew == 0:
         return bias
     for _ in range(STEPS):
-        counts = choose(spec, logits, bias).flatten().bincount(minlength=spec.experts)
+        counts = route(spec, logits, bias)[1].flatten().bincount(minlength=spec.experts)
         bias += RATE[router_of(spec).score] * (target / (counts + 0.5) * SAMPLES).log()
     return bias - bias.mean()
+
+
+def expert_gain(spec: ModelSpec, bias: Tensor) -> float:
+    """The factor on an expert's output that gives the weighted sum of a token's experts the spread of one output."""
+    weights, _ = route(spec, torch.randn(SAMPLES, spec.experts), bias)
+    return float(weights.square().sum(-1).mean()) ** -0.5
 
 
 def reuse(spec: ModelSpec, bias: Tensor, common: float) -> float:
     """P(the next token chooses an expert again) if ``common`` of the logits' variance is shared."""
     same = common**0.5 * torch.randn(SAMPLES, spec.experts)
     first, second = (
-        choose(spec, same + (1 - common) ** 0.5 * torch.randn(SAMPLES, spec.experts), bias) for _ in range(2)
+        route(spec, same + (1 - common) ** 0.5 * torch.randn(SAMPLES, spec.experts), bias)[1] for _ in range(2)
     )
     return float((first[:, :, None] == second[:, None, :]).any(-1).float().mean())
 

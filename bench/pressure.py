@@ -4,8 +4,8 @@
 
 In a memory cgroup of the limit (v1 or v2; needs root) a model generates with --ram auto. After a third of the tokens a
 second process takes all free memory but ``--leave``, and holds it until the next third is done. The last line is JSON:
-slots and seconds of each token, whether the tokens equal those without a second process, and whether anything was
-killed.
+slots and seconds of each token, whether the tokens equal those without a second process, also the bits of their logits
+when computed once more, and whether anything was killed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import xxhash
 from limited import available, run_limited
 
 from tierlm.config import parse_size
@@ -45,7 +46,8 @@ def generate(model: str, tokens: int, leave: int) -> None:
             ids += piece.ids
             rows.append((len(tier.slots), llm.stats().decode.seconds))
         notes = [note for note in llm.stats().notes if "short of memory" in note]
-    print(json.dumps({"ids": ids, "rows": rows, "notes": notes}))
+        logits = xxhash.xxh3_128_hexdigest(llm.logits(ids).numpy())
+    print(json.dumps({"ids": ids, "logits": logits, "rows": rows, "notes": notes}))
 
 
 def main() -> None:
@@ -75,7 +77,8 @@ def main() -> None:
         slots = [row[0] for row in rows]
         print(f"{name}: {min(slots)} to {max(slots)} slots, {1 / statistics.median(steps):.2f} tokens/s")
     print("\n".join(beside["notes"]))
-    print(json.dumps({"same tokens": alone["ids"] == beside["ids"], "killed": beside["killed"], "runs": found}))
+    same = {f"same {what}": alone[what] == beside[what] for what in ("ids", "logits")}
+    print(json.dumps({**same, "killed": beside["killed"], "runs": found}))
 
 
 if __name__ == "__main__":

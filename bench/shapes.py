@@ -95,7 +95,7 @@ QWEN3_30B: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 TOY: dict[str, Any] = {
-    "vocab_size": 1024,
+    "vocab_size": 2048,
     "hidden_size": 128,
     "intermediate_size": 192,
     "moe_intermediate_size": 64,

@@ -21,9 +21,12 @@ torch.set_num_threads(1)  # the toys are too small for several threads, and othe
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps the tests out of the user's cache folder."""
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps the tests out of the user's cache folder and settings."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+    for name in [name for name in os.environ if name.startswith("TIERLM_")]:
+        del os.environ[name]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from toys import make_toy
 
-from tierlm import LLM, Budget, BudgetError, SamplingParams
+from tierlm import LLM, Budget, BudgetError, SamplingParams, loading
 
 BENCH = Path(__file__).parent.parent / "bench"
 LIMIT = 480 * 2**20
@@ -101,9 +101,51 @@ def test_logits_that_do_not_fit_are_refused(toy_v3: tuple[Path, Any]) -> None:
     with LLM.load(toy_v3[0], budget=Budget("8GiB"), prefill_chunk=2) as llm:
         nothing_left = sum(llm._runtime.plan.ram.parts.values())
         llm._runtime = dataclasses.replace(llm._runtime, ram_budget=nothing_left)
-        with pytest.raises(BudgetError, match="ask for at most 2 tokens"):
+        with pytest.raises(BudgetError, match=r"logits_tokens=3, whose least .* ask for at most 2 tokens"):
             llm.logits([3, 4, 5])
         assert llm.logits([3, 4]).shape == (2, 131)
+
+
+def test_the_budget_that_the_error_names_does_for_the_logits(toy_v3: tuple[Path, Any]) -> None:
+    """As large as the context, and planned for: no more is planned than the least."""
+    ids, options = [7] * 200, {"prefill_chunk": 2, "context": 200}
+    with LLM.load(toy_v3[0], budget=Budget("8GiB"), **options) as llm:  # type: ignore[arg-type]
+        llm._runtime = dataclasses.replace(llm._runtime, ram_budget=sum(llm._runtime.plan.ram.parts.values()))
+        with pytest.raises(BudgetError) as caught:
+            llm.logits(ids)
+        before, floor = llm.stats().plan.ram, caught.value.floor
+        assert floor == before.floor - before.parts["logits"] + 200 * 131 * 4
+    more = 64 * 2**20  # the interpreter has grown meanwhile
+    with LLM.load(toy_v3[0], budget=Budget(floor + more), logits_tokens=200, **options) as llm:  # type: ignore[arg-type]
+        assert llm.stats().plan.ram.parts["logits"] == 200 * 131 * 4
+        assert llm.logits(ids).shape == (200, 131)
+
+
+def test_more_than_this_process_can_have_is_refused(toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is planned: a budget may be larger than the machine, if the model is not."""
+    with LLM.load(toy_v3[0], budget=Budget("8GiB")) as llm:
+        planned = sum(llm.stats().plan.ram.parts.values())
+    monkeypatch.setattr(loading, "total_ram", lambda: planned // 2)
+    with pytest.raises(BudgetError, match=r"ram budget of 8\.00 GiB leads to a plan of .* would be killed") as caught:
+        LLM.load(toy_v3[0], budget=Budget("8GiB"))
+    assert caught.value.given == 8 * 2**30
+    monkeypatch.setattr(loading, "total_ram", lambda: 2 * planned)
+    with LLM.load(toy_v3[0], budget=Budget("8GiB")) as llm:
+        assert llm._runtime.logits_room < 2 * planned
+
+
+def test_more_than_is_free_is_warned_of(toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_ram", lambda: -(2**30))
+    with pytest.warns(UserWarning, match="of host memory and .* are free"):
+        LLM.load(toy_v3[0], budget=Budget("8GiB")).close()
+
+
+@needs_cgroup
+def test_a_budget_above_the_cgroup_is_refused_by_run(larger_than_the_limit: Path) -> None:
+    command = [sys.executable, "-m", "tierlm", "run", str(larger_than_the_limit), "-p", "x", "--ram", "8GiB"]
+    process, report = limited.run_limited(command, LIMIT, capture_output=True, env=os.environ)
+    assert process.returncode == 1 and report["killed"] == 0
+    assert process.stderr.startswith("error: BudgetError: a ram budget of 8.00 GiB leads to a plan of")
 
 
 def test_a_disk_is_held_to_a_rate_and_let_go(tmp_path: Path) -> None:

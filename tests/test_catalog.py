@@ -18,6 +18,7 @@ from tierlm.checkpoints.hub import find_model
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import FAMILIES, read_spec
 from tierlm.models.catalog import Catalog
+from tierlm.planning.known import find_config
 from tierlm.spec import Dense, ExpertKey, HeadKey, Latent, ModelSpec, Moe, ResidentKey, TrunkKey
 
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
@@ -642,6 +643,21 @@ def test_model_that_is_neither_folder_nor_id(model: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         find_model(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [("pytorch_model.bin", "pickle"), ("m.pth", "pickle"), ("m.onnx", "ONNX")],
+)
+def test_weights_of_other_tools_are_named(file: str, kind: str, toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    (tmp_path / file).touch()
+    for model in (tmp_path, tmp_path / file):
+        for find in (find_model, find_config):
+            with pytest.raises(UnsupportedModelError, match=rf"{file}: expected .* GGUF file, found an? {kind}"):
+                find(str(model))
+    (toy / file).touch()
+    assert find_model(toy) == toy, "beside safetensors, others do no harm"
 
 
 def test_model_that_is_a_file(toy: Path) -> None:

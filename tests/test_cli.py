@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import select
 import shutil
@@ -24,10 +25,12 @@ from toys import edit_config, make_toy
 from typer.testing import CliRunner
 
 from tierlm import LLM, Budget, RuntimeOptions, SamplingParams, __version__, cli
-from tierlm.cli.generation import chat, run
-from tierlm.cli.options import Loading, Memory, Sampling, grouped
+from tierlm.cli.chat import chat
+from tierlm.cli.options import Loading, Memory, Messages, Sampling, grouped
+from tierlm.cli.run import run
 from tierlm.cli.tracing import record
 from tierlm.config import LoadOptions
+from tierlm.text import TextCodec
 
 VOCAB = 300
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -132,6 +135,31 @@ def test_run_prints_the_text(model: str, tierlm: Any) -> None:
     assert "error" not in outcome.err
 
 
+def test_ids_are_a_prompt_for_a_model_without_tokenizer(model: str, tierlm: Any) -> None:
+    words = ("-n", "5", "--context", "64")
+    prompt = TextCodec(Path(model)).encode("the quick")
+    text = json.loads(tierlm("run", model, "--raw", "-p", "the quick", *words, "--json", "-").out)
+    (Path(model) / "tokenizer.json").unlink()
+    given = ",".join(map(str, prompt))
+    outcome = tierlm("run", model, "--ids", given, *words, "--json", "ids.json")
+    assert outcome.code == 0 and outcome.out == ",".join(map(str, text["ids"])) + "\n"
+    found = json.loads(Path("ids.json").read_text())
+    assert (found["prompt"], found["text"], found["ids"]) == (prompt, None, text["ids"])
+    piped = CliRunner().invoke(cli.app, ["run", model, "--ids", "-", *words], input=given.replace(",", " \n") + "\n")
+    assert piped.stdout == outcome.out
+
+
+def test_verbose_logs_the_plan_and_the_disk_and_changes_no_text(model: str, tierlm: Any) -> None:
+    words = ("run", model, "-p", "the quick", "-n", "3", "--context", "64")
+    logger = logging.getLogger("tierlm")
+    try:
+        loud = tierlm(*words, "--verbose", "--quiet")
+    finally:
+        logger.handlers, logger.level = [], logging.NOTSET
+    assert all(word in loud.err for word in ("plan of ram: ", "expert slots", "reader ", "loaded in "))
+    assert loud.out == tierlm(*words).out
+
+
 def test_options_of_the_disk_reach_the_model(model: str, tierlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[dict[str, Any]] = []
     real = LLM.load
@@ -207,7 +235,7 @@ def test_chat_answers_and_ends_with_its_input(original: Path) -> None:
 
 def test_options_not_given_are_the_defaults_of_the_api() -> None:
     assert Memory().make() == Budget()
-    assert Sampling().make() == SamplingParams()
+    assert SamplingParams(**Sampling().make()) == SamplingParams()
     assert RuntimeOptions(**Loading().make()) == RuntimeOptions()
 
 
@@ -228,15 +256,16 @@ def test_grouped_options_become_objects() -> None:
     app = typer.Typer()
     app.command()(command)
     words = (
-        "m --ram 1GiB --top-k 3 --stop x --stop y --mirror one --probe --no-heat --timeline t.json --exact --context 9"
+        "m --ram 1GiB --top-k 3 --stop x --stop y --mirror one --probe --no-heat --timeline t.json --exact -c 9 "
+        "--threads 3 --temp 0.5 --n-predict 7 --ctx-size 8"
     )
     result = CliRunner().invoke(app, words.split())
     assert result.exit_code == 0, result.output
     *names, budget, params, options = got
     assert names == ["m", "a"] and budget == Budget("1GiB")
-    assert params == SamplingParams(512, top_k=3, seed=7, stop=("x", "y"))
+    assert SamplingParams(**params) == SamplingParams(7, temperature=0.5, top_k=3, seed=7, stop=("x", "y"))
     assert RuntimeOptions(**options) == RuntimeOptions(
-        mirrors=("one",), probe="refresh", heat=False, timeline=Path("t.json"), exact=True, context=9
+        mirrors=("one",), probe="refresh", heat=False, timeline=Path("t.json"), exact=True, context=8, threads=3
     )
 
 
@@ -244,10 +273,10 @@ def test_run_chat_and_record_have_the_same_options() -> None:
     def names(command: Any) -> set[str]:
         return set(inspect.signature(command).parameters)
 
-    shared = {field.name for group in (Memory, Sampling, Loading) for field in dataclasses.fields(group)}
-    assert names(run) - shared == {"model", "prompt", "stats", "json_file"} and shared < names(run)
+    shared = {field.name for group in (Memory, Sampling, Loading, Messages) for field in dataclasses.fields(group)}
+    assert names(run) - shared == {"model", "prompt", "ids", "system", "raw", "stats", "json"} and shared < names(run)
     assert names(chat) - shared == {"model", "system", "stats"} and shared < names(chat)
-    assert names(record) - shared == {"model", "prompts", "output", "scores"} and shared < names(record)
+    assert names(record) - shared == {"model", "prompts", "output", "scores", "json"} and shared < names(record)
 
 
 # --- failure
@@ -299,13 +328,13 @@ def test_budget_below_the_floor(model: str, tierlm: Any, tier: str) -> None:
 def test_folder_that_does_not_exist(model: str, tierlm: Any, folder: str) -> None:
     with leaves_nothing():
         outcome = tierlm("run", folder, "-p", "the")
-    check_failure(outcome, 1, "CheckpointError", str(Path(folder)), "no such folder")
+    check_failure(outcome, 2, "ModelNotFoundError", str(Path(folder)), "no such folder")
 
 
 @pytest.mark.parametrize("folder", ["my[bold]model", "my[/such]model", "my[link=x]model", ":fox_face:"])
 def test_messages_are_printed_as_they_are(model: str, tierlm: Any, folder: str) -> None:
     """Brackets and colons in a name are not markup."""
-    check_failure(tierlm("run", folder, "-p", "the"), 1, "CheckpointError", f" {folder}: no such folder")
+    check_failure(tierlm("run", folder, "-p", "the"), 2, "ModelNotFoundError", f" {folder}: no such folder")
 
 
 def test_standard_error_has_no_empty_line(model: str, tierlm: Any) -> None:
@@ -393,11 +422,11 @@ def test_module_is_the_console_script(model: str) -> None:
             env=environment(),
             check=False,
         )
-    check_failure(Outcome(ended.returncode, ended.stdout, ended.stderr), 1, "CheckpointError", "missing")
+    check_failure(Outcome(ended.returncode, ended.stdout, ended.stderr), 2, "ModelNotFoundError", "missing")
 
 
 @contextmanager
-def interruptible(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def interruptible(words: list[str], **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command in a process that handles SIGINT, even if this process has inherited that it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -405,7 +434,7 @@ def interruptible(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
             [sys.executable, "-m", "tierlm", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment(),
+            env=environment() | variables,
         )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -441,6 +470,23 @@ def test_interrupt_ends_a_generation_with_what_there_is(model: str) -> None:
     assert (shown + rest).decode() == result["text"] + "\n"
 
 
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_interrupt_during_an_import_that_swallows_it(module: str, model: str, tmp_path: Path) -> None:
+    """As destructors and callbacks do, at times."""
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / f"{module}.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.01)\n"
+        "except KeyboardInterrupt:\n    pass\n"
+        f"raise SystemExit('{module} was imported')\n"
+    )
+    path = os.pathsep.join([str(fake), *sys.path])
+    with interruptible(["run", model, "-p", "x"], PYTHONPATH=path) as process:
+        _, errors = process.communicate(timeout=LIMIT)
+    assert (process.returncode, errors) == (-signal.SIGINT, b"")
+
+
 def test_reader_of_the_output_that_goes_away_is_no_traceback(model: str) -> None:
     words = ["run", model, "-p", "the quick", "-n", "19000", "--context", "20000", "--temperature", "1", "--seed", "1"]
     with leaves_nothing(), interruptible(words) as process:
@@ -462,8 +508,9 @@ def test_version() -> None:
 
 
 def test_pack_verify_and_run(model: str, tierlm: Any) -> None:
-    outcome = tierlm("pack", model, "packed", "--experts", "keep", "--trunk", "keep")
+    outcome = tierlm("pack", model, "packed", "--experts", "keep", "--trunk", "keep", "--json", "-")
     assert outcome.code == 0 and "packed: " in outcome.err
+    assert json.loads(outcome.out)["bytes"] == sum(file.stat().st_size for file in Path("packed").iterdir())
     outcome = tierlm("verify", "packed")
     assert outcome.code == 0 and "all checksums match" in outcome.err
     assert "no checksums" in tierlm("verify", model).err
@@ -474,6 +521,14 @@ def test_pack_verify_and_run(model: str, tierlm: Any) -> None:
     data[-5000] ^= 4
     file.write_bytes(data)
     check_failure(tierlm("verify", "packed"), 1, str(file), "expert 15 of layer 2", "expected xxh3_64", "found")
+    outcome = tierlm("verify", "packed", "--json", "-")
+    found = json.loads(outcome.out)
+    assert outcome.code == 1 and found["checksums"] and "expert 15 of layer 2" in "".join(found["damage"])
+
+
+def test_pack_keeps_to_a_budget_or_says_what_it_needs(model: str, tierlm: Any) -> None:
+    with leaves_nothing():
+        check_failure(tierlm("pack", model, "out", "--ram", "1MiB"), 1, "BudgetError", "that packing needs", "1.00 MiB")
 
 
 def test_pack_refuses_what_cannot_be(model: str, tierlm: Any) -> None:
@@ -481,7 +536,7 @@ def test_pack_refuses_what_cannot_be(model: str, tierlm: Any) -> None:
         check_failure(tierlm("pack", model, model), 2, "exists already")
         check_failure(tierlm("pack", model, f"{model}/packed"), 2, "is inside the model's folder")
         check_failure(tierlm("pack", model, "packed", "--experts", "int3"), 2, "int3", "int4")
-        check_failure(tierlm("pack", "nothing-here", "packed"), 1, "nothing-here")
+        check_failure(tierlm("pack", "nothing-here", "packed"), 2, "nothing-here")
 
 
 def test_an_interrupted_pack_says_that_it_goes_on(model: str, tierlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

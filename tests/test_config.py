@@ -153,6 +153,12 @@ BAD_SAMPLING: list[tuple[str, Any]] = [
     *(("stop", value) for value in ("", [""], ["a", ""], [1], [None], [b"a"], None, 5)),
     *(("stop_ids", value) for value in ([-1], [1.0], ["1"], [None], [True], "12", None, 5)),
     *(("ignore_eos", value) for value in (None, 1, "yes")),
+    *(("frequency_penalty", value) for value in (2.1, -2.1, NAN, INF, "1", None, True)),
+    *(("presence_penalty", value) for value in (2.1, -2.1, NAN, INF, "1", None, True)),
+    *(("logit_bias", value) for value in ({-1: 0}, {1.0: 0}, {"1": 0}, {True: 0}, {1: 101}, {1: NAN}, {1: "1"})),
+    *(("logit_bias", value) for value in (None, "", 5, [1], [(1, 2.0)])),
+    *(("n", value) for value in (0, -1, 1.0, "2", None, True)),
+    *(("logprobs", value) for value in (-1, 101, 1.0, "2", True)),
 ]
 
 
@@ -178,6 +184,11 @@ def test_bad_sampling_names_the_field(field: str, value: Any) -> None:
         {"seed": -1},
         {"seed": 2**64 - 1},
         {"ignore_eos": True},
+        {"frequency_penalty": -2, "presence_penalty": 2.0},
+        {"logit_bias": {5: -100, 6: 100.0}},
+        {"n": 3, "seed": 2**64 - 3},
+        {"logprobs": 0},
+        {"logprobs": 100},
     ],
     ids=str,
 )
@@ -194,6 +205,19 @@ def test_stops_become_tuples() -> None:
     assert hash(SamplingParams(stop=["a"])) == hash(SamplingParams(stop="a"))
 
 
+def test_a_bias_is_the_parameters_own() -> None:
+    bias = {5: 1.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[6] = 2.0
+    assert params == SamplingParams(logit_bias={5: 1.0}) != SamplingParams()
+    assert hash(params) == hash(SamplingParams(logit_bias={5: 1.0}))
+
+
+def test_the_last_samples_seed_is_one_too() -> None:
+    with pytest.raises(UsageError, match=r"^n: expected at most 3 with the seed 18446744073709551613, found 4"):
+        SamplingParams(n=4, seed=2**64 - 3)
+
+
 # --- options
 
 BAD_OPTIONS: list[tuple[str, Any]] = [
@@ -202,9 +226,10 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     *(("probe", value) for value in ("", "on", "Auto", None, True)),
     *(("kv_dtype", value) for value in ("", "float16", "fp32", None)),
     *(("prefill_chunk", value) for value in (0, -1, 1.0, "512", None, True)),
-    *(("transfer_threads", value) for value in (0, -1, 257, 8.0, "8", True)),
+    *((field, value) for field in ("threads", "transfer_threads") for value in (0, -1, 257, 8.0, "8", True)),
     *(("io_timeout", value) for value in (0, -1, NAN, INF, "60", None, True)),
     *(("context", value) for value in (0, -1, 1.5, "4096", True, NAN)),
+    *(("logits_tokens", value) for value in (0, -1, 1.5, "4", True)),
     *(("ram_slots", value) for value in (0, -1, 1.5, "4", True)),
     *(("vram_slots", value) for value in (0, -1, 1.5, "4", True)),
     *(("resident_trunks", value) for value in (-1, 1.5, "4", True)),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -167,6 +169,37 @@ def test_rates_say_where_they_are_from(tmp_path: Path) -> None:
     for name, why in (("other.json", "version 99"), ("absent.json", "cannot be read")):
         with pytest.raises(UsageError, match=why):
             read_profile(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cores": 0},
+        {"cores": "2"},
+        {"cores": 2.5},
+        {"ram": -1},
+        {"beside": [0.0, 0.5]},
+        {"beside": [0.5]},
+        {"layer": math.inf},
+        {"record": math.nan},
+        {"touch": 3},
+        {"disk_capacity": None},
+        {"kernels": [{"format": "bf16", "rows": 0, "threads": 1, "rate": {"median": 1.0, "low": 1.0, "high": 1.0}}]},
+        {"links": {"device memory": {"median": 0, "low": 1, "high": 1}}},
+        {"links": {"device memory": {"median": 1, "low": 1}}},
+        {"memory": [None]},
+        {"when": ["today"]},
+    ],
+)
+def test_a_profile_with_values_that_nothing_measures(change: dict[str, Any], tmp_path: Path) -> None:
+    profile = Profile("today", "a processor", 2, 2**34, 2**33)
+    (tmp_path / "p.json").write_text(json.dumps(dataclasses.asdict(profile) | change))
+    with pytest.raises(UsageError, match="expected a file from `tierlm profile --json`, found"):
+        read_profile(tmp_path / "p.json")
+
+
+def test_a_model_without_experts_hits_always() -> None:
+    assert skewed_hits(0.0, dataclasses.replace(WORK, moe_layers=0, experts=0, experts_per_token=0)) == 1.0
 
 
 def test_a_format_that_was_not_measured_is_taken_to_be_bound_by_memory() -> None:

@@ -81,7 +81,7 @@ def test_text_is_tokenised_as_transformers_does(windows: list[list[int]]) -> Non
         assert llm.codec.decode(llm.codec.encode(text)) == text
         messages = [{"role": "user", "content": "Hello"}]
         expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert llm.codec.chat(messages) == expected
+        assert llm.codec.template.render(messages) == expected
 
 
 def test_streamed_text_is_the_generated_text() -> None:

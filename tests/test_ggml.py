@@ -54,8 +54,8 @@ def taken(x: Tensor, weight: Weight) -> Tensor:
 
 
 def bound_of(left: Tensor, right: Tensor, name: str) -> Tensor:
-    """The error allowed in ``left @ right``. In Q4_K a small value is the difference of two large ones."""
-    return (1e-5 if name.startswith("q4_k") else 1e-6) * (left.double().abs() @ right.double().abs()) + 1e-30
+    """The error allowed in ``left @ right``. With minima, a small value is the difference of two large ones."""
+    return (1e-5 if name.split()[0] in ZERO else 1e-6) * (left.double().abs() @ right.double().abs()) + 1e-30
 
 
 # --- the values
@@ -151,10 +151,15 @@ def in_order(x: Tensor, weight: Weight) -> Tensor:
 ONE = {
     "q8_0": [(2, 34, 1)],
     "q4_0": [(2, 18, 0x99)],
-    "q4_k": [(2, 4, 0), (16, 144, 0x11)],  # and no minima
+    "q4_1": [(2, 4, 0), (4, 20, 0x11)],  # and no minimum
+    "q5_0": [(2, 6, 0xFF), (6, 22, 0x11)],
+    "q4_k": [(2, 4, 0), (16, 144, 0x11)],
+    "q5_k": [(2, 4, 0), (16, 48, 0), (48, 176, 0x11)],
     "q6_k": [(0, 128, 0x11), (128, 192, 0xAA)],
     "mxfp4_ggml": [(1, 17, 0x11)],
 }
+# Codes of zero in formats with minima.
+ZERO = {"q4_1": (4, 20, 0), "q4_k": (16, 144, 0), "q5_k": (16, 176, 0)}
 
 
 def unpacked(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,7 +172,7 @@ def unpacked(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
         return widen_reference(replace(weight, data=changed))
 
     scales = values(*ONE[weight.format])
-    minima = -values((16, 144, 0)) if weight.format == "q4_k" else torch.zeros(weight.shape)
+    minima = -values(ZERO[weight.format]) if weight.format in ZERO else torch.zeros(weight.shape)
     numbers = (widen_reference(weight) + minima) / scales
     return torch.where(scales == 0, 0.0, numbers).round(), scales, minima
 
@@ -325,7 +330,7 @@ def format_of(name: str) -> str | None:
     rules = {
         "embed_tokens": "q6_k",
         "lm_head": "q4_k",
-        "q_a_proj": "q5_0",
+        "q_a_proj": "q5_1",
         "q_b_proj": "iq4_xs",
         "kv_a_proj_with_mqa": "q8_0",
         "kv_b_proj": "q8_0",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierlm import LLM, Budget, SamplingParams
+from tierlm import LLM, Budget, SamplingParams, StorageError
 from tierlm.memory.heat import REMEMBERED, Heat
 from tierlm.spec import ExpertKey
 
@@ -28,6 +28,7 @@ def test_hottest_are_those_with_the_largest_share_of_their_layers_turns() -> Non
     assert heat.share(ExpertKey(2, 7)) == heat.share(ExpertKey(3, 0)) == 0.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 2), st.sets(st.integers(0, 7))), max_size=30))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, set[int]]]) -> None:
     file = tmp_path_factory.mktemp("heat") / "new folder" / "heat.json"
@@ -67,6 +68,11 @@ def test_old_runs_fade(tmp_path: Path) -> None:
         json.dumps({"version": 1, "turns": [[1, 0]], "uses": [[1, 1, 3]]}),
         json.dumps({"version": 1, "turns": [[1, 5]], "uses": [[1, 1, -3]]}),
         '{"version": 1, "turns": [[1, 5]], "uses": [[1, 1, NaN]]}',
+        '{"version": 1, "turns": [[1, Infinity]], "uses": [[1, 1, 3]]}',
+        '{"version": 1, "turns": [[Infinity, 5]], "uses": [[1, 1, 3]]}',
+        '{"version": 1, "turns": [[1, 5]], "uses": [[1, 1, 6]]}',
+        '{"version": 1, "turns": [[1, -5]], "uses": [[1, 1, -6]]}',
+        '{"version": 1, "turns": ' + "[" * 100_000,
     ],
 )
 def test_a_file_that_makes_no_sense_is_no_heat(tmp_path: Path, text: str) -> None:
@@ -95,12 +101,13 @@ def test_the_next_run_begins_with_the_hottest(
         assert (hits or 0) > (llm.stats().hit_rate or 1)
 
 
-def test_a_cache_folder_that_cannot_be_written_is_a_warning(
+def test_a_cache_folder_that_cannot_be_written_is_an_error_after_the_run(
     toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     llm = LLM.load(toy_v3[0], budget=RAM)
     llm.generate([[5]], SamplingParams(max_new_tokens=2))
-    with pytest.warns(UserWarning, match="not written"):
+    with pytest.raises(StorageError, match=r"heat \(.*--no-heat.*\): .*file/tierlm/heat/.*json: cannot be written: "):
         llm.close()
+    llm.close()

@@ -14,6 +14,7 @@ import torch
 import tierlm
 from tierlm import LLM, Budget, CheckpointError, PromptError, SamplingParams, StorageError, UsageError
 from tierlm.checkpoints.reader import Reader, Request, failure
+from tierlm.models.decoder import Decoder
 
 RAM = Budget("8GiB")
 TEN = SamplingParams(max_new_tokens=10, ignore_eos=True)
@@ -51,8 +52,10 @@ def is_expert(request: Request, name: str = ".experts.") -> bool:
 
 
 def test_public_names() -> None:
+    assert sorted(tierlm.__all__) == sorted(set(tierlm.__all__))
     for name in tierlm.__all__:
-        assert getattr(tierlm, name) is not None
+        assert getattr(tierlm, name).__name__ == name
+        assert getattr(tierlm, name).__doc__
     with pytest.raises(AttributeError):
         _ = tierlm.Nothing
 
@@ -223,6 +226,24 @@ def test_options_act_or_raise(toy_v3: tuple[Path, Any]) -> None:
             LLM.load(folder, budget=RAM, **options)
     with pytest.raises(CheckpointError, match="no such folder"):
         LLM.load(folder / "nothing", budget=RAM)
+
+
+def test_each_model_computes_with_its_own_threads(toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    before, counts = torch.get_num_threads(), list[int]()
+    real = Decoder.forward
+
+    def forward(*given: Any, **options: Any) -> Any:
+        counts.append(torch.get_num_threads())
+        return real(*given, **options)
+
+    monkeypatch.setattr(Decoder, "forward", forward)
+    try:
+        with LLM.load(toy_v3[0], budget=RAM, threads=3) as first, LLM.load(toy_v3[0], budget=RAM, threads=2) as second:
+            for llm in (first, second, first):
+                llm.generate([1, 2], SamplingParams(max_new_tokens=1))
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [3, 2, 3]
 
 
 def test_no_thread_is_left_behind(toy_v3: tuple[Path, Any]) -> None:

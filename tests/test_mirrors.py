@@ -23,6 +23,7 @@ from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
 from tierlm.checkpoints.mirrors import Copy, MirrorReader, Volume, find_copies, open_disks
 from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, failure, split
 from tierlm.errors import CheckpointError, StorageError, UsageError
+from tierlm.files import Stamp
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=60)
 NO_CACHE = ProfileCache(None)
@@ -305,7 +306,7 @@ def other_disk() -> Iterator[Path]:
 @pytest.mark.parametrize("name", ["auto", "mmap"])
 def test_equal_bytes_from_two_disks(model: list[Path], other_disk: Path, name: str) -> None:
     copied(model, other_disk, 0, 1)
-    reader, profile, notes = open_disks(model, [other_disk], name, "auto", NO_CACHE)
+    reader, profile, notes = open_disks(model, [other_disk], name, "auto", NO_CACHE, {})
     assert isinstance(reader, MirrorReader) and profile.depth == 2 * DiskProfile().depth
     assert sum(note.startswith("reader ") for note in notes) == sum(note.startswith("disk ") for note in notes) == 2
     for file in model:
@@ -317,7 +318,7 @@ def test_equal_bytes_from_two_disks(model: list[Path], other_disk: Path, name: s
 def test_each_copy_is_read(model: list[Path], other_disk: Path) -> None:
     """Different bytes in the copy show which one was read: only headers are compared."""
     shard(other_disk / model[0].name, fill=100)
-    reader, _, _ = open_disks(model, [other_disk], "auto", "off", NO_CACHE)
+    reader, _, _ = open_disks(model, [other_disk], "auto", "off", NO_CACHE, {})
     found, one, other = (
         read(reader, model[0], 4096),
         model[0].read_bytes(),
@@ -333,15 +334,24 @@ def test_each_copy_is_read(model: list[Path], other_disk: Path) -> None:
 
 def test_copies_on_one_disk_share_its_depth(model: list[Path], tmp_path: Path) -> None:
     one = copied(model, tmp_path / "one", 0, 1, 2)
-    reader, profile, notes = open_disks(model, [one], "auto", "auto", NO_CACHE)
+    reader, profile, notes = open_disks(model, [one], "auto", "auto", NO_CACHE, {})
     assert profile == DiskProfile() and len(notes) == 2
     assert [read(reader, file) for file in model] == [file.read_bytes() for file in model]
     reader.close()
 
 
+def test_a_file_replaced_since_its_header_was_read_is_read_from_its_copy(model: list[Path], tmp_path: Path) -> None:
+    one, content = copied(model, tmp_path / "one", 1), model[1].read_bytes()
+    reader, _, _ = open_disks(model, [one], "auto", "off", NO_CACHE, {file: Stamp.of(file) for file in model})
+    shard(tmp_path / "other", fill=100).replace(model[1])
+    assert read(reader, model[1]) == content
+    assert "changed or replaced" in reader.troubles()[0]
+    reader.close()
+
+
 def test_a_missing_file_is_read_from_its_copy(model: list[Path], tmp_path: Path) -> None:
     one = copied(model, tmp_path / "one", 1)
-    reader, _, _ = open_disks(model, [one], "auto", "auto", NO_CACHE)
+    reader, _, _ = open_disks(model, [one], "auto", "auto", NO_CACHE, {})
     content, extent = model[1].read_bytes(), whole(model[1])
     model[1].unlink()
     assert read(reader, extent) == content
@@ -350,7 +360,7 @@ def test_a_missing_file_is_read_from_its_copy(model: list[Path], tmp_path: Path)
 
 
 def test_without_mirrors_there_is_one_plain_reader(model: list[Path]) -> None:
-    reader, profile, notes = open_disks(model, [], "auto", "auto", NO_CACHE)
+    reader, profile, notes = open_disks(model, [], "auto", "auto", NO_CACHE, {})
     assert isinstance(reader, (DirectReader, MmapReader)) and profile == DiskProfile() and len(notes) == 2
 
 
@@ -358,7 +368,7 @@ def test_a_model_over_two_disks_needs_no_option(model: list[Path], other_disk: P
     """For example, if one shard is a link to another disk."""
     shutil.move(model[2], other_disk)
     model[2].symlink_to(other_disk / model[2].name)
-    reader, profile, notes = open_disks(model, [], "auto", "auto", NO_CACHE)
+    reader, profile, notes = open_disks(model, [], "auto", "auto", NO_CACHE, {})
     assert isinstance(reader, MirrorReader) and profile.depth == 2 * DiskProfile().depth and len(notes) == 4
     assert [read(reader, file) for file in model] == [file.read_bytes() for file in model]
     reader.close()
@@ -375,11 +385,11 @@ def test_disks_are_weighed_by_what_the_probe_found(
         return DiskProfile(2**20, 4, speed, None if speed is None else 0.001), "disk"
 
     monkeypatch.setattr(mirrors_module, "find_profile", found)
-    reader, profile, _ = open_disks(model, [other_disk], "auto", "auto", NO_CACHE)
+    reader, profile, _ = open_disks(model, [other_disk], "auto", "auto", NO_CACHE, {})
     assert isinstance(reader, MirrorReader) and (profile.depth, profile.bytes_per_second) == (8, 5e9)
     assert [copy.volume.speed for copy in reader._copies[model[0]]] == [1e9, 4e9]
     speeds[other_disk] = None
-    reader, profile, _ = open_disks(model, [other_disk], "auto", "auto", NO_CACHE)
+    reader, profile, _ = open_disks(model, [other_disk], "auto", "auto", NO_CACHE, {})
     assert isinstance(reader, MirrorReader) and profile.bytes_per_second is None
     assert [copy.volume.speed for copy in reader._copies[model[0]]] == [1.0, 1.0]
 
@@ -399,14 +409,14 @@ def test_each_disk_has_its_own_reader(model: list[Path], other_disk: Path, monke
     except OSError:
         pytest.skip("the temporary folder's file system has no O_DIRECT")
     monkeypatch.setattr(os, "open", refusing_open)
-    reader, _, notes = open_disks(model, [other_disk], "auto", "auto", NO_CACHE)
+    reader, _, notes = open_disks(model, [other_disk], "auto", "auto", NO_CACHE, {})
     assert reader.name == "direct+mmap"
     assert any(note.startswith("reader direct:") for note in notes)
     assert any(note.startswith("reader mmap:") and str(other_disk) in note for note in notes)
     assert [read(reader, file) for file in model] == [file.read_bytes() for file in model]
     reader.close()
     with pytest.raises(UsageError, match=str(other_disk)):
-        open_disks(model, [other_disk], "direct", "auto", NO_CACHE)
+        open_disks(model, [other_disk], "direct", "auto", NO_CACHE, {})
 
 
 def test_a_failure_while_opening_leaves_no_file_open(
@@ -424,7 +434,7 @@ def test_a_failure_while_opening_leaves_no_file_open(
 
     monkeypatch.setattr(mirrors_module, "find_profile", probe)
     with pytest.raises(KeyboardInterrupt):
-        open_disks(model, [other_disk], "auto", "auto", NO_CACHE)
+        open_disks(model, [other_disk], "auto", "auto", NO_CACHE, {})
     links = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
     assert not links & {str(model[0]), str(other_disk / model[0].name)}
 

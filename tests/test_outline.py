@@ -144,6 +144,7 @@ def test_names_of_models(tmp_path: Path) -> None:
     assert find_config("deepseek-ai/deepseek-r1").name == "DeepSeek-R1"
     assert find_config("demo").path == DEMO
     (tmp_path / "config.json").write_text(json.dumps(known_models()["Mixtral-8x7B"]["config"]))
+    (tmp_path / "pytorch_model.bin").touch()  # a plan needs no weights
     assert find_config(str(tmp_path)).path is None
     for named in (find_config(str(tmp_path)), find_config(str(tmp_path / "config.json"))):
         assert Outline(named.config, named.where).spec.experts == 8

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
-import errno
 import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from itertools import islice
@@ -19,19 +18,22 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import FullDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tierlm import LLM, Budget, CheckpointError, StorageError, UsageError
-from tierlm.checkpoints import packed
+from tierlm import LLM, Budget, BudgetError, CheckpointError, StorageError, UsageError, files
+from tierlm.checkpoints import pack, packed
 from tierlm.checkpoints.ahead import ahead
 from tierlm.checkpoints.checkpoint import ALIGNMENT, ITEM_SIZE, TensorInfo, read_header
 from tierlm.checkpoints.packed import PADDING, RecordShape, in_file_order, read_seals, write_file
 from tierlm.checkpoints.reader import read_pieces
+from tierlm.checkpoints.stored import StoredWeight
 from tierlm.checkpoints.verify import damage
 from tierlm.checkpoints.views import Weights, weights_of
 from tierlm.kernels import quantise, widen
+from tierlm.models import packing
 from tierlm.models.catalog import Catalog
 from tierlm.models.packing import pack_model
 from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey
@@ -212,6 +214,44 @@ def test_any_records_make_a_file_that_is_valid_and_sealed(tmp_path_factory: Any,
     assert list(damage({file: header}, lambda done, total: None)) == []
 
 
+# --- memory
+
+
+def test_memory_is_checked_first_and_sets_how_much_is_queued(
+    toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "process_ram", lambda: 2**28)  # FAKE: it grows from call to call
+    catalog, formats = Catalog(toy_v3[0]), {"experts": "int8", "trunk": "keep"}
+    floor = packing.least_memory(catalog, **formats, process=2**28)
+    with pytest.raises(BudgetError, match=r"ram budget of .* is below the .* that packing needs") as caught:
+        pack_model(toy_v3[0], tmp_path / "out", **formats, ram=floor - 1)
+    assert (caught.value.floor, caught.value.given) == (floor, floor - 1)
+    assert not list(tmp_path.iterdir())
+    files = packing.records_of(catalog, **formats)
+    needs = [pack.memory_of(files, queued) for queued in range(1, pack.AHEAD + 1)]
+    assert needs == sorted(set(needs))
+    assert packing._queued(files, floor) == 1
+    assert packing._queued(files, floor - needs[0] + needs[2]) == 3
+    assert packing._queued(files, 2**40) == pack.AHEAD
+    for name, ram in (("least", floor), ("most", 2**40)):
+        pack_model(toy_v3[0], tmp_path / name, **formats, ram=ram)
+    assert contents(tmp_path / "least") == contents(tmp_path / "most")
+
+
+def test_no_more_is_held_than_the_plan_says(tmp_path: Path) -> None:
+    """What numpy and Python hold, not torch: pieces and stored matrices, of a file that is all one matrix."""
+    file, size = tmp_path / "f", 40 * 2**20
+    file.write_bytes(bytes(size))
+    part = TensorInfo("w", file, 0, size, "U8", (size,))
+    weight = StoredWeight("w", (size,), "f32", {"": part})
+    record = pack.PackedRecord("w", [pack.Packing(weight, "f32")])
+    tracemalloc.start()
+    for chunk in ahead(pack.converted(ahead(pack.read_records([record]), 2)), 2):
+        assert chunk.nbytes
+    assert tracemalloc.get_traced_memory()[1] <= pack.memory_of({"f": [record]}, 2)
+    tracemalloc.stop()
+
+
 # --- completely, or not at all
 
 KILLS = """
@@ -263,6 +303,43 @@ def test_killed_at_ten_points_and_resumed_it_is_the_same(toy_v3: tuple[Path, Any
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "whole"]
 
 
+LAST_STEP = """
+import os, signal, sys
+from contextlib import contextmanager
+from pathlib import Path
+from tierlm import files
+from tierlm.checkpoints import pack
+from tierlm.models.packing import pack_model
+
+real = pack.whole
+
+@contextmanager
+def killed(file):
+    with real(file) as stream:
+        stream.write(b"half")
+        stream.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield stream
+
+for nameless in (files._nameless, lambda folder: None):
+    if os.fork() == 0:
+        files._nameless, pack.whole = nameless, killed
+        pack_model(Path(sys.argv[1]), Path(sys.argv[2]), experts="keep", trunk="keep")
+    os.wait()
+    print(len(list(Path(f"{sys.argv[2]}.unfinished").glob(".*"))))
+pack_model(Path(sys.argv[1]), Path(sys.argv[2]), experts="keep", trunk="keep")
+"""
+
+
+def test_killed_in_its_last_step_it_leaves_no_stray_file(kept: Path, toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
+    """On a file system with nameless files, and on one without, where the next run removes what is left."""
+    command = [sys.executable, "-c", LAST_STEP, str(toy_v3[0]), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "1"]
+    assert contents(tmp_path / "out") == contents(kept)
+
+
 def test_what_is_finished_is_not_written_again(
     toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,44 +361,13 @@ def test_what_is_finished_is_not_written_again(
     assert len(first) == len(written) == 3 and not set(first) & set(written)
 
 
-class FullDisk:
-    """FAKE: an ``open`` whose disk is full after some bytes."""
-
-    def __init__(self, room: int):
-        self.room = room
-
-    def open(self, file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        stream = builtins.open(file, mode, *rest, **options)  # noqa: SIM115
-        return stream if "w" not in mode else FullStream(stream, self)
-
-
-class FullStream:
-    def __init__(self, stream: Any, disk: FullDisk):
-        self._stream, self._disk = stream, disk
-
-    def write(self, data: Any) -> int:
-        self._disk.room -= len(data)
-        if self._disk.room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return int(self._stream.write(data))
-
-    def __enter__(self) -> FullStream:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stream.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 @pytest.mark.parametrize("room", [0, 5_000, 200_000, 600_000])
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(
     room: int, kept: Path, toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(packed, "open", FullDisk(room).open, raising=False)
-    with pytest.raises(StorageError, match=r"safetensors: cannot be written: No space left on device.*same command"):
+    monkeypatch.setattr(files, "open", FullDisk(room).open, raising=False)
+    with pytest.raises(StorageError, match=r"cannot be written: No space left on device.*same command"):
         pack_model(toy_v3[0], out, experts="keep", trunk="keep")
     assert not out.exists()
     for file in (tmp_path / "out.unfinished").glob("*"):
@@ -410,7 +456,7 @@ def test_what_exists_is_never_written_to(toy_v3: tuple[Path, Any], tmp_path: Pat
 def test_an_unfinished_pack_of_something_else_is_left_alone(
     toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "open", FullDisk(200_000).open, raising=False)
+    monkeypatch.setattr(files, "open", FullDisk(200_000).open, raising=False)
     with pytest.raises(StorageError):
         pack_model(toy_v3[0], tmp_path / "out", experts="keep", trunk="keep")
     monkeypatch.undo()

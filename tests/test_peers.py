@@ -62,14 +62,14 @@ def test_all_peers_compute_the_same(toy: Path, tmp_path: Path) -> None:
         fields = request_of(peer, toy, ram=ram) | paths | {"started": time.monotonic()}
         found[peer] = run(peer_runs.Request(**fields))
         assert set(peers.COLUMNS) - {"peak", "hit_rate", "ceiling_share"} <= set(found[peer])
-    assert all(result["ids"] == [37, 38, 39, 40] for result in found.values())
+    assert peers.common_start([result["ids"] for result in found.values()]) == 4
     assert found["accelerate"]["offload_bytes_written"] > 2**20 and found["accelerate"]["modules_on_disk"] > 0
 
 
 @needs_cgroup
 def test_a_run_has_a_process_and_a_cgroup_of_its_own(toy: Path, tmp_path: Path) -> None:
     found = peers.run_peer(request_of("tierlm", toy), 60, str(tmp_path))
-    assert found["ids"] == [37, 38, 39, 40]
+    assert len(found["ids"]) == 4
     assert 0 < found["load_seconds"] < found["start_to_first_token_seconds"]
     assert 50 * 2**20 < found["peak"] < 2**30
     assert not list(toy.parent.glob("offload-*"))
@@ -88,6 +88,11 @@ def test_a_peer_that_cannot_run_says_why(
     peer: str, changes: dict[str, Any], timeout: float, why: str, toy: Path, tmp_path: Path
 ) -> None:
     assert peers.run_peer(request_of(peer, toy, **changes), timeout, str(tmp_path)) == {"failed": why}
+
+
+def test_texts_are_the_same_up_to_the_first_other_id() -> None:
+    assert peers.common_start([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert peers.common_start([[1, 2], [3]]) == 0 and peers.common_start([[7, 8]]) == 2
 
 
 def test_the_table_shows_medians_ratios_and_failures() -> None:

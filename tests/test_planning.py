@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tierlm import UsageError, cli
+from tierlm.checkpoints.hub import DEMO
 from tierlm.kernels import widen
 from tierlm.models.outline import Outline, work_of
 from tierlm.planning.known import find_config
@@ -46,7 +47,7 @@ def tierlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_plan_says_bytes_slots_and_speed(tierlm: Command) -> None:
-    code, out, _ = tierlm("plan", "DeepSeek-V3", "--ram", "64GiB", "--json")
+    code, out, _ = tierlm("plan", "DeepSeek-V3", "--ram", "64GiB", "--json", "-")
     found = json.loads(out)
     assert code == 0
     assert found["format"] == "fp8" and found["bytes"]["file"] == pytest.approx(689e9, rel=0.005)
@@ -67,7 +68,7 @@ def test_plan_with_recorded_routing(tierlm: Command, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"layers": [[0, 99], [5, 3]]}\n' * 40)
     arguments = ("plan", "DeepSeek-V3", "--ram", "64GiB", "--trace", str(trace))
-    found = json.loads(tierlm(*arguments, "--json")[1])
+    found = json.loads(tierlm(*arguments, "--json", "-")[1])
     assert found["predicted"]["typical"]["hit_rate"] == 1.0 > found["predicted"]["worst"]["hit_rate"]
     assert "as recorded" in found["routing"] and "another model" in found["routing"]
     assert "at the same share of slots" in " ".join(tierlm(*arguments)[1].split())
@@ -80,7 +81,7 @@ def test_plan_takes_a_given_disk_and_machine(tierlm: Command, tmp_path: Path) ->
     disk = DiskRate("/", "d", "direct", "random", MIB, 8, Spread(5e9, 4e9, 6e9), (1e-3, 2e-3, 3e-3), 1.0)
     file = tmp_path / "profile.json"
     Profile("today", "p", 2, 2**34, 2**34, disks=[disk], disk_capacity={"/": 2**40}).write(file)
-    arguments = ("plan", "demo", "--ram", "1GiB", "--json", "--machine", str(file))
+    arguments = ("plan", "demo", "--ram", "1GiB", "--json", "-", "--machine", str(file))
     rates = json.loads(tierlm(*arguments)[1])["rates"]
     assert (rates["disk"], rates["origins"]["disk"]) == (5e9, "measured today")
     rates = json.loads(tierlm(*arguments, "--disk-bandwidth", "7GB")[1])["rates"]
@@ -92,7 +93,7 @@ def test_plan_takes_a_given_disk_and_machine(tierlm: Command, tmp_path: Path) ->
     [
         (("plan", "DeepSeek-V3", "--ram", "2GiB"), 1, "below the floor"),
         (("plan", "DeepSeek-V3", "--ram", "64GiB", "--vram", "1GiB"), 1, "vram budget"),
-        (("plan", "nonsense", "--ram", "64GiB"), 1, "no known model"),
+        (("plan", "nonsense", "--ram", "64GiB"), 2, "no known model"),
         (("plan", "demo", "--ram", "much"), 2, "expected a size"),
         (("plan", "demo", "--ram", "1GiB", "--format", "int3"), 2, "expected one of"),
         (("plan", "demo", "--ram", "1GiB", "--context", "99999"), 2, "context"),
@@ -101,7 +102,7 @@ def test_plan_takes_a_given_disk_and_machine(tierlm: Command, tmp_path: Path) ->
         (("plan", "demo", "--ram", "1GiB", "--disk-bandwidth", "0"), 2, "more than 0"),
         (("profile", "--path", "/nowhere"), 2, "expected a folder"),
         (("profile", "--json", "/nowhere/p.json"), 2, "cannot be written"),
-        (("doctor", "nonsense"), 1, "no known model"),
+        (("doctor", "nonsense"), 2, "no known model"),
     ],
 )
 def test_what_is_refused(tierlm: Command, arguments: tuple[str, ...], code: int, words: str) -> None:
@@ -135,7 +136,7 @@ def test_a_profile_that_cannot_be_kept_is_not_measured(
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr("tierlm.cli.measuring._measure", lambda *_: pytest.fail("measured for nothing"))
     code, _, err = tierlm("profile", "--json", str(tmp_path / "p.json"))
-    assert code == 2 and "p.json: cannot be written: Read-only file system" in " ".join(err.split())
+    assert code == 1 and "p.json: cannot be written: Read-only file system" in " ".join(err.split())
 
 
 def test_where_torch_has_no_room_the_rest_is_measured(
@@ -168,9 +169,20 @@ def test_the_engine_is_timed_with_other_weights_between_its_steps(monkeypatch: p
     assert layer > 0 and record >= 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_to_a_full_disk_is_one_line() -> None:
+    """Whether it is found in the middle or, of a short output, at the end."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for words in (("plan", "demo", "--ram", "1GiB", "--json"), ("--version",)):
+        command = [sys.executable, "-m", "tierlm", *words]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+        assert done.returncode == 1 and done.stderr == "error: [Errno 28] No space left on device\n"
+
+
 def test_plan_and_doctor_start_without_torch() -> None:
     """Users plan before they install anything for a card, and expect an answer at once."""
-    script = "import sys; sys.argv = ['tierlm', 'plan', 'DeepSeek-V3', '--ram', '64GiB', '--json']\n"
+    script = "import sys; sys.argv = ['tierlm', 'plan', 'DeepSeek-V3', '--ram', '64GiB', '--json', '-']\n"
     script += "from tierlm.cli import main\nmain()\nassert 'torch' not in sys.modules, 'torch was imported'"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -180,10 +192,11 @@ def test_doctor_on_a_model_that_is_whole_and_one_that_is_not(
     tierlm: Command, toy_v3: tuple[Path, Any], tmp_path: Path
 ) -> None:
     folder, _ = toy_v3
-    code, out, _ = tierlm("doctor", str(folder), "--json")
+    code, out, _ = tierlm("doctor", str(folder), "--json", "-")
     found = json.loads(out)
     assert code == 0 and found["fit"]
-    assert {"checkpoint", "file system", "budget", "open files", "kernels"} <= {f["area"] for f in found["findings"]}
+    areas = {finding["area"] for finding in found["findings"]}
+    assert {"checkpoint", "file system", "checksums", "budget", "packing", "open files", "kernels"} <= areas
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"
@@ -191,6 +204,29 @@ def test_doctor_on_a_model_that_is_whole_and_one_that_is_not(
     code, out, _ = tierlm("doctor", str(tmp_path))
     assert code == 1
     assert "truncated" in out and "download the model again" in " ".join(out.split())
+
+
+def test_doctor_says_what_a_model_lacks(tierlm: Command, toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
+    def found(level: str) -> dict[str, str]:
+        findings = json.loads(tierlm("doctor", str(tmp_path), "--json", "-")[1])["findings"]
+        return {f["area"]: f"{f['what']} -> {f['todo']}" for f in findings if f["level"] == level}
+
+    for file in toy_v3[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert "deepseek_v3" in found("ok")["architecture"]
+    assert "no such file" in found("note")["tokenizer"] and "--ids" in found("note")["tokenizer"]
+    for file in DEMO.glob("tokenizer*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert "tokens" in found("ok")["tokenizer"] and "chat template" in found("ok")
+    for file in (tmp_path / "tokenizer_config.json", tmp_path / "chat_template.jinja"):
+        file.unlink(missing_ok=True)
+    assert "no chat template" in found("note")["chat template"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    broken = found("broken")["checkpoint"]
+    assert all(word in broken for word in ("'llama' is not supported", "deepseek_v3, kimi_k2", "that is supported"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert "pickle" in found("broken")["checkpoint"]
 
 
 def test_doctor_of_limits_and_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -237,12 +273,20 @@ def test_a_disk_is_measured_and_left_as_it_was(quick: None, tmp_path: Path) -> N
     steps: list[None] = []
     found = measure_disk(tmp_path, cells, 5.0, lambda: steps.append(None))
     assert list(tmp_path.iterdir()) == [], "what was written is gone again"
+    assert {rate.path for rate in found} == {str(tmp_path)}
     assert len(steps) == storage.ROUNDS * len(cells)
     if file_system(tmp_path) not in storage.MEMORY_FILE_SYSTEMS:
         assert {rate.reader for rate in found} == {"direct", "mmap"}
     for rate in found:
         assert 0 < rate.rate.low <= rate.rate.median <= rate.rate.high
         assert 0 < rate.percentiles[0] <= rate.percentiles[1] <= rate.percentiles[2]
+
+
+def test_the_file_to_measure_with_has_no_name(quick: None, tmp_path: Path) -> None:
+    """So that a killed profile leaves nothing."""
+    with files_of(tmp_path) as (file,):
+        assert list(tmp_path.iterdir()) == []
+        assert file.stat().st_size == 64 * MIB and file.stat().st_dev == tmp_path.stat().st_dev
 
 
 def test_what_came_from_ram_is_labelled(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +325,7 @@ def test_a_config_that_may_not_be_read(tierlm: Command, tmp_path: Path, monkeypa
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("tierlm.checkpoints.checkpoint.read_regular", refuse)
     code, _, err = tierlm("plan", str(tmp_path), "--ram", "4GiB")
     assert code == 1 and "config.json: cannot be read: Permission denied" in " ".join(err.split())
 
@@ -377,11 +421,13 @@ def test_the_profile_command_is_what_plan_uses(
     assert code == 0 and "random direct reads" in " ".join(out.split()) and "from RAM" in out
     assert default_file() == tmp_path / "cache/tierlm/profile.json"
     assert (tmp_path / "mine.json").read_text() == (tmp_path / "cache/tierlm/profile.json").read_text()
-    rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json")[1])["rates"]
+    shown = json.loads(tierlm("profile", "--path", str(tmp_path), "--json", "-")[1])
+    assert shown == json.loads((tmp_path / "mine.json").read_text())
+    rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json", "-")[1])["rates"]
     assert rates["disk"] == 3e9 and rates["origins"]["disk"] == "measured today"
     diskless = Profile("later", "a processor", 2, 2**34, 2**33, missing=["a disk: full"])
     monkeypatch.setattr("tierlm.cli.measuring._measure", lambda paths, step: diskless)
     code, out, err = tierlm("profile", "--path", str(tmp_path))
     assert code == 1 and "a disk: full" in out and "not remembered" in err
-    rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json")[1])["rates"]
+    rates = json.loads(tierlm("plan", "demo", "--ram", "1GiB", "--json", "-")[1])["rates"]
     assert rates["origins"]["disk"] == "measured today", "the last profile that is good for a plan stays"

@@ -212,7 +212,7 @@ def test_off_neither_probes_nor_takes_what_is_remembered(big: list[Path], cache:
 @pytest.mark.parametrize("mode", ["auto", "refresh"])
 def test_memory_mapped_files_are_not_probed(big: list[Path], cache: ProfileCache, mode: str) -> None:
     profile, note = find_profile(MmapReader(), big, mode, cache)
-    assert profile == DiskProfile() and "not probed: memory-mapped" in note
+    assert profile == DiskProfile() and "not probed: reads through the page cache" in note
 
 
 @pytest.mark.parametrize("sizes", [[WORTHWHILE - 1], [MIB] * 600], ids=["small", "in small files"])
@@ -244,8 +244,8 @@ def test_other_disks_stay_in_the_file(big: list[Path], cache: ProfileCache, tmp_
     cache.put(big[0], FOUND)
     file = tmp_path / "cache" / "tierlm" / "disk.json"
     content = json.loads(file.read_text())
-    content["disks"]["another 1:2"] = {"depth": "what it says is not looked at"}
-    file.write_text(json.dumps(content))
+    content["disks"]["another 1:2"] = entry(depth=3)
+    file.write_text(json.dumps({**content, "disks": {**content["disks"], "damaged": entry(depth="3")}}))
     cache.put(big[0], replace(FOUND, depth=2))
     content["disks"] = {key: entry | {"depth": 2} if key[:8] != "another " else entry
                         for key, entry in content["disks"].items()}  # fmt: skip

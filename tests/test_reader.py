@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,11 +21,13 @@ from tierlm.checkpoints.checksum import Seal, checksum
 from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, open_reader, split
 from tierlm.checkpoints.rows import Rows
 from tierlm.errors import StorageError, UsageError
+from tierlm.files import Stamp
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=60)
 REFUSER = Path("/proc/version")  # procfs has no O_DIRECT
 
-READERS: list[Callable[[], Reader]] = [DirectReader, MmapReader]
+MakeReader = Callable[..., Reader]
+READERS: list[MakeReader] = [DirectReader, MmapReader]
 both_readers = pytest.mark.parametrize("make", READERS, ids=["direct", "mmap"])
 
 
@@ -57,9 +61,9 @@ def read(reader: Reader, extent: Extent, request_bytes: int = 2**20) -> bytes:
         return bytes(view[extent.start - extent.lo : extent.stop - extent.lo])
 
 
-def fails(reader: Reader, extent: Extent, name: str) -> StorageError:
+def fails(reader: Reader, extent: Extent, name: str, words: str | None = None) -> StorageError:
     """Check that reading gives a StorageError that names file, tensor and offset, in words and as attributes."""
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(StorageError, match=words) as caught:
         read(reader, extent)
     error = caught.value
     assert (error.file, error.tensor) == (str(extent.file), name)
@@ -97,7 +101,7 @@ def test_both_readers_give_the_bytes_of_the_file(
 
 @both_readers
 @pytest.mark.parametrize("size", [1, 511, 512, 4095, 4096, 4097, 3 * 4096 + 513])
-def test_the_unaligned_tail_of_a_file(make_file: Callable[[int], Path], make: Callable[[], Reader], size: int) -> None:
+def test_the_unaligned_tail_of_a_file(make_file: Callable[[int], Path], make: MakeReader, size: int) -> None:
     file, reader = make_file(size), make()
     assert read(reader, whole(file, 0, size)) == content(size)
     assert read(reader, whole(file, size - 1, size)) == content(size)[-1:]
@@ -105,9 +109,7 @@ def test_the_unaligned_tail_of_a_file(make_file: Callable[[int], Path], make: Ca
 
 
 @both_readers
-def test_bytes_outside_the_request_are_not_touched(
-    make_file: Callable[[int], Path], make: Callable[[], Reader]
-) -> None:
+def test_bytes_outside_the_request_are_not_touched(make_file: Callable[[int], Path], make: MakeReader) -> None:
     file, reader = make_file(5 * ALIGNMENT), make()
     request = Request(whole(file, 100, 5 * ALIGNMENT), ALIGNMENT, 3 * ALIGNMENT)
     with mmap.mmap(-1, 4 * ALIGNMENT) as memory:
@@ -151,9 +153,7 @@ def test_an_extent_longer_than_a_request_is_read_whole(make_file: Callable[[int]
 
 @both_readers
 @pytest.mark.parametrize("left", [0, 1, 4095, 4096, 9_000, 19_999])
-def test_file_truncated_after_it_was_opened(
-    make_file: Callable[[int], Path], make: Callable[[], Reader], left: int
-) -> None:
+def test_file_truncated_after_it_was_opened(make_file: Callable[[int], Path], make: MakeReader, left: int) -> None:
     file, reader = make_file(20_000), make()
     first, second = tensor(file, "first.w", 100, 10_000), tensor(file, "second.w", 10_000, 20_000)
     extent = whole(file, 100, 20_000, first, second)
@@ -165,9 +165,7 @@ def test_file_truncated_after_it_was_opened(
 
 
 @both_readers
-def test_truncated_file_can_still_be_read_before_its_end(
-    make_file: Callable[[int], Path], make: Callable[[], Reader]
-) -> None:
+def test_truncated_file_can_still_be_read_before_its_end(make_file: Callable[[int], Path], make: MakeReader) -> None:
     file, reader = make_file(20_000), make()
     assert read(reader, whole(file, 0, 20_000)) == content(20_000)
     os.truncate(file, 10_000)
@@ -176,8 +174,70 @@ def test_truncated_file_can_still_be_read_before_its_end(
     reader.close()
 
 
+TRUNCATIONS = """
+import mmap, os, sys, threading, time
+from pathlib import Path
+from tierlm.checkpoints.checkpoint import Extent, TensorInfo
+from tierlm.checkpoints.reader import MmapReader, Request
+from tierlm.errors import StorageError
+
+file, size, reader = Path(sys.argv[1]), 2**22, MmapReader()
+file.write_bytes(bytes(size))
+request = Request(Extent(file, 0, size, 0, (TensorInfo("w", file, 0, size, "U8", (size,)),)), 0, size)
+end = time.monotonic() + 0.5
+
+def truncate():
+    while time.monotonic() < end:
+        os.truncate(file, 0)
+        os.truncate(file, size)
+
+thread = threading.Thread(target=truncate)
+thread.start()
+memory = memoryview(mmap.mmap(-1, size))
+found = set()
+while thread.is_alive():
+    try:
+        found.add(reader.read(request, memory))
+    except StorageError:
+        found.add("error")
+print(found)
+"""
+
+
+def test_file_truncated_while_it_is_read_is_no_sigbus(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TRUNCATIONS, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
 @both_readers
-def test_missing_file(tmp_path: Path, make: Callable[[], Reader]) -> None:
+def test_file_replaced_before_its_first_read(
+    make_file: Callable[[int], Path], make: MakeReader, tmp_path: Path
+) -> None:
+    """Of the same size: another inode says so."""
+    file = make_file(5_000)
+    reader = make({file: Stamp.of(file)})
+    (tmp_path / "other").write_bytes(bytes(5_000))
+    os.replace(tmp_path / "other", file)
+    fails(reader, whole(file, 0, 5_000), "w", "changed or replaced since its header was read .*inode")
+    assert not is_open(file)
+    reader.close()
+
+
+@both_readers
+def test_file_changed_while_it_is_open_is_named_by_a_failed_read(
+    make_file: Callable[[int], Path], make: MakeReader
+) -> None:
+    file = make_file(20_000)
+    reader = make({file: Stamp.of(file)})
+    assert read(reader, whole(file, 0, 20_000)) == content(20_000)
+    file.write_bytes(bytes(10_000))
+    fails(reader, whole(file, 0, 20_000), "w", "expected .* found .*; the file was changed or replaced since .*size")
+    reader.close()
+
+
+@both_readers
+def test_missing_file(tmp_path: Path, make: MakeReader) -> None:
     reader = make()
     error = fails(reader, whole(tmp_path / "gone.safetensors", 5_000, 6_000), "w")
     assert 0 <= error.offset <= 5_000
@@ -185,14 +245,14 @@ def test_missing_file(tmp_path: Path, make: Callable[[], Reader]) -> None:
 
 
 @both_readers
-def test_a_folder_in_the_place_of_a_file(tmp_path: Path, make: Callable[[], Reader]) -> None:
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path, make: MakeReader) -> None:
     reader = make()
     fails(reader, whole(tmp_path, 0, 100), "w")
     reader.close()
 
 
 @both_readers
-def test_closed_reader_has_no_open_file(make_file: Callable[[int], Path], make: Callable[[], Reader]) -> None:
+def test_closed_reader_has_no_open_file(make_file: Callable[[int], Path], make: MakeReader) -> None:
     file, reader = make_file(5_000), make()
     read(reader, whole(file, 0, 5_000))
     assert is_open(file)
@@ -342,6 +402,15 @@ def test_rows_of_a_file_that_loses_its_name(make_file: Callable[[int], Path], tm
         else:
             file.unlink()
         assert rows.read([0, 39]) == content(1_000)[200:220] + content(1_000)[980:]
+
+
+def test_rows_of_a_file_replaced_since_its_header_was_read(make_file: Callable[[int], Path], tmp_path: Path) -> None:
+    file = make_file(1_000)
+    table, stamp = TensorInfo("embed", file, 0, 1_000, "U8", (10, 100)), Stamp.of(file)
+    (tmp_path / "other").write_bytes(bytes(1_000))
+    os.replace(tmp_path / "other", file)
+    with pytest.raises(StorageError, match=r"embed.*changed or replaced"):
+        Rows(table, stamp=stamp)
 
 
 def test_rows_close_their_file(make_file: Callable[[int], Path]) -> None:

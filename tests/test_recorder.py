@@ -98,7 +98,7 @@ def test_the_commands(tmp_path: Path) -> None:
     record = ["trace", "record", "demo", "--prompts", str(prompts), "-o", str(file), "-n", "3"]
     done = CliRunner().invoke(app, record, catch_exceptions=False)
     assert done.exit_code == 0 and "sequences" in done.stdout
-    done = CliRunner().invoke(app, ["trace", "info", str(file), "--json"], catch_exceptions=False)
+    done = CliRunner().invoke(app, ["trace", "info", str(file), "--json", "-"], catch_exceptions=False)
     found = json.loads(done.stdout)
     assert found["sequences"] == 2 and found["model"] == "demo" and not found["scores"]
     assert found["tokens"] - found["prefill_tokens"] == 4

@@ -1,4 +1,4 @@
-"""Greedy output is the same, token for token, at every budget, policy, predictor and reader."""
+"""Greedy output and logits are the same, bit for bit, at every budget, policy, predictor and reader."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tierlm import LLM, Budget, SamplingParams
 from tierlm.models.packing import pack_model
@@ -43,6 +44,13 @@ def expected(toy: tuple[Path, Any], ids: list[int] = [11, 7, 90, 45, 3, 3, 62]) 
     return ids, out[0, len(ids) :].tolist()
 
 
+@pytest.fixture(scope="module")
+def logits(toy: tuple[Path, Any], expected: tuple[list[int], list[int]]) -> Tensor:
+    """Of prompt and continuation, with everything in memory."""
+    with LLM.load(toy[0], budget=RAM) as llm:
+        return llm.logits(expected[0] + expected[1])
+
+
 # Every predictor with every reader, and every policy with one pair.
 CASES = [("default", *case) for case in product(PREDICTORS, ["direct", "mmap"])]
 CASES += [(policy, "gate", "direct") for policy in POLICIES]
@@ -57,12 +65,14 @@ def test_same_tokens(
     reader: str,
     toy: tuple[Path, Any],
     expected: tuple[list[int], list[int]],
+    logits: Tensor,
 ) -> None:
     budget, limits = LEVELS[level]
     prompt, tokens = expected
     with LLM.load(toy[0], budget=budget, policy=policy, predictor=predictor, reader=reader, **limits) as llm:
         assert llm.generate([prompt], PARAMS)[0].ids == tokens
         assert llm.generate([prompt], PARAMS)[0].ids == tokens  # warm
+        assert torch.equal(llm.logits(prompt + tokens), logits)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 16])

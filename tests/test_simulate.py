@@ -182,7 +182,7 @@ def file(trace: Trace, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_prints_one_object(file: Path, trace: Trace) -> None:
-    done = command("simulate", file, "--policy", "lru", "--cache-fraction", "0.25", "--json")
+    done = command("simulate", file, "--policy", "lru", "--cache-fraction", "0.25", "--json", "-")
     assert done.returncode == 0, done.stderr
     found, counts = json.loads(done.stdout), replay(trace, open_policy("lru", trace, 12), 12)
     assert found["slots"] == 12 and found["demanded"] == counts.demanded and found["missed"] == counts.missed
@@ -230,7 +230,7 @@ def test_what_cannot_be_is_told(arguments: list[str], code: int, message: str, f
 
 def test_a_bad_trace_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "t").write_text('{"layers": [[1]]}\n{"layers": [[1]')
-    done = command("simulate", tmp_path / "t", "--json")
+    done = command("simulate", tmp_path / "t", "--json", "-")
     assert done.returncode == 1 and done.stdout == ""
     assert "TraceError" in done.stderr and "line 2" in done.stderr and "Traceback" not in done.stderr
 
@@ -238,9 +238,9 @@ def test_a_bad_trace_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
 def test_tuning_finds_no_worse_than_the_defaults_and_is_loaded_again(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="needs optuna: pip install tierlm[tune]")
     tuned = tmp_path / "tuned.json"
-    done = command("simulate", file, "--policy", "lru-k", "--tune", "4", "-o", tuned, "--json")
+    done = command("simulate", file, "--policy", "lru-k", "--tune", "4", "-o", tuned, "--json", "-")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["policy"] == "lru-k" and 0 < found["test"] < 1 and found["file"] == str(tuned)
-    again = command("simulate", file, "--policy", tuned, "--json")
+    again = command("simulate", file, "--policy", tuned, "--json", "-")
     assert again.returncode == 0 and json.loads(again.stdout)["missed"] > 0

@@ -1,4 +1,4 @@
-"""Text to ids and back, streamed text, and chat templates in their sandbox."""
+"""Text to ids and back, and streamed text."""
 
 from __future__ import annotations
 
@@ -19,11 +19,6 @@ PROFILE = settings(deadline=None, derandomize=True, max_examples=150)
 BOS, EOS = "<|begin|>", "<|end|>"
 CORPUS = ["the quick brown fox jumps over the lazy dog. " * 3, "STOP stopping <stop> stops", "naïve Füße 日本語 🙂🙃"]
 VOCAB = 330
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-HELLO = [{"role": "user", "content": "hello"}]
 
 
 def train_tokenizer(*, adds_bos: bool = False) -> Tokenizer:
@@ -236,6 +231,37 @@ def test_broken_tokenizer_names_the_file(tmp_path: Path, content: str) -> None:
     assert str(tmp_path / "tokenizer.json") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}),
+        ("model", {"type": "BPE", "vocab": {"a": -1}, "merges": []}),
+        ("model", {"type": "Unigram", "unk_id": 7, "vocab": [["a", float("nan")]]}),
+        ("model", {"type": "WordPiece", "vocab": [], "unk_token": 3}),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("decoder", 5),
+        ("post_processor", {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}),
+        ("added_tokens", {"id": "x"}),
+    ],
+)
+def test_tokenizers_of_wrong_types(part: str, value: Any, tmp_path: Path) -> None:
+    """Some make the library's Rust code panic."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(train_tokenizer().to_str()) | {part: value}))
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        TextCodec(tmp_path).encode("the quick brown fox")
+
+
+def test_a_tokenizer_that_pads_and_cuts_does_neither(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer()
+    expected = tokenizer.encode(CORPUS[0]).ids
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=10**9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert TextCodec(tmp_path).encode(CORPUS[0]) == expected
+
+
 def test_broken_tokenizer_config_names_the_file(tmp_path: Path) -> None:
     make_codec(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
@@ -248,112 +274,3 @@ def test_text_that_is_not_unicode_is_a_usage_error(codec: TextCodec) -> None:
     """What Python makes of a command line that is not UTF-8."""
     with pytest.raises(UsageError):
         codec.encode("caf\udce9")
-
-
-# --- chat templates
-
-
-def test_template_of_the_tokenizer_config(tmp_path: Path) -> None:
-    codec = make_codec(tmp_path, chat_template=TEMPLATE, bos_token=BOS)
-    messages = [{"role": "system", "content": "be brief"}, *HELLO]
-    assert codec.chat(messages) == f"{BOS}<|system|>be brief\n<|user|>hello\n<|assistant|>"
-
-
-def test_bos_of_the_template_is_not_put_twice(tmp_path: Path) -> None:
-    codec = make_codec(tmp_path, adds_bos=True, add_bos_token=True, chat_template=TEMPLATE, bos_token=BOS)
-    ids = codec.encode(codec.chat(HELLO), special=False)
-    assert ids.count(codec.tokenizer.token_to_id(BOS)) == 1
-
-
-def test_template_named_default_among_several(tmp_path: Path) -> None:
-    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain {{ bos_token }}"}]
-    assert make_codec(tmp_path, chat_template=several, bos_token={"content": BOS}).chat(HELLO) == f"plain {BOS}"
-
-
-def test_template_files_come_before_the_config(tmp_path: Path) -> None:
-    codec = make_codec(tmp_path, chat_template="config")
-    assert codec.chat(HELLO) == "config"
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json é"}))
-    assert codec.chat(HELLO) == "json é"
-    (tmp_path / "chat_template.jinja").write_text("jinja é", encoding="utf-8")
-    assert codec.chat(HELLO) == "jinja é"
-
-
-def test_template_blocks_leave_no_white_space(tmp_path: Path) -> None:
-    template = "{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\nend"
-    assert make_codec(tmp_path, chat_template=template).chat(HELLO) == "hello\nend"
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ ''['__class__']['__mro__'] }}",
-        "{{ (''|attr('__class__')).__mro__ }}",
-        "{{ messages.__class__.__base__ }}",
-        "{{ raise_exception.__globals__['json'] }}",
-        "{{ strftime_now.__globals__ | length }}{{ strftime_now.__globals__.x }}",
-        "{{ cycler.__init__.__globals__.os }}",
-        "{{ self.__init__.__globals__ }}",
-        "{{ '{0.__class__.__mro__}'.format('') }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update({'role': 'system'}) }}",
-        "{% include 'other' %}",
-        "{% import 'os' as os %}",
-    ],
-)
-def test_template_cannot_leave_its_sandbox(tmp_path: Path, template: str) -> None:
-    codec = make_codec(tmp_path, chat_template=template)
-    messages = [dict(HELLO[0])]
-    with pytest.raises(UsageError) as caught:
-        codec.chat(messages)
-    assert str(tmp_path) in str(caught.value) and "<class 'object'>" not in str(caught.value)
-    assert messages == HELLO
-
-
-def test_a_template_that_prints_an_unsafe_attribute_prints_nothing(tmp_path: Path) -> None:
-    assert make_codec(tmp_path, chat_template="[{{ ''.__class__ }}]").chat(HELLO) == "[]"
-
-
-def test_what_a_template_raises_is_a_usage_error(tmp_path: Path) -> None:
-    codec = make_codec(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UsageError, match="roles must alternate") as caught:
-        codec.chat(HELLO)
-    assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for %}",
-        "{{ messages[0]['content'",
-        "{% endif %}",
-        "{{ missing.attribute }}",
-        "{{ messages[7].content.strip() }}",
-        "{{ 'a' + 1 }}",
-        "{{ 'a' | no_such_filter }}",
-        "{{ no_such_function() }}",
-        "{{ 1 / 0 }}",
-        "{{ 'abc'.index('z') }}",
-        "{% for i in range(10**9) %}{% endfor %}",
-        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    ],
-)
-def test_errors_of_a_template_are_usage_errors(tmp_path: Path, template: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        make_codec(tmp_path, chat_template=template).chat(HELLO)
-    assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize("config", [{}, {"chat_template": None}, {"chat_template": []}, {"chat_template": 5}], ids=str)
-def test_missing_template_is_a_usage_error(tmp_path: Path, config: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="no chat template"):
-        make_codec(tmp_path, **config).chat(HELLO)
-
-
-def test_template_file_without_a_template_is_no_template(tmp_path: Path) -> None:
-    codec = make_codec(tmp_path)
-    (tmp_path / "chat_template.json").write_text("{}")
-    with pytest.raises(UsageError, match="no chat template"):
-        codec.chat(HELLO)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tracemalloc
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,13 +219,13 @@ def test_a_header_that_lies_takes_no_memory(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"version": 1}, "version 2, found .* version 1"),
-        ({"format": "other"}, "found other"),
+        ({"format": "other"}, "found 'other'"),
         ({"tokens": 61}, "expected 61 tokens"),
         ({"blocks": 2}, "1/experts"),
         ({"experts": 15, "order": []}, "expected experts 0 to 14"),
         ({"experts": 10**9}, "4096"),
         ({"layers": 3}, "within 3 layers"),
-        ({"moe_layers": [1, 3, 2]}, r"3 MoE layers within 4 layers, found \[1, 3, 2\]"),
+        ({"moe_layers": [1, 3, 2]}, r"3 MoE layers within 4 layers, found \(1, 3, 2\)"),
         ({"moe_layers": [1, 2]}, "expected 3 MoE layers"),
         ({"moe_layers": [-1, 2, 3]}, "MoE layers"),
         ({"moe_layers": ["x"]}, HEAD),
@@ -244,3 +247,53 @@ def test_a_head_that_lies_is_refused(change: dict[str, Any], message: str, tmp_p
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="No such file"):
         read_trace(tmp_path / "none")
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_file_that_unpacks_to_much_more_is_refused(head: bool, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "t", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("experts.npy", "w") as member:
+            np.lib.format.write_array(member, np.zeros((2**19, 8, 8), np.int16))
+        if head:
+            archive.writestr(HEAD, "{}")
+    assert (tmp_path / "t").stat().st_size < 2**18
+    with pytest.raises(TraceError, match=r"expected at most \d+ bytes of arrays in a file of \d+, found 67108\d+"):
+        read_trace(tmp_path / "t")
+
+
+def test_a_zip_that_hides_its_size_is_not_unpacked_beyond_it(tmp_path: Path) -> None:
+    """A member with more than it says, by its compressed bytes: only what it says is read."""
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.zeros((64, 8, 8), np.int16))
+    with zipfile.ZipFile(tmp_path / "t", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("experts.npy", out.getvalue() + bytes(2**26))
+    said, held = len(out.getvalue()).to_bytes(4, "little"), (len(out.getvalue()) + 2**26).to_bytes(4, "little")
+    (tmp_path / "t").write_bytes((tmp_path / "t").read_bytes().replace(held, said))
+    tracemalloc.start()
+    with pytest.raises(TraceError, match="Bad CRC-32"):
+        read_trace(tmp_path / "t")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_lines_of_few_experts_and_one_of_many_do_not_fill_the_memory(tmp_path: Path) -> None:
+    few, many = '{"layers": [[0]]}\n', json.dumps({"layers": [list(range(4096))]})
+    (tmp_path / "t").write_text(few * 10_000 + many)
+    with pytest.raises(TraceError, match="bytes of arrays in a file"):
+        read_trace(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": 10**7, "moe_layers": [1, 2, 10**6]}, {"record_bytes": -1}, {"experts": 1}]
+)
+def test_numbers_that_no_model_has(change: dict[str, Any]) -> None:
+    trace = make_trace()
+    with pytest.raises(TraceError, match="expected"):
+        replace(trace, info=replace(trace.info, **change))
+
+
+def test_parts_of_other_dimensions_are_refused() -> None:
+    trace = make_trace()
+    with pytest.raises(TraceError, match="steps: expected one entry for each of"):
+        replace(trace, steps=trace.steps[:, None])

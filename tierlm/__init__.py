@@ -10,6 +10,7 @@ from tierlm.config import Budget, RuntimeOptions, SamplingParams
 from tierlm.errors import (
     BudgetError,
     CheckpointError,
+    ModelNotFoundError,
     NumericsError,
     PromptError,
     StorageError,
@@ -25,15 +26,21 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from tierlm.async_llm import AsyncLLM
+    from tierlm.conversation import Conversation
+    from tierlm.engine.sampler import TokenLogprob
     from tierlm.llm import LLM, Piece, Result
     from tierlm.stats import Stats
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Budget",
     "BudgetError",
     "CheckpointError",
+    "Conversation",
+    "ModelNotFoundError",
     "NumericsError",
     "Piece",
     "PromptError",
@@ -43,12 +50,21 @@ __all__ = [
     "Stats",
     "StorageError",
     "TierlmError",
+    "TokenLogprob",
     "TraceError",
     "UnsupportedModelError",
     "UsageError",
 ]
 
-_NEEDS_TORCH = {"LLM": "tierlm.llm", "Piece": "tierlm.llm", "Result": "tierlm.llm", "Stats": "tierlm.stats"}
+_NEEDS_TORCH = {
+    "AsyncLLM": "tierlm.async_llm",
+    "Conversation": "tierlm.conversation",
+    "LLM": "tierlm.llm",
+    "Piece": "tierlm.llm",
+    "Result": "tierlm.llm",
+    "Stats": "tierlm.stats",
+    "TokenLogprob": "tierlm.engine.sampler",
+}
 
 
 def __getattr__(name: str) -> Any:

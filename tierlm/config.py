@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from tierlm.errors import UsageError
 
 DEFAULT_CONTEXT = 4096  # tokens, if the model allows as many
+MAX_LOGPROBS = 100  # most likely tokens reported for each token
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -64,7 +65,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling and stop conditions. ``temperature`` 0 is greedy. Each prompt restarts from ``seed``."""
+    """Sampling and stop conditions. ``temperature`` 0 is greedy. Each prompt restarts from ``seed``.
+
+    ``repetition_penalty`` divides the logits of tokens in prompt and text, as in `transformers`. ``frequency_penalty``
+    is subtracted for each time that a token is in the generated text, ``presence_penalty`` once, and ``logit_bias`` is
+    added to the logits of its token ids, as in OpenAI's API.
+
+    ``n``: samples of each prompt; sample i has the seed ``seed + i``. Each computes the prompt again.
+    ``logprobs``: how many of the most likely tokens to report for each token; 0: only the token itself.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -76,6 +85,11 @@ class SamplingParams:
     stop: tuple[str, ...] | Sequence[str] | str = ()
     stop_ids: tuple[int, ...] | Sequence[int] = ()
     ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    n: int = 1
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_ids"):
@@ -83,6 +97,14 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         _check(self, _SAMPLING)
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        last = (self.seed or 0) + self.n - 1
+        _require(last < 2**64, "n", f"at most {2**64 - (self.seed or 0)} with the seed {self.seed}", self)
+
+    def samples(self) -> list[SamplingParams]:
+        """The parameters of each of the ``n`` samples."""
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -99,8 +121,10 @@ class RuntimeOptions:
     reader: str = "auto"
     context: int | None = None  # tokens of KV reserved for all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
+    logits_tokens: int | None = None  # tokens to reserve the result of a call for logits for; None: up to 64 MiB
     kv_dtype: str = "float32"
-    exact: bool = False  # multiply int8 and int4 weights by float32 activations instead of int8 ones: slower
+    threads: int | None = None  # of torch and the kernels, in the whole process; None: as torch chooses
+    exact: bool = False  # never round activations to int8, in products with quantised weights: slower
     transfer_threads: int | None = None  # concurrent reads; None: chosen for the disk
     probe: str = "auto"  # "auto": measure a disk at its first use; "refresh": measure again; "off": use defaults
     mirrors: Sequence[str | Path] = ()  # folders with copies of the model's files, on other disks
@@ -128,7 +152,9 @@ class LoadOptions(TypedDict, total=False):
     reader: str
     context: int | None
     prefill_chunk: int
+    logits_tokens: int | None
     kv_dtype: str
+    threads: int | None
     exact: bool
     transfer_threads: int | None
     probe: str
@@ -151,6 +177,11 @@ def _finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def _is_bias(value: Mapping[object, object]) -> bool:
+    ids = all(_is_int(token) and token >= 0 for token in value)  # type: ignore[operator]
+    return ids and all(_finite(bias) and -100 <= bias <= 100 for bias in value.values())  # type: ignore[operator]
+
+
 def _is_path(value: object) -> bool:
     return isinstance(value, (str, Path)) and bool(str(value))
 
@@ -168,6 +199,10 @@ _SAMPLING: _Checks = (
     ("stop", "non-empty strings", lambda v: all(isinstance(text, str) and text for text in v)),
     ("stop_ids", "token ids", lambda v: all(_is_int(token) and token >= 0 for token in v)),
     ("ignore_eos", "True or False", lambda v: isinstance(v, bool)),
+    ("frequency_penalty presence_penalty", "a number from -2 to 2", lambda v: _finite(v) and -2 <= v <= 2),
+    ("logit_bias", "token ids with numbers from -100 to 100", lambda v: isinstance(v, Mapping) and _is_bias(v)),
+    ("n", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
+    ("logprobs", f"0 to {MAX_LOGPROBS} or None", lambda v: v is None or (_is_int(v) and 0 <= v <= MAX_LOGPROBS)),
 )
 _OPTIONS: _Checks = (
     ("device policy predictor", "a name", lambda v: isinstance(v, str)),
@@ -176,9 +211,13 @@ _OPTIONS: _Checks = (
     ("kv_dtype", "float32 or bfloat16", ("float32", "bfloat16").__contains__),
     ("exact heat trace_scores", "True or False", lambda v: isinstance(v, bool)),
     ("prefill_chunk", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
-    ("context ram_slots vram_slots", "an integer >= 1 or None", lambda v: v is None or (_is_int(v) and v >= 1)),
+    (
+        "context logits_tokens ram_slots vram_slots",
+        "an integer >= 1 or None",
+        lambda v: v is None or (_is_int(v) and v >= 1),
+    ),
     ("resident_trunks", "an integer >= 0 or None", lambda v: v is None or (_is_int(v) and v >= 0)),
-    ("transfer_threads", "1 to 256 or None", lambda v: v is None or (_is_int(v) and 1 <= v <= 256)),
+    ("threads transfer_threads", "1 to 256 or None", lambda v: v is None or (_is_int(v) and 1 <= v <= 256)),
     ("io_timeout", "seconds > 0", lambda v: _finite(v) and v > 0),
     ("timeline trace", "a file name or None", lambda v: v is None or _is_path(v)),
     (

@@ -4,10 +4,11 @@
 
     TierlmError                 (exit code 1)
     ├── UsageError              an invalid argument, on any machine (exit code 2); also a ValueError
-    │   └── PromptError         a prompt that is empty, or longer than the context
+    │   └── PromptError         a prompt that is empty, neither text nor ids, or longer than the context
     ├── BudgetError             the budget is below the floor; names both and the largest part
     ├── CheckpointError         a file of the model is missing, malformed, or contradicts another
-    │   └── UnsupportedModelError   a well-formed model whose architecture or format is not implemented
+    │   ├── UnsupportedModelError   a well-formed model whose architecture or format is not implemented
+    │   └── ModelNotFoundError      no folder, file or known model of that name (exit code 2)
     ├── StorageError            a read failed, was short, stalled or did not match its checksum, or a write failed
     ├── NumericsError           a model's logits are not finite; names the layer where that began
     └── TraceError              a recorded trace is incomplete, malformed, or contradicts itself
@@ -19,7 +20,10 @@ whatever names and values a file contains.
 from __future__ import annotations
 
 import reprlib
+import traceback
+from typing import TypeVar
 
+E = TypeVar("E", bound=BaseException)
 MAX_MESSAGE = 4000  # characters
 
 _short = reprlib.Repr()
@@ -54,7 +58,7 @@ class UsageError(TierlmError, ValueError):
 
 
 class PromptError(UsageError):
-    """A prompt that is empty or does not fit the context."""
+    """A prompt that is empty, neither text nor token ids, or does not fit the context."""
 
 
 class BudgetError(TierlmError):
@@ -76,6 +80,12 @@ class UnsupportedModelError(CheckpointError):
     """A well-formed model whose architecture or format is not implemented."""
 
 
+class ModelNotFoundError(CheckpointError):
+    """No model of that name: no folder, no file, and no Hub id."""
+
+    exit_code = 2
+
+
 class StorageError(TierlmError):
     """A failed read or write. Attributes: ``file``, ``tensor``, ``offset`` (bytes from the start of the file)."""
 
@@ -94,3 +104,12 @@ class NumericsError(TierlmError):
 
 class TraceError(TierlmError):
     """A trace that is incomplete, malformed, or contradicts itself. Names the line or the offset."""
+
+
+def forget_frames(error: E) -> E:
+    """Drop the local variables that the tracebacks of ``error`` and its causes keep alive, such as a loaded model."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return error

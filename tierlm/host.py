@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import resource
+import threading
 from pathlib import Path
 
 import psutil
+
+from tierlm.errors import TierlmError
 
 
 def process_ram() -> int:
@@ -27,6 +30,34 @@ def available_ram() -> int:
     """Bytes that this process can still allocate: the machine's, or less in a memory cgroup."""
     free = int(psutil.virtual_memory().available)
     return min([free, *(max(0, limit - used) for limit, used in _cgroups())])
+
+
+def cannot_start(count: int, what: str) -> TierlmError:
+    """The error for ``count`` threads of ``what`` that the system refuses."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    limit = "unlimited" if soft == resource.RLIM_INFINITY else soft
+    return TierlmError(
+        f"{what}: the system refuses {count} more thread{'s' * (count > 1)}. What limits them: this user's processes "
+        f"and threads ({limit}; ulimit -u), those of the cgroup (pids.max; docker run --pids-limit), and address space "
+        "(ulimit -v). Raise the limit, or use fewer threads: transfer_threads=, the environment's OMP_NUM_THREADS"
+    )
+
+
+def require_threads(count: int, what: str) -> None:
+    """Raises TierlmError unless ``count`` more threads can live at once. For libraries that end the process if not."""
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(count)]
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise cannot_start(count, what) from error
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
 
 
 def _cgroups() -> list[tuple[int, int]]:

@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from tierlm import client
 from tierlm.checkpoints.hub import find_model
+from tierlm.client import Box, Client, OnPrefill, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
-from tierlm.engine.sequence import Progress
-from tierlm.engine.sequence import Sequence as TokenSequence
-from tierlm.errors import BudgetError, CheckpointError, PromptError, TierlmError, UsageError
-from tierlm.loading import load_runtime
+from tierlm.engine.sampler import TokenLogprob
+from tierlm.engine.sequence import Keep, Pace, Progress
+from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, TierlmError, UsageError
+from tierlm.prompt import Prompt, Prompts, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
-from tierlm.text import Message, TextCodec, TextStream
+from tierlm.templates.template import Message
+from tierlm.text import TextCodec, TextStream, default_params
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Prompt = str | Sequence[int]
-
 
 @dataclass(frozen=True)
 class Piece:
-    """New text and its ids. ``finish_reason`` is set on the last piece."""
+    """New text and its ids. ``finish_reason`` is set on the last piece. ``logprobs``: of each id, if asked for."""
 
     text: str
     ids: list[int]
     finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     """The result of one prompt. ``ids``: generated, including a stop id. ``text``: None without a tokenizer.
 
-    ``finish_reason``: "stop" (a stop id or text), "length" or "error"; "error" also sets ``error``.
+    ``finish_reason``: "stop" (a stop id or text), "length" or "error"; "error" also sets ``error``. ``logprobs``: of
+    each id, if asked for.
     """
 
     prompt_ids: list[int]
@@ -47,110 +54,139 @@ class Result:
     text: str | None
     finish_reason: str
     error: TierlmError | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 class LLM:
-    """A loaded model and context manager, made by ``LLM.load``.
+    """A loaded model and context manager, made by ``LLM.load``. It closes when it is dropped.
 
     Requests may run concurrently, from one thread or several; each gets the tokens it gets alone, but for ties within
-    rounding (docs/how-it-works.md).
+    rounding (docs/how-it-works.md). A KeyboardInterrupt ends the call that it comes in, and nothing else. A forked
+    process cannot use the model of its parent: it gets a UsageError.
     """
 
-    def __init__(self, runtime: Runtime, folder: Path):
-        self._runtime, self._folder = runtime, folder
+    def __init__(self, client: Client, runtime: Runtime, folder: Path):
+        self._client, self._folder = client, folder
+        self._runtime: Runtime | None = runtime
         self._codec: TextCodec | None = None
-        self._closed = False
+        self._stats: Stats | None = None  # the last, once closed
 
     @classmethod
     def load(
         cls,
         model: str | Path,
         *,
-        budget: Budget | None = None,
+        budget: Budget | str | int | None = None,
         progress: Callable[[int, int], None] | None = None,
         **options: Unpack[LoadOptions],
     ) -> LLM:
         """Load a model: a folder in Hugging Face layout, a Hub id, or "demo". Nothing is converted or written.
 
-        ``budget``: limits of the process. ``options``: the fields of ``RuntimeOptions``. ``progress`` is called with
-        the bytes loaded so far and in total. Raises UsageError, BudgetError, CheckpointError, StorageError.
+        ``budget``: limits of the process; "8GiB" is ``Budget(ram="8GiB")``. ``options``: the fields of
+        ``RuntimeOptions``. ``progress`` is called with the bytes loaded so far and in total.
+        Raises UsageError, BudgetError, CheckpointError, StorageError.
         """
-        known = RuntimeOptions.__dataclass_fields__
-        if unknown := sorted(set(options) - set(known)):
-            raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
-        chosen = RuntimeOptions(**options)
+        limits, chosen = checked(budget, options)
         folder = find_model(model)
-        return cls(load_runtime(folder, budget or Budget(), chosen, progress), folder)
+        return cls(*client.load(folder, limits, chosen, progress), folder)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Result]:
+    def generate(
+        self,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_prefill: OnPrefill | None = None,
+    ) -> list[Result]:
         """Generate for one or several prompts, text or ids. Results are in the order of the prompts.
 
-        Prompts run concurrently if the context has room. A prompt whose reads or arithmetic fail ends with
-        finish_reason "error" and the others go on; a single prompt raises its StorageError or NumericsError. Raises
-        PromptError.
+        ``params``: for all prompts, or one for each. With ``n`` samples a prompt has n results, one after another.
+        Prompts run concurrently if the context has room. One whose reads or arithmetic fail ends with finish_reason
+        "error" and the others go on; if there is only one result, its StorageError or NumericsError is raised.
+        ``on_prefill``: called here with the tokens of the prompts that have run and all, until they are equal. Raises
+        PromptError, UsageError.
         """
-        params = params or SamplingParams()
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        several: Sequence[Prompt] = [prompts] if one else prompts  # type: ignore[list-item, assignment]
-        prepared = [self._prepare(prompt, params) for prompt in several]  # check all before any is queued
-        scheduler = self._runtime.scheduler
-        requests = [_Request(scheduler.submit(ids, params), text) for ids, text in prepared]
+        answers, request = self._generation(SimpleQueue[Progress](), prompts, params, on_prefill)
         try:
-            while alive := [request for request in requests if request.finish is None]:
-                progress = scheduler.advance([request.sequence for request in alive])
-                for request, new in zip(alive, progress, strict=True):
-                    request.add(new)
+            request.submit()
+            while unfinished(answers):
+                add(answers, request, request.next())
         finally:
-            for request in requests:
-                request.sequence.cancel()
-        if len(requests) == 1 and requests[0].error is not None:
-            raise requests[0].error
-        return [request.result() for request in requests]
+            request.cancel()
+        return results(answers)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        keep: Keep | None = None,
+        on_prefill: OnPrefill | None = None,
+    ) -> Iterator[Piece]:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
-        Texts are empty for a prompt of ids without a tokenizer. Raises as ``generate``.
+        Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. ``keep``: the
+        tokens that the prompt begins with as the last request of this ``keep`` did are not computed again.
+        ``on_prefill`` and errors: as for ``generate``.
         """
-        params, scheduler = params or SamplingParams(), self._runtime.scheduler
-        ids, text_stream = self._prepare(prompt, params)
-        request, shown = _Request(scheduler.submit(ids, params), text_stream), 0
+        answer, request = self._stream(SimpleQueue[Progress](), prompt, params, keep, on_prefill)
         try:
-            while request.finish is None:
-                text = request.add(*scheduler.advance([request.sequence]))
-                if request.error is not None:
-                    raise request.error
-                if text or request.finish or request.text is None:
-                    yield Piece(text, request.ids[shown:], request.finish)
-                    shown = len(request.ids)
+            request.submit()
+            while answer.finish is None:
+                if (piece := answer.piece(request.next())) is not None:
+                    yield piece
         finally:
-            request.sequence.cancel()
+            request.cancel()
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        on_prefill: OnPrefill | None = None,
+    ) -> Iterator[Piece]:
         """Stream the answer to a conversation, ``[{"role": "user", "content": "..."}, ...]``, with the checkpoint's
-        chat template. Raises UsageError if it has none."""
-        yield from self.stream(self.codec.encode(self.codec.chat(messages), special=False), params)
+        chat template.
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after every token of ``ids``, float32 [T, vocab], for perplexity or comparison with a reference.
-
-        Raises PromptError, StorageError, NumericsError, and BudgetError if the result is too large.
+        ``tools``: JSON schemas of functions. ``template_args``: more variables of the template, such as
+        ``enable_thinking``, ``documents`` or ``add_generation_prompt``. Raises UsageError if there is no template or it
+        rejects the messages, CheckpointError if it is wrong or exceeds its limits. ``Conversation`` keeps the KV values
+        from turn to turn.
         """
-        ids, runtime = self._ids(ids), self._runtime
-        per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
-        if len(ids) * per_token > room:
-            raise BudgetError(
-                f"the logits of {len(ids)} tokens take {format_size(len(ids) * per_token)}, but the ram "
-                f"budget has {format_size(room)} left: ask for at most {room // per_token} tokens at a time",
-                floor=runtime.ram_budget - room + len(ids) * per_token,
-                given=runtime.ram_budget,
-                dominant="logits",
-            )
-        return runtime.scheduler.logits(ids)
+        yield from self.stream(self.codec.chat(messages, tools, template_args), params, on_prefill=on_prefill)
+
+    def logits(self, ids: Prompt) -> Tensor:
+        """Logits after every token of ``ids`` or of a text, float32 [T, vocab], for perplexity or a comparison.
+
+        Raises PromptError, StorageError, NumericsError, and BudgetError if the result is larger than the plan allows:
+        see ``logits_tokens`` of RuntimeOptions.
+        """
+        out, request = self._logits(SimpleQueue[Progress](), ids)
+        try:
+            request.submit()
+            progress = request.next()
+        finally:
+            request.cancel()
+        if progress.error is not None:
+            raise progress.error
+        return out
 
     def stats(self) -> Stats:
-        """Counters since the model was loaded."""
-        return collect(self._runtime)
+        """Counters since the model was loaded, until it was closed."""
+        runtime = self._runtime
+        return collect(runtime) if runtime is not None else self._stats  # type: ignore[return-value]
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit the KV cache: those of all live requests, prompts and answers."""
+        return self._loaded().context
+
+    @cached_property
+    def default_params(self) -> SamplingParams:
+        """The sampling that the model's authors recommend in ``generation_config.json``; greedy if they do not.
+        Nothing uses it unasked, except the command line. Raises CheckpointError."""
+        return default_params(self._folder)
 
     @property
     def codec(self) -> TextCodec:
@@ -160,11 +196,21 @@ class LLM:
         return self._codec
 
     def close(self) -> None:
-        """Stop transfers, free the memory and close the files. Waits for a step in another thread; live requests then
-        raise UsageError. May be called twice."""
-        if not self._closed:
-            self._closed = True
-            self._runtime.close()
+        """Stop transfers, free the memory, close the files, and write heat, trace and timeline. A step in another
+        thread is abandoned; live requests then raise UsageError. May be called twice. No-op in a forked process.
+        Raises StorageError if a write fails."""
+        stats = None if self._runtime is None else self.stats()
+        try:
+            self._client.close()
+        finally:
+            if stats is not None:
+                self._stats, self._runtime = stats, None  # its memory
+
+    def __repr__(self) -> str:
+        if (runtime := self._runtime) is None:
+            return f"<LLM {self._folder}, closed>"
+        layers, ram = len(runtime.catalog.spec.layers), format_size(runtime.ram_budget)
+        return f"<LLM {self._folder}, {layers} layers on {runtime.device}, ram {ram}, context {runtime.context}>"
 
     def __enter__(self) -> LLM:
         return self
@@ -172,14 +218,73 @@ class LLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except StorageError as unwritten:
+            if error is None:
+                raise
+            warnings.warn(str(unwritten), stacklevel=2)  # not to hide the error
+
+    def _loaded(self) -> Runtime:
+        """Raises UsageError if the model is closed, or belongs to another process."""
+        self._client.worker.check()
+        if self._runtime is None:
+            raise UsageError("this model is closed")
+        return self._runtime
+
+    def _generation(
+        self,
+        mailbox: Box,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        on_prefill: OnPrefill | None = None,
+    ) -> tuple[list[Answer], Request[Box]]:
+        """The answers of ``generate``, still empty, and the request that fills them."""
+        samples = [(prompt, one) for prompt, each in paired(several(prompts), params) for one in each.samples()]
+        answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
+        pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
+        queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
+        return answers, Request(self._client, mailbox, queued, pace, on_prefill=on_prefill)
+
+    def _stream(
+        self,
+        mailbox: Box,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        keep: Keep | None = None,
+        on_prefill: OnPrefill | None = None,
+    ) -> tuple[Answer, Request[Box]]:
+        """The answer of ``stream``, still empty, and the request that fills it."""
+        ((_, params),) = paired([prompt], params)
+        if params.n > 1:
+            raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
+        answer = Answer(*self._prepare(prompt, params))
+        queued = [(answer.prompt, params)]
+        return answer, Request(self._client, mailbox, queued, Pace.ASKED, keep=keep, on_prefill=on_prefill)
+
+    def _logits(self, mailbox: Box, prompt: Prompt) -> tuple[Tensor, Request[Box]]:
+        """The result of ``logits``, still empty, and the request that fills it."""
+        ids, runtime = self._ids(prompt), self._loaded()
+        per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
+        needed, ram = len(ids) * per_token, runtime.plan.ram
+        if needed > room:
+            floor = ram.floor - ram.parts["logits"] + needed
+            raise BudgetError(
+                f"the logits of {len(ids)} tokens take {format_size(needed)}, but the plan has {format_size(room)} for "
+                f"them: load the model with logits_tokens={len(ids)}, whose least ram budget is {format_size(floor)}, "
+                f"or ask for at most {room // per_token} tokens at a time",
+                floor=floor,
+                given=runtime.ram_budget,
+                dominant="logits",
+            )
+        out = torch.empty(len(ids), runtime.catalog.spec.vocab)
+        return out, Request(self._client, mailbox, [(ids, SamplingParams())], Pace.END, out)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, checked against vocabulary and context."""
-        if self._closed:
-            raise UsageError("this model is closed")
-        spec, context = self._runtime.catalog.spec, self._runtime.context
-        ids = self.codec.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        runtime = self._loaded()
+        spec, context = runtime.catalog.spec, runtime.context
+        ids = self.codec.encode(prompt) if isinstance(prompt, str) else ids_of(prompt)
         if not ids:
             raise PromptError("a prompt needs at least one token")
         if wrong := [token for token in ids if not 0 <= token < spec.vocab]:
@@ -193,7 +298,9 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:
         """The ids to run, and the stream that decodes the new ones; None without a tokenizer."""
-        ids = self._ids(prompt)
+        ids, vocab = self._ids(prompt), self._loaded().catalog.spec.vocab
+        if wrong := [token for token in params.logit_bias if token >= vocab]:
+            raise UsageError(f"logit_bias: token id {wrong[0]} is not in the vocabulary of {vocab}")
         try:
             return ids, TextStream(self.codec, tuple(params.stop))
         except CheckpointError:
@@ -202,29 +309,95 @@ class LLM:
             return ids, None  # ids in, ids out
 
 
-class _Request:
-    """A sequence and its text. ``ids``: the new tokens, up to the end of the text."""
+def paired(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Each prompt with its parameters."""
+    if params is None or isinstance(params, SamplingParams):
+        return [(prompt, params or SamplingParams()) for prompt in prompts]
+    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        raise UsageError(f"params: expected SamplingParams, or one for each prompt, found {params!r}")
+    if len(params) != len(prompts):
+        raise UsageError(f"params: expected one for each of {len(prompts)} prompts, found {len(params)}")
+    return list(zip(prompts, params, strict=True))
 
-    def __init__(self, sequence: TokenSequence, text: TextStream | None):
-        self.sequence, self.text = sequence, text
+
+class Answer:
+    """The tokens of one prompt and their text. ``ids``: the new tokens, up to the end of the text."""
+
+    def __init__(self, prompt: list[int], text: TextStream | None):
+        self.prompt, self.text = prompt, text
         self.ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None
         self.finish: str | None = None
         self.error: TierlmError | None = None
+        self._shown = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text ended it."""
+        return self.text is not None and self.text.stopped
 
     def add(self, new: Progress) -> str:
         """Add new tokens. Returns the text that is now final."""
+        if self.finish is not None:  # computed before the end of the text was found
+            return ""
         self.error, found = new.error, ""
+        if new.logprobs is not None:
+            self._logprobs = self._logprobs or []
+            self._logprobs += new.logprobs
         for at, token in enumerate(new.ids, 1):
             self.ids.append(token)
             if self.text is not None and not (new.finish == "stop" and at == len(new.ids)):  # a stop id is not text
                 found += self.text.push(token)
                 if self.text.stopped:
                     self.finish = "stop"
-                    self.sequence.cancel()
                     return found + self.text.flush()
         self.finish = new.finish
         return found + self.text.flush() if self.text is not None and self.finish else found
 
+    def piece(self, new: Progress) -> Piece | None:
+        """Add new tokens. Returns the piece to show now, if any. Raises StorageError, NumericsError."""
+        text = self.add(new)
+        if self.error is not None:
+            raise self.error
+        if not text and self.finish is None and self.text is not None:
+            return None
+        ids, logprobs, self._shown = self.ids[self._shown :], self._logprobs_from(self._shown), len(self.ids)
+        return Piece(text, ids, self.finish, logprobs)
+
     def result(self) -> Result:
         text = None if self.text is None else self.text.text
-        return Result(list(self.sequence.prompt), self.ids, text, self.finish or "", self.error)
+        return Result(self.prompt, self.ids, text, self.finish or "", self.error, self._logprobs_from(0))
+
+    def _logprobs_from(self, start: int) -> list[TokenLogprob] | None:
+        """Of ``ids`` from ``start``, which may end before the last token computed."""
+        return None if self._logprobs is None else self._logprobs[start : len(self.ids)]
+
+
+def unfinished(answers: Sequence[Answer]) -> bool:
+    return any(answer.finish is None for answer in answers)
+
+
+def add(answers: Sequence[Answer], request: Request[Box], new: Progress) -> None:
+    """Add new tokens to the answer that they belong to, and cancel what follows a stop text."""
+    answer = answers[new.place]
+    answer.add(new)
+    if answer.stopped:
+        request.cancel_one(new.place)
+
+
+def results(answers: Sequence[Answer]) -> list[Result]:
+    """Raises the StorageError of a single answer."""
+    if len(answers) == 1 and answers[0].error is not None:
+        raise answers[0].error
+    return [answer.result() for answer in answers]
+
+
+def checked(budget: Budget | str | int | None, options: LoadOptions) -> tuple[Budget, RuntimeOptions]:
+    """The settings of a load. Raises UsageError if one is unknown or invalid."""
+    known = RuntimeOptions.__dataclass_fields__
+    if unknown := sorted(set(options) - set(known)):
+        raise UsageError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
+    limits = budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+    return limits, RuntimeOptions(**options)

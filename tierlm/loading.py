@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,11 +21,11 @@ from tierlm.checkpoints.mirrors import open_disks
 from tierlm.checkpoints.reader import Reader, split
 from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
-from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions
+from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
-from tierlm.errors import UsageError
+from tierlm.errors import BudgetError, StorageError, UsageError
 from tierlm.files import user_cache
-from tierlm.host import available_ram, process_ram
+from tierlm.host import available_ram, process_ram, total_ram
 from tierlm.kernels import native
 from tierlm.memory.disk import Disk
 from tierlm.memory.heat import Heat
@@ -42,7 +44,7 @@ from tierlm.models.embedding import Embedding
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.outline import sizes_of
 from tierlm.models.router import Router
-from tierlm.planning.plan import AUTO_RAM, Plan, TierPlan, make_plan
+from tierlm.planning.plan import AUTO_RAM, SLACK, Plan, TierPlan, make_plan
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import TierInfo
 from tierlm.policies.lookahead import Lookahead
@@ -58,6 +60,8 @@ COPY_THREADS = 2  # for copies to vram
 AUTO_VRAM = 0.9  # share of the free memory
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HOST = torch.device("cpu")
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -76,15 +80,17 @@ class Request:
     auto: bool  # the ram budget was derived from the free memory
 
 
-def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress: Progress | None = None) -> Runtime:
-    """The runtime of the model in ``folder``, with its resident trunks loaded.
+def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress: Progress, others: int = 0) -> Runtime:
+    """The runtime of the model in ``folder``, with its resident trunks loaded. It belongs to the calling thread.
 
-    ``progress`` is called with the trunk bytes loaded so far and in total. Raises UsageError, BudgetError,
-    CheckpointError, StorageError; after an error no thread runs and no file is open.
+    ``progress`` is called with the trunk bytes loaded so far and in total; it may raise to stop the load. ``others``:
+    bytes of ram held by other models of this process. Raises UsageError, BudgetError, CheckpointError, StorageError;
+    after an error no thread runs and no file is open.
     """
     began = time.perf_counter()
-    request = _check(folder, budget, options)
+    request = _check(folder, budget, options, others)
     catalog, plan, spec = request.catalog, request.plan, request.catalog.spec
+    _log_plan(request)
     with ExitStack() as undo:
         timeline = None if options.timeline is None else Timeline()
         recorder = None if options.trace is None else _open_recorder(Path(options.trace), request)
@@ -92,13 +98,17 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             undo.callback(recorder.drop)
         reader, profile, transfer, notes = _open_disk(request, timeline)
         undo.callback(_stop, transfer, reader)
+        notes += _platform_notes(request)
+        for note in notes:
+            log.info("%s", note)
         cache = user_cache()
         heat_file = cache / "heat" / f"{catalog.fingerprint}.json" if options.heat and cache else None
         heat = Heat() if heat_file is None else Heat.read(heat_file, catalog.experts())
         disk = Disk(reader, catalog.record, transfer, profile.request_bytes)
+        log.info("heat of %d experts from %s", len(heat.uses), heat_file or "nowhere")
         resident = _load_resident(request, disk, transfer)
         experts, trunk_tiers = _expert_tiers(request, disk, transfer), _trunk_tiers(request, disk, transfer)
-        trunks = _load_trunks(request, trunk_tiers, progress or (lambda done, total: None))
+        trunks = _load_trunks(request, trunk_tiers, progress)
         lookahead = Lookahead(request.predictor, spec.moe_layers)
         store = Store(experts[0], catalog.record, lookahead, options.io_timeout, heat, options.exact)
         if options.heat:
@@ -106,10 +116,11 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         widths = [layer.attention.cache_width for layer in spec.layers]
         kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
-        rows = Rows(catalog.embedding, catalog.seals_of(catalog.embedding))
+        embedded = catalog.embedding
+        rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file))
         undo.callback(rows.close)
         moe = MixtureOfExperts(spec, Router(spec, resident), store, timeline, recorder)
-        embedding = Embedding(rows, catalog.embedding, request.device)
+        embedding = Embedding(rows, embedded, request.device)
         decoder = Decoder(spec, embedding, resident, trunks, catalog.head, kv, moe, request.device, timeline)
         relief = _relief(request, experts[-1])
         meter = Meter(store, trunks, transfer)
@@ -133,10 +144,11 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             recorder=recorder,
             timeline=timeline,
             relief=relief,
-            loading_notes=(*notes, *_platform_notes(request)),
+            loading_notes=tuple(notes),
             load_seconds=time.perf_counter() - began,
         )
         undo.pop_all()
+    log.info("loaded in %.2f s", runtime.load_seconds)
     return runtime
 
 
@@ -154,7 +166,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
+def _check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -> Request:
     """Check a load before anything is opened."""
     device, catalog = find_device(options.device), Catalog(folder)
     spec = catalog.spec
@@ -166,9 +178,12 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
     predictor = make_predictor(options.predictor, spec.experts_per_token)
     make_policy(options.policy, TierInfo(len(spec.layers), 1))
     for name, file in (("timeline", options.timeline), ("trace", options.trace)):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{name}: {Path(file).absolute().parent}: no such folder")
-    sizes = sizes_of(catalog, context, options.prefill_chunk, KV_DTYPES[options.kv_dtype].itemsize)
+        if file is not None and not (folder := Path(file).absolute().parent).is_dir():
+            raise UsageError(f"{name}: {folder}: no such folder")
+        if file is not None and not os.access(folder, os.W_OK):  # fail now rather than after the run
+            raise StorageError(f"{name}: {file}: cannot be written: its folder is read-only", file=str(file))
+    kv_item = KV_DTYPES[options.kv_dtype].itemsize
+    sizes = sizes_of(catalog, context, options.prefill_chunk, kv_item, options.logits_tokens)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # math libraries allocate before RAM use is measured
     held = process_ram()
     ram = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
@@ -179,17 +194,52 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions) -> Request:
         sizes,
         ram=ram,
         vram=vram,
-        process=held,
+        process=max(0, held - others),
+        others=others,
         min_slots=spec.experts_per_token,
         ram_slots=options.ram_slots,
         vram_slots=options.vram_slots,
         resident_trunks=options.resident_trunks,
     )
+    ram = min(ram, _require_memory(plan, ram, held, device))
     return Request(catalog, options, device, context, predictor, plan, ram, budget.ram is None)
 
 
+def _log_plan(request: Request) -> None:
+    catalog = request.catalog
+    files, context = len(catalog.files), request.context
+    log.info("%s: %d files, context of %d tokens, on %s", catalog.checkpoint.path, files, context, request.device)
+    for name, plan, _ in _tier_plans(request):
+        parts = ", ".join(f"{part} {format_size(size)}" for part, size in plan.parts.items() if size)
+        log.info("plan of %s: %s; %d expert slots; floor %s", name, parts, plan.expert_slots, format_size(plan.floor))
+
+
+def _require_memory(plan: Plan, ram: int, held: int, device: torch.device) -> int:
+    """Refuse a plan that cannot be held here, and warn of one that does not fit the free memory. Returns the limit of
+    this process in bytes. Raises BudgetError."""
+    emulated = plan.vram.parts if plan.vram is not None and device.type == "cpu" else {}
+    parts = {**plan.ram.parts, "vram in host memory": sum(emulated.values())}
+    needed, limit, free = sum(parts.values()), total_ram(), available_ram() + held
+    if needed > limit:
+        raise BudgetError(
+            f"a ram budget of {format_size(ram)} leads to a plan of {format_size(needed)}, but this process can have "
+            f"{format_size(limit)} (this machine's memory, or a memory cgroup's): it would be killed; lower the "
+            "budget, or use 'auto'",
+            floor=plan.ram.floor,
+            given=ram,
+            dominant=max(parts, key=lambda name: parts[name]),
+        )
+    if needed - SLACK > free:
+        warnings.warn(
+            f"the plan takes {format_size(needed)} of host memory and {format_size(free)} are free: the process may be "
+            "killed, or slow down other programs; lower the ram budget, or use 'auto'",
+            stacklevel=5,
+        )
+    return limit
+
+
 def _open_recorder(file: Path, request: Request) -> Recorder:
-    """Open the recorder of a trace, which stores the prefill read order. Raises UsageError."""
+    """Open the recorder of a trace, which stores the prefill read order. Raises UsageError, StorageError."""
     catalog, spec = request.catalog, request.catalog.spec
     if not spec.moe_layers:
         raise UsageError("trace: this model has no experts, so there is no routing to record")
@@ -203,7 +253,7 @@ def _open_recorder(file: Path, request: Request) -> Recorder:
     try:
         return Recorder(file, info, spec.experts_per_token, request.options.trace_scores)
     except OSError as error:
-        raise UsageError(f"trace: {file}: cannot be written: {error.strerror}") from error
+        raise StorageError(f"trace: {file}: cannot be written: {error.strerror}", file=str(file)) from error
 
 
 def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, DiskProfile, Transfer, list[str]]:
@@ -211,7 +261,7 @@ def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, Dis
     options, catalog = request.options, request.catalog
     mirrors = [Path(folder) for folder in options.mirrors]
     reader, profile, notes = open_disks(
-        catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache())
+        catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache()), catalog.stamps
     )
     try:
         threads = options.transfer_threads or _transfer_threads(request, profile)
@@ -290,6 +340,7 @@ def _load_trunks(request: Request, tiers: Sequence[Tier], progress: Progress) ->
     plans = _tier_plans(request)
     total = sum(catalog.size(key) for _, plan, _ in plans for key in plan.trunk)
     done = 0
+    progress(done, total)
     for tier, (_, plan, _) in zip(reversed(tiers), plans, strict=True):
         trunks = Trunks(tier, plan.trunk, catalog.trunks, catalog.record, options.io_timeout, options.exact)
         for size in trunks.load():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from tierlm.checkpoints.disk_profile import DiskProfile
 from tierlm.checkpoints.reader import Reader
 from tierlm.config import RuntimeOptions
 from tierlm.engine.scheduler import Scheduler
+from tierlm.errors import StorageError
 from tierlm.memory.heat import Heat
 from tierlm.memory.pressure import PressureRelief
 from tierlm.memory.store import Store
@@ -66,23 +67,33 @@ class Runtime:
         parts = self.plan.ram.parts
         return self.ram_budget - sum(parts.values()) + parts["logits"]
 
+    @property
+    def held(self) -> int:
+        """Bytes of ram in use: filled slots, KV cache and resident tensors."""
+        tiers = [tier for tier in (*self.experts, *self.trunk_tiers) if tier.name == "ram"]
+        parts = self.plan.ram.parts
+        slots = sum(slot.size for tier in tiers for slot in list(tier.slots) if slot.filled)
+        return slots + parts.get("KV cache", 0) + parts.get("routers and norms", 0)
+
     def close(self) -> None:
-        """Stop the threads, close the files, and write heat, trace and timeline; warns if a write fails. If a thread is
-        stuck in a read, its files stay open."""
-        self.scheduler.close()
+        """Stop the threads, close the files, and write heat, trace and timeline. If a thread is stuck in a read, its
+        files stay open. Raises StorageError if a write fails, after all the others."""
         if self.transfer.close():
             self.reader.close()
         self.decoder.embedding.close()
+        writes: dict[str, Callable[[], None]] = {}
         if self.heat_file is not None and self.heat.uses:
-            _keep(self.heat.write, self.heat_file)
+            writes["heat (heat=False, --no-heat, does without)"] = partial(self.heat.write, self.heat_file)
         if self.recorder is not None:
-            _keep(self.recorder.close)
+            writes["trace"] = self.recorder.close
         if self.timeline is not None and self.options.timeline is not None:
-            _keep(self.timeline.write, Path(self.options.timeline))
-
-
-def _keep(write: Callable[..., None], *arguments: object) -> None:
-    try:
-        write(*arguments)
-    except OSError as error:
-        warnings.warn(f"not written: {error.filename}: {error.strerror}", stacklevel=3)
+            writes["timeline"] = partial(self.timeline.write, Path(self.options.timeline))
+        failed: dict[str, OSError] = {}
+        for what, write in writes.items():
+            try:
+                write()
+            except OSError as error:
+                failed[what] = error
+        if failed:
+            told = [f"{what}: {error.filename}: cannot be written: {error.strerror}" for what, error in failed.items()]
+            raise StorageError("; ".join(told), file=str(next(iter(failed.values())).filename))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tierlm.config import format_size
 from tierlm.engine.counters import Phase, ratio
 from tierlm.host import peak_ram
 from tierlm.memory.executor import LinkStats
 from tierlm.planning.plan import Plan
 from tierlm.policies.residency import TierStats
 from tierlm.runtime import Runtime
+from tierlm.table import Table
 
 
-@dataclass(frozen=True)
-class Stats:
+@dataclass(frozen=True, repr=False)
+class Stats(Table):
     """Statistics since the model was loaded. Sizes in bytes, times in seconds, rates in tokens per second.
 
     ``prefill`` counts prompt tokens; ``decode`` counts new tokens except each prompt's first, which prefill makes.
@@ -47,6 +50,24 @@ class Stats:
             found[name] |= {what: getattr(phase, what) for what in derived}
         return found
 
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """The table that ``--stats`` prints."""
+        yield "load", f"{self.load_seconds:.2f} s"
+        yield "first token after", f"{_number(self.first_token)} s"
+        yield "prefill", _phase(self.prefill)
+        yield "decode", _phase(self.decode)
+        yield "expert hit rate", "-" if self.hit_rate is None else f"{self.hit_rate:.1%}"
+        for name, link in self.links.items():
+            speed = link.bytes / link.seconds / 1e9 if link.seconds else 0.0
+            yield name, f"{format_size(link.bytes)} at {speed:.2f} GB/s while busy"
+        for name, tier in self.experts.items():
+            yield f"experts in {name}", _tier(tier)
+        for name, value in self.plan.rows():
+            yield name and f"{name} plan", value
+        yield "peak of the process", format_size(self.peak_ram)
+        for note in self.notes:
+            yield "note", note
+
 
 def collect(runtime: Runtime) -> Stats:
     """A snapshot of a runtime."""
@@ -68,3 +89,25 @@ def collect(runtime: Runtime) -> Stats:
         reader=runtime.reader.name,
         notes=tuple(runtime.notes),
     )
+
+
+def _phase(phase: Phase) -> str:
+    if not phase.seconds:
+        return "-"
+    read = format_size(phase.disk_bytes_per_token or 0)
+    return (
+        f"{phase.tokens} tokens at {_number(phase.rate)} tokens/s; {read} a token from disk; computed "
+        f"{phase.compute / phase.seconds:.0%}, waited {phase.stall / phase.seconds:.0%} of {phase.seconds:.2f} s; disk "
+        f"busy {phase.reading / phase.seconds:.0%}; overlap {_number(phase.overlap)}"
+    )
+
+
+def _tier(tier: TierStats) -> str:
+    return (
+        f"{tier.hits} hits, {tier.late_hits} late hits, {tier.misses} misses; {tier.prefetched} prefetched: "
+        f"{tier.useful} useful, {tier.wasted} wasted, {tier.cancelled} cancelled; {tier.warmed} by warm-up"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

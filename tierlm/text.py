@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from tierlm.checkpoints.checkpoint import read_json
 from tierlm.checkpoints.gguf_header import read_gguf_header
 from tierlm.checkpoints.gguf_tokenizer import tokenizer_config_of, tokenizer_of
+from tierlm.config import SamplingParams
 from tierlm.errors import CheckpointError, UsageError
+from tierlm.files import read_regular
+from tierlm.templates.template import ChatTemplate, Message, special_tokens
 
-Message = Mapping[str, Any]
+RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class TextCodec:
@@ -35,9 +37,13 @@ class TextCodec:
                 "transformers' AutoTokenizer writes it)"
             )
         try:
-            self.tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{file}: not a readable tokenizer: {error}") from error
+            raw = read_regular(file)
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+        with _readable(file):
+            self.tokenizer = Tokenizer.from_buffer(raw)
+            self.tokenizer.no_padding()  # a prompt is never padded or cut
+            self.tokenizer.no_truncation()
         config = folder / "tokenizer_config.json"
         self._config = read_json(config) if config.exists() else {}
 
@@ -47,51 +53,56 @@ class TextCodec:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode: {error}") from error
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        with _readable(self.folder / "tokenizer.json"):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         if special and self._config.get("add_bos_token"):
-            bos = self.tokenizer.token_to_id(self._token("bos_token") or "")
+            bos = self.tokenizer.token_to_id(special_tokens(self.folder, self._config).get("bos_token", ""))
             return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _readable(self.folder / "tokenizer.json"):
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def chat(self, messages: Sequence[Message]) -> str:
-        """The prompt text of a conversation, from the checkpoint's template, which runs in a sandbox.
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The model's chat template; false if it has none. Raises CheckpointError if its file cannot be read."""
+        return ChatTemplate(self.folder, self._config)
 
-        Raises UsageError if the model has no template or the template rejects the messages.
-        """
-        template = self._template()
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        tokens = {name: self._token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        try:
-            return environment.from_string(template).render(
-                messages=list(messages), add_generation_prompt=True, **tokens
-            )
-        except Exception as error:  # a template is foreign code: it may raise anything
-            raise UsageError(f"{self.folder}: the chat template rejects these messages: {error}") from error
-
-    def _template(self) -> str:
-        plain, packed = self.folder / "chat_template.jinja", self.folder / "chat_template.json"
-        if plain.exists():
-            return plain.read_text(encoding="utf-8")
-        template = (read_json(packed) if packed.exists() else self._config).get("chat_template")
-        if isinstance(template, list):  # several named templates
-            template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-        if not isinstance(template, str):
-            raise UsageError(f"{self.folder}: this model has no chat template; use `run` with a plain prompt")
-        return template
-
-    def _token(self, name: str) -> str | None:
-        value = self._config.get(name)
-        return value.get("content") if isinstance(value, dict) else value
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        args: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The ids of a conversation's prompt. Arguments and errors are those of ``ChatTemplate.render``."""
+        return self.encode(self.template.render(messages, tools, args), special=False)
 
 
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+def default_params(folder: Path) -> SamplingParams:
+    """The sampling of ``generation_config.json``, where it says ``do_sample``; what it does not name is off, at a
+    temperature of 1. Raises CheckpointError."""
+    file = folder / "generation_config.json"
+    stated = read_json(file) if file.exists() else {}
+    if stated.get("do_sample") is not True:
+        return SamplingParams()
+    chosen = {name: stated[name] for name in RECOMMENDED if stated.get(name) is not None}
+    try:
+        return SamplingParams(**{"temperature": 1.0, **chosen})
+    except UsageError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Errors of the tokenizer's library, also panics of its Rust code, become a CheckpointError."""
+    try:
+        yield
+    except BaseException as error:  # the library raises bare Exception; a panic is not even that
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CheckpointError(f"{file}: not a readable tokenizer: {error}") from error
+        raise
 
 
 class TextStream:

@@ -10,18 +10,22 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.codec import Compressed, least_and_most
-from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.errors import CheckpointError, UnsupportedModelError, shown
+from tierlm.files import Stamp, open_regular, read_regular
 
 ALIGNMENT = 4096  # bytes; file offset, length and memory address of direct reads
 MERGE_GAP = 64 * 1024  # bytes; reading a gap of this size costs less than a second request
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+# Limits of JSON, in bytes and in values, which take up to some 100 bytes each. DeepSeek-V3 in a single file would have
+# a header of 14 MB with 0.8 million values.
+MAX_JSON = MAX_HEADER = 32 * 2**20
+MAX_VALUES = 2**21
 INSIDE = "tierlm.zstd"  # metadata key: the tensors inside each compressed record
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")  # its number follows the name of its layer's stack
 STACK = re.compile(r".*\.experts\.[a-z_]+")
@@ -151,7 +155,7 @@ def compressed(record: Record, inside: Compressed) -> Record:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a checkpoint file. Raises CheckpointError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_regular(path, MAX_JSON))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a model folder in Hugging Face layout has one") from None
     except OSError as error:
@@ -163,12 +167,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def parse_json(text: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Parse JSON of at most MAX_VALUES values. ``pairs``: makes the objects. Raises ValueError, RecursionError."""
+    if (values := sum(map(text.count, b",[{"))) > MAX_VALUES:
+        raise ValueError(f"expected at most {MAX_VALUES} values, found about {values}")
+    return json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
+
+
 class Header(NamedTuple):
-    """A parsed safetensors header. ``begin``: file offset of the tensor data; ``metadata``: free text."""
+    """A parsed safetensors header. ``begin``: file offset of the tensor data; ``metadata``: free text; ``stamp``: of
+    the file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     begin: int
+    stamp: Stamp
 
 
 class Checkpoint:
@@ -204,8 +217,8 @@ class Checkpoint:
         for shard in sorted(set(weight_map.values())):
             file = index.parent / shard
             if os.path.basename(shard) != shard or shard in ("", ".", ".."):
-                raise CheckpointError(f"{index}: expected shards in its own folder, found {shard!r}")
-            if not file.exists():
+                raise CheckpointError(f"{index}: expected shards in its own folder, found {shown(shard)}")
+            if not os.path.exists(file):  # unlike Path.exists, false for a name that is too long
                 raise CheckpointError(f"{file}: missing shard, named by {index.name}; download it again")
             headers[shard] = self.headers[file] = read_header(file)
         for name, shard in weight_map.items():
@@ -219,8 +232,12 @@ class Checkpoint:
         return len(self.tensors) + sum(stack.shape[0] for stack in stacks if stack.nbytes)
 
     @property
+    def stamps(self) -> dict[Path, Stamp]:
+        return {file: header.stamp for file, header in self.headers.items()}
+
+    @property
     def digest(self) -> bytes:
-        return (self.path / "config.json").read_bytes()
+        return read_regular(self.path / "config.json")
 
     def find(self, name: str) -> TensorInfo | None:
         """The tensor ``name``, or an expert's part of its layer's stack."""
@@ -250,26 +267,29 @@ def check_shape(found: TensorInfo, shape: tuple[int, ...] | None) -> TensorInfo:
 def read_header(file: Path) -> Header:
     """Read and validate the header of a safetensors file. Raises CheckpointError."""
     try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        with open(open_regular(file), "rb") as stream:
+            stamp = Stamp.of(stream.fileno())
+            size = stamp.size
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
+            if len(prefix) < 8 or length > size - 8:
                 raise CheckpointError(
                     f"{file}: not a safetensors file, or truncated: header of {length} bytes in a file of {size}"
                 )
+            if length > MAX_HEADER:
+                raise CheckpointError(f"{file}: expected a header of at most {MAX_HEADER} bytes, found {length}")
             text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from error
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = parse_json(text, _unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: safetensors header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: safetensors header is {type(header).__name__}, expected an object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{file}: header: expected strings under __metadata__, found {str(metadata)[:200]}")
+        raise CheckpointError(f"{file}: header: expected strings under __metadata__, found {shown(metadata)}")
     begin = 8 + length
     tensors = {name: _tensor(file, name, entry, begin, size) for name, entry in header.items()}
     tensors_inside = _inside(file, tensors, metadata.get(INSIDE, "{}"))
@@ -281,14 +301,14 @@ def read_header(file: Path) -> Header:
                 f"which ends at {previous.offset + previous.nbytes}"
             )
         previous = tensor
-    return Header(tensors | tensors_inside, metadata, begin)
+    return Header(tensors | tensors_inside, metadata, begin, stamp)
 
 
 def _inside(file: Path, tensors: Mapping[str, TensorInfo], text: str) -> dict[str, TensorInfo]:
     """The tensors inside compressed records. ``text``: JSON, stored tensor -> [checksum, name -> [dtype, shape]]."""
     found: dict[str, TensorInfo] = {}
     try:
-        for outer, (checksum, entries) in json.loads(text).items():
+        for outer, (checksum, entries) in parse_json(text.encode()).items():
             stored, raw, parts = tensors[outer], 0, []
             for name, (dtype, shape) in entries.items():
                 numbers = all(type(number) is int and number >= 0 for number in shape)
@@ -327,7 +347,7 @@ def _tensor(file: Path, name: str, entry: Any, begin: int, size: int) -> TensorI
     except (KeyError, TypeError, ValueError):
         well_formed = False
     if not well_formed:
-        raise CheckpointError(f"{file}: header entry of {name} is malformed: {str(entry)[:200]}")
+        raise CheckpointError(f"{file}: header entry of {name} is malformed: {shown(entry)}")
     if dtype not in ITEM_SIZE:
         raise UnsupportedModelError(f"{file}: {name} has dtype {dtype}; supported are {', '.join(ITEM_SIZE)}")
     nbytes = math.prod(shape) * ITEM_SIZE[dtype]

@@ -9,12 +9,14 @@ from typing import Any, Protocol
 
 from tierlm.checkpoints.checkpoint import Checkpoint, Header, TensorInfo, read_json
 from tierlm.checkpoints.gguf import GgufCheckpoint
+from tierlm.files import Stamp
 
 
 class Container(Protocol):
     """The places of a model's tensors.
 
     ``path``: the folder or the first file. ``tensors``: by their names in the files. ``headers``: of safetensors files.
+    ``stamps``: of all files, when their headers were read.
     ``count``: of tensors, with stacked experts one by one. ``digest``: identifies the config.
     """
 
@@ -23,6 +25,9 @@ class Container(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def stamps(self) -> Mapping[Path, Stamp]: ...
 
     @property
     def headers(self) -> Mapping[Path, Header]: ...

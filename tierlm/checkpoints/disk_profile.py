@@ -12,7 +12,7 @@ from typing import Any
 
 from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.config import format_size
-from tierlm.files import write_whole
+from tierlm.files import read_regular, write_whole
 
 VERSION = 1  # of the cache file; a file of another version is replaced
 MAX_DEPTH = 256
@@ -73,31 +73,30 @@ class ProfileCache:
 
     def get(self, file: Path) -> DiskProfile | None:
         """The remembered profile of the disk under ``file``; None if absent or invalid."""
-        return _profile(self._disks().get(_key(file)))
+        return self._disks().get(_key(file))
 
     def put(self, file: Path, profile: DiskProfile) -> str | None:
         """Remember the profile of the disk under ``file``. Returns the reason if that fails, else None."""
         if self._file is None:
             return "there is no cache folder"
-        disks = self._disks() | {_key(file): asdict(profile)}
+        disks = {key: asdict(known) for key, known in (self._disks() | {_key(file): profile}).items()}
         try:
             write_whole(self._file, json.dumps({"version": VERSION, "disks": disks}, indent=2))
         except OSError as error:
             return f"{self._file}: {error.strerror or error}"
         return None
 
-    def _disks(self) -> dict[str, Any]:
-        """The entries of the file, not validated; empty if it cannot be read or has another version."""
+    def _disks(self) -> dict[str, DiskProfile]:
+        """The valid entries of the file; none if it cannot be read or has another version."""
         if self._file is None:
             return {}
         try:
-            found = json.loads(self._file.read_text(encoding="utf-8"))
+            found = json.loads(read_regular(self._file))
         except (OSError, ValueError, RecursionError):
             return {}
-        if not isinstance(found, dict) or found.get("version") != VERSION:
-            return {}
-        disks = found.get("disks")
-        return disks if isinstance(disks, dict) else {}
+        disks = found.get("disks") if isinstance(found, dict) and found.get("version") == VERSION else None
+        profiles = {key: _profile(entry) for key, entry in disks.items()} if isinstance(disks, dict) else {}
+        return {key: profile for key, profile in profiles.items() if profile is not None}
 
 
 def _key(file: Path) -> str:

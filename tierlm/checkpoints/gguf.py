@@ -14,6 +14,7 @@ from tierlm.checkpoints.checkpoint import EXPERT, Header, TensorInfo, check_shap
 from tierlm.checkpoints.gguf_config import config_of
 from tierlm.checkpoints.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from tierlm.errors import CheckpointError
+from tierlm.files import open_regular
 
 FLOATS = ("F32", "F16", "BF16")
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -40,6 +41,7 @@ class GgufCheckpoint:
         self._names = _name_map(header)
         self.tensors: dict[str, TensorInfo] = {}
         self._stacks: dict[str, int] = {}  # tensors of more than two dimensions -> the first one
+        self.stamps = {part: own.stamp for part, own in parts}
         for part, own in parts:
             self.digest = hashlib.sha256(self.digest + own.digest).digest()
             for name, tensor in own.tensors.items():
@@ -126,7 +128,7 @@ def _name_map(header: GgufHeader) -> Any:
 
 def _floats(file: Path, tensor: GgufTensor) -> list[float]:
     """The values of a small float32 tensor. Raises CheckpointError."""
-    with open(file, "rb") as stream:
+    with open(open_regular(file), "rb") as stream:
         stream.seek(tensor.offset)
         data = stream.read(min(tensor.nbytes, MAX_DIVISORS))
     if tensor.kind != "F32" or len(data) != tensor.nbytes:

@@ -6,14 +6,18 @@ vocabulary of 49,000 tokens and trusts lengths; this one takes 0.1 s and checks 
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.errors import CheckpointError, UnsupportedModelError, UsageError
+from tierlm.files import Stamp, open_regular
 
 MAGIC = b"GGUF"
 MAX_HEADER = 256 * 2**20  # bytes; ten times that of a vocabulary of 250,000 tokens with merges
@@ -38,30 +42,35 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """``digest``: identifies the header's bytes."""
+    """``digest``: identifies the header's bytes. ``stamp``: of the file when they were read."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
     digest: bytes
+    stamp: Stamp
 
 
-def is_gguf(file: Path) -> bool:
-    """Whether ``file`` is a GGUF file, by its first bytes."""
-    try:
-        with open(file, "rb") as stream:
-            return stream.read(4) == MAGIC
-    except OSError:
-        return False
+def gguf_in(path: Path) -> Path | None:
+    """The GGUF file that ``path`` is, or the only one in a folder without safetensors; of a split one, the first.
+
+    Raises UsageError if there are several."""
+    if not os.path.isdir(path):  # unlike Path.is_dir, false for a name that is too long
+        return path if path.suffix == ".gguf" and os.path.exists(path) else None
+    if any(path.glob("*.safetensors")):
+        return None
+    later = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")
+    found = [file for file in sorted(path.glob("*.gguf")) if not later.fullmatch(file.name)]
+    if len(found) > 1:
+        raise UsageError(f"{path}: expected one GGUF file, found {len(found)}: give one, such as {found[0]}")
+    return found[0] if found else None
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
     """Raises CheckpointError and UnsupportedModelError."""
-    import hashlib
-    import os
-
     try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        with open(open_regular(file), "rb") as stream:
+            stamp = Stamp.of(stream.fileno())
+            size = stamp.size
             data = b""
             while True:
                 data += stream.read(max(FIRST_READ, 3 * len(data)))
@@ -75,7 +84,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
                             "download it again"
                         ) from error
                     continue
-                return GgufHeader(*header, hashlib.sha256(data[:end]).digest())
+                return GgufHeader(*header, hashlib.sha256(data[:end]).digest(), stamp)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror or error}") from error
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from tierlm.checkpoints.gguf_header import is_gguf
-from tierlm.errors import CheckpointError
+from tierlm.checkpoints.foreign import refuse_foreign
+from tierlm.checkpoints.gguf_header import gguf_in
+from tierlm.errors import CheckpointError, ModelNotFoundError
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -19,14 +21,15 @@ def find_model(model: str | Path) -> Path:
     if model == "demo":
         return DEMO
     folder = Path(model)
-    if folder.is_dir():
+    if (file := gguf_in(folder)) is not None:
+        return file
+    refuse_foreign(folder)
+    if os.path.isdir(folder):  # unlike Path.is_dir, false for a name that is too long
         return folder
-    if folder.is_file():
-        if is_gguf(folder):
-            return folder
+    if os.path.isfile(folder):
         raise CheckpointError(f"{folder}: expected a folder in Hugging Face layout or a GGUF file, found another file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) is None or str(model).startswith("."):
-        raise CheckpointError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")
+        raise ModelNotFoundError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")
     from huggingface_hub import snapshot_download  # slow to import, rarely needed
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -12,6 +12,7 @@ from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache, together
 from tierlm.checkpoints.probe import find_profile
 from tierlm.checkpoints.reader import Reader, Request, open_reader
 from tierlm.errors import CheckpointError, StorageError, UsageError
+from tierlm.files import Stamp, open_regular
 
 
 @dataclass(eq=False)
@@ -101,14 +102,21 @@ class MirrorReader(Reader):
 
 
 def open_disks(
-    files: Sequence[Path], mirrors: Sequence[Path], reader: str, probe: str, cache: ProfileCache
+    files: Sequence[Path],
+    mirrors: Sequence[Path],
+    reader: str,
+    probe: str,
+    cache: ProfileCache,
+    stamps: Mapping[Path, Stamp],
 ) -> tuple[Reader, DiskProfile, list[str]]:
     """A reader of ``files`` and their copies in the folders ``mirrors``, the combined disk profile, and notes.
 
-    Each file system gets its own reader (``open_reader``) and profile (``find_profile``). Raises UsageError and
-    CheckpointError; an error leaves no file open.
+    ``stamps``: of the files to compare with it, when their headers were read. Each file system gets its own reader
+    (``open_reader``) and profile (``find_profile``). Raises UsageError and CheckpointError; an error leaves no file
+    open.
     """
     copies = find_copies(files, mirrors)
+    stamps = {copy: stamps.get(copy) or Stamp.of(copy) for file in stamps for copy in copies[file]}
     disks: dict[int, list[Path]] = {}
     for file in (copy for each in copies.values() for copy in each):
         disks.setdefault(os.stat(file).st_dev, []).append(file)
@@ -117,7 +125,7 @@ def open_disks(
     notes: list[str] = []
     try:
         for held in disks.values():
-            opened, why = open_reader(reader, held)
+            opened, why = open_reader(reader, held, stamps)
             readers.append(opened)
             own, note = find_profile(opened, held, probe, cache)
             profiles.append(own)
@@ -174,7 +182,7 @@ def _check_copy(file: Path, copy: Path) -> None:
 
 
 def _header(file: Path) -> bytes:
-    with open(file, "rb") as stream:
+    with open(open_regular(file), "rb") as stream:
         prefix = stream.read(8)
         return prefix + stream.read(min(int.from_bytes(prefix, "little"), os.fstat(stream.fileno()).st_size))
 

@@ -1,7 +1,7 @@
 """Packing: stored weights in, a folder of packed files out, complete or not at all.
 
 The output goes to a temporary folder next to the target, which is renamed at the end. Each file in it is renamed when
-complete; after a kill, incomplete files are written again. Only a few matrices are in memory at a time.
+complete; after a kill, the others are written again. Only a few matrices are in memory at a time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tierlm.checkpoints.ahead import ahead
 from tierlm.checkpoints.checkpoint import Place, TensorInfo
 from tierlm.checkpoints.codec import Run
 from tierlm.checkpoints.packed import RecordShape, file_size, in_file_order, write_file
-from tierlm.checkpoints.reader import read_pieces
+from tierlm.checkpoints.reader import PIECE, read_pieces
 from tierlm.checkpoints.stored import StoredWeight
 from tierlm.checkpoints.views import view
 from tierlm.config import format_size
 from tierlm.errors import StorageError, UsageError
-from tierlm.files import whole, write_whole
+from tierlm.files import Stamp, open_regular, read_regular, whole, write_whole
 from tierlm.formats import FORMATS, Part
 from tierlm.kernels import Weight, quantise, widen
 
@@ -37,7 +37,7 @@ DESCRIPTION = "tierlm.json"  # source and settings of the pack
 INDEX = "model.safetensors.index.json"
 SLICE_VALUES = 2**18  # values converted at a time, so that they stay in the processor's cache
 SLICE_ROWS = 128  # a slice has a multiple of these rows, and of the rows of a block
-AHEAD = 4  # matrices or pieces queued between reading, converting and writing
+AHEAD = 4  # matrices or pieces queued between reading, converting and writing, if memory allows
 SPARE = 64 * 2**20  # bytes left free on the disk
 
 Progress = Callable[[int, int], None]
@@ -144,12 +144,15 @@ def pack(
     beside: Mapping[str, bytes],
     out: Path,
     description: Mapping[str, Any],
+    sources: Mapping[Path, Stamp],
     progress: Progress | None = None,
+    queued: int = AHEAD,
 ) -> None:
     """Write ``files`` (name -> records) and ``beside`` (name -> content) to the new folder ``out``.
 
     Reading, converting and writing overlap. ``description``: "packed" and "source"; an interrupted pack with the same
-    description continues. ``progress``: called with bytes done and in total. Raises UsageError, StorageError.
+    description continues. ``sources``: the files that are read; the pack fails if one changes meanwhile. ``progress``:
+    called with bytes done and in total. ``queued``: see ``memory_of``. Raises UsageError, StorageError.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out}: exists already; a pack needs a new folder: choose another, or remove it")
@@ -173,28 +176,44 @@ def pack(
                 if progress is not None:
                     progress(done, total)
 
-        reads = ahead(read_records(record for name in missing for record in files[name]), AHEAD)
-        with closing(ahead(converted(reads), AHEAD)) as chunks:
+        reads = ahead(read_records(record for name in missing for record in files[name]), queued)
+        with closing(ahead(converted(reads), queued)) as chunks:
             stream = counted(chunks)
             for name in missing:
                 write_file(folder / name, shapes[name], metadata, stream)
+        for source, stamp in sources.items():
+            _require_unchanged(source, stamp)
         total = sum((folder / name).stat().st_size for name in files)
         weight_map = {tensor: name for name, each in shapes.items() for shape in each for tensor in shape.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        try:
-            for name, content in beside.items():
-                with whole(folder / name) as file:
-                    file.write(content)
-            write_whole(folder / INDEX, json.dumps(index, indent=1))
-            os.rename(folder, out)
-        except OSError as error:
-            raise StorageError(f"{out}: cannot be written: {error.strerror or error}", file=str(out)) from error
+        for name, content in beside.items():
+            with whole(folder / name) as file:
+                file.write(content)
+        write_whole(folder / INDEX, json.dumps(index, indent=1))
+        os.rename(folder, out)
+
+
+def memory_of(files: Mapping[str, Sequence[PackedRecord]], queued: int) -> int:
+    """The most bytes of a pack of ``files`` with ``queued`` matrices or pieces between its stages."""
+    source = target = piece = compressing = 0
+    for record in (record for records in files.values() for record in records):
+        for packing in record.packings:
+            parts = [part.nbytes for part in packing.weight.parts.values()]
+            if packing.target == packing.weight.format:
+                piece = max(piece, *(min(PIECE, nbytes) for nbytes in parts))
+            else:
+                source = max(source, sum(parts))
+                target = max(target, RecordShape("", packing.tensors()).nbytes)
+        if record.compress:
+            compressing = max(compressing, 4 * record.shape().nbytes)  # pieces, whole, planes, stored
+    between = (queued + 1) * (max(source, piece) + max(target, piece))
+    return between + 2 * target + compressing  # a converted matrix is joined from its slices
 
 
 def unfinished(out: Path) -> Any:
     """The description of an interrupted pack to ``out``; None if absent or unreadable."""
     with suppress(OSError, ValueError):
-        return json.loads((_beside(out) / DESCRIPTION).read_text(encoding="utf-8"))
+        return json.loads(read_regular(_beside(out) / DESCRIPTION))
     return None
 
 
@@ -215,21 +234,30 @@ def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         text = json.dumps(description, indent=1) + "\n"
-        if note.exists() or any(folder.glob("*.safetensors")):
-            if not note.exists() or note.read_text(encoding="utf-8") != text:
-                raise UsageError(
-                    f"{folder}: an unfinished pack of another model, of other settings, or of files changed since; "
-                    "remove it, or choose another folder"
-                )
-        else:
-            write_whole(note, text)
         try:
+            found = read_regular(note) if note.exists() else None
+        except OSError as error:
+            raise UsageError(f"{note}: cannot be read: {error.strerror}; remove {folder}") from error
+        if found != text.encode() and (found is not None or any(folder.glob("*.safetensors"))):
+            raise UsageError(
+                f"{folder}: an unfinished pack of another model, of other settings, or of files changed since; "
+                "remove it, or choose another folder"
+            )
+        try:
+            if found is None:
+                write_whole(note, text)
             yield folder
-        except BaseException:
+        except BaseException as error:
             if not any(folder.glob("*.safetensors")):  # nothing to continue from
-                note.unlink()
+                note.unlink(missing_ok=True)
                 with suppress(OSError):  # the folder is not empty
                     folder.rmdir()
+            if isinstance(error, OSError):
+                raise StorageError(
+                    f"{error.filename or out}: cannot be written: {error.strerror or error}; free some space and run "
+                    "the same command again: it continues from there",
+                    file=str(error.filename or out),
+                ) from error
             raise
     except BlockingIOError:
         raise UsageError(f"{folder}: another pack is writing to it") from None
@@ -237,8 +265,15 @@ def _unfinished(out: Path, description: Mapping[str, Any]) -> Iterator[Path]:
         os.close(held)
 
 
+def _require_unchanged(file: Path, stamp: Stamp) -> None:
+    try:
+        os.close(open_regular(file, expected=stamp))
+    except OSError as error:
+        raise StorageError(f"{file}: {error.strerror}: what was packed of it is of no use", file=str(file)) from error
+
+
 def _check_room(folder: Path, out: Path, needed: int) -> None:
-    for left in folder.glob("*.unfinished"):  # left by a killed pack
+    for left in folder.glob(".*"):  # left by a killed pack on a file system without nameless files
         left.unlink()
     free = shutil.disk_usage(folder).free
     if needed + SPARE > free:

@@ -17,10 +17,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, INSIDE, ITEM_SIZE, MAX_HEADER, Header
+from tierlm.checkpoints.checkpoint import ALIGNMENT, INSIDE, ITEM_SIZE, MAX_HEADER, Header, parse_json
 from tierlm.checkpoints.checksum import DIGITS, Checksums, Seal, checksum
 from tierlm.checkpoints.codec import Run, compress, least_and_most
-from tierlm.errors import CheckpointError, StorageError
+from tierlm.errors import CheckpointError
+from tierlm.files import whole
 from tierlm.formats import Shape
 
 VERSION = "1"
@@ -78,48 +79,35 @@ def file_size(records: Sequence[RecordShape], metadata: Mapping[str, str]) -> in
 def write_file(
     file: Path, records: Sequence[RecordShape], metadata: Mapping[str, str], chunks: Iterator[memoryview]
 ) -> None:
-    """Write a packed file under a temporary name, flush it to disk, and rename it to ``file``.
+    """Write a packed file, complete or not at all.
 
     ``chunks``: the bytes of the records in order; no chunk spans two records, and none is taken after the last record.
-    Raises StorageError if the disk is full or fails. After any error the partial file is removed.
+    Raises OSError.
     """
-    beside = file.with_name(file.name + ".unfinished")
     done: list[Written] = []
     begin = len(_header(records, metadata))
-    try:
-        with open(beside, "wb") as stream:
-            stream.write(bytes(begin))  # the header comes last: a partial file is never valid
-            unflushed = 0
-            for record in records:
-                pieces, raw = _pieces(chunks, record), ""
-                if record.compress:
-                    whole = b"".join(pieces)
-                    pieces, raw = iter([memoryview(compress(whole, record.runs))]), checksum(whole)
-                written, checksums = 0, Checksums(record.block)
-                for piece in pieces:
-                    stream.write(piece)
-                    checksums.update(piece)
-                    written += piece.nbytes
-                    unflushed += piece.nbytes
-                    if unflushed >= FLUSH:
-                        _flush(stream)
-                        unflushed = 0
-                stream.write(bytes(_aligned(written) - written))
-                done.append(Written(written, checksums.end(), raw))
-            stream.seek(0)
-            stream.write(_header(records, metadata, done, begin))
-            _flush(stream)
-        os.replace(beside, file)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise StorageError(
-            f"{file}: cannot be written: {error.strerror or error}; free some space and run the same command again: "
-            "it continues with this file",
-            file=str(file),
-        ) from error
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with whole(file) as stream:
+        stream.write(bytes(begin))  # the header comes last
+        unflushed = 0
+        for record in records:
+            pieces, raw = _pieces(chunks, record), ""
+            if record.compress:
+                content = b"".join(pieces)
+                pieces, raw = iter([memoryview(compress(content, record.runs))]), checksum(content)
+            written, checksums = 0, Checksums(record.block)
+            for piece in pieces:
+                stream.write(piece)
+                checksums.update(piece)
+                written += piece.nbytes
+                unflushed += piece.nbytes
+                if unflushed >= FLUSH:
+                    _flush(stream)
+                    unflushed = 0
+            stream.write(bytes(_aligned(written) - written))
+            done.append(Written(written, checksums.end(), raw))
+        stream.seek(0)
+        stream.write(_header(records, metadata, done, begin))
+        _flush(stream)
 
 
 def _pieces(chunks: Iterator[memoryview], record: RecordShape) -> Iterator[memoryview]:
@@ -147,7 +135,7 @@ def read_seals(file: Path, header: Header) -> dict[int, Seal]:
     if version != VERSION:
         raise CheckpointError(f"{file}: packed in version {version!r}, expected {VERSION!r}; pack the model again")
     try:
-        entries: Any = json.loads(text)
+        entries: Any = parse_json(text.encode())
         seals = {}
         for name, (offset, nbytes, checksum) in entries.items():
             if type(offset) is not int or type(nbytes) is not int or re.fullmatch(r"[0-9a-f]{16}", checksum) is None:

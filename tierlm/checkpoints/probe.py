@@ -75,7 +75,7 @@ def find_profile(reader: Reader, files: Sequence[Path], mode: str, cache: Profil
     if mode == "off":
         why_not = "as requested"
     elif isinstance(reader, MmapReader):
-        why_not = "memory-mapped files are read page by page"
+        why_not = "reads through the page cache do not show the disk"
     elif total < WORTHWHILE:
         why_not = f"less than {format_size(WORTHWHILE)} in files to read"
     elif mode == "auto" and (known := cache.get(largest)) is not None:
@@ -83,7 +83,7 @@ def find_profile(reader: Reader, files: Sequence[Path], mode: str, cache: Profil
     if why_not is None:
         try:
             profile = probe(reader, big)
-        except StorageError as error:
+        except (StorageError, RuntimeError) as error:  # a RuntimeError: no thread can be started
             why_not = str(error)
         else:
             lost = cache.put(largest, profile)

@@ -1,4 +1,4 @@
-"""Readers: bytes of a checkpoint file into memory, memory-mapped or with O_DIRECT, behind one interface."""
+"""Readers: bytes of a checkpoint file into memory, through the page cache or with O_DIRECT, behind one interface."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 from tierlm.checkpoints.checkpoint import ALIGNMENT, Extent, TensorInfo
 from tierlm.checkpoints.codec import Compressed
 from tierlm.errors import StorageError, UsageError
+from tierlm.files import Stamp, changed, open_regular
 
 PIECE = 16 * 2**20  # bytes of one read of ``read_pieces``
 
@@ -96,92 +97,102 @@ class Reader(ABC):
         """Close all files. No read may be in flight."""
 
 
-class DirectReader(Reader):
-    """O_DIRECT: from the device into the buffer, bypassing the page cache."""
+class FileReader(Reader):
+    """Reads files by ``preadv``. Opens each at its first read, and compares it with its stamp in ``stamps``, if any:
+    then, and when a read fails."""
 
-    name = "direct"
+    flags = 0
 
-    def __init__(self) -> None:
-        self._files = _Files(os.O_RDONLY | os.O_DIRECT)
+    def __init__(self, stamps: Mapping[Path, Stamp] | None = None):
+        self._stamps = stamps or {}
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def read(self, request: Request, buffer: memoryview) -> None:
-        wanted = request.stop - request.lo
-        got = 0
+        file, wanted, got = request.extent.file, request.stop - request.lo, 0
         try:
-            fd = self._files.get(request.extent.file)
+            fd = self._fd(file)
+            self._begin(fd, request)
             while got < wanted:
                 count = os.preadv(fd, [buffer[got:] if got else buffer], request.lo + got)
                 got += count
                 if count == 0 or got % ALIGNMENT:  # end of file
                     break
+            self._end(fd, request)
         except OSError as error:
-            raise failure(request, request.lo + got, error.strerror or str(error)) from error
+            raise self._failure(request, got, error.strerror or str(error)) from error
         if got < wanted:
-            raise failure(request, request.lo + got, f"expected {wanted} bytes from {request.lo}, found {got}")
+            raise self._failure(request, got, f"expected {wanted} bytes from {request.lo}, found {got}")
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in self._open.values():
+                os.close(fd)
+            self._open.clear()
+
+    def _begin(self, fd: int, request: Request) -> None:
+        """Called before a read."""
+
+    def _end(self, fd: int, request: Request) -> None:
+        """Called after a read."""
+
+    def _fd(self, file: Path) -> int:
+        if (known := self._open.get(file)) is not None:  # safe without the lock, and most files are open
+            return known
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = open_regular(file, self.flags, self._stamps.get(file))
+            return self._open[file]
+
+    def _failure(self, request: Request, got: int, what: str) -> StorageError:
+        file = request.extent.file
+        if file in self._open and file in self._stamps and (change := changed(self._open[file], self._stamps[file])):
+            what = f"{what}; {change}"
+        return failure(request, request.lo + got, what)
+
+
+class DirectReader(FileReader):
+    """O_DIRECT: from the device into the buffer, bypassing the page cache."""
+
+    name = "direct"
+    flags = os.O_DIRECT
 
     def descriptor(self, file: Path) -> int | None:
         try:
-            return self._files.get(file)
+            return self._fd(file)
         except OSError:  # ``read`` reports it
             return None
 
-    def close(self) -> None:
-        self._files.close()
 
-
-class MmapReader(Reader):
-    """Memory-mapped files. Pages are dropped from the page cache once copied to a slot, since the budget covers all
-    memory of the process."""
+class MmapReader(FileReader):
+    """Through the page cache, for file systems without O_DIRECT. Pages are dropped once copied to a slot, since the
+    budget covers all memory of the process. Not mapped: a file truncated under a map ends the process by SIGBUS."""
 
     name = "mmap"
 
-    def __init__(self) -> None:
-        self._files = _Files(os.O_RDONLY)
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._lock = threading.Lock()
+    def _begin(self, fd: int, request: Request) -> None:
+        os.posix_fadvise(fd, request.lo, request.stop - request.lo, os.POSIX_FADV_WILLNEED)
 
-    def read(self, request: Request, buffer: memoryview) -> None:
-        file, start, stop = request.extent.file, request.start, request.stop
-        try:
-            fd = self._files.get(file)
-            size = os.fstat(fd).st_size
-            if size < stop:  # touching a page past the end would kill the process
-                raise failure(request, size, f"expected at least {stop} bytes in the file, found {size}")
-            mapped = self._map(file, fd)
-            mapped.madvise(mmap.MADV_WILLNEED, request.lo, stop - request.lo)
-            target = np.frombuffer(buffer, np.uint8)
-            np.copyto(target[start - request.lo : stop - request.lo], np.frombuffer(mapped, np.uint8)[start:stop])
-            mapped.madvise(mmap.MADV_DONTNEED, request.lo, stop - request.lo)
-            os.posix_fadvise(fd, request.lo, stop - request.lo, os.POSIX_FADV_DONTNEED)
-        except (OSError, ValueError) as error:
-            raise failure(request, start, str(error)) from error
-
-    def _map(self, file: Path, fd: int) -> mmap.mmap:
-        with self._lock:
-            if file not in self._maps:
-                self._maps[file] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-            return self._maps[file]
-
-    def close(self) -> None:
-        for mapped in self._maps.values():
-            mapped.close()
-        self._maps.clear()
-        self._files.close()
+    def _end(self, fd: int, request: Request) -> None:
+        os.posix_fadvise(fd, request.lo, request.stop - request.lo, os.POSIX_FADV_DONTNEED)
 
 
-def open_reader(name: str, files: Iterable[Path]) -> tuple[Reader, str]:
-    """The reader ``name`` ("auto", "direct" or "mmap") for ``files``, and the reason for it.
+def open_reader(name: str, files: Iterable[Path], stamps: Mapping[Path, Stamp] | None = None) -> tuple[Reader, str]:
+    """The reader ``name`` ("auto", "direct" or "mmap") for ``files``, and the reason for it. ``stamps``: see
+    FileReader.
 
     Raises UsageError if "direct" is requested and the file system refuses it.
     """
     if name == "mmap":
-        return MmapReader(), "mmap: as requested"
+        return MmapReader(stamps), "mmap: as requested"
     refusal = next((reason for file in files if (reason := _direct_refusal(file))), None)
     if refusal is None:
-        return DirectReader(), f"direct: {'as requested' if name == 'direct' else 'the file system supports O_DIRECT'}"
+        return DirectReader(
+            stamps
+        ), f"direct: {'as requested' if name == 'direct' else 'the file system supports O_DIRECT'}"
     if name == "direct":
         raise UsageError(f"reader direct: {refusal}; use reader 'mmap' or 'auto'")
-    return MmapReader(), f"mmap: {refusal}"
+    return MmapReader(stamps), f"mmap: {refusal}"
 
 
 def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[memoryview]:
@@ -200,7 +211,7 @@ def read_pieces(tensor: TensorInfo, into: memoryview | None = None) -> Iterator[
     extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
     at = tensor.offset
     try:
-        with open(tensor.file, "rb") as stream:
+        with open(open_regular(tensor.file), "rb") as stream:
             stream.seek(at)
             while at < extent.stop:
                 size = min(PIECE, extent.stop - at)
@@ -235,35 +246,12 @@ def failure(request: Request, offset: int, what: str) -> StorageError:
     return StorageError(f"{file}: reading {tensor} at offset {offset}: {what}", file=file, tensor=tensor, offset=offset)
 
 
-class _Files:
-    """File descriptors, each opened at its first use."""
-
-    def __init__(self, flags: int):
-        self._flags = flags | os.O_CLOEXEC
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def get(self, file: Path) -> int:
-        if (known := self._open.get(file)) is not None:  # safe without the lock, and most files are open
-            return known
-        with self._lock:
-            if file not in self._open:
-                self._open[file] = os.open(file, self._flags)
-            return self._open[file]
-
-    def close(self) -> None:
-        with self._lock:
-            for fd in self._open.values():
-                os.close(fd)
-            self._open.clear()
-
-
 def _direct_refusal(file: Path) -> str | None:
     """Try to read ``file`` with O_DIRECT into 4 KiB-aligned memory. Returns the reason if that fails, else None."""
     if not hasattr(os, "O_DIRECT"):
         return "this system has no O_DIRECT"
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        fd = open_regular(file, os.O_DIRECT)
         try:
             with mmap.mmap(-1, ALIGNMENT) as page:
                 os.preadv(fd, [page], 0)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from tierlm.checkpoints.checkpoint import Extent, TensorInfo
 from tierlm.checkpoints.checksum import Seal, checksum
 from tierlm.checkpoints.reader import Request, failure
+from tierlm.files import Stamp, open_regular
 
 BLOCK = 2**17  # bytes of rows that share a seal; a block is verified when one of its rows is first read
 
@@ -22,16 +23,16 @@ class Rows:
 
     The file stays open until ``close``, so a rename does not matter. ``seals``: of blocks of the tensor; a block is
     verified when one of its rows is first read. Seals larger than a block (stores packed without blocks) are ignored.
-    All methods but ``close`` raise StorageError.
+    ``stamp``: of the file, when its header was read. All methods but ``close`` raise StorageError.
     """
 
-    def __init__(self, tensor: TensorInfo, seals: Iterable[Seal] = ()):
+    def __init__(self, tensor: TensorInfo, seals: Iterable[Seal] = (), stamp: Stamp | None = None):
         self._tensor, self._stride = tensor, tensor.nbytes // tensor.shape[0]
         self._block = block_of_rows(self._stride)
         self._unchecked = {seal.offset: seal for seal in seals if seal.nbytes <= self._block}
         self._extent = Extent(tensor.file, tensor.offset, tensor.offset + tensor.nbytes, 0, (tensor,))
         try:
-            self._stream = open(tensor.file, "rb", buffering=0)  # noqa: SIM115
+            self._stream = open(open_regular(tensor.file, expected=stamp), "rb", buffering=0)  # noqa: SIM115
             os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         except OSError as error:
             raise self._failure(tensor.offset, error.strerror or str(error)) from error

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 from typer import Option
 
-from tierlm.cli.output import writing
+from tierlm.cli.options import Json, Quiet
+from tierlm.cli.output import STDOUT, report, writing
 from tierlm.cli.overhead import engine_seconds, start_seconds
 from tierlm.config import format_size
 from tierlm.errors import UsageError
@@ -32,12 +33,14 @@ TORCH = 480 * 2**20  # bytes of torch, the weights to measure with and the embed
 
 def profile(
     path: Annotated[
-        list[Path] | None, Option("--path", help="A folder on a disk to measure; repeatable; default: this folder.")
+        list[Path] | None,
+        Option("--path", metavar="FOLDER", help="On a disk to measure; repeatable; default: this folder."),
     ] = None,
-    json_file: Annotated[Path | None, Option("--json", help="Also write the profile to this file.")] = None,
-    plot: Annotated[Path | None, Option(help="Plot bandwidth against capacity to this file.")] = None,
-    model: Annotated[str, Option(help="The model for the plot's lines of tokens/s.")] = "DeepSeek-V3",
-    format: Annotated[str | None, Option(help="Its format; default: as published.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Plot bandwidth against capacity.")] = None,
+    model: Annotated[str, Option(metavar="NAME", help="The model of the plot's lines of tokens/s.")] = "DeepSeek-V3",
+    format: Annotated[str | None, Option(metavar="NAME", help="Its format; default: as published.")] = None,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Measure caches, RAM, disks, kernels and an accelerator in less than a minute. `tierlm plan` uses the result.
 
@@ -48,7 +51,7 @@ def profile(
     from tierlm.profiling.profile import default_file
 
     paths = path or [Path()]
-    for file in filter(None, (json_file, plot)):
+    for file in filter(None, (None if json == STDOUT else json, plot)):
         if not file.absolute().parent.is_dir():
             raise UsageError(f"{file}: cannot be written: {file.absolute().parent} is not a folder")
         with writing(file):  # fail now rather than after the measurements
@@ -58,7 +61,7 @@ def profile(
             raise UsageError(f"{folder}: expected a folder on the disk to measure")
     console = Console(stderr=True)
     columns = (TextColumn("measuring {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
         def step(what: str, total: int) -> Callable[[], None]:
@@ -66,7 +69,6 @@ def profile(
             return lambda: bar.advance(task)
 
         found = _measure([folder.resolve() for folder in paths], step)
-    _show(found)
     remembered = default_file()
     if not found.disks:  # it would replace a profile that has disks
         console.print("not remembered: no disk was measured")
@@ -75,9 +77,7 @@ def profile(
             found.write(remembered)
         except OSError as error:
             console.print(f"not remembered: {remembered}: {error.strerror}")
-    if json_file is not None:
-        with writing(json_file):
-            found.write(json_file)
+    report(dataclasses.asdict(found), json, *_tables(found))
     if plot is not None:
         from tierlm.models.outline import Outline, work_of
         from tierlm.planning.known import find_config
@@ -154,7 +154,7 @@ def _measure(paths: list[Path], step: Callable[[str, int], Callable[[], None]]) 
         missing.append("links to a device: no accelerator")
     layer, record = engine_seconds()
     done()
-    return replace(
+    return dataclasses.replace(
         measured,
         kernels=kernels,
         links=links,
@@ -176,8 +176,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _show(found: Profile) -> None:
-    console = Console(width=max(112, Console().width))
+def _tables(found: Profile) -> Iterator[RenderableType]:
     free = f"{format_size(found.ram)}, {format_size(found.ram_limit)} of it free"
     title = f"{found.processor}, {found.cores} cores, {free}"
     memory = Table("", "read GB/s", "write GB/s", "copy GB/s", title=title, title_justify="left", box=None)
@@ -189,33 +188,33 @@ def _show(found: Profile) -> None:
         memory.add_row(what, *map(_gb, (rate.read, rate.write, rate.copy)))
     for name, speed in {**found.links, **found.unpack}.items():
         memory.add_row(name, _gb(speed))
-    console.print(memory)
+    yield memory
     for path in dict.fromkeys(rate.path for rate in found.disks):
-        console.print(_disk_table(found, path))
+        yield _disk_table(found, path)
         for disk in found.disks:
             if disk.path == path and (disk.pattern, disk.reader) != ("random", "direct"):
                 label = f"; from RAM: {disk.from_ram}" if disk.from_ram else ""
                 what = f" {disk.reader} {disk.pattern} {format_size(disk.request_bytes)} x {disk.depth}"
-                console.print(Text(f"{what}: {_gb(disk.rate)} GB/s{label}", style="yellow" if label else ""))
+                yield Text(f"{what}: {_gb(disk.rate)} GB/s{label}", style="yellow" if label else "")
     rows = [f"{count} row" + "s" * (count > 1) for count in sorted({rate.rows for rate in found.kernels})]
     kernels = Table("", *rows, title="kernels, G multiply-adds/s", title_justify="left", box=None)
     for name in dict.fromkeys(rate.format for rate in found.kernels):
         kernels.add_row(name, *(_gb(rate.rate) for rate in found.kernels if rate.format == name))
-    console.print(kernels)
+    yield kernels
     for what, shares in (("one row's", found.beside), ("many rows'", found.beside_many)):
         if shares is not None:
             kept = f"keeps {shares[0]:.0%} of its speed, the disk {shares[1]:.0%}"
-            console.print(f" together {what} arithmetic {kept}")
+            yield f" together {what} arithmetic {kept}"
     if found.touch is not None:
         huge, ordinary = (1e9 * seconds for seconds in found.touch)
-        console.print(f" first touch of memory {huge:.2f} s/GB in huge pages, {ordinary:.2f} in ordinary pages")
+        yield f" first touch of memory {huge:.2f} s/GB in huge pages, {ordinary:.2f} in ordinary pages"
     if found.layer is not None and found.record is not None:
-        console.print(
+        yield (
             f" engine overhead {1e3 * found.layer:.2f} ms per layer of a decode step, "
             f"{1e3 * found.record:.2f} ms per expert of a prefill"
         )
     for what in found.missing:
-        console.print(f" [yellow]not measured[/yellow] {what}")
+        yield f" [yellow]not measured[/yellow] {what}"
 
 
 def _disk_table(found: Profile, path: str) -> Table:

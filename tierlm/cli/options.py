@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 from typer import Argument, Option
 
+from tierlm.cli.complete import models, policies, predictors, readers
+from tierlm.cli.output import log_to_stderr
 from tierlm.config import Budget, LoadOptions, SamplingParams
 
-Model = Annotated[str, Argument(help="A folder in Hugging Face layout, a hub id, or 'demo'.")]
+Model = Annotated[
+    str,
+    Argument(metavar="MODEL", help="A folder in Hugging Face layout, a Hub id, or 'demo'.", autocompletion=models),
+]
+Json = Annotated[
+    Path | None,
+    Option("--json", metavar="FILE", help="Write the result as JSON; '-': to stdout, and nothing else there."),
+]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress and no notes on stderr.")]
 
 
 @dataclass(frozen=True)
 class Group:
     """A group of options. Fields are annotated for typer; a field's value is the option's default."""
+
+    panel: ClassVar[str]  # its heading in the help
 
     def make(self) -> Any:
         """The object that the command receives instead of the options."""
@@ -29,10 +42,14 @@ class Group:
 class Memory(Group):
     """The memory budget."""
 
-    ram: Annotated[str, Option(help="Host memory of the whole process, e.g. 8GiB; auto: most of the free memory.")] = (
-        "auto"
-    )
-    vram: Annotated[str | None, Option(help="Device memory; emulated in host memory without an accelerator.")] = None
+    panel: ClassVar[str] = "Memory"
+
+    ram: Annotated[
+        str, Option(metavar="SIZE", help="Memory of the whole process, e.g. 8GiB; auto: most of what is free.")
+    ] = "auto"
+    vram: Annotated[
+        str | None, Option(metavar="SIZE", help="Memory of the card; without a card, more host memory.")
+    ] = None
 
     def make(self) -> Budget:
         return Budget(self.ram, self.vram)
@@ -40,47 +57,80 @@ class Memory(Group):
 
 @dataclass(frozen=True)
 class Sampling(Group):
-    """Sampling and stop conditions."""
+    """Sampling and stop conditions. Where none is given, `run` and `chat` take what the model recommends."""
 
-    max_new_tokens: Annotated[int, Option("--max-new-tokens", "-n", help="Maximum number of new tokens.")] = 128
-    temperature: Annotated[float, Option(help="0: always the most likely token.")] = 0.0
-    top_k: Annotated[int, Option(help="Keep the k most likely tokens; 0: all.")] = 0
-    top_p: Annotated[float, Option(help="Keep the most likely tokens up to this total probability.")] = 1.0
-    min_p: Annotated[float, Option(help="Drop tokens below this share of the highest probability.")] = 0.0
-    repetition_penalty: Annotated[float, Option(help="Above 1: tokens already in the text become less likely.")] = 1.0
-    seed: Annotated[int | None, Option(help="Makes sampling reproducible.")] = None
-    stop: Annotated[list[str] | None, Option(help="Text that ends the answer; repeatable.")] = None
+    panel: ClassVar[str] = "Sampling"
 
-    def make(self) -> SamplingParams:
-        return SamplingParams(**{**vars(self), "stop": tuple(self.stop or ())})
+    max_new_tokens: Annotated[
+        int, Option("--max-new-tokens", "--n-predict", "-n", metavar="N", help="Maximum number of new tokens.")
+    ] = 128
+    temperature: Annotated[
+        float | None, Option("--temperature", "--temp", metavar="X", help="0: always the most likely token.")
+    ] = None
+    top_k: Annotated[int | None, Option(metavar="N", help="Keep the N most likely tokens; 0: all.")] = None
+    top_p: Annotated[float | None, Option(metavar="X", help="Keep the most likely tokens up to this probability.")] = (
+        None
+    )
+    min_p: Annotated[
+        float | None, Option(metavar="X", help="Drop tokens below this share of the highest probability.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, Option(metavar="X", help="Above 1: tokens in the text become less likely.")
+    ] = None
+    seed: Annotated[int | None, Option(metavar="N", help="Makes sampling reproducible.")] = None
+    stop: Annotated[list[str] | None, Option(metavar="TEXT", help="Text that ends the answer; repeatable.")] = None
+
+    def make(self) -> dict[str, Any]:
+        """The fields of SamplingParams that the user has given."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        SamplingParams(**given)  # checks them
+        return given
 
 
 @dataclass(frozen=True)
 class Loading(Group):
     """Loading and runtime options."""
 
+    panel: ClassVar[str] = "Loading and running"
+
+    context: Annotated[
+        int | None,
+        Option(
+            "--context", "--ctx-size", "-c", metavar="N", help="Tokens to reserve KV memory for; default: up to 4096."
+        ),
+    ] = None
+    threads: Annotated[int | None, Option(metavar="N", help="Compute threads; default: as torch chooses.")] = None
+    device: Annotated[str, Option(metavar="NAME", help="auto, cpu, or torch's name of an accelerator.")] = "auto"
     policy: Annotated[
-        str, Option(help="Eviction: default, lru, another of docs/policies.md, a FILE.json, or module:Class.")
+        str,
+        Option(
+            metavar="NAME",
+            help="Eviction: default, another of docs/policies.md, FILE.json, or module:Class.",
+            autocompletion=policies,
+        ),
     ] = "default"
-    predictor: Annotated[str, Option(help="Prefetch: gate, none, one of docs/traces.md, or module:Class.")] = "gate"
-    reader: Annotated[str, Option(help="auto, direct (O_DIRECT) or mmap.")] = "auto"
+    predictor: Annotated[
+        str,
+        Option(
+            metavar="NAME",
+            help="Prefetch: gate, none, one of docs/traces.md, or module:Class.",
+            autocompletion=predictors,
+        ),
+    ] = "gate"
+    reader: Annotated[
+        str, Option(metavar="NAME", help="auto, direct (O_DIRECT) or mmap (the page cache).", autocompletion=readers)
+    ] = "auto"
     mirror: Annotated[
-        list[str] | None, Option(help="A folder with copies of the files on another disk; repeatable.")
+        list[str] | None, Option(metavar="FOLDER", help="Copies of the files on another disk; repeatable.")
     ] = None
     probe: Annotated[bool, Option("--probe", help="Measure the disk again, not only at its first use.")] = False
-    no_heat: Annotated[
-        bool, Option("--no-heat", help="Do not remember the most used experts, nor warm up with them.")
-    ] = False
+    no_heat: Annotated[bool, Option("--no-heat", help="Neither use nor remember which experts are used most.")] = False
     timeline: Annotated[
-        Path | None, Option(help="Write a timeline of events to this file, for ui.perfetto.dev or chrome://tracing.")
+        Path | None, Option(metavar="FILE", help="Write events for ui.perfetto.dev or chrome://tracing.")
     ] = None
     exact: Annotated[
-        bool, Option("--exact", help="Multiply int8 and int4 weights by unrounded activations: slower.")
+        bool, Option("--exact", help="Multiply quantised weights by activations that are not rounded: slower.")
     ] = False
-    device: Annotated[str, Option(help="auto, cpu, or torch's name of an accelerator.")] = "auto"
-    context: Annotated[
-        int | None, Option(help="Tokens to reserve KV memory for; default: the model's, up to 4096.")
-    ] = None
 
     def make(self) -> LoadOptions:
         return LoadOptions(
@@ -89,12 +139,28 @@ class Loading(Group):
             predictor=self.predictor,
             reader=self.reader,
             context=self.context,
+            threads=self.threads,
             exact=self.exact,
             probe="refresh" if self.probe else "auto",
             mirrors=tuple(self.mirror or ()),
             heat=not self.no_heat,
             timeline=self.timeline,
         )
+
+
+@dataclass(frozen=True)
+class Messages(Group):
+    """What is said on standard error. The command receives whether to be quiet."""
+
+    panel: ClassVar[str] = "Messages"
+
+    quiet: Quiet = False
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Log the plan, the disks and the steps to stderr.")] = False
+
+    def make(self) -> bool:
+        if self.verbose:
+            log_to_stderr()
+        return self.quiet
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -112,7 +178,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         groups[parameter.name] = group
         hints = get_type_hints(type(group), include_extras=True)
         options += [
-            parameter.replace(name=name, annotation=hints[name], default=default)
+            parameter.replace(name=name, annotation=_under(group.panel, hints[name]), default=default)
             for name, default in vars(group).items()
         ]
 
@@ -127,3 +193,11 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     run.__annotations__ = {option.name: option.annotation for option in options}
     return run
+
+
+def _under(panel: str, annotation: Any) -> Any:
+    """The annotation of an option, whose help appears under ``panel``."""
+    kind, option = get_args(annotation)
+    option = copy.copy(option)
+    option.rich_help_panel = panel
+    return Annotated[kind, option]

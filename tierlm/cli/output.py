@@ -1,23 +1,36 @@
-"""Output of commands: JSON for programs, tables and progress bars for people."""
+"""Output of commands: JSON for programs, tables and progress bars for people, a log for the curious."""
 
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-from tierlm.errors import UsageError
+from tierlm.errors import StorageError
 from tierlm.files import write_whole
 
 STDOUT = Path("-")
 
 
+def report(found: Mapping[str, object], file: Path | None, *tables: RenderableType) -> None:
+    """Print ``tables``, and write ``found`` as JSON to ``file``, if given; to standard output goes only one of them.
+    Raises UsageError."""
+    if file != STDOUT:
+        console = Console(emoji=False)  # emoji tables are slow to load
+        for table in tables:
+            console.print(table)
+    if file is not None:
+        emit(found, file)
+
+
 def emit(found: Mapping[str, object], file: Path = STDOUT) -> None:
-    """Write ``found`` as JSON to a file or to standard output. Raises UsageError."""
+    """Write ``found`` as JSON to a file or to standard output. Raises StorageError."""
     text = json.dumps(found, indent=1, default=str)
     if file == STDOUT:
         print(text)
@@ -28,11 +41,11 @@ def emit(found: Mapping[str, object], file: Path = STDOUT) -> None:
 
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Turn an OSError into a UsageError that names ``file``."""
+    """Turn an OSError into a StorageError that names ``file``."""
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{file}: cannot be written: {error.strerror}") from error
+        raise StorageError(f"{file}: cannot be written: {error.strerror or error}", file=str(file)) from error
 
 
 def pairs(rows: Iterable[tuple[str, object]], title: str | None = None) -> Table:
@@ -41,6 +54,15 @@ def pairs(rows: Iterable[tuple[str, object]], title: str | None = None) -> Table
     for name, value in rows:
         table.add_row(name, str(value))
     return table
+
+
+def log_to_stderr() -> None:
+    """Print what the library logs, with the milliseconds since the start."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(relativeCreated)7.0f ms  %(message)s"))
+    logger = logging.getLogger("tierlm")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG)
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
 from typer import Argument, Option
 
-from tierlm.cli.output import emit, pairs
+from tierlm.cli.complete import models_to_plan
+from tierlm.cli.options import Json
+from tierlm.cli.output import pairs, report
 from tierlm.config import format_size, parse_size
 from tierlm.errors import UsageError
 
@@ -18,29 +19,50 @@ if TYPE_CHECKING:
     from tierlm.models.outline import Outline, Records
     from tierlm.planning.cost import Machine, Work
     from tierlm.planning.forecast import Forecast, Question
-    from tierlm.planning.plan import Sizes, TierPlan
+    from tierlm.planning.plan import Sizes
 
 Model = Annotated[
-    str, Argument(help="A folder, a config.json, a hub id, 'demo', or a known model such as DeepSeek-V3.")
+    str,
+    Argument(
+        metavar="MODEL",
+        help="A folder, a config.json, a Hub id, 'demo', or a known model such as DeepSeek-V3.",
+        autocompletion=models_to_plan,
+    ),
 ]
-Json = Annotated[bool, Option("--json", help="Print JSON and nothing else.")]
-WIDTH = 116
 ASSUMED_ROUTING = "like trained models'"
 
 
 def plan(
     model: Model,
-    ram: Annotated[str, Option(help="Host memory of the whole process, e.g. 32GiB; auto: this machine's.")],
-    vram: Annotated[str | None, Option(help="Memory of the card that computes.")] = None,
-    disk_bandwidth: Annotated[str | None, Option(help="Random reads, in bytes a second, e.g. 3.5GB.")] = None,
-    machine: Annotated[Path | None, Option(help="A file from `tierlm profile --json`, of any machine.")] = None,
-    format: Annotated[
-        str | None, Option(help="bf16, fp8, int8, int4, mxfp4, int4_g32, nvfp4 or q4_k_m; default: as published.")
+    ram: Annotated[
+        str, Option(metavar="SIZE", help="Memory of the whole process, e.g. 32GiB; auto: most of what is free here.")
+    ] = "auto",
+    vram: Annotated[str | None, Option(metavar="SIZE", help="Memory of the card that computes.")] = None,
+    machine: Annotated[
+        Path | None, Option(metavar="FILE", help="Rates of a machine, from `tierlm profile --json`; default: this one.")
     ] = None,
-    context: Annotated[int | None, Option(help="Tokens to reserve; default: the model's, up to 4096.")] = None,
-    prompt: Annotated[int, Option(help="Tokens of the prompt, for the time to the first token.")] = 512,
-    trace: Annotated[Path | None, Option(help="A trace of routing to use instead of assumed hit rates.")] = None,
-    as_json: Json = False,
+    disk_bandwidth: Annotated[
+        str | None, Option(metavar="SIZE", help="Random reads a second, e.g. 3.5GB, instead of the machine's.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        Option(metavar="NAME", help="bf16, fp8, int8, int4, mxfp4, int4_g32, nvfp4 or q4_k_m; default: as published."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        Option(
+            "--context", "--ctx-size", "-c", metavar="N", help="Tokens to reserve KV memory for; default: up to 4096."
+        ),
+    ] = None,
+    prompt: Annotated[int, Option(metavar="N", help="Tokens of the prompt, for the time to the first token.")] = 512,
+    logits_tokens: Annotated[
+        int | None, Option(metavar="N", help="Tokens whose logits one call of LLM.logits returns.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        Option(metavar="FILE", exists=True, dir_okay=False, help="A trace of routing, instead of assumed hit rates."),
+    ] = None,
+    json: Json = None,
 ) -> None:
     """Predict bytes, slots and tokens a second of a model on a machine within a budget. Needs no weights."""
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
@@ -55,7 +77,7 @@ def plan(
         raise UsageError(f"context: expected 1 to the model's own {records.spec.max_position}, found {context}")
     if not 1 <= prompt <= tokens:
         raise UsageError(f"prompt: expected 1 to the context of {tokens} tokens, found {prompt}")
-    options = RuntimeOptions(context=tokens)
+    options = RuntimeOptions(context=tokens, logits_tokens=logits_tokens)
     free = available_ram()
     question = Question(
         ram=int(free * AUTO_RAM) if ram == "auto" else parse_size(ram, "ram"),
@@ -65,19 +87,18 @@ def plan(
         chunk=options.prefill_chunk,
     )
     rates, source = _machine(machine, disk_bandwidth, question.vram is not None)
-    sizes, work = sizes_of(records, tokens, options.prefill_chunk, 4), work_of(records)
+    sizes, work = sizes_of(records, tokens, options.prefill_chunk, 4, logits_tokens), work_of(records)
     recorded, routing = _recorded(trace, work)
     found = forecast(sizes, work, rates, question, free if machine is None else None, recorded)
     answer = _Answer(name, records, sizes, work, question, rates, found)
-    if as_json:
-        emit(answer.as_json() | {"routing": routing})
-        return
-    console = Console(width=max(WIDTH, Console().width), emoji=False)  # emoji tables are slow to load
-    console.print(pairs(answer.bytes(), f"{name}, {answer.format}"))
-    console.print(pairs(answer.plan(), "plan"))
-    console.print(pairs(answer.speed(routing), f"predicted; rates: {source}"))
-    for warning in found.warnings:
-        console.print(f"[yellow]note[/yellow] {warning}")
+    report(
+        answer.as_json() | {"routing": routing},
+        json,
+        pairs(answer.bytes(), f"{name}, {answer.format}"),
+        pairs(found.plan.rows(), "plan"),
+        pairs(answer.speed(routing), f"predicted; rates: {source}"),
+        *(f"[yellow]note[/yellow] {warning}" for warning in found.warnings),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +134,6 @@ class _Answer:
         spec = self.records.spec
         return self.sizes.kv * spec.expanded_width // spec.cache_width
 
-    @property
-    def tiers(self) -> dict[str, TierPlan]:
-        tiers = {"vram": self.found.plan.vram, "ram": self.found.plan.ram}
-        return {name: tier for name, tier in tiers.items() if tier is not None}
-
     def bytes(self) -> Iterator[tuple[str, str]]:
         """Sizes of the model."""
         sizes, work = self.sizes, self.work
@@ -135,17 +151,6 @@ class _Answer:
         if self.expanded_kv != sizes.kv:
             kv += f" as latents; {format_size(self.expanded_kv)} as keys and values"
         yield f"KV cache of {self.question.context} tokens", kv
-
-    def plan(self) -> Iterator[tuple[str, str]]:
-        """Contents of each tier."""
-        trunks = self.sizes.trunk
-        for name, tier in self.tiers.items():
-            yield name, ", ".join(f"{what} {format_size(size)}" for what, size in tier.parts.items() if size)
-            yield "", f"{tier.expert_slots} expert slots; floor {format_size(tier.floor)}"
-            rest = len(trunks) - len(tier.trunk)
-            streams = f"; the other {rest} stream through two slots of {format_size(tier.ring)}" if tier.ring else ""
-            held = format_size(sum(trunks[key] for key in tier.trunk))
-            yield "", f"{len(tier.trunk)} trunks stay, {held}{streams}"
 
     def speed(self, routing: str) -> Iterator[tuple[str, str]]:
         """Expected speed, and the rates behind it."""
@@ -197,7 +202,7 @@ class _Answer:
                     "streamed": [str(key) for key in sizes.trunk if key not in tier.trunk] if tier.ring else [],
                     "parts": dict(tier.parts),
                 }
-                for name, tier in self.tiers.items()
+                for name, tier in found.plan.tiers.items()
             },
             "predicted": {
                 name: {

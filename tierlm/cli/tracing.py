@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from typer import Argument, Option
 
-from tierlm.cli.options import Loading, Memory, Model, Sampling, grouped
-from tierlm.cli.output import emit, pairs, writing
+from tierlm.cli.command import Command, CommandGroup
+from tierlm.cli.complete import policies, predictors
+from tierlm.cli.generation import load
+from tierlm.cli.options import Json, Loading, Memory, Messages, Model, Sampling, grouped
+from tierlm.cli.output import pairs, report, writing
 from tierlm.config import Budget, LoadOptions, SamplingParams, format_size, parse_size
 from tierlm.errors import UsageError
 
@@ -21,28 +22,30 @@ if TYPE_CHECKING:
 
 RECORD_BYTES = 8 * 2**20  # default for traces without it: an expert of DeepSeek-V2-Lite in fp8
 FRACTION = 0.25  # default share of experts with slots
+RATES = "Machine"
 
-File = Annotated[Path, Argument(metavar="TRACE", help="A trace: tierlm's own, jsonl or npz.")]
-Json = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
+File = Annotated[
+    Path, Argument(metavar="TRACE", exists=True, dir_okay=False, help="A trace: tierlm's own, jsonl or npz.")
+]
 
-trace = typer.Typer(no_args_is_help=True, help="Record the choices of a model's routers; describe and convert traces.")
+trace = typer.Typer(cls=CommandGroup, help="Record the choices of a model's routers; describe and convert traces.")
 
 
-@trace.command()
+@trace.command(cls=Command)
 @grouped
 def record(
     model: Model,
     *,
-    prompts: Annotated[Path, Option(help="A text file, one prompt a line.")],
-    output: Annotated[Path, Option("--output", "-o", help="The trace to write.")],
+    prompts: Annotated[Path, Option(metavar="FILE", help="A text file, one prompt a line.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="The trace to write.")],
     scores: Annotated[bool, Option("--scores", help="Also record all experts' scores and gate predictions.")] = False,
+    json: Json = None,
     budget: Annotated[Budget, Memory()],
-    params: Annotated[SamplingParams, Sampling()],
+    params: Annotated[dict[str, Any], Sampling()],
     options: Annotated[LoadOptions, Loading()],
+    quiet: Annotated[bool, Messages()],
 ) -> None:
     """Continue prompts one by one, and record the experts of every token."""
-    from tierlm.llm import LLM
-
     try:
         lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -50,14 +53,14 @@ def record(
     if not lines:
         raise UsageError(f"{prompts}: expected a prompt a line, found none")
     options["trace"], options["trace_scores"] = output, scores
-    with LLM.load(model, budget=budget, **options) as llm:
+    with load(model, budget, options, quiet) as llm:
         for line in lines:
-            llm.generate(line, params)
-    info(output)
+            llm.generate(line, SamplingParams(**params))
+    info(output, json)
 
 
-@trace.command()
-def info(file: File, as_json: Json = False) -> None:
+@trace.command(cls=Command)
+def info(file: File, json: Json = None) -> None:
     """Describe a trace. An invalid file is refused with the line or offset of the error."""
     from tierlm.tracing.traceforms import read_trace
 
@@ -75,46 +78,75 @@ def info(file: File, as_json: Json = False) -> None:
         "record_bytes": found.info.record_bytes,
         "scores": found.scores is not None,
     }
-    _print(rows, [(name.replace("_", " "), value) for name, value in rows.items()], as_json)
+    report(rows, json, pairs((name.replace("_", " "), value) for name, value in rows.items()))
 
 
-@trace.command()
+@trace.command(cls=Command)
 def convert(
     file: File,
-    output: Annotated[Path, Argument(help="The file to write.")],
-    form: Annotated[str, Option("--to", help="tierlm, jsonl, npz, or oracle (libCacheSim's).")] = "tierlm",
+    output: Annotated[Path, Argument(metavar="OUTPUT", help="The file to write.")],
+    to: Annotated[
+        str, Option("--to", metavar="FORM", help="tierlm, jsonl, npz, or oracle (libCacheSim's).")
+    ] = "tierlm",
 ) -> None:
     """Convert a trace to another file format."""
     from tierlm.tracing.traceforms import convert as write
     from tierlm.tracing.traceforms import read_trace
 
-    found = read_trace(file, scores=form == "tierlm")
+    found = read_trace(file, scores=to == "tierlm")
     with writing(output):
-        write(found, output, form)
+        write(found, output, to)
 
 
 def simulate(
     file: File,
     policy: Annotated[
-        str, Option(help="Eviction: default, a name, belady, module:Class, or a .json file.")
+        str,
+        Option(
+            metavar="NAME",
+            help="Eviction: default, another of docs/policies.md, belady, FILE.json, or module:Class.",
+            autocompletion=policies,
+        ),
     ] = "default",
-    predictor: Annotated[str, Option(help="Prefetch: none, gate, previous, frequency, ...")] = "none",
-    cache_fraction: Annotated[float | None, Option(help="Slots, as a share of all experts.")] = None,
-    ram: Annotated[str | None, Option(help="Slots, as memory for experts only, e.g. 4GiB.")] = None,
-    record_bytes: Annotated[str | None, Option(help="Bytes of an expert; default: the trace's, or 8MiB.")] = None,
-    disk_bandwidth: Annotated[str, Option(help="Bytes a second of the disk.")] = "1.4GB",
-    disk_latency: Annotated[float, Option(help="Latency of a read in milliseconds.")] = 0.1,
-    disk_depth: Annotated[int, Option(help="Concurrent reads.")] = 8,
-    layer_ms: Annotated[float, Option(help="Compute of a layer without experts, in ms a token.")] = 0.5,
-    expert_ms: Annotated[float | None, Option(help="Compute of an expert in ms; default: bytes at 10 GB/s.")] = None,
+    predictor: Annotated[
+        str,
+        Option(
+            metavar="NAME", help="Prefetch: none, one of docs/traces.md, or module:Class.", autocompletion=predictors
+        ),
+    ] = "none",
+    cache_fraction: Annotated[float | None, Option(metavar="X", help="Slots, as a share of all experts.")] = None,
+    ram: Annotated[str | None, Option(metavar="SIZE", help="Slots, as memory for experts only, e.g. 4GiB.")] = None,
     tune: Annotated[
         int | None, Option(metavar="TRIALS", help="Tune the policy's parameters on the first part of the trace.")
     ] = None,
-    output: Annotated[Path | None, Option("--output", "-o", help="File for the tuned policy.")] = None,
-    as_json: Json = False,
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FILE", help="Write the tuned policy, for --policy.")
+    ] = None,
+    record_bytes: Annotated[
+        str | None,
+        Option(metavar="SIZE", help="Bytes of an expert; default: the trace's, or 8MiB.", rich_help_panel=RATES),
+    ] = None,
+    disk_bandwidth: Annotated[
+        str, Option(metavar="SIZE", help="Bytes a second of the disk.", rich_help_panel=RATES)
+    ] = "1.4GB",
+    disk_latency: Annotated[
+        float, Option(metavar="MS", help="Latency of a read in milliseconds.", rich_help_panel=RATES)
+    ] = 0.1,
+    disk_depth: Annotated[int, Option(metavar="N", help="Concurrent reads.", rich_help_panel=RATES)] = 8,
+    layer_ms: Annotated[
+        float, Option(metavar="MS", help="Compute of a layer without experts, a token.", rich_help_panel=RATES)
+    ] = 0.5,
+    expert_ms: Annotated[
+        float | None,
+        Option(metavar="MS", help="Compute of an expert; default: bytes at 10 GB/s.", rich_help_panel=RATES),
+    ] = None,
+    json: Json = None,
 ) -> None:
-    """Replay a trace with a policy and a predictor on a machine. The cache starts empty, and its first misses count.
-    Without --cache-fraction and --ram, a quarter of the experts have slots."""
+    """Replay a trace with a policy and a predictor on a machine.
+
+    The cache starts empty, and its first misses count. Without --cache-fraction and --ram, a quarter of the experts
+    have slots.
+    """
     from tierlm.policies.predictors import PREDICTORS, make_predictor
     from tierlm.tracing.replay import open_policy
     from tierlm.tracing.simulate import simulate as run
@@ -128,7 +160,7 @@ def simulate(
     if (tune is None) is not (output is None):
         raise UsageError("--tune TRIALS and --output FILE go together")
     if tune is not None and output is not None:
-        _tune(found, policy, slots, tune, output, as_json)
+        _tune(found, policy, slots, tune, output, json)
         return
     chosen = make_predictor(predictor, found.experts.shape[2])
     result = run(found, open_policy(policy, found, slots), chosen, slots, machine)
@@ -149,17 +181,7 @@ def simulate(
         "machine": f"{format_size(nbytes)} and {machine.expert_seconds * 1e3:.3g} ms an expert, {layer_ms:g} ms a "
         f"layer without experts; disk {disk_bandwidth}/s",
     }
-    _print(numbers, rows.items(), as_json, f"{file.name}: {len(found)} tokens, cold start included")
-
-
-def _print(
-    found: Mapping[str, object], rows: Iterable[tuple[str, object]], as_json: bool, title: str | None = None
-) -> None:
-    """Either ``found`` as JSON or ``rows`` as a table."""
-    if as_json:
-        emit(found)
-    else:
-        Console().print(pairs(rows, title))
+    report(numbers, json, pairs(rows.items(), f"{file.name}: {len(found)} tokens, cold start included"))
 
 
 def _machine(
@@ -196,7 +218,7 @@ def _slots(found: Trace, fraction: float | None, ram: str | None, nbytes: int) -
     return min(slots, found.records)
 
 
-def _tune(found: Trace, policy: str, slots: int, trials: int, output: Path, as_json: bool) -> None:
+def _tune(found: Trace, policy: str, slots: int, trials: int, output: Path, json: Path | None) -> None:
     from tierlm.policies import write_policy
     from tierlm.tracing.tune import tune
 
@@ -212,4 +234,4 @@ def _tune(found: Trace, policy: str, slots: int, trials: int, output: Path, as_j
         "parameters": ", ".join(f"{name} {value:.4g}" for name, value in tuned.parameters.items()) or "the defaults",
         "written to": output,
     }
-    _print(numbers, rows.items(), as_json, f"{policy}: {trials} trials on the first {tuned.split} tokens")
+    report(numbers, json, pairs(rows.items(), f"{policy}: {trials} trials on the first {tuned.split} tokens"))

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import threading
+import functools
+import itertools
 import time
+import weakref
 from collections import abc, deque
 
-import torch
 from torch import Tensor
 
-from tierlm.config import SamplingParams
 from tierlm.engine.counters import Counters
-from tierlm.engine.sequence import Progress, Sequence, State
-from tierlm.errors import NumericsError, StorageError, TierlmError, UsageError
+from tierlm.engine.sampler import logprob_of
+from tierlm.engine.sequence import Kept, Sequence, State
+from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import PressureRelief
 from tierlm.models.decoder import Decoder, Segment
 
+Watch = abc.Callable[[abc.Sequence[Sequence]], None]
+
 
 class Scheduler:
-    """Runs sequences on one decoder, step by step. Thread-safe.
+    """Runs sequences on one decoder, step by step. Used from the engine thread only.
 
-    It has no thread: a caller that waits for a token takes the lock and runs a step for all sequences that need one;
-    the other callers find their tokens when they get the lock. A sequence with an unread token pauses, so a stream is
-    at most one token ahead of its reader. If all running sequences pause while a request waits for room, they all run.
+    A step runs while a client waits for a token, and serves all sequences that do not pause. A sequence pauses while
+    its client has yet to take a token, so a stream is at most one token ahead of its reader. If all running sequences
+    pause while a request waits for room, they all run.
+
+    A sequence with ``keep`` leaves its KV values in the cache when it ends. The next one with the same ``keep``
+    computes only what follows the tokens that both begin with. Kept values give way to sequences that wait for room,
+    the longest idle first.
 
     ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it.
     """
@@ -41,77 +48,101 @@ class Scheduler:
         self.decoder, self.cache, self.meter, self.relief = decoder, cache, meter, relief
         self.eos, self.chunk = frozenset(eos), chunk
         self.counters = Counters()
-        self._lock = threading.Lock()
-        self._closed = False
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._kept: list[Kept] = []  # the longest idle first
 
-    def submit(self, prompt: abc.Sequence[int], params: SamplingParams) -> Sequence:
-        """Queue a prompt that fits the context. It runs during calls of ``advance``."""
-        limit = min(params.max_new_tokens, self.cache.capacity - len(prompt) + 1)
-        return self._queue(Sequence(prompt, params, len(prompt) + limit - 1, limit))  # the last token is never fed back
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a step to run."""
+        return any(sequence.wanted for sequence in itertools.chain(self._waiting, self._running))
 
-    def advance(self, sequences: abc.Sequence[Sequence]) -> list[Progress]:
-        """Run steps until one of ``sequences`` has a new token or has ended. Returns the progress of each.
+    def submit(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Queue sequences whose prompts fit the context."""
+        for sequence in sequences:
+            prompt = len(sequence.prompt)
+            if sequence.logits is not None:
+                sequence.capacity = prompt
+            else:
+                sequence.limit = min(sequence.params.max_new_tokens, self.cache.capacity - prompt + 1)
+                sequence.capacity = prompt + sequence.limit - 1  # the last token is never fed back
+            self._waiting.append(sequence)
 
-        Raises UsageError once the scheduler is closed.
-        """
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise UsageError("this model is closed")
-                if any(sequence.unread or sequence.ended for sequence in sequences):
-                    return [sequence.take() for sequence in sequences]
-                self._step()
+    def ask(self, sequences: abc.Iterable[Sequence]) -> None:
+        """The client waits for the next token of ``sequences``."""
+        for sequence in sequences:
+            sequence.asked = sequence.mailbox.empty() and not sequence.ended  # or a token crossed the request
 
-    def logits(self, ids: abc.Sequence[int]) -> Tensor:
-        """Logits after every token of ``ids``, float32 [T, vocab]. Raises StorageError, NumericsError, UsageError."""
-        out = torch.empty(len(ids), self.decoder.spec.vocab)
-        sequence = self._queue(Sequence(ids, SamplingParams(), len(ids), 0, out))
-        try:
-            (progress,) = self.advance([sequence])
-        finally:
-            sequence.cancel()
-        if progress.error is not None:
-            raise progress.error
-        return out
+    def cancel(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Drop ``sequences``, whose client is gone."""
+        for sequence in sequences:
+            if sequence.span is not None:
+                self._end(sequence, None)
+            elif sequence in self._waiting:
+                self._waiting.remove(sequence)
+            sequence.state, sequence.request = State.ENDED, None
 
     def close(self) -> None:
-        """Wait for the current step, if any; run no more."""
-        with self._lock:
-            self._closed = True
+        """End all sequences and tell their clients."""
+        for sequence in [*self._waiting, *self._running]:
+            sequence.finish, sequence.state, sequence.request = "error", State.ENDED, None
+            sequence.tell()
+        self._waiting.clear()
+        self._running.clear()
 
-    def _queue(self, sequence: Sequence) -> Sequence:
-        self._waiting.append(sequence)  # atomic
-        return sequence
-
-    def _step(self) -> None:
-        for sequence in [sequence for sequence in self._running if sequence.cancelled]:
-            self._end(sequence, sequence.finish)
+    def step(self, watch: Watch) -> None:
+        """Run one step. ``watch``: called with its sequences before each layer; it may raise to abandon the step, which
+        leaves them as they were."""
         self._admit()
         if self.relief is not None:
             self.relief.follow()
         prefilling = [sequence for sequence in self._running if sequence.state is State.PREFILL]
         if prefilling:
-            self._prefill(prefilling)
+            self._prefill(prefilling, watch)
         else:
-            wanted = [sequence for sequence in self._running if not sequence.unread]
-            self._decode(wanted or list(self._running))
+            free = [sequence for sequence in self._running if not sequence.paused]
+            self._decode(free or list(self._running), watch)
 
     def _admit(self) -> None:
-        """Reserve KV cache for waiting sequences, in order; drop cancelled ones."""
+        """Reserve KV cache for waiting sequences, in order."""
         while self._waiting:
             sequence = self._waiting[0]
-            if sequence.cancelled:
-                sequence.state = State.ENDED
-            elif self.cache.can_reserve(sequence.capacity):
-                sequence.span, sequence.state = self.cache.reserve(sequence.capacity), State.PREFILL
-                self._running.append(sequence)
-            else:
+            own = self._kept_for(sequence)
+            if not self._make_room(sequence.capacity, own):
                 return
             self._waiting.popleft()
+            if own is None:
+                sequence.span = self.cache.reserve(sequence.capacity)
+            else:
+                self._kept.remove(own)
+                self.cache.resize(own.span, sequence.capacity)
+                sequence.span, sequence.done = own.span, _common(own.ids, sequence.prompt[:-1])
+                sequence.span.length = sequence.done
+            sequence.state = State.PREFILL
+            self._running.append(sequence)
 
-    def _prefill(self, sequences: list[Sequence]) -> None:
+    def _make_room(self, tokens: int, own: Kept | None) -> bool:
+        """Whether a span of ``tokens``, or ``own`` with as many, has room once others' kept values have given way."""
+        others = [kept for kept in self._kept if kept is not own]
+        for kept in [kept for kept in others if kept.owner() is None]:
+            others.remove(kept)
+            self._drop(kept)
+        while not self.cache.can_reserve(tokens, None if own is None else own.span):
+            if not others:
+                return False
+            self._drop(others.pop(0))
+        return True
+
+    def _kept_for(self, sequence: Sequence) -> Kept | None:
+        if sequence.keep is None:
+            return None
+        return next((kept for kept in self._kept if kept.owner() is sequence.keep), None)
+
+    def _drop(self, kept: Kept) -> None:
+        self._kept.remove(kept)
+        self.cache.release(kept.span)
+
+    def _prefill(self, sequences: list[Sequence], watch: Watch) -> None:
         """One prefill step. It takes a whole chunk of a prompt, the rest, or nothing, so the cuts in a prompt do not
         depend on the other sequences."""
         batch: list[Sequence] = []
@@ -126,46 +157,59 @@ class Scheduler:
                 batch.append(sequence)
                 segments.append(Segment(ids, sequence.span))
                 room -= len(ids)
-        self._run(batch, segments, prefill=True)
+        self._run(batch, segments, watch, prefill=True)
 
-    def _decode(self, batch: list[Sequence]) -> None:
+    def _decode(self, batch: list[Sequence], watch: Watch) -> None:
         segments = [Segment(sequence.ids[-1:], sequence.span) for sequence in batch if sequence.span is not None]
-        self._run(batch, segments, prefill=False)
+        self._run(batch, segments, watch, prefill=False)
 
-    def _run(self, batch: list[Sequence], segments: list[Segment], prefill: bool) -> None:
+    def _run(self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool) -> None:
         """Run one step of ``batch``. A sequence that fails ends with its error; the others go on."""
         if not batch:
             return
         phase = self.counters.prefill if prefill else self.counters.decode
         began, before = time.perf_counter(), self.meter.read()
-        for sequence, segment, outcome in zip(batch, segments, self._forward(batch, segments, prefill), strict=True):
+        outcomes = self._forward(batch, segments, watch, prefill)
+        for sequence, segment, outcome in zip(batch, segments, outcomes, strict=True):
             if isinstance(outcome, TierlmError):
                 sequence.error = outcome
                 self._end(sequence, "error")
                 continue
             phase.tokens += len(segment.ids)
             if prefill:
-                sequence.done += len(segment.ids)
+                sequence.done = sequence.prefilled = sequence.done + len(segment.ids)
             if not prefill or sequence.done == len(sequence.prompt):
                 self._take(sequence, outcome)
         phase.add(0, time.perf_counter() - began, self.meter.read() - before)
+        for sequence in batch:  # last, so that a client finds its token in the counters
+            sequence.tell()
 
     def _forward(
-        self, batch: list[Sequence], segments: list[Segment], prefill: bool
+        self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool
     ) -> abc.Sequence[Tensor | TierlmError]:
         """Per segment: the logits of its last token, float32 [vocab], or the error."""
         logits = batch[0].logits
         out = None if logits is None else logits[batch[0].done :][: len(segments[0].ids)]
         try:
-            found = self.decoder.forward(segments, prefill=prefill, out=out)
+            look = functools.partial(self._look, batch, segments, watch, itertools.count())
+            found = self.decoder.forward(segments, prefill=prefill, out=out, watch=look)
             return [found[-1]] if out is not None else list(found)
         except (StorageError, NumericsError) as error:
             if len(batch) == 1:
                 return [error]
         # Retried alone, so that one sequence's failure does not fail the batch.
         return [
-            self._forward([sequence], [segment], prefill)[0] for sequence, segment in zip(batch, segments, strict=True)
+            self._forward([sequence], [segment], watch, prefill)[0]
+            for sequence, segment in zip(batch, segments, strict=True)
         ]
+
+    def _look(self, batch: list[Sequence], segments: list[Segment], watch: Watch, layers: abc.Iterator[int]) -> None:
+        """Before each layer of a step: note how far its prompts are, and call ``watch``."""
+        layer = next(layers)
+        for sequence, segment in zip(batch, segments, strict=True):
+            if sequence.state is State.PREFILL:
+                sequence.prefilled = sequence.done + len(segment.ids) * layer // len(self.decoder.spec.layers)
+        watch(batch)
 
     def _take(self, sequence: Sequence, logits: Tensor) -> None:
         """Sample the next token and end the sequence if it is the last."""
@@ -178,6 +222,8 @@ class Scheduler:
             self.counters.first_tokens += 1
             self.counters.first_token = time.perf_counter() - sequence.submitted
         sequence.ids.append(token)
+        if params.logprobs is not None:
+            sequence.logprobs.append(logprob_of(logits, token, params.logprobs))
         sequence.state = State.DECODE
         if (token in self.eos and not params.ignore_eos) or token in params.stop_ids:
             self._end(sequence, "stop")
@@ -185,7 +231,20 @@ class Scheduler:
             self._end(sequence, "length")
 
     def _end(self, sequence: Sequence, finish: str | None) -> None:
-        assert sequence.span is not None
-        self.cache.release(sequence.span)
+        span = sequence.span
+        assert span is not None
+        if sequence.keep is not None and span.length:
+            if (old := self._kept_for(sequence)) is not None:  # of a request that ran beside this one
+                self._drop(old)
+            self.cache.resize(span, span.length)
+            ids = [*sequence.prompt, *sequence.ids][: span.length]
+            self._kept.append(Kept(weakref.ref(sequence.keep), ids, span))
+        else:
+            self.cache.release(span)
         self._running.remove(sequence)
-        sequence.span, sequence.finish, sequence.state = None, finish, State.ENDED
+        sequence.span, sequence.finish, sequence.state, sequence.request = None, finish, State.ENDED, None
+
+
+def _common(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:
+    """The number of ids that both begin with."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

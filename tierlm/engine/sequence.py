@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import abc
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Protocol
 
 from torch import Tensor
 
 from tierlm.config import SamplingParams
-from tierlm.engine.sampler import Sampler
+from tierlm.engine.sampler import Sampler, TokenLogprob
 from tierlm.errors import TierlmError
 from tierlm.memory.kvcache import Span
 
@@ -26,36 +28,84 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """New ``ids`` of a sequence, including a stop id. ``finish``: None until it ends, then "stop", "length" or "error";
-    "error" also sets ``error``."""
+    """New ``ids`` of the sequence at ``place`` of its request, including a stop id.
 
+    ``finish``: None until it ends, then "stop", "length" or "error". ``error``: the failed read; None if the model was
+    closed. ``logprobs``: of each new id; None if not asked for.
+    """
+
+    place: int
     ids: list[int]
     finish: str | None
     error: TierlmError | None
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Mailbox(Protocol):
+    """Where the client finds the progress of a request. Both calls return at once."""
+
+    def put(self, item: Progress, /) -> None: ...
+
+    def empty(self) -> bool: ...
+
+
+class Pace(Enum):
+    """How a client reads a sequence.
+
+    ASKED: it asks for each token, and the sequence pauses until the last one is taken. EACH: it wants every token as
+    soon as it is there. END: it wants all tokens at once, at the end.
+    """
+
+    ASKED = auto()
+    EACH = auto()
+    END = auto()
+
+
+class Keep:
+    """Names the KV values that requests of one conversation leave for the next one. They go with this object."""
+
+
+@dataclass(slots=True, eq=False)
+class Kept:
+    """KV values that stay in the cache: ``span.length`` tokens, those of ``ids``, for requests with ``owner``."""
+
+    owner: weakref.ref[Keep]
+    ids: list[int]
+    span: Span
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A prompt and its generated tokens, ``ids``. Only the scheduler changes it, except ``cancelled``.
+    """A prompt and its generated tokens, ``ids``. Only the engine thread changes it once it is submitted.
 
-    ``capacity``: tokens reserved in the KV cache. ``limit``: maximum of new tokens. ``logits``: float32 [T, vocab];
-    if set, filled for every prompt token, and nothing is generated. ``done``: prompt tokens that have run. ``taken``:
-    new tokens that the caller has read.
+    ``place``: its index in the request that ``mailbox`` belongs to. ``logits``: float32 [T, vocab]; if set, filled for
+    every prompt token, and nothing is generated. ``keep``: whose KV values it takes up and leaves. ``capacity``: tokens
+    reserved in the KV cache. ``limit``: maximum of new tokens. ``done``: prompt tokens that have run. ``prefilled``:
+    the same, with a share for the layers that have run of the present step; the client may read it. ``told``: new
+    tokens that were put into the mailbox. ``asked``: the client waits for the next token. ``request``: cancels the
+    sequence when the client drops its request.
     """
 
     prompt: abc.Sequence[int]
     params: SamplingParams
-    capacity: int
-    limit: int
+    mailbox: Mailbox
+    place: int = 0
+    pace: Pace = Pace.ASKED
     logits: Tensor | None = None
+    keep: Keep | None = None
     state: State = State.WAITING
+    capacity: int = 0
+    limit: int = 0
     span: Span | None = None
     done: int = 0
+    prefilled: int = 0
     ids: list[int] = field(default_factory=list)
-    taken: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    told: int = 0
+    asked: bool = True
     finish: str | None = None
     error: TierlmError | None = None
-    cancelled: bool = False
+    request: weakref.ref[object] | None = None
     submitted: float = field(default_factory=time.perf_counter)
     sampler: Sampler = field(init=False)
 
@@ -63,19 +113,23 @@ class Sequence:
         self.sampler = Sampler(self.params)
 
     @property
-    def unread(self) -> bool:
-        """Whether the caller has yet to read a token. Such a sequence pauses."""
-        return len(self.ids) > self.taken
+    def wanted(self) -> bool:
+        """Whether a client waits for this sequence."""
+        return self.asked or self.pace is not Pace.ASKED
+
+    @property
+    def paused(self) -> bool:
+        """Whether the client has yet to take a token."""
+        return self.pace is Pace.ASKED and not self.mailbox.empty()
 
     @property
     def ended(self) -> bool:
         return self.state is State.ENDED
 
-    def take(self) -> Progress:
-        """Return the new tokens and mark them read."""
-        new, self.taken = self.ids[self.taken :], len(self.ids)
-        return Progress(new, self.finish, self.error)
-
-    def cancel(self) -> None:
-        """Let the scheduler drop it before its next step. Thread-safe."""
-        self.cancelled = True
+    def tell(self) -> None:
+        """Put what is new into the mailbox."""
+        if self.ended or (len(self.ids) > self.told and self.pace is not Pace.END):
+            new, logprobs = self.ids[self.told :], self.logprobs[self.told :]
+            self.told, self.asked = len(self.ids), False
+            reported = None if self.params.logprobs is None else logprobs
+            self.mailbox.put(Progress(self.place, new, self.finish, self.error, reported))

@@ -1,7 +1,7 @@
 // The blocks of GGUF files (formats/ggml.py) that have kernels.
 //
-// A value is number * scale - minimum. Each GROUP of columns has one scale, or `parts` of them, and at most one minimum.
-// A product with rounded activations adds up, group by group in order,
+// A value is number * scale - minimum. Each GROUP of columns has one scale, or `parts` of them, and at most one
+// minimum. A product with rounded activations adds up, group by group in order,
 //
 //     (dot of part 0 * scale of part 0 + dot of part 1 * scale of part 1 - sum of x * minimum) * scale of x
 //
@@ -20,8 +20,23 @@ struct Q4_0 {
     static constexpr bool minima = false;
 };
 
+struct Q4_1 {
+    static constexpr int64_t columns = 32, bytes = 20, parts = 1;
+    static constexpr bool minima = true;
+};
+
+struct Q5_0 {
+    static constexpr int64_t columns = 32, bytes = 22, parts = 1;
+    static constexpr bool minima = false;
+};
+
 struct Q4_K {
     static constexpr int64_t columns = 256, bytes = 144, parts = 1;
+    static constexpr bool minima = true;
+};
+
+struct Q5_K {
+    static constexpr int64_t columns = 256, bytes = 176, parts = 1;
     static constexpr bool minima = true;
 };
 

@@ -40,23 +40,41 @@ INLINE void unpack(const uint8_t* p, Block<Q8_0>& to) {
     std::memcpy(to.numbers, p + 2, sizeof to.numbers);
 }
 
+// Two codes a byte: the low bits are those of the first half of a group, the high ones of the second.
+INLINE void nibbles(const uint8_t* p, int64_t half, int8_t* numbers) {
+    for (int64_t i = 0; i < half; ++i) {
+        numbers[i] = static_cast<int8_t>(p[i] & 15);
+        numbers[half + i] = static_cast<int8_t>(p[i] >> 4);
+    }
+}
+
 INLINE void unpack(const uint8_t* p, Block<Q4_0>& to) {
     to.scales[0] = half(p);
-    for (int i = 0; i < 16; ++i) {
-        to.numbers[i] = static_cast<int8_t>((p[2 + i] & 15) - 8);
-        to.numbers[16 + i] = static_cast<int8_t>((p[2 + i] >> 4) - 8);
-    }
+    nibbles(p + 2, 16, to.numbers);
+    for (int8_t& number : to.numbers) number -= 8;
+}
+
+INLINE void unpack(const uint8_t* p, Block<Q4_1>& to) {
+    to.scales[0] = half(p);
+    to.minima[0] = -half(p + 2);
+    nibbles(p + 4, 16, to.numbers);
+}
+
+INLINE void unpack(const uint8_t* p, Block<Q5_0>& to) {
+    to.scales[0] = half(p);
+    nibbles(p + 6, 16, to.numbers);
+    for (int i = 0; i < 32; ++i) to.numbers[i] += static_cast<int8_t>((p[2 + i / 8] >> i % 8 & 1) * 16 - 16);
 }
 
 INLINE void unpack(const uint8_t* p, Block<Mxfp4>& to) {
     to.scales[0] = as_float(p[0] < 2 ? 0x200000u << p[0] : (p[0] - 1u) << 23);  // 2 ** (p[0] - 128)
-    for (int i = 0; i < 16; ++i) {
-        to.numbers[i] = E2M1[p[1 + i] & 15];
-        to.numbers[16 + i] = E2M1[p[1 + i] >> 4];
-    }
+    nibbles(p + 1, 16, to.numbers);
+    for (int8_t& number : to.numbers) number = E2M1[number];
 }
 
-INLINE void unpack(const uint8_t* p, Block<Q4_K>& to) {
+// The first 16 bytes of Q4_K and Q5_K.
+template <class Stored>
+INLINE void scales_and_minima(const uint8_t* p, Block<Stored>& to) {
     const float scale = half(p), minimum = half(p + 2);
     const uint8_t *six = p + 4, *low = p + 12;  // six bits of four scales and minima, and two more bits of the others
     for (int g = 0; g < 4; ++g) {
@@ -65,11 +83,17 @@ INLINE void unpack(const uint8_t* p, Block<Q4_K>& to) {
         to.scales[4 + g] = scale * ((low[g] & 15) | (six[g] >> 6 << 4));
         to.minima[4 + g] = minimum * ((low[g] >> 4) | (six[4 + g] >> 6 << 4));
     }
-    for (int i = 0; i < 128; ++i) {
-        const int at = i / 32 * 64 + i % 32;
-        to.numbers[at] = static_cast<int8_t>(p[16 + i] & 15);
-        to.numbers[at + 32] = static_cast<int8_t>(p[16 + i] >> 4);
-    }
+}
+
+INLINE void unpack(const uint8_t* p, Block<Q4_K>& to) {
+    scales_and_minima(p, to);
+    for (int i = 0; i < 4; ++i) nibbles(p + 16 + 32 * i, 32, to.numbers + 64 * i);
+}
+
+INLINE void unpack(const uint8_t* p, Block<Q5_K>& to) {
+    scales_and_minima(p, to);
+    for (int i = 0; i < 4; ++i) nibbles(p + 48 + 32 * i, 32, to.numbers + 64 * i);
+    for (int i = 0; i < 256; ++i) to.numbers[i] += static_cast<int8_t>((p[16 + i % 32] >> i / 32 & 1) * 16);
 }
 
 INLINE void unpack(const uint8_t* p, Block<Q6_K>& to) {
@@ -184,15 +208,20 @@ INLINE void widened(const Product& p, int64_t first, int64_t last) {
             widen<Stored>(block_at<Stored>(p, out, b), p.y + out * p.ins + b * Stored::columns);
 }
 
-#define KERNELS(Stored)                                                                                    \
-    CLONES void outputs_##Stored(const Product& p, int64_t first, int64_t last) { outputs<Stored>(p, first, last); } \
-    CLONES void exact_##Stored(const Product& p, int64_t first, int64_t last) { exact<Stored>(p, first, last); }     \
-    CLONES void rows_##Stored(const Product& p, int64_t first, int64_t last) { weighted_rows<Stored>(p, first, last); } \
-    CLONES void widened_##Stored(const Product& p, int64_t first, int64_t last) { widened<Stored>(p, first, last); }
+#define KERNEL(name, work, Stored) \
+    CLONES void name##_##Stored(const Product& p, int64_t first, int64_t last) { work<Stored>(p, first, last); }
+#define KERNELS(Stored)                  \
+    KERNEL(outputs, outputs, Stored)     \
+    KERNEL(exact, exact, Stored)         \
+    KERNEL(rows, weighted_rows, Stored)  \
+    KERNEL(widened, widened, Stored)
 
 KERNELS(Q8_0)
 KERNELS(Q4_0)
+KERNELS(Q4_1)
+KERNELS(Q5_0)
 KERNELS(Q4_K)
+KERNELS(Q5_K)
 KERNELS(Q6_K)
 KERNELS(Mxfp4)
 
@@ -206,12 +235,18 @@ Work best(int number, Work plain) {
 const Format GGML_FORMATS[GGML] = {
     {best(0, outputs_Q8_0), rows_Q8_0, widened_Q8_0, true},
     {best(1, outputs_Q4_0), rows_Q4_0, widened_Q4_0, true},
-    {best(2, outputs_Q4_K), rows_Q4_K, widened_Q4_K, true},
-    {best(3, outputs_Q6_K), rows_Q6_K, widened_Q6_K, true},
-    {best(4, outputs_Mxfp4), rows_Mxfp4, widened_Mxfp4, true},
+    {best(2, outputs_Q4_1), rows_Q4_1, widened_Q4_1, true},
+    {best(3, outputs_Q5_0), rows_Q5_0, widened_Q5_0, true},
+    {best(4, outputs_Q4_K), rows_Q4_K, widened_Q4_K, true},
+    {best(5, outputs_Q5_K), rows_Q5_K, widened_Q5_K, true},
+    {best(6, outputs_Q6_K), rows_Q6_K, widened_Q6_K, true},
+    {best(7, outputs_Mxfp4), rows_Mxfp4, widened_Mxfp4, true},
     {exact_Q8_0, rows_Q8_0, widened_Q8_0, false},
     {exact_Q4_0, rows_Q4_0, widened_Q4_0, false},
+    {exact_Q4_1, rows_Q4_1, widened_Q4_1, false},
+    {exact_Q5_0, rows_Q5_0, widened_Q5_0, false},
     {exact_Q4_K, rows_Q4_K, widened_Q4_K, false},
+    {exact_Q5_K, rows_Q5_K, widened_Q5_K, false},
     {exact_Q6_K, rows_Q6_K, widened_Q6_K, false},
     {exact_Mxfp4, rows_Mxfp4, widened_Mxfp4, false},
 };

@@ -1,10 +1,11 @@
 """Products with weights in their stored format.
 
-Activations and arithmetic are float32. Exception: products with int8 and int4 round activations to int8 in groups of 32
-and sum integers within a group, unless the weight is ``exact``. The compiled kernels, which widen in registers, take a
-few rows of float32 activations, or any number of rounded ones. For more rows, one tile at a time is widened in cache
-and torch multiplies in float32; on a CPU without 16-bit matrix instructions, this is several times faster than torch's
-bfloat16 product. Formats without compiled kernels always use torch.
+Activations and arithmetic are float32. Exception: products with int8, int4 and some formats of GGUF (``Format.rounds``)
+round activations to int8 in groups of 32 and sum integers within a group, unless the weight is ``exact``. The compiled
+kernels, which widen in registers, take a few rows of float32 activations, or any number of rounded ones. For more
+rows, one tile at a time is widened in cache and torch multiplies in float32; on a CPU without 16-bit matrix
+instructions, this is several times faster than torch's bfloat16 product. Formats without compiled kernels always use
+torch.
 """
 
 from __future__ import annotations

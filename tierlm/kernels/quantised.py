@@ -34,8 +34,8 @@ def quantise_reference(matrix: Tensor, format: str) -> Weight:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Activations float32 [T, in] rounded as in products with int8 and int4: in groups of 32 columns, to multiples of
-    1 / 127 of the largest magnitude, half to even. A group with an infinity or NaN becomes NaN."""
+    """Activations float32 [T, in] rounded as in products with formats that round: in groups of 32 columns, to multiples
+    of 1 / 127 of the largest magnitude, half to even. A group with an infinity or NaN becomes NaN."""
     groups = functional.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
     largest = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest <= NEGLIGIBLE, 0.0, torch.full_like(largest, 127).div_(largest))

@@ -9,10 +9,11 @@ from torch import Tensor
 from tierlm.formats import FORMATS, Shape
 from tierlm.formats.dtypes import torch_dtypes
 
+GGML_KERNELS = ("q8_0", "q4_0", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "mxfp4_ggml")
 # Format numbers of kernels/product.h, and those of the formats that round, with unrounded activations.
 NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}
-NUMBERS |= {"q8_0": 8, "q4_0": 9, "q4_k": 10, "q6_k": 11, "mxfp4_ggml": 12}
-EXACT = {"int8": 6, "int4": 7, "q8_0": 13, "q4_0": 14, "q4_k": 15, "q6_k": 16, "mxfp4_ggml": 17}
+NUMBERS |= {name: 8 + i for i, name in enumerate(GGML_KERNELS)}
+EXACT = {"int8": 6, "int4": 7, **{name: 16 + i for i, name in enumerate(GGML_KERNELS)}}
 TILES = ("int8", "int4")  # formats with interleaved rows
 VECTORS = ("f32", "bf16", "f16")  # formats of norms and biases in the compiled kernels
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tierlm.files import write_whole
+from tierlm.files import read_regular, write_whole
 from tierlm.spec import ExpertKey
 
 VERSION = 1
@@ -45,14 +46,14 @@ class Heat:
         """Load what ``write`` saved, faded; empty if the file is missing or invalid."""
         heat, keys = cls(), set(known)
         try:
-            found: Any = json.loads(file.read_text(encoding="utf-8"))
+            found: Any = json.loads(read_regular(file))
             if found["version"] == VERSION:
                 turns = {int(layer): float(count) for layer, count in found["turns"]}
                 fade = {layer: min(1.0, REMEMBERED / count) for layer, count in turns.items()}
                 uses = {ExpertKey(int(at), int(e)): float(count) * fade[int(at)] for at, e, count in found["uses"]}
-                if set(uses) <= keys and all(0 <= count < float("inf") for count in uses.values()):
+                if set(uses) <= keys and all(0 <= uses[key] <= turns[key.layer] < math.inf for key in uses):
                     heat.uses.update(uses)
                     heat.turns.update({layer: count * fade[layer] for layer, count in turns.items()})
-        except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
             return cls()
         return heat

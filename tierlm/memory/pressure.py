@@ -5,6 +5,7 @@ Decisions depend only on readings, so tests can supply their own.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from tierlm.config import format_size
 from tierlm.host import available_ram
 from tierlm.memory.tiers import Tier
+
+log = logging.getLogger(__name__)
 
 INTERVAL = 0.5  # seconds between two readings
 STALLED = 0.10  # memory is short if tasks waited for it for more than this share of the last 10 s
@@ -73,9 +76,11 @@ class PressureRelief:
         tier = self.tier
         change = self.pressure.change(sum(slot.size for slot in tier.slots if slot.filled))
         if change < 0:
-            self.shrunk += tier.shrink(-change, self.least)
+            self.shrunk += (freed := tier.shrink(-change, self.least))
+            log.info("memory is short: slots shrink by %s", format_size(freed))
         elif change > 0 and tier.retired:
-            self.grown += tier.grow(change)
+            self.grown += (taken := tier.grow(change))
+            log.info("memory is free again: slots grow by %s", format_size(taken))
 
     def notes(self) -> list[str]:
         """A sentence for ``Stats.notes``, if the tier was shrunk."""

@@ -7,15 +7,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from tierlm.host import cannot_start
 from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.ticket import Job, Priority, State, Ticket
 from tierlm.timeline import Timeline
 
+LEAVE = 5.0  # seconds that threads get to end
 Item = tuple[Ticket, int, Job]  # the job and its index in its ticket
 
 
 class Threads(Executor):
-    """``count`` threads, at most ``spare`` of them on prefetch and warm-up. ``announce``: called after each ticket."""
+    """``count`` threads, at most ``spare`` of them on prefetch and warm-up. ``announce``: called after each ticket.
+    Raises TierlmError if the system refuses a thread."""
 
     def __init__(self, count: int, spare: int, announce: Callable[[], None], timeline: Timeline | None = None):
         self._spare, self._announce, self._timeline = spare, announce, timeline
@@ -28,8 +31,13 @@ class Threads(Executor):
         self._closed = False
         names = [f"tierlm-transfer-{i}" for i in range(count)]
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            self._threads = [thread for thread in self._threads if thread.ident is not None]
+            self.close(LEAVE)
+            raise cannot_start(count, "transfers") from error
 
     def submit(self, ticket: Ticket, *, first: bool) -> None:
         jobs = range(len(ticket.jobs))

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from tierlm.memory import compiled
 from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.jobs import Read
-from tierlm.memory.threads import Threads
+from tierlm.memory.threads import LEAVE, Threads
 from tierlm.memory.ticket import DISK, Job, Priority, State, Ticket
 from tierlm.policies.limits import spare_lanes
 from tierlm.timeline import Timeline
 
-INTERRUPTIBLE = 0.1  # longest wait in seconds before Python checks for signals
+LOOK = 0.1  # longest wait in seconds before a look at ``leaving``
 
 
 class Transfer:
@@ -26,7 +26,8 @@ class Transfer:
 
     Prefetch and warm-up use a quarter of the threads, at least two, so that demands find most threads free and
     computation keeps memory bandwidth. ``merged_bytes``: adjacent plain reads up to this total are done as one.
-    ``executor``: replaces both executors.
+    ``executor``: replaces both executors. ``leaving``: set it to end all waits, since the model is to be closed.
+    Raises TierlmError if the system refuses a thread.
     """
 
     def __init__(
@@ -38,13 +39,18 @@ class Transfer:
     ):
         self.timeline = timeline
         self._lock = threading.Lock()
+        self.leaving = False
         self._closed = False
         self._seen = 0  # the value of ``reads.count`` at the last collection
         spare = spare_lanes(threads)
         self.threads = executor or Threads(threads, spare, self.take_ended, timeline)
         self.reads = self.threads
         if executor is None and compiled.load() is not None:
-            self.reads = compiled.Reads(threads, spare, merged_bytes, self.take_ended, timeline)
+            try:
+                self.reads = compiled.Reads(threads, spare, merged_bytes, self.take_ended, timeline)
+            except BaseException:
+                self.threads.close(LEAVE)
+                raise
         self._executors: tuple[Executor, ...] = (
             (self.threads,) if self.reads is self.threads else (self.threads, self.reads)
         )
@@ -111,15 +117,18 @@ class Transfer:
             return True
 
     def wait_any(self, tickets: Sequence[Ticket], timeout: float) -> None:
-        """Return once any of ``tickets`` is done. Raises the stalled job's error after ``timeout`` seconds."""
+        """Return once any of ``tickets`` is done. Raises the stalled job's error after ``timeout`` seconds, and
+        RuntimeError once ``leaving``."""
         deadline = time.monotonic() + timeout
         while True:
             seen = self.reads.count
             self.collect()
             if any(ticket.done for ticket in tickets):
                 return
+            if self.leaving:
+                raise RuntimeError("transfer is closing")
             if (left := deadline - time.monotonic()) > 0:
-                self.reads.wait(seen, min(left, INTERRUPTIBLE))
+                self.reads.wait(seen, min(left, LOOK))
             elif (stuck := self._stuck(tickets[0])) is not None:
                 raise stuck.stalled(f"stalled: nothing came for {timeout:g} s")
 
@@ -139,7 +148,7 @@ class Transfer:
         """Bytes of queued demands that no thread has taken."""
         return sum(executor.backlog() for executor in self._executors)
 
-    def close(self, timeout: float = 5.0) -> bool:
+    def close(self, timeout: float = LEAVE) -> bool:
         """Let the threads finish their current jobs, then stop them. False if one is stuck in a read."""
         with self._lock:
             self._closed = True

@@ -15,6 +15,7 @@ from tierlm.checkpoints.container import describe
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight
 from tierlm.errors import CheckpointError, UnsupportedModelError
+from tierlm.files import Stamp
 from tierlm.formats import FORMATS
 from tierlm.models import family_of, read_spec
 from tierlm.models.config_reader import Fields
@@ -63,6 +64,11 @@ class Catalog:
         return sorted({tensor.file for tensor in self.checkpoint.tensors.values()})
 
     @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """The stamp of each file without checksums when its header was read."""
+        return {file: self.checkpoint.stamps[file] for file in self.files if not self._seals.get(file)}
+
+    @property
     def formats(self) -> Formats:
         """The formats of the matrices in routed experts, trunks and the lm_head."""
         spec, family = self.spec, self.family
@@ -80,7 +86,7 @@ class Catalog:
         """Identifies this model: a hash of its config and of its files' names and sizes."""
         digest = hashlib.sha256(self.checkpoint.digest)
         for file in self.files:
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            digest.update(f"{file.name} {self.checkpoint.stamps[file].size}".encode())
         return digest.hexdigest()[:32]
 
     def experts(self) -> list[ExpertKey]:

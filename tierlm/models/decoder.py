@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -59,23 +59,30 @@ class Decoder:
         ]
 
     @torch.inference_mode()
-    def forward(self, steps: Sequence[Segment], *, prefill: bool, out: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        steps: Sequence[Segment],
+        *,
+        prefill: bool,
+        out: Tensor | None = None,
+        watch: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """Run new tokens of several sequences through the model, and advance the sequences.
 
         Returns logits, float32 on the CPU: of each sequence's last token [len(steps), vocab]; or of every new token,
-        written into ``out`` [T, vocab] if given. Raises StorageError, and NumericsError if a logit is not finite. If it
-        raises, no sequence has advanced.
+        written into ``out`` [T, vocab] if given. ``watch``: called before each layer; it may raise to abandon the step.
+        Raises StorageError, and NumericsError if a logit is not finite. After an error, no sequence has advanced.
         """
         recorder = self.moe.recorder
         if recorder is not None:
-            recorder.begin([(step.span.start, step.span.length, len(step.ids)) for step in steps], prefill)
-        hidden = self._layers_of(steps, prefill)
+            recorder.begin([(id(step.span), step.span.length, len(step.ids)) for step in steps], prefill)
+        hidden = self._layers_of(steps, prefill, watch)
         if out is None:
             out = torch.empty(len(steps), self.spec.vocab)
             hidden = hidden[[end - 1 for end in accumulate(len(step.ids) for step in steps)]]
         self._logits(rms_norm(hidden, self._norm, self.spec.norm_eps), out)
         if not _finite(out):
-            self._layers_of(steps, prefill, check=True)  # finds the layer
+            self._layers_of(steps, prefill, lambda: None, check=True)  # finds the layer
             raise _not_finite("the final norm or the lm_head")
         if recorder is not None:
             recorder.end()
@@ -83,7 +90,9 @@ class Decoder:
             step.span.length += len(step.ids)
         return out
 
-    def _layers_of(self, steps: Sequence[Segment], prefill: bool, check: bool = False) -> Tensor:
+    def _layers_of(
+        self, steps: Sequence[Segment], prefill: bool, watch: Callable[[], None], check: bool = False
+    ) -> Tensor:
         """The residual stream after the last layer, float32 [T, hidden]. ``check``: raise NumericsError where it is not
         finite."""
         hidden = self.embedding.read([i for step in steps for i in step.ids])  # [T, hidden]
@@ -93,6 +102,7 @@ class Decoder:
         segments = [Rows(*edges, step.span) for edges, step in zip(pairwise(ends), steps, strict=True)]
         positions = [attention.positions(segments) for attention in self._attention]
         for layer, (key, kind, norm, is_moe) in enumerate(self._layers):
+            watch()
             trunk = self.trunks.get(key)
             if is_moe:
                 self.moe.before_attention(hidden, layer, prefill)

@@ -117,9 +117,9 @@ class Outline:
         return _bytes(self.family.resident_tensors(self.spec), 16)
 
 
-def sizes_of(records: Records, context: int, chunk: int, kv_item: int) -> Sizes:
-    """The sizes that the plan needs: ``context`` and ``chunk`` in tokens, ``kv_item`` in bytes per cached value. The
-    engine and the CLI plan with the same sizes."""
+def sizes_of(records: Records, context: int, chunk: int, kv_item: int, logits_tokens: int | None = None) -> Sizes:
+    """The sizes that the plan needs: ``context`` and ``chunk`` in tokens, ``kv_item`` in bytes per cached value;
+    ``logits_tokens``: see RuntimeOptions. The engine and the CLI plan with the same sizes."""
     spec = records.spec
     experts = records.experts()
     return Sizes(
@@ -129,7 +129,7 @@ def sizes_of(records: Records, context: int, chunk: int, kv_item: int) -> Sizes:
         resident=records.size(ResidentKey()),
         kv=context * spec.cache_width * kv_item,
         workspace=workspace_bytes(spec, min(chunk, context), context),
-        logits=min(chunk * spec.vocab * 4, MAX_LOGITS),
+        logits=min(chunk * spec.vocab * 4, MAX_LOGITS) if logits_tokens is None else logits_tokens * spec.vocab * 4,
     )
 
 

@@ -15,17 +15,20 @@ from tierlm.checkpoints.checkpoint import ITEM_SIZE
 from tierlm.checkpoints.checksum import ALGORITHM
 from tierlm.checkpoints.codec import load_zstandard, measure
 from tierlm.checkpoints.disk_profile import ProfileCache, disk_name
-from tierlm.checkpoints.pack import PackedRecord, Packing, Progress, pack, raw_bytes, unfinished
+from tierlm.checkpoints.pack import AHEAD, PackedRecord, Packing, Progress, memory_of, pack, raw_bytes, unfinished
 from tierlm.checkpoints.packed import VERSION
 from tierlm.checkpoints.probe import find_profile
 from tierlm.checkpoints.reader import open_reader
 from tierlm.checkpoints.rows import block_of_rows
 from tierlm.checkpoints.stored import StoredWeight
-from tierlm.errors import UsageError
-from tierlm.files import user_cache
+from tierlm.config import format_size
+from tierlm.errors import BudgetError, UnsupportedModelError, UsageError
+from tierlm.files import open_regular, read_regular, user_cache
 from tierlm.formats import FORMATS
 from tierlm.formats.tiles import GROUP, LANES
+from tierlm.host import available_ram, process_ram
 from tierlm.models.catalog import Catalog
+from tierlm.planning.plan import AUTO_RAM, SLACK
 from tierlm.spec import ExpertKey, ResidentKey
 
 KEEP = "keep"
@@ -41,6 +44,7 @@ BESIDE = (
     "vocab*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "*.jinja",
     "LICENSE*",
 )
@@ -53,6 +57,7 @@ def pack_model(
     experts: str,
     trunk: str,
     codec: str = "none",
+    ram: int | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> None:
@@ -61,7 +66,8 @@ def pack_model(
     ``experts``, ``trunk``: the format of the routed experts' and of all other matrices, by name, or "keep". Norms,
     routers and the embedding keep theirs, but an embedding in a format of GGUF becomes float32; layers for multi-token
     prediction are omitted. ``codec``: "zstd" compresses the float records, "none" nothing; "auto" calls
-    ``choose_codec``. ``say`` receives messages about the codec. Raises UsageError, CheckpointError, StorageError.
+    ``choose_codec``. ``say`` receives messages about the codec. ``ram``: limit of the process in bytes; None: most of
+    the free memory. Raises UsageError, BudgetError, CheckpointError, StorageError.
     """
     if codec not in CODECS:
         raise UsageError(f"codec: expected one of {', '.join(CODECS)}, found {codec!r}")
@@ -69,6 +75,8 @@ def pack_model(
         known = [KEEP, *(format.name for format in FORMATS.values() if format.packable)]
         if name not in known:
             raise UsageError(f"{what}: expected one of {', '.join(known)}, found {name!r}")
+    if folder.is_file():
+        raise UnsupportedModelError(f"{folder}: a GGUF file cannot be packed; it is read in place")
     if folder.resolve() in out.resolve().parents:
         raise UsageError(f"{out}: is inside the model's folder, which is never modified; choose another folder")
     catalog = Catalog(folder)
@@ -88,8 +96,12 @@ def pack_model(
             )
         if say is not None:
             say(f"codec zstd: {count} of {total} records are compressed")
+    queued = _queued(files, ram)
     beside = {
-        file.name: file.read_bytes() for pattern in BESIDE for file in sorted(folder.glob(pattern)) if file.is_file()
+        str(file.relative_to(folder)): read_regular(file)
+        for pattern in BESIDE
+        for file in sorted(folder.glob(pattern))
+        if file.is_file()
     }
     config = json.loads(beside["config.json"])
     packings = (packing for records in files.values() for record in records for packing in record.packings)
@@ -98,7 +110,31 @@ def pack_model(
         if catalog.spec.moe is not None and catalog.spec.moe.stacked:
             config["experts_transposed"] = catalog.spec.moe.transposed  # else told by quantization_config
         beside["config.json"] = json.dumps(config, indent=2).encode()
-    pack(files, beside, out, describe(catalog, experts, trunk, codec), progress)
+    sources = catalog.checkpoint.stamps
+    pack(files, beside, out, describe(catalog, experts, trunk, codec), sources, progress, queued)
+
+
+def least_memory(catalog: Catalog, experts: str, trunk: str, process: int) -> int:
+    """The least ``ram`` that packs a model without a codec, in bytes. ``process``: of interpreter and libraries."""
+    return process + SLACK + memory_of(records_of(catalog, experts, trunk), 1)
+
+
+def _queued(files: Mapping[str, Sequence[PackedRecord]], ram: int | None) -> int:
+    """How many matrices or pieces may be queued between two stages of a pack. Raises BudgetError."""
+    process = process_ram()
+    given = int((available_ram() + process) * AUTO_RAM) if ram is None else ram
+    needs = {queued: process + SLACK + memory_of(files, queued) for queued in range(1, AHEAD + 1)}
+    if given < needs[1]:
+        what = "free memory" if ram is None else "ram budget"
+        raise BudgetError(
+            f"{what} of {format_size(given)} is below the {format_size(needs[1])} that packing needs: interpreter and "
+            f"libraries {format_size(process)}, slack {format_size(SLACK)}, a few of the largest matrices "
+            f"{format_size(memory_of(files, 1))}. Raise the ram budget",
+            floor=needs[1],
+            given=given,
+            dominant="matrices" if memory_of(files, 1) > process else "interpreter and libraries",
+        )
+    return max(queued for queued, need in needs.items() if need <= given)
 
 
 def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[PackedRecord]]:
@@ -168,10 +204,10 @@ def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str
     """The settings of a pack, and its source files."""
     files = {}
     for file, header in catalog.checkpoint.headers.items():
-        status = file.stat()
-        with open(file, "rb") as stream:
+        size, modified, *_ = header.stamp
+        with open(open_regular(file), "rb") as stream:
             digest = xxhash.xxh3_64_hexdigest(stream.read(header.begin))
-        files[file.name] = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns, "header_xxh3_64": digest}
+        files[file.name] = {"bytes": size, "modified_ns": modified, "header_xxh3_64": digest}
     source = {"name": catalog.checkpoint.path.resolve().name, "fingerprint": catalog.fingerprint, "files": files}
     packed = {"experts": experts, "trunk": trunk, "tile": [LANES, GROUP], "checksum": ALGORITHM}
     if codec != "none":

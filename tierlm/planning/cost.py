@@ -157,6 +157,8 @@ def skewed_hits(share: float, work: Work, skew: float = 0.5, stickiness: float =
 
     With probability ``stickiness`` a token reuses an expert of the previous token, else it uses the expert of rank r
     with probability proportional to r ** -skew. Both are at the cautious end of the figures in bench/synthetic.py."""
+    if not work.experts:
+        return 1.0
     slots = share * work.experts
     kept = min(1.0, slots / work.experts_per_token)
     slots = max(0.0, slots - stickiness * work.experts_per_token)  # the rest holds the previous token's experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from typing import Any
 
 from tierlm.checkpoints.checkpoint import read_json
 from tierlm.checkpoints.container import describe
-from tierlm.checkpoints.gguf_header import is_gguf
+from tierlm.checkpoints.foreign import refuse_foreign
+from tierlm.checkpoints.gguf_header import gguf_in
 from tierlm.checkpoints.hub import DEMO
-from tierlm.errors import CheckpointError
+from tierlm.errors import CheckpointError, ModelNotFoundError
 
 # name -> Hub ids, source of the dimensions, second source that they were checked against, config
 DATA = Path(__file__).with_name("known.json")
@@ -39,21 +41,23 @@ def find_config(model: str) -> Named:
     """The config of ``model``: "demo", a folder, a ``config.json``, a known name or Hub id, or another Hub id, of which
     only the config is downloaded. Raises CheckpointError."""
     path = DEMO if model == "demo" else Path(model)
-    if path.is_dir():
+    if (file := gguf_in(path)) is not None:
+        described = describe(file)
+        return Named(file.stem, described.config, described.where, file)
+    if not os.path.isfile(path / "config.json"):  # unlike Path.is_file, false for a name that is too long
+        refuse_foreign(path)
+    if os.path.isdir(path):
         config = read_json(path / "config.json")
         whole = any(path.glob("*.safetensors"))
         return Named(path.resolve().name, config, str(path / "config.json"), path if whole else None)
-    if path.is_file() and is_gguf(path):
-        described = describe(path)
-        return Named(path.stem, described.config, described.where, path)
-    if path.is_file():
+    if os.path.isfile(path):
         return Named(path.stem, read_json(path), str(path))
     known = known_models()
     for name, entry in known.items():
         if model.lower() in (name.lower(), *(hub.lower() for hub in entry["hub"])):
             return Named(name, entry["config"], f"known as {name}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is None:
-        raise CheckpointError(
+        raise ModelNotFoundError(
             f"{model}: no such folder or file, and no known model; give a model folder, a config.json, a hub id, or "
             f"one of {', '.join(known)}"
         )

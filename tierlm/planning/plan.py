@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from tierlm.config import format_size
 from tierlm.errors import BudgetError
 from tierlm.spec import Dense, ModelSpec, UnitKey
+from tierlm.table import Table
 
 AUTO_RAM = 0.8  # share of free memory that "auto" takes
 MAX_LOGITS = 64 * 2**20  # bytes reserved for the result of a call for logits
@@ -43,12 +44,26 @@ class TierPlan:
     parts: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Table):
     """The tiers of one model under one budget. ``vram`` is None if the compute tier is ``ram``."""
 
     ram: TierPlan
     vram: TierPlan | None
+
+    @property
+    def tiers(self) -> dict[str, TierPlan]:
+        """By name, the compute tier first."""
+        return {"ram": self.ram} if self.vram is None else {"vram": self.vram, "ram": self.ram}
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Contents of each tier."""
+        for name, tier in self.tiers.items():
+            yield name, ", ".join(f"{what} {format_size(size)}" for what, size in tier.parts.items() if size)
+            yield "", f"{tier.expert_slots} expert slots; floor {format_size(tier.floor)}"
+            streams = f"; others stream through two slots of {format_size(tier.ring)}" if tier.ring else ""
+            held = max(0, tier.parts.get("trunk", 0) - 2 * tier.ring)
+            yield "", f"{len(tier.trunk)} trunks stay, {format_size(held)}{streams}"
 
 
 def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:
@@ -74,6 +89,7 @@ def make_plan(
     ram: int,
     vram: int | None,
     process: int,
+    others: int = 0,
     min_slots: int,
     ram_slots: int | None = None,
     vram_slots: int | None = None,
@@ -81,11 +97,14 @@ def make_plan(
 ) -> Plan:
     """Divide a budget: trunks first, since every token uses all of them, then expert slots.
 
-    ``process``: bytes of the interpreter and its libraries. ``min_slots``: one token's experts of one layer.
-    ``ram_slots``, ``vram_slots``, ``resident_trunks``: upper limits. Raises BudgetError below the floor.
+    ``process``: bytes of the interpreter and its libraries; ``others``: of other models in the process.
+    ``min_slots``: one token's experts of one layer. ``ram_slots``, ``vram_slots``, ``resident_trunks``: upper limits.
+    Raises BudgetError below the floor.
     """
     state = {"KV cache": sizes.kv, "activations": sizes.workspace, "routers and norms": sizes.resident}
     host = {"interpreter and libraries": process, "slack": SLACK, "logits": sizes.logits}
+    if others:
+        host["other loaded models"] = others
     everything = list(sizes.trunk)
     if vram is None:
         return Plan(
@@ -131,7 +150,8 @@ def _plan_tier(
         raise BudgetError(
             f"{tier} budget of {format_size(budget)} is below the floor of {format_size(floor)}; what dominates is "
             f"{dominant} with {format_size(parts[dominant])} ({listed}). Raise the {tier} budget"
-            + (", or lower the context" if parts.get("KV cache", 0) > floor // 8 else ""),
+            + (", or lower the context" if parts.get("KV cache", 0) > floor // 8 else "")
+            + (", or close the other models of this process" if parts.get("other loaded models") else ""),
             tier=tier,
             floor=floor,
             given=budget,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tierlm.errors import UsageError
-from tierlm.files import write_whole
+from tierlm.errors import UsageError, shown
+from tierlm.files import read_regular, write_whole
 from tierlm.policies.cycle import Cycle
 from tierlm.policies.echo import Echo
 from tierlm.policies.eviction import Policy, TierInfo
@@ -58,22 +58,22 @@ def write_policy(file: Path, name: str, parameters: Mapping[str, float]) -> None
 
 def _read(file: Path) -> tuple[str, dict[str, float]]:
     try:
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
+        found: Any = json.loads(read_regular(file))
         name, parameters = found["policy"], found["parameters"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"policy file {file}: {error!r}; expected an object with policy and parameters") from error
     if not isinstance(name, str) or name.endswith(".json") or not isinstance(parameters, dict):
-        raise UsageError(f"policy file {file}: expected the name of a policy and its parameters, found {found!r}")
+        raise UsageError(f"policy file {file}: expected the name of a policy and its parameters, found {shown(found)}")
     return name, parameters
 
 
 def _check(name: str, kind: type[Policy], parameter: str, value: float) -> None:
     if parameter not in kind.tunable:
         known = ", ".join(kind.tunable) or "none"
-        raise UsageError(f"policy {name}: unknown parameter {parameter!r}; known are {known}")
+        raise UsageError(f"policy {name}: unknown parameter {shown(parameter)}; known are {known}")
     low, high = kind.tunable[parameter]
     whole = isinstance(low, int) and isinstance(high, int)
     fits = isinstance(value, int) if whole else isinstance(value, (int, float))
     if not fits or isinstance(value, bool) or not low <= value <= high:
         expected = f"{'an integer' if whole else 'a number'} from {low} to {high}"
-        raise UsageError(f"policy {name}: parameter {parameter}: expected {expected}, found {value!r}")
+        raise UsageError(f"policy {name}: parameter {parameter}: expected {expected}, found {shown(value)}")

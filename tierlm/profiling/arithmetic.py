@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from tierlm.kernels import Weight
 
-HIDDEN, WIDTH, TOGETHER = 2048, 1408, 6  # a DeepSeek-V2-Lite expert; experts a token uses in a layer
+# About a DeepSeek-V2-Lite expert, in whole blocks of every format; experts a token uses in a layer.
+HIDDEN, WIDTH, TOGETHER = 2048, 1536, 6
 # The formats to measure: those with kernels. f32 and f16 are assumed to be memory-bound like bf16.
 MEASURED = tuple(
     f.name for f in FORMATS.values() if ((f.floats and f.packable) or f.rounds) and f.name not in ("f32", "f16")

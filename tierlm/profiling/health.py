@@ -55,7 +55,7 @@ def check_files(files: Sequence[Path]) -> list[Finding]:
         found.append(Finding("ok", "O_DIRECT", "reads bypass the page cache"))
     else:
         todo = "move the model to ext4, xfs or btrfs on a local disk"
-        found.append(Finding("note", "O_DIRECT", f"{why}: memory-mapped reads are several times slower", todo))
+        found.append(Finding("note", "O_DIRECT", f"{why}: reads through the page cache are slower", todo))
     usage = shutil.disk_usage(largest.parent)
     if usage.free < 0.02 * usage.total:
         what = f"{format_size(usage.free)} of {format_size(usage.total)} free"

@@ -9,14 +9,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from tierlm.errors import UsageError
-from tierlm.files import user_cache, write_whole
+from tierlm.errors import UsageError, shown
+from tierlm.files import read_regular, user_cache, write_whole
 from tierlm.formats import FORMATS
 from tierlm.planning.cost import Accelerator, Machine
 
 VERSION = 2
+MOST = 1e24  # of any number in a profile
 ENGINE_SIZES = tuple(size * 2**20 for size in (1, 4, 8))  # bytes of a request, like the choices of checkpoints/probe.py
 ENGINE_DEPTHS = (4, 8, 16)
 
@@ -82,6 +83,10 @@ class KernelRate:
     threads: int
     rate: Spread
 
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"expected at least one row, found {self.rows}")
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -114,6 +119,12 @@ class Profile:
     missing: Sequence[str] = ()
     version: int = VERSION
 
+    def __post_init__(self) -> None:
+        if self.cores < 1 or min(self.beside or (1,)) <= 0 or min(self.beside_many or (1,)) <= 0:
+            raise ValueError(
+                f"expected cores and shares above 0, found {self.cores}, {self.beside}, {self.beside_many}"
+            )
+
     def write(self, file: Path) -> None:
         """Write it as JSON. Raises OSError."""
         write_whole(file, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -143,23 +154,14 @@ def default_file() -> Path | None:
 def read_profile(file: Path) -> Profile:
     """Read a file written by ``Profile.write``. Raises UsageError."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(file))
         if found.get("version") != VERSION:
-            raise ValueError(f"version {found.get('version')!r}, expected {VERSION}")
-        found["memory"] = [MemoryRate(**_with_spreads(row, "read", "write", "copy")) for row in found["memory"]]
-        found["disks"] = [
-            DiskRate(**(_with_spreads(row, "rate") | {"percentiles": tuple(row["percentiles"])}))
-            for row in found["disks"]
-        ]
-        found["kernels"] = [KernelRate(**_with_spreads(row, "rate")) for row in found["kernels"]]
-        for name in ("links", "unpack"):
-            found[name] = {key: Spread(**value) for key, value in found[name].items()}
-        for name in ("beside", "beside_many", "touch"):
-            found[name] = tuple(found[name]) if found.get(name) else None
-        return Profile(**found)
+            raise ValueError(f"version {shown(found.get('version'))}, expected {VERSION}")
+        profile: Profile = _typed(Profile, found)
+        return profile
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file}: expected a file from `tierlm profile --json`, found: {error}") from error
 
 
@@ -234,5 +236,26 @@ def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
     return at[0], at[1], at[2]
 
 
-def _with_spreads(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {**row, **{name: Spread(**row[name]) for name in names}}
+def _typed(kind: Any, value: Any) -> Any:
+    """A JSON value as ``kind``, the type of a field of Profile. Raises ValueError, TypeError."""
+    parts = get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        found = kind(**{name: _typed(hints[name], part) for name, part in value.items() if name in hints})
+        if isinstance(found, Spread) and min(found.median, found.low, found.high) <= 0:
+            raise ValueError(f"expected rates above 0, found {found}")
+        return found
+    if type(None) in parts:
+        return None if value is None else _typed(parts[0], value)
+    origin = get_origin(kind)
+    if origin is Mapping and isinstance(value, dict):
+        return {name: _typed(parts[1], part) for name, part in value.items()}
+    if origin is Sequence and isinstance(value, list):
+        return [_typed(parts[0], part) for part in value]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(part_kind, part) for part_kind, part in zip(parts, value, strict=True))
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float) and type(value) in (int, kind) and 0 <= value <= MOST:
+        return kind(value)
+    raise ValueError(f"expected {kind if parts else kind.__name__}, found {shown(value)}")

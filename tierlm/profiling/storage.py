@@ -112,23 +112,17 @@ def files_of(folder: Path) -> Iterator[list[Path]]:
             f"{folder}: no files of {format_size(ENOUGH)} to read, and {format_size(room)}, a twentieth of what is "
             f"free, is less than the {format_size(SCRATCH_LEAST)} of the smallest temporary file"
         )
-    scratch = None
     try:
-        handle, name = tempfile.mkstemp(prefix=".tierlm-profile-", dir=folder)
-        scratch = Path(name)
-        with os.fdopen(handle, "wb") as stream:
+        with tempfile.TemporaryFile(dir=folder) as stream:  # without a name: a kill leaves nothing
             piece = random.Random(0).randbytes(4 * MIB)  # cannot be compressed or deduplicated
             for number in range(size // len(piece)):
                 stream.write(number.to_bytes(8, "little") + piece[8:])
             stream.flush()
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        yield [scratch]
+            yield [Path(f"/proc/{os.getpid()}/fd/{stream.fileno()}")]
     except OSError as error:
         raise UsageError(f"{folder}: cannot write a file to measure with: {error.strerror}") from error
-    finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
 
 
 def measure_disk(
@@ -143,7 +137,7 @@ def measure_disk(
 
     ``done`` is called after each sample. ``huge``: read into huge pages, like the engine. Raises UsageError,
     StorageError."""
-    with files_of(folder) as files, _Bench(files, wanted, huge) as bench:
+    with files_of(folder) as files, _Bench(folder, files, wanted, huge) as bench:
         limit = time.perf_counter() + seconds
         for turn in range(ROUNDS):
             for cell in wanted:
@@ -154,10 +148,10 @@ def measure_disk(
 
 
 class _Bench:
-    """Samples of settings over some files."""
+    """Samples of settings over some files, on the disk of ``folder``."""
 
-    def __init__(self, files: Sequence[Path], wanted: Sequence[Cell], huge: bool):
-        self._files = files
+    def __init__(self, folder: Path, files: Sequence[Path], wanted: Sequence[Cell], huge: bool):
+        self._folder, self._files = folder, files
         self._wholes = []
         for file in files:
             size = file.stat().st_size
@@ -236,8 +230,8 @@ class _Bench:
         elif share is None and cell.reader == "mmap":
             from_ram = f"maybe: {kind or 'the file system'} has no device counter"
         return DiskRate(
-            path=str(self._files[0].parent),
-            device=f"{disk_name(self._files[0])}, {kind}",
+            path=str(self._folder),
+            device=f"{disk_name(self._folder)}, {kind}",
             reader=cell.reader,
             pattern=cell.pattern,
             request_bytes=cell.request_bytes,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tierlm.errors import StorageError
 from tierlm.tracing.trace import TraceInfo
 from tierlm.tracing.tracefile import TraceWriter
 
@@ -22,7 +23,7 @@ class Recorder:
     """Records one run. The decoder reports the begin and end of each step, the MoE layers their expert ids.
 
     ``chosen``: experts per token. ``scores``: also write the routers' scores and predictions, which evaluates each
-    router AHEAD more times. A failed step is not recorded. Raises OSError.
+    router AHEAD more times. A failed step is not recorded. Raises OSError; ``end`` raises StorageError.
     """
 
     def __init__(self, file: Path, info: TraceInfo, chosen: int, scores: bool):
@@ -31,18 +32,18 @@ class Recorder:
         self._shape = (len(info.moe_layers), chosen)
         self._place = {layer: at for at, layer in enumerate(info.moe_layers)}
         self._writer = TraceWriter(file, info)
-        self._sequences: dict[int, int] = {}  # by place in the KV cache: the sequence's number
+        self._sequences: dict[int, int] = {}  # by the identity of its KV span: the sequence's number
         self._count = self._step = 0
         self._rows: dict[str, Array] = {}
 
     def begin(self, sequences: Sequence[tuple[int, int, int]], prefill: bool) -> None:
-        """Begin a step. ``sequences``: (place in the KV cache, tokens already cached, new tokens) of each."""
+        """Begin a step. ``sequences``: (identity of its KV span, tokens already cached, new tokens) of each."""
         numbers: list[int] = []
-        for place, cached, new in sequences:
+        for span, cached, new in sequences:
             if not cached:
-                self._sequences[place] = self._count
+                self._sequences[span] = self._count
                 self._count += 1
-            numbers += [self._sequences[place]] * new
+            numbers += [self._sequences[span]] * new
         tokens, (layers, chosen) = len(numbers), self._shape
         self._rows = {"experts": np.full((tokens, layers, chosen), -1, np.int16)}
         self._rows |= {"sequences": np.array(numbers, np.int32), "steps": np.full(tokens, self._step, np.int32)}
@@ -63,13 +64,17 @@ class Recorder:
         self._rows["predictions"][:, self._place[layer], ahead] = ranked
 
     def end(self) -> None:
-        """End the step."""
-        self._writer.add(**self._rows)
+        """End the step. Raises StorageError if the trace cannot be written, in this step or before."""
+        try:
+            self._writer.add(**self._rows)
+        except OSError as error:
+            file = str(self._writer.file)
+            raise StorageError(f"trace: {file}: cannot be written: {error.strerror}", file=file) from error
         self._rows = {}
         self._step += 1
 
     def close(self) -> None:
-        """Write the trace to the disk."""
+        """Write the trace to the disk, unless a step could not be written."""
         self._writer.close()
 
     def drop(self) -> None:

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tierlm.errors import TraceError
+from tierlm.errors import TraceError, shown
 
 MAX_LAYERS = 4096  # about forty times the deepest model: more is a corrupt file
 MAX_EXPERTS = 4096  # of a layer, about ten times as many as any model has: a larger id is an error
 BLOCK = 4096  # tokens processed at a time
 MARKS = 2**22  # steps x records processed at a time
 
-PARTS = ("experts", "sequences", "steps", "prefill", "scores", "predictions")  # arrays of a Trace, by token
+# Arrays of a Trace, by token, and their dimensions.
+PARTS = {"experts": 3, "sequences": 1, "steps": 1, "prefill": 1, "scores": 3, "predictions": 4}
 
 Ids = npt.NDArray[np.int16]
 
@@ -85,23 +86,28 @@ class Trace:
 
     def __post_init__(self) -> None:
         """Raises TraceError if the parts disagree."""
-        tokens, layers, _ = self.experts.shape
+        tokens, layers, chosen = self.experts.shape
         info = self.info
         if not self.experts.size:
             raise TraceError("the trace is empty: no token has an expert")
         numbers = info.moe_layers
         if len(numbers) != layers or any(a >= b for a, b in pairwise((-1, *numbers, info.layers))):
-            raise TraceError(f"expected {layers} MoE layers within {info.layers} layers, found {list(numbers)}")
-        if not 1 <= info.experts <= MAX_EXPERTS:
-            raise TraceError(f"expected 1 to {MAX_EXPERTS} experts of a layer, found {info.experts}")
+            raise TraceError(f"expected {layers} MoE layers within {info.layers} layers, found {shown(numbers)}")
+        if not 1 <= info.experts <= MAX_EXPERTS or chosen > info.experts:
+            raise TraceError(f"expected 1 to {MAX_EXPERTS} experts of a layer, found {info.experts}, {chosen} chosen")
+        if info.layers > MAX_LAYERS or not 0 <= info.record_bytes < 2**32:
+            raise TraceError(
+                f"expected at most {MAX_LAYERS} layers and records of less than 4 GiB, found {info.layers} and "
+                f"{info.record_bytes} bytes"
+            )
         if info.order and (
             len(info.order) != layers or any(sorted(row) != list(range(info.experts)) for row in info.order)
         ):
             raise TraceError(f"order: expected each of {info.experts} experts once in each of {layers} layers")
-        for name in PARTS:
+        for name, dimensions in PARTS.items():
             part = getattr(self, name)
-            if part is not None and len(part) != tokens:
-                raise TraceError(f"{name}: expected one entry for each of {tokens} tokens, found {len(part)}")
+            if part is not None and (part.ndim != dimensions or len(part) != tokens):
+                raise TraceError(f"{name}: expected one entry for each of {tokens} tokens, found {list(part.shape)}")
         for start in range(0, tokens, BLOCK):
             check_ids(self.experts[start : start + BLOCK], info.experts, start)
         if (np.diff(self.steps) < 0).any():

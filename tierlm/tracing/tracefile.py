@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from tierlm.errors import TraceError
+from tierlm.errors import TraceError, shown
 from tierlm.files import whole
 from tierlm.tracing.trace import BLOCK, Trace, TraceInfo
 
@@ -32,10 +33,11 @@ Array = npt.NDArray[Any]
 
 
 class TraceWriter:
-    """Writes ``file``, which exists once ``close`` has returned. Raises OSError."""
+    """Writes ``file``, which exists once ``close`` has returned. Raises OSError, then again at each ``add``."""
 
     def __init__(self, file: Path, info: TraceInfo):
-        self.info = info
+        self.file, self.info = file, info
+        self._failed: OSError | None = None
         self.tokens = 0
         self._pending: list[dict[str, Array]] = []
         self._blocks = self._waiting = 0
@@ -50,28 +52,43 @@ class TraceWriter:
             self._flush()
 
     def close(self) -> None:
-        """Complete the file. A trace without tokens is not written."""
+        """Complete the file. A trace without tokens, or after an error, is not written."""
+        if self._failed is not None:
+            return
         if self._waiting:
             self._flush()
         if not self.tokens:
             self.drop()
             return
         head = {"format": FORMAT, "version": VERSION, "tokens": self.tokens, "blocks": self._blocks}
-        with self._open, self._zip as archive:
+        with self._dropped_on_error(), self._open, self._zip as archive:
             archive.writestr(HEAD, json.dumps(head | asdict(self.info)))
 
     def drop(self) -> None:
-        """Discard the file."""
+        """Discard the file. Never raises."""
         self._pending = []
-        with suppress(_Dropped), self._open:
-            self._zip.close()
+        self._zip.fp = None  # so that zipfile completes nothing, now or when it is collected
+        with suppress(_Dropped, OSError), self._open:
             raise _Dropped
 
+    @contextmanager
+    def _dropped_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.file)
+            self._failed = error
+            self.drop()
+            raise
+
     def _flush(self) -> None:
-        for name in self._pending[0]:
-            rows = np.concatenate([parts[name] for parts in self._pending]).astype(DTYPES[name])
-            with self._zip.open(f"{self._blocks}/{name}.npy", "w") as member:
-                np.lib.format.write_array(member, rows, allow_pickle=False)
+        if self._failed is not None:
+            raise self._failed
+        with self._dropped_on_error():
+            for name in self._pending[0]:
+                rows = np.concatenate([parts[name] for parts in self._pending]).astype(DTYPES[name])
+                with self._zip.open(f"{self._blocks}/{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, rows, allow_pickle=False)
         self.tokens += sum(len(parts["experts"]) for parts in self._pending)
         self._blocks += 1
         self._pending, self._waiting = [], 0
@@ -93,18 +110,19 @@ def write_trace(file: Path, trace: Trace) -> None:
 def read_own(archive: zipfile.ZipFile, where: str, scores: bool) -> Trace:
     """The trace in an open file; ``scores``: with the optional parts. Raises TraceError."""
     try:
-        head: Any = json.loads(archive.read(HEAD))
+        with archive.open(HEAD) as stream:
+            head: Any = json.loads(stream.read(archive.getinfo(HEAD).file_size))
         if head["format"] != FORMAT or head["version"] != VERSION:
             raise TraceError(
-                f"{where}: expected {FORMAT} version {VERSION}, found {head['format']} version {head['version']}: "
-                f"read it with the version of tierlm that wrote it"
+                f"{where}: expected {FORMAT} version {VERSION}, found {shown(head['format'])} version "
+                f"{shown(head['version'])}: read it with the version of tierlm that wrote it"
             )
         tokens, blocks = int(head["tokens"]), int(head["blocks"])
         order = tuple(tuple(int(expert) for expert in row) for row in head["order"])
         moe_layers = tuple(int(layer) for layer in head["moe_layers"])
-        layers, experts, size = (int(head[name]) for name in ("layers", "experts", "record_bytes"))
-        info = TraceInfo(str(head["model"]), layers, moe_layers, experts, size, order)
-    except (KeyError, ValueError, TypeError, *BROKEN) as error:
+        layers, experts, record = (int(head[name]) for name in ("layers", "experts", "record_bytes"))
+        info = TraceInfo(str(head["model"]), layers, moe_layers, experts, record, order)
+    except (KeyError, ValueError, TypeError, OverflowError, *BROKEN) as error:
         raise TraceError(f"{where}: {HEAD}: not a trace head: {error!r}") from error
     found: dict[str, list[Array]] = {}
     for block in range(blocks):
@@ -126,11 +144,20 @@ def read_own(archive: zipfile.ZipFile, where: str, scores: bool) -> Trace:
 
 
 BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+SMALL, RATIO = 32 * 2**20, 32  # bytes that any trace may unpack to; and for each byte of its file
+
+
+def check_unpacked(where: str, size: int, packed: int) -> None:
+    """Raises TraceError if ``size`` bytes are more than the file ``where`` of ``packed`` bytes may take in memory."""
+    if size > SMALL + RATIO * packed:
+        raise TraceError(
+            f"{where}: expected at most {SMALL + RATIO * packed} bytes of arrays in a file of {packed}, found {size}"
+        )
 
 
 def read_member(archive: zipfile.ZipFile, name: str, where: str) -> Array:
-    """A numeric array of an open npz; its header is checked against its size before any allocation. Raises
-    TraceError."""
+    """A numeric array of an open npz; its header is checked against its size before any allocation, and no more is
+    read, whatever the zip holds. Raises TraceError."""
     try:
         size = archive.getinfo(name).file_size
         with archive.open(name) as member:
@@ -138,15 +165,18 @@ def read_member(archive: zipfile.ZipFile, name: str, where: str) -> Array:
             count = int(np.prod(shape, dtype=object)) if shape else 1
             if dtype.kind not in "iufb" or fortran or count * dtype.itemsize != size - member.tell():
                 raise ValueError(f"expected numbers in {size - member.tell()} bytes, found {shape} of {dtype}")
-            return np.frombuffer(member.read(), dtype).reshape(shape)
+            return np.frombuffer(member.read(count * dtype.itemsize), dtype).reshape(shape)
     except KeyError:
         raise TraceError(f"{where}: expected an array {name.removesuffix('.npy')!r}, found none") from None
-    except (ValueError, TypeError, SyntaxError, *BROKEN) as error:
+    except (ValueError, TypeError, OverflowError, *BROKEN) as error:
         at = archive.getinfo(name).header_offset
         raise TraceError(f"{where}: {name}, at offset {at}: {error}: truncated or damaged") from error
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(member)
+    try:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(member)
+    except Exception as error:  # it is parsed as Python, with any error of a parser
+        raise ValueError(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from array import array
 from collections.abc import Iterable
@@ -12,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tierlm.errors import TraceError, UsageError
-from tierlm.files import whole
+from tierlm.errors import TraceError, UsageError, shown
+from tierlm.files import open_regular, whole
 from tierlm.tracing.trace import BLOCK, MAX_EXPERTS, Ids, Trace, TraceInfo
-from tierlm.tracing.tracefile import HEAD, Array, read_member, read_own, write_trace
+from tierlm.tracing.tracefile import HEAD, Array, check_unpacked, read_member, read_own, write_trace
 
 ORACLE = np.dtype([("time", "<u4"), ("object", "<u8"), ("bytes", "<u4"), ("next", "<i8")])
 FORMS = ("tierlm", "jsonl", "npz", "oracle")
@@ -25,17 +26,19 @@ def read_trace(file: Path, *, scores: bool = False) -> Trace:
     """The trace in ``file``: tierlm's own, JSON lines or npz, detected by content. ``scores``: with the optional parts.
     Raises TraceError with the line or offset."""
     try:
-        with open(file, "rb") as stream:
+        with open(open_regular(file), "rb") as stream:
             start = stream.read(4)
             if not start:
                 raise TraceError(f"{file}: the file is empty")
             if start[:2] != b"PK":
                 stream.seek(0)
                 return _read_jsonl(stream, file)
-        with zipfile.ZipFile(file) as archive:
-            if HEAD in archive.namelist():
-                return read_own(archive, str(file), scores)
-            return _read_npz(archive, file)
+            with zipfile.ZipFile(stream) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+                check_unpacked(str(file), unpacked, stream.seek(0, os.SEEK_END))
+                if HEAD in archive.namelist():
+                    return read_own(archive, str(file), scores)
+                return _read_npz(archive, file)
     except zipfile.BadZipFile as error:
         size = file.stat().st_size
         raise TraceError(f"{file}: {error}: truncated at offset {size}, or damaged") from error
@@ -48,8 +51,9 @@ def _read_jsonl(stream: Iterable[bytes], file: Path) -> Trace:
     optional, other keys ignored."""
     flat, counts = array("h"), array("h")  # all ids; their number by token and layer
     marks: list[tuple[int, int, bool]] = []
-    width = 0  # layers
+    width = size = 0  # layers; bytes
     for number, line in enumerate(stream, 1):
+        size += len(line)
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -60,25 +64,28 @@ def _read_jsonl(stream: Iterable[bytes], file: Path) -> Trace:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TraceError(f'{where}: expected {{"layers": [[expert, ...], ...]}}: {error!r}: truncated?') from error
         if not isinstance(layers, list) or not all(isinstance(ids, list) for ids in layers):
-            raise TraceError(f"{where}: expected a list of experts for each layer, found {str(layers)[:60]}")
+            raise TraceError(f"{where}: expected a list of experts for each layer, found {shown(layers)}")
         if marks and len(layers) != width:
             raise TraceError(f"{where}: expected {width} layers as in earlier lines, found {len(layers)}")
         for layer, ids in enumerate(layers):
             for expert in ids:
                 if type(expert) is not int or not 0 <= expert < MAX_EXPERTS:
                     expected = f"expected experts 0 to {MAX_EXPERTS - 1}"
-                    raise TraceError(f"{where}, MoE layer {layer}: {expected}, found {expert!r}")
+                    raise TraceError(f"{where}, MoE layer {layer}: {expected}, found {shown(expert)}")
             if len(set(ids)) < len(ids):
                 raise TraceError(f"{where}, MoE layer {layer}: an expert occurs twice")
             flat.extend(ids)
             counts.append(len(ids))
         if [type(part) for part in mark] != [int, int, bool] or not all(0 <= part < 2**31 for part in mark):
-            raise TraceError(f"{where}: expected integers for seq and step and a boolean for prefill, found {mark}")
+            raise TraceError(
+                f"{where}: expected integers for seq and step and a boolean for prefill, found {shown(mark)}"
+            )
         width = len(layers)
         marks.append(mark)
     if not flat:
         raise TraceError(f"{file}: the trace is empty: expected one line of experts a token")
     chosen = np.array(counts).reshape(-1, width)
+    check_unpacked(str(file), 2 * chosen.size * int(chosen.max()), size)
     experts = np.full((*chosen.shape, chosen.max()), -1, np.int16)
     experts[np.arange(experts.shape[2]) < chosen[..., None]] = flat
     sequences, steps, prefill = (np.array(part) for part in zip(*marks, strict=True))
@@ -93,7 +100,10 @@ def _read_npz(archive: zipfile.ZipFile, file: Path) -> Trace:
         raise TraceError(f"{file}: experts: expected integers [tokens, layers, k], found {ids.dtype} {ids.shape}")
     tokens, bound, cuts = len(ids), MAX_EXPERTS, np.array([0, len(ids)])
     if "num_experts.npy" in archive.namelist():
-        bound = int(read_member(archive, "num_experts.npy", str(file)).reshape(-1)[0])
+        given = read_member(archive, "num_experts.npy", str(file))
+        if given.dtype.kind not in "iu" or given.size != 1 or not 1 <= given.item() <= MAX_EXPERTS:
+            raise TraceError(f"{file}: num_experts: expected 1 to {MAX_EXPERTS}, found {shown(given.tolist())}")
+        bound = given.item()
     if "offsets.npy" in archive.namelist():
         cuts = read_member(archive, "offsets.npy", str(file))
     for start in range(0, tokens, BLOCK):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from tierlm.host import cannot_start
 from tierlm.library import check_layout, find_library
 from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.jobs import Read
@@ -32,7 +34,8 @@ class Reads(Executor):
     """Runs tickets whose jobs are a ``Read`` with words. Reports that a read failed, but not why.
 
     Adjacent reads of a file, up to ``merged_bytes`` in total, are done as one. A thread calls ``announce`` when a
-    ticket marked for it ends. ``wait`` and ``close`` release the GIL; other calls return at once and keep it.
+    ticket marked for it ends. ``wait`` and ``close`` release the GIL; other calls return at once and keep it. Raises
+    TierlmError if the system refuses a thread.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class Reads(Executor):
         self._times = (ctypes.c_double * (3 * TIMED))()
         count = ctypes.byref(self._count)
         self._reads = self._quick.tierlm_reads_open(threads, spare, merged_bytes, count, self._announce)
-        weakref.finalize(self, self._slow.tierlm_reads_free, self._reads, LEAVE)
+        if self._reads is None:
+            raise cannot_start(threads, "reads")
+        weakref.finalize(self, _free, self._slow, self._reads, os.getpid())
 
     @property
     def count(self) -> int:
@@ -120,6 +125,12 @@ class Reads(Executor):
             return True
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # the target memory must outlive the read
         return False
+
+
+def _free(library: ctypes.CDLL, reads: int, pid: int) -> None:
+    """Not in a forked process, where the threads do not exist and their lock may be held for ever."""
+    if os.getpid() == pid:
+        library.tierlm_reads_free(reads, LEAVE)
 
 
 @cache

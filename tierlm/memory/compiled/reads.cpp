@@ -204,15 +204,24 @@ class Reads {
     }
 
 public:
+    // Throws if the system refuses a thread; no other is left then.
     Reads(int count, int spare, int64_t merged_bytes, int64_t* over, void (*announce)())
         : over(over), announce(announce), merged_bytes(merged_bytes), spare(spare), running(count) {
         sigset_t all, before;  // Python handles signals
         sigfillset(&all);
         pthread_sigmask(SIG_BLOCK, &all, &before);
-        const std::lock_guard<std::mutex> lock(mutex);
-        for (int i = 0; i < count; ++i) {
-            threads.emplace_back([this, i] { run(i); });
-            pthread_setname_np(threads.back().native_handle(), "tierlm-read");
+        std::unique_lock<std::mutex> lock(mutex);
+        try {
+            for (int i = 0; i < count; ++i) {
+                threads.emplace_back([this, i] { run(i); });
+                pthread_setname_np(threads.back().native_handle(), "tierlm-read");
+            }
+        } catch (...) {
+            closed = true;
+            lock.unlock();
+            for (std::thread& thread : threads) thread.join();
+            pthread_sigmask(SIG_SETMASK, &before, nullptr);
+            throw;
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
@@ -326,8 +335,13 @@ LAYOUT(Request, FIELD(file), FIELD(offset), FIELD(wanted), FIELD(length), FIELD(
 
 extern "C" {
 
+// Null if the system refuses a thread.
 Reads* tierlm_reads_open(int threads, int spare, int64_t merged_bytes, int64_t* over, void (*announce)()) {
-    return new Reads(threads, spare, merged_bytes, over, announce);
+    try {
+        return new Reads(threads, spare, merged_bytes, over, announce);
+    } catch (...) {
+        return nullptr;
+    }
 }
 
 int64_t tierlm_reads_submit(Reads* reads, int priority, const Request* requests, int64_t count, char* base, int announced,

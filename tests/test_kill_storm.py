@@ -1,0 +1,21 @@
+"""A short kill storm: bench/kill_storm.py has the long one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench" / "kill_storm.py"
+
+
+def test_five_kills_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("kill_storm", BENCH)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "kill_storm", module)  # to be found by the processes it starts
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    spec.loader.exec_module(module)
+    assert module.storm(tmp_path, 5, seed=1) == []

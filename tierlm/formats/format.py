@@ -61,12 +61,12 @@ class Format:
         return all(self.fits(suffix, part, find(suffix)) for suffix, part in self.parts(shape).items())
 
     def fits(self, suffix: str, part: Part, found: Part | None) -> bool:
-        """Whether a stored tensor is ``part``. Scales of one meaning are published in several float dtypes, and one
-        number as a scalar or as a vector."""
+        """Whether a stored tensor is ``part``. Scales of one meaning are published in several float dtypes, a factor as
+        a scalar or as a vector."""
         if found is None or found == part or suffix == self.suffix:
             return found == part
         dtypes = found[0] == part[0] or (found[0] in SCALES and part[0] in SCALES)
-        return dtypes and (found[1] == part[1] or math.prod(found[1]) == math.prod(part[1]) == 1)
+        return dtypes and (found[1] == part[1] or (suffix == self.factor and math.prod(found[1]) == 1))
 
     def parts(self, shape: Shape) -> Mapping[str, Part]:
         """The tensors of a weight of ``shape``: data, scales if any, factor if any. Name suffix -> dtype and shape; see

@@ -174,10 +174,9 @@ class Catalog:
 
     def _row_by_row(self, name: str, shape: tuple[int, int]) -> StoredWeight:
         """A weight whose rows are read one by one."""
-        weight = self.stored(name, shape)
-        tensor = next(iter(weight.parts.values()))
+        tensor = self.checkpoint.tensor(name)
         known = [each.dtype for each in FORMATS.values() if each.takes(shape) and len(each.parts(shape)) == 1]
-        if len(weight.parts) > 1:
+        if tensor.dtype not in known or len((weight := self.stored(name, shape)).parts) > 1:
             raise UnsupportedModelError(f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(known)}")
         if tensor.inside is not None:
             raise UnsupportedModelError(f"{tensor.file}: {name} is compressed; its rows are read one by one")

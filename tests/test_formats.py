@@ -264,10 +264,10 @@ def test_missing_scales_do_not_make_another_format(monkeypatch: pytest.MonkeyPat
 def test_numbers_are_those_of_the_kernels() -> None:
     """The values they stand for are tested above, in products."""
     header = (Path(tierlm.kernels.__file__).parent / "product.h").read_text()
-    found = re.search(r"constexpr int FLOATS = (\d+), TILES = (\d+), GGML = (\d+);", header)
+    found = re.search(r"constexpr int FLOATS = (\d+), TILES = (\d+), GGML = (\d+), NIBBLES = (\d+);", header)
     assert found is not None
-    floats, tiles, ggml = map(int, found.groups())
-    assert sorted([*NUMBERS.values(), *EXACT.values()]) == list(range(floats + tiles + ggml))
+    floats, tiles, ggml, nibbles = map(int, found.groups())
+    assert sorted([*NUMBERS.values(), *EXACT.values()]) == list(range(floats + tiles + ggml + nibbles))
     for name, number in EXACT.items():
         assert number - NUMBERS[name] == (tiles if name in TILES else ggml) // 2
     assert {name for name in NUMBERS if FORMATS[name].rounds} == EXACT.keys()

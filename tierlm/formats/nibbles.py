@@ -10,7 +10,7 @@ Each byte of a row holds two codes, the lower four bits first. A group of column
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ class Nibbles(Format):
     """``numbers``: of the 16 codes. ``word``: bytes of an item of the data. ``blocked``: data are [out, groups, bytes
     of a group], else [out, items]. ``scale``: suffix and dtype of the scales [out, groups]; U8: indices of E8M0."""
 
-    numbers: tuple[float, ...]
+    numbers: Sequence[float]
     scale: tuple[str, str]
     word: int = 1
     blocked: bool = False
@@ -45,16 +45,12 @@ class Nibbles(Format):
         import torch
 
         assert scale is not None
-        codes = data.view(torch.uint8).reshape(*scale.shape, -1)  # [out, groups, bytes of a group]
-        values = _looked_up(torch.stack((codes & 15, codes >> 4), dim=-1).flatten(2), self.numbers)
-        scales = _looked_up(scale, E8M0) if scale.dtype == torch.uint8 else scale.float()
-        return values.mul_(scales[..., None]).view(shape)
-
-
-def _looked_up(codes: Tensor, numbers: tuple[float, ...]) -> Tensor:
-    import torch
-
-    return torch.tensor(numbers, dtype=torch.float32, device=codes.device)[codes.int()]
+        numbers = torch.tensor(self.numbers, dtype=torch.float32, device=data.device)
+        pairs = torch.stack((numbers.repeat(16), numbers.repeat_interleave(16)), dim=-1)  # of each byte, [256, 2]
+        values = pairs[data.view(torch.uint8).reshape(*scale.shape, -1).int()]  # [out, groups, bytes of a group, 2]
+        powers = scale.dtype == torch.uint8
+        scales = torch.tensor(E8M0, device=data.device)[scale.int()] if powers else scale.float()
+        return values.mul_(scales[..., None, None]).view(shape)
 
 
 HALVES = tuple(number / 2 for number in E2M1)
@@ -68,7 +64,7 @@ GROUPS = tuple(
         group // 2 + 2,
         "I32",
         suffix="_packed",
-        numbers=tuple(range(-8, 8)),
+        numbers=range(-8, 8),
         scale=("_scale", "BF16"),
         word=4,
     )

@@ -14,6 +14,8 @@ GGML_KERNELS = ("q8_0", "q4_0", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "mxfp4_g
 NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}
 NUMBERS |= {name: 8 + i for i, name in enumerate(GGML_KERNELS)}
 EXACT = {"int8": 6, "int4": 7, **{name: 16 + i for i, name in enumerate(GGML_KERNELS)}}
+NIBBLES = ("mxfp4", "int4_g32", "int4_g64", "int4_g128")
+NUMBERS |= {name: len(NUMBERS) + len(EXACT) + i for i, name in enumerate(NIBBLES)}
 TILES = ("int8", "int4")  # formats with interleaved rows
 VECTORS = ("f32", "bf16", "f16")  # formats of norms and biases in the compiled kernels
 

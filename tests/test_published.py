@@ -19,7 +19,8 @@ from tierlm import LLM, Budget, CheckpointError, SamplingParams, UnsupportedMode
 from tierlm.checkpoints.container import describe
 from tierlm.checkpoints.stored import by_role, find_weight
 from tierlm.formats import FORMATS
-from tierlm.kernels import Weight, linear, widen
+from tierlm.kernels import Weight, can_absorb, from_latent, into_latent, linear, widen
+from tierlm.kernels.linear import widen_reference
 from tierlm.models.catalog import Catalog
 from tierlm.models.outline import Outline
 from tierlm.models.packing import pack_model
@@ -65,6 +66,13 @@ def nvfp4(matrix: Tensor) -> Made:
     return {"": pairs(codes), "_scale": scale, "_scale_2": factor}, values.flatten(1)
 
 
+def nvfp4_packed(matrix: Tensor) -> Made:
+    """As compressed-tensors: the factor is inverse."""
+    made, values = nvfp4(matrix)
+    inverse = (1 / made["_scale_2"])[None]
+    return {"_packed": made[""], "_scale": made["_scale"], "_global_scale": inverse}, values
+
+
 def int4(size: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Made]:
     def made(matrix: Tensor) -> Made:
         codes, scale = codes_of(matrix), (groups_of(matrix, size) / 8).to(dtype)
@@ -103,6 +111,7 @@ def whole(*shape: int) -> Callable[[Tensor], Tensor]:
 HOW: dict[str, tuple[str, Callable[[Tensor], Made]]] = {  # the format's name, and how a matrix is stored
     "mxfp4": ("mxfp4", mxfp4),
     "nvfp4": ("nvfp4", nvfp4),
+    "nvfp4 of compressed-tensors": ("nvfp4_ct", nvfp4_packed),
     "int4 of 32": ("int4_g32", int4(32)),
     "int4 of 64": ("int4_g64", int4(64)),
     "int4 of 128, f16": ("int4_g128", int4(128, torch.float16)),
@@ -146,10 +155,32 @@ def test_values(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> No
     weight = stored_weight(tmp_path, made, (200, 384))
     assert weight.format == name
     torch.testing.assert_close(widen(weight), values, rtol=1e-6, atol=0)
+    assert torch.equal(widen(weight), widen_reference(weight))
     for start, stop in ((0, 128), (128, 200), (5, 6)):
         assert torch.equal(widen(weight, start, stop), widen(weight)[start:stop])
-    x = matrix_of(3, 384)
-    torch.testing.assert_close(linear(x, weight), x @ values.T, rtol=1e-4, atol=1e-3)
+    for rows in (1, 6, 100):  # few in the kernels, if there are any; many in torch
+        x = matrix_of(rows, 384)
+        torch.testing.assert_close(linear(x, weight), x @ values.T, rtol=1e-4, atol=1e-3)
+
+
+def test_the_kernels_sum_each_row_alone() -> None:
+    data, scale = torch.randint(0, 256, (37, 3, 16)).to(torch.uint8), torch.randint(110, 130, (37, 3)).to(torch.uint8)
+    weight, x = Weight(data, "mxfp4", scale, (37, 96)), matrix_of(7, 96)
+    assert weight.plain
+    assert torch.equal(linear(x, weight), torch.cat([linear(row[None], weight) for row in x]))
+
+
+def test_absorbed_products() -> None:
+    """Three heads of 8 keys and 8 values."""
+    data, scale = torch.randint(-(2**31), 2**31, (48, 8)).int(), torch.rand(48, 2).bfloat16()
+    weight = Weight(data, "int4_g32", scale, (48, 64))
+    halves = widen_reference(weight).view(3, 16, 64)
+    q, mixed = torch.randn(5, 2, 8), torch.randn(2, 5, 64)
+    assert can_absorb(weight, 5, 8, 8)
+    found = into_latent(q, weight, 1, 3)
+    torch.testing.assert_close(found, torch.bmm(q.transpose(0, 1), halves[1:, :8]), rtol=1e-4, atol=1e-4)
+    expected = torch.bmm(mixed, halves[1:, 8:].transpose(1, 2)).transpose(0, 1)
+    torch.testing.assert_close(from_latent(mixed, weight, 1, 3, 8), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bits(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> None:
@@ -165,7 +196,8 @@ def test_mxfp4_equals_transformers() -> None:
     blocks = torch.arange(256).repeat(16, 1).view(1, 256, 16).to(torch.uint8)
     scales = torch.arange(256)[None].to(torch.uint8)[:, :254]  # larger ones overflow
     expected = convert_moe_packed_tensors(blocks[None, :, :254], scales[None], dtype=torch.float32)[0].T
-    assert torch.equal(widen(Weight(blocks[:, :254], "mxfp4", scales, (1, 254 * 32))), expected)
+    weight = Weight(blocks[:, :254], "mxfp4", scales, (1, 254 * 32))
+    assert torch.equal(widen(weight), expected) and torch.equal(widen_reference(weight), expected)
 
 
 # --- models
@@ -202,11 +234,17 @@ def compressed(weights: dict[str, Any], format: str, **more: Any) -> dict[str, A
 
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "actorder": None}
+FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
 KIMI = compressed(INT4, "pack-quantized", ignore=["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"])
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # how, quantization_config, which projections
     "as Kimi-K2-Thinking": ("int4 of 32", KIMI, ".experts."),
     "nvfp4 of modelopt": ("nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, ".experts."),
+    "nvfp4 of compressed-tensors": (
+        "nvfp4 of compressed-tensors",
+        compressed(FLOAT4, "nvfp4-pack-quantized"),
+        ".experts.",
+    ),
     "fp8 of modelopt": ("fp8 whole, scalar", {"quant_method": "modelopt", "quant_algo": "FP8"}, ""),
     "fbgemm": ("fp8 rows, f32", {"quant_method": "fbgemm_fp8"}, ""),
     "fp8 of compressed-tensors": ("fp8 rows, bf16", compressed(FLOAT8, "float-quantized"), ""),
@@ -327,6 +365,7 @@ def test_stacks_that_lack_experts(tmp_path: Path) -> None:
         (compressed({**INT4, "actorder": "group"}, "pack-quantized"), ["actorder"]),
         (compressed({**INT4, "num_bits": 8}, "pack-quantized"), ["num_bits"]),
         (compressed(INT4, "marlin-24"), ["marlin-24"]),
+        (compressed({**FLOAT4, "group_size": 32}, "nvfp4-pack-quantized"), ["tensor_group"]),
         (compressed({**FLOAT8, "strategy": "block"}, "float-quantized"), ["strategy"]),
         (compressed(INT4, "pack-quantized", transform_config={"config_groups": {"R1": {}}}), ["R1"]),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, ["compressed-tensors"]),

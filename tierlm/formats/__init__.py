@@ -8,7 +8,7 @@ from tierlm.formats.floats import BF16, F16, F32
 from tierlm.formats.format import Format, Part, Shape
 from tierlm.formats.fp8 import FP8, OTHER_FP8
 from tierlm.formats.ggml import GGML
-from tierlm.formats.nibbles import GROUPS, MXFP4, NVFP4
+from tierlm.formats.nibbles import GROUPS, MXFP4, NVFP4, NVFP4_CT
 from tierlm.formats.tiles import INT4, INT8
 
 __all__ = ["FORMATS", "Format", "Part", "Shape", "recognise"]
@@ -25,6 +25,7 @@ FORMATS: dict[str, Format] = {
         *OTHER_FP8,
         MXFP4,
         NVFP4,
+        NVFP4_CT,
         *GROUPS,
         *GGML,
         Format("q4_k_m", (6, 256), 5 * 144 + 210),  # an expert in this mixture: half of the down projection is q6_k

@@ -23,9 +23,9 @@ class Format:
 
     ``block``: rows and columns stored as one unit; ``block_bytes``: its size, scales included. ``dtype``: dtype of the
     data tensor; empty if the format cannot be loaded. ``suffix``: of the data tensor's name. ``factor``: suffix of the
-    name of one number that multiplies all values; empty: none. ``matrices_only``: vectors cannot use it. ``floats``:
-    all its tensors are floats, whose exponents compress well. ``rounds``: products round activations to int8.
-    ``packable``: ``make`` exists, and makes tensors with dtypes of safetensors.
+    name of one number that multiplies all values, or ``divides`` them; empty: none. ``matrices_only``: vectors cannot
+    use it. ``floats``: all its tensors are floats, whose exponents compress well. ``rounds``: products round
+    activations to int8. ``packable``: ``make`` exists, and makes tensors with dtypes of safetensors.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Format:
     dtype: str = ""
     suffix: str = ""
     factor: str = ""
+    divides: bool = False
     matrices_only: bool = True
     floats: bool = False
     rounds: bool = False

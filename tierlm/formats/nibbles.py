@@ -4,6 +4,7 @@ Each byte of a row holds two codes, the lower four bits first. A group of column
 
     mxfp4      OCP MX v1.0, as gpt-oss is published: e2m1 numbers; a power of two for 32
     nvfp4      as TensorRT Model Optimizer writes it: e2m1 numbers; a float8 for 16, and a float32 for the whole weight
+    nvfp4_ct   as compressed-tensors writes it: the float32 divides
     int4_gN    compressed-tensors' pack-quantized, symmetric, as Kimi-K2-Thinking is published: eight numbers in an
                int32; a 16-bit float for N
 """
@@ -11,7 +12,7 @@ Each byte of a row holds two codes, the lower four bits first. A group of column
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tierlm.formats.format import Format, Part, Shape
@@ -57,6 +58,7 @@ HALVES = tuple(number / 2 for number in E2M1)
 POWERS = ("_scales", "U8")
 MXFP4 = Nibbles("mxfp4", (1, 32), 17, "U8", suffix="_blocks", numbers=E2M1, scale=POWERS, blocked=True)
 NVFP4 = Nibbles("nvfp4", (1, 16), 9, "U8", factor="_scale_2", numbers=HALVES, scale=("_scale", "F8_E4M3"))
+NVFP4_CT = replace(NVFP4, name="nvfp4_ct", suffix="_packed", factor="_global_scale", divides=True)
 GROUPS = tuple(
     Nibbles(
         f"int4_g{group}",

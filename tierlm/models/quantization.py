@@ -14,7 +14,8 @@ from tierlm.planning.mixtures import MIXTURES, Mixture
 
 READ = (
     "fp8 (blocks of [128, 128], or one scale), fbgemm_fp8, mxfp4, modelopt (NVFP4, FP8), and compressed-tensors "
-    "(pack-quantized: symmetric int4 in groups of 32, 64 or 128; float-quantized: fp8 by tensor, channel or block)"
+    "(pack-quantized: symmetric int4 in groups of 32, 64 or 128; nvfp4-pack-quantized; float-quantized: fp8 by "
+    "tensor, channel or block)"
 )
 MODELOPT = {"NVFP4": "nvfp4", "FP8": "fp8_whole"}
 FP8_STRATEGIES = {"tensor": "fp8_whole", "channel": "fp8_rows", "block": "fp8_blocks"}
@@ -72,6 +73,8 @@ def _group(stated: Fields, group: Fields) -> str | None:
         name = f"int4_g{weights.get('group_size')}"
         ordered = weights.get("actorder") not in (None, False, "static", "weight")  # columns are permuted
         return name if name in ("int4_g32", "int4_g64", "int4_g128") and not ordered else None
+    if written == "nvfp4-pack-quantized" and kind == ("float", 4, True, "tensor_group"):
+        return "nvfp4_ct" if weights.get("group_size") == 16 else None
     if written in ("float-quantized", "naive-quantized") and kind[:3] == ("float", 8, True):
         found = FP8_STRATEGIES.get(str(kind[3]))
         return None if found == "fp8_blocks" and weights.get("block_structure") != BLOCK else found

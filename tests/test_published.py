@@ -275,8 +275,8 @@ def test_logits_are_those_of_the_values(name: str, tmp_path: Path, ids: list[int
 
 @pytest.mark.parametrize("formats", [("keep", "keep"), ("int8", "keep"), ("f32", "f32")])
 def test_packed(formats: tuple[str, str], tmp_path: Path, ids: list[int]) -> None:
-    """What is kept is copied byte for byte, int32 and float8 scales included."""
-    for how in ("int4 of 32", "nvfp4"):
+    """What is kept is copied byte for byte: int32 data, float8 and bfloat16 scales."""
+    for how in ("int4 of 32", "nvfp4", "fp8 blocks, bf16"):
         source, out = tmp_path / how, tmp_path / f"{how} packed"
         make_toy("v3", source, **SIZES)
         quantise_toy(source, HOW[how][1], ".experts.")

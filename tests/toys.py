@@ -17,6 +17,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MiniMaxM2Config,
     MiniMaxM2ForCausalLM,
     MixtralConfig,
@@ -98,6 +100,7 @@ KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "glm4": (Glm4MoeConfig, Glm4MoeForCausalLM, "glm4_moe", GLM4),
     "minimax": (MiniMaxM2Config, MiniMaxM2ForCausalLM, "minimax_m2", {**GQA, "num_local_experts": 16}),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, "olmoe", {**GQA, "num_experts": 16, "head_dim": 8}),
+    "gpt-oss": (GptOssConfig, GptOssForCausalLM, "gpt_oss", {**GQA, "num_local_experts": 8, "sliding_window": 4}),
     "qwen2": (Qwen2MoeConfig, Qwen2MoeForCausalLM, "qwen2_moe", QWEN2),
 }
 TOYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -120,6 +123,7 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("minimax", {"rotary_dim": 8}),
     "olmoe": ("olmoe", {}),
     "qwen2": ("qwen2", {}),
+    "gpt-oss": ("gpt-oss", {"rope_parameters": {**QWEN3_YARN, "truncate": False}}),
 }
 
 
@@ -129,19 +133,19 @@ def settings_of(name: str, **changes: Any) -> dict[str, Any]:
     return {**KINDS[kind][3], **own, **changes, "model_type": KINDS[kind][2]}
 
 
-def make_toy(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Write the toy called ``name`` to ``folder``; returns it as a `transformers` model."""
-    config, made, _, _ = KINDS[TOYS[name][0]]
-    settings = settings_of(name, **changes)
+def make_toy(toy: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Write the toy called ``toy`` to ``folder``; returns it as a `transformers` model."""
+    config, made, _, _ = KINDS[TOYS[toy][0]]
+    settings = settings_of(toy, **changes)
     del settings["model_type"]
     torch.manual_seed(7)
     model = made(config(**settings))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # the norms, which start at one
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("bias"):  # norms start at one, biases at zero
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for layer in model.model.layers:
-            if (gate := getattr(layer.mlp, "gate", None)) is not None:
+            if (gate := getattr(layer.mlp, "gate", getattr(layer.mlp, "router", None))) is not None:
                 gate.weight.normal_(0, 0.5)
                 for owner in (gate, layer.mlp):
                     if hasattr(owner, "e_score_correction_bias"):

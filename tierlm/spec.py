@@ -227,7 +227,8 @@ class Moe:
 
     ``shared_gate``: the shared expert's output is multiplied by the sigmoid of one more projection of its input.
     ``clamped``: gpt-oss's experts: they have biases, clamp gate and up projections, and add one to the latter.
-    ``stacked``: a layer's experts lie in one tensor, with the rows of gate and up interleaved.
+    ``stacked``: a layer's experts lie in one tensor, gate and up in one matrix with their rows interleaved;
+    ``transposed``: as [in, out].
     """
 
     experts: int
@@ -238,6 +239,7 @@ class Moe:
     shared_gate: bool = False
     clamped: bool = False
     stacked: bool = False
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         router, chosen = self.router, self.experts_per_token

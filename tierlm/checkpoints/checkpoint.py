@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ MERGE_GAP = 64 * 1024  # bytes; reading a gap of this size costs less than a sec
 MAX_JSON = MAX_HEADER = 32 * 2**20
 MAX_VALUES = 2**21
 INSIDE = "tierlm.zstd"  # metadata key: the tensors inside each compressed record
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")  # its number follows the name of its layer's stack
+STACK = re.compile(r".*\.experts\.[a-z_]+")
 ITEM_SIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
@@ -225,7 +228,8 @@ class Checkpoint:
 
     @property
     def count(self) -> int:
-        return len(self.tensors)
+        stacks = [tensor for name, tensor in self.tensors.items() if STACK.fullmatch(name) and tensor.shape]
+        return len(self.tensors) + sum(stack.shape[0] for stack in stacks if stack.nbytes)
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
@@ -236,11 +240,18 @@ class Checkpoint:
         return read_regular(self.path / "config.json")
 
     def find(self, name: str) -> TensorInfo | None:
-        return self.tensors.get(name)
+        """The tensor ``name``, or an expert's part of its layer's stack."""
+        found = self.tensors.get(name)
+        if found is not None or (expert := EXPERT.fullmatch(name)) is None:
+            return found
+        stack, number = self.tensors.get(f"{expert[1]}.{expert[3]}"), int(expert[2])
+        if stack is None or stack.inside is not None or not stack.shape or number >= stack.shape[0]:
+            return None
+        return replace(stack.rows(number, number + 1), shape=stack.shape[1:])
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
         """The tensor ``name``. Raises CheckpointError if it is missing or its shape is not ``shape``."""
-        found = self.tensors.get(name)
+        found = self.find(name)
         if found is None:
             raise CheckpointError(f"{self.path}: tensor {name} is missing ({len(self.tensors)} tensors found)")
         return check_shape(found, shape)

@@ -45,7 +45,8 @@ def plan(
         str | None, Option(metavar="SIZE", help="Random reads a second, e.g. 3.5GB, instead of the machine's.")
     ] = None,
     format: Annotated[
-        str | None, Option(metavar="NAME", help="bf16, fp8, int8, int4, mxfp4 or q4_k_m; default: as published.")
+        str | None,
+        Option(metavar="NAME", help="bf16, fp8, int8, int4, mxfp4, int4_g32, nvfp4 or q4_k_m; default: as published."),
     ] = None,
     context: Annotated[
         int | None,

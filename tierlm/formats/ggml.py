@@ -28,10 +28,6 @@ class Blocks(Format):
 
     values: Callable[[Tensor], Tensor]
 
-    @property
-    def packable(self) -> bool:
-        return False
-
     def takes(self, shape: Shape) -> bool:
         return super().takes(shape) and shape[1] % self.block[1] == 0
 

@@ -15,6 +15,7 @@ from tierlm.models.llama import Llama
 from tierlm.models.minimax_m2 import MiniMaxM2
 from tierlm.models.mixtral import Mixtral
 from tierlm.models.olmoe import Olmoe
+from tierlm.models.quantization import published
 from tierlm.models.qwen2_moe import Qwen2Moe
 from tierlm.models.qwen3_moe import Qwen3Moe
 from tierlm.spec import ModelSpec
@@ -46,6 +47,7 @@ def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     """The ModelSpec of a ``config.json``. Raises UnsupportedModelError and CheckpointError, naming ``where``."""
     family = family_of(config.get("model_type"), where)
     try:
-        return family.read_spec(Config(config, where))
+        published(fields := Config(config, where))  # refuses other quantisation, which would give wrong text
+        return family.read_spec(fields)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error

@@ -19,7 +19,6 @@ from tierlm.files import Stamp
 from tierlm.formats import FORMATS
 from tierlm.models import family_of, read_spec
 from tierlm.models.config_reader import Fields
-from tierlm.models.family import require_runnable
 from tierlm.planning.cost import Formats
 from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey, UnitKey
 
@@ -38,7 +37,6 @@ class Catalog:
         where = described.where
         self.family = family_of(described.config.get("model_type"), where)
         spec = self.spec = read_spec(described.config, where)
-        require_runnable(spec, where)
         self.checkpoint = described.open()
         self.eos = self._eos(path)
         claimed = len(spec.layers) + len(spec.moe_layers) * spec.experts
@@ -177,7 +175,7 @@ class Catalog:
     def _row_by_row(self, name: str, shape: tuple[int, int]) -> StoredWeight:
         """A weight whose rows are read one by one."""
         tensor = self.checkpoint.tensor(name)
-        known = [format.dtype for format in FORMATS.values() if format.loadable and format.block[0] == 1]
+        known = [each.dtype for each in FORMATS.values() if each.takes(shape) and len(each.parts(shape)) == 1]
         if tensor.dtype not in known or len((weight := self.stored(name, shape)).parts) > 1:
             raise UnsupportedModelError(f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(known)}")
         if tensor.inside is not None:

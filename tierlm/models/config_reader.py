@@ -126,16 +126,6 @@ class Config(Fields):
                 wanted = " or ".join(map(repr, values))
                 raise UnsupportedModelError(f"{self.where}: {name} {shown(found)} is not supported; {wanted} is")
 
-    def allow_fp8_blocks(self) -> None:
-        """Refuse quantisation other than float8 in 128 x 128 blocks."""
-        quantization = self.part("quantization_config")
-        method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-        if quantization.fields and (method != "fp8" or block != [128, 128]):
-            raise UnsupportedModelError(
-                f"{self.where}: quantization {shown(method)} with blocks {shown(block)} is not supported; fp8 with "
-                "[128, 128] is"
-            )
-
     def rotated(self, head_dim: int, factor: float) -> int:
         """The rotated dimensions of a head; ``factor``: their default share."""
         table = self.part("rope_parameters")

@@ -13,7 +13,6 @@ class DeepSeek(Names):
 
     def read_spec(self, config: Config) -> ModelSpec:
         v2 = config.model_type == "deepseek_v2"
-        config.allow_fp8_blocks()
         config.allow(
             hidden_act=("silu",),
             scoring_func=("softmax",) if v2 else ("sigmoid",),

@@ -11,7 +11,6 @@ class Glm4Moe(Names):
     """Grouped attention that rotates a part of each head; a few dense layers, then MoE as in DeepSeek-V3."""
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",))
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         head_dim = config.number("head_dim", default=hidden // max(1, heads))

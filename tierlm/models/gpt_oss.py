@@ -10,7 +10,8 @@ from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
 class GptOss(Names):
     """Grouped attention with sinks and, in every other layer, a window; clamped experts with biases in every layer.
 
-    Names are those of one expert, as in GGUF; the published safetensors files stack a layer's experts.
+    GGUF files have gate and up projections apart. Published safetensors files have them in one matrix, in MXFP4;
+    without quantisation, matrices are transposed.
     """
 
     router = "router."
@@ -32,6 +33,8 @@ class GptOss(Names):
             )
             for window in (None, config.number("sliding_window", default=128))
         )
+        stacked = not config.flag("experts_split", False)
+        plain = not config.part("quantization_config").fields
         moe = Moe(
             experts=config.number("num_local_experts", "num_experts"),
             experts_per_token=config.number("num_experts_per_tok", "experts_per_token"),
@@ -39,7 +42,8 @@ class GptOss(Names):
             shared_width=0,
             router=RouterSpec("softmax", bias=True),
             clamped=True,
-            stacked=not config.flag("experts_split", False),
+            stacked=stacked,
+            transposed=stacked and config.flag("experts_transposed", plain),  # packing.py
         )
         layers = config.number("num_hidden_layers")
         kinds = config.listed("layer_types", str, (["sliding_attention", "full_attention"] * layers)[:layers])

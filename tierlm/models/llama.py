@@ -12,7 +12,6 @@ class Llama(Names):
     """Grouped attention, with QK-norm in Qwen3, and a SwiGLU in every layer: a layer is one trunk, and nothing else."""
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), use_sliding_window=(False,))
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         head_dim, qwen3 = config.number("head_dim", default=hidden // max(1, heads)), config.model_type == "qwen3"

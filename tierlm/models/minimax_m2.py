@@ -15,7 +15,6 @@ class MiniMaxM2(Names):
     projections = ("w1", "w3", "w2")
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), scoring_func=("sigmoid",), use_qk_norm=(True,), qk_norm_type=("per_layer",))
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         head_dim = config.number("head_dim", default=hidden // max(1, heads))

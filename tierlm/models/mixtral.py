@@ -14,7 +14,6 @@ class Mixtral(Names):
     projections = ("w1", "w3", "w2")
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",))
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         attention = Grouped(

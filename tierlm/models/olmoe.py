@@ -11,7 +11,6 @@ class Olmoe(Names):
     """Grouped attention that norms all heads together; MoE in every layer."""
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), attention_bias=(False,), clip_qkv=(None,))
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         attention = Grouped(

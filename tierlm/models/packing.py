@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from tierlm.checkpoints.checkpoint import ITEM_SIZE
 from tierlm.checkpoints.checksum import ALGORITHM
 from tierlm.checkpoints.codec import load_zstandard, measure
 from tierlm.checkpoints.disk_profile import ProfileCache, disk_name
@@ -106,6 +107,8 @@ def pack_model(
     packings = (packing for records in files.values() for record in records for packing in record.packings)
     if "quantization_config" in config and any(packing.target != packing.weight.format for packing in packings):
         del config["quantization_config"]  # no longer true for all weights
+        if catalog.spec.moe is not None and catalog.spec.moe.stacked:
+            config["experts_transposed"] = catalog.spec.moe.transposed  # else told by quantization_config
         beside["config.json"] = json.dumps(config, indent=2).encode()
     sources = catalog.checkpoint.stamps
     pack(files, beside, out, describe(catalog, experts, trunk, codec), sources, progress, queued)
@@ -142,7 +145,7 @@ def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[Pac
         return PackedRecord(name, [_packing(catalog.stored(*weight), target) for weight in weights.values()])
 
     embedding = catalog.stored(family.embedding_name(), (spec.vocab, spec.hidden))
-    kept = FORMATS[embedding.format].packable
+    kept = _keepable(embedding)
     table = PackedRecord("embedding", [_packing(embedding, KEEP if kept else "f32")])
     files = {
         "embedding.safetensors": [replace(table, block=block_of_rows(table.shape().nbytes // spec.vocab))],
@@ -212,10 +215,15 @@ def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str
     return {"version": VERSION, "packed": packed, "source": source}
 
 
+def _keepable(weight: StoredWeight) -> bool:
+    """Whether its tensors have dtypes of safetensors."""
+    return all(part.dtype in ITEM_SIZE for part in weight.parts.values())
+
+
 def _packing(weight: StoredWeight, target: str) -> Packing:
     """Vectors always keep their format."""
     kept = target == KEEP or len(weight.shape) != 2
-    if kept and not FORMATS[weight.format].packable:
+    if kept and not _keepable(weight):
         raise UsageError(
             f"{weight.name} is {weight.format}, which no packed store holds; choose another format than keep"
         )

@@ -13,7 +13,6 @@ class Qwen2Moe(Names):
     shared = "shared_expert."
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), use_sliding_window=(False,))
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         attention = Grouped(

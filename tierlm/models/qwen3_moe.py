@@ -11,7 +11,6 @@ class Qwen3Moe(Names):
     """Grouped attention with QK-norm; every ``decoder_sparse_step``-th layer is MoE, except ``mlp_only_layers``."""
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), attention_bias=(False,), use_sliding_window=(False,))
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         attention = Grouped(

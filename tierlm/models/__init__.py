@@ -25,9 +25,9 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "qwen2_moe": Qwen2Moe(),
     "mixtral": Mixtral(),
     "olmoe": Olmoe(),
-    "glm4_moe": Glm4Moe(),
+    **dict.fromkeys(("glm4_moe", "glm4v_moe_text"), Glm4Moe()),
     "minimax_m2": MiniMaxM2(),
-    **dict.fromkeys(("llama", "mistral", "qwen3"), Llama()),
+    **dict.fromkeys(("llama", "mistral", "qwen3", "qwen3_vl_text"), Llama()),
     "gpt_oss": GptOss(),
 }
 

@@ -1,5 +1,5 @@
 """Llama, Mistral and Qwen3, dense, after `LlamaForCausalLM`, `MistralForCausalLM` and `Qwen3ForCausalLM` in
-transformers. No torch."""
+transformers; the language model of Qwen3-VL is a Qwen3. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Llama(Names):
         config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), use_sliding_window=(False,))
         heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
-        head_dim, qwen3 = config.number("head_dim", default=hidden // max(1, heads)), config.model_type == "qwen3"
+        head_dim, qwen3 = config.number("head_dim", default=hidden // max(1, heads)), "qwen3" in config.model_type
         attention = Grouped(
             heads=heads,
             kv_heads=config.number("num_key_value_heads", default=heads),

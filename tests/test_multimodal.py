@@ -50,6 +50,10 @@ MODELS: dict[str, dict[str, Any]] = {  # model_type -> its config, without visio
     "kimi_k25": {"text_config": KIMI, "projection_hidden_size": 64, "tie_word_embeddings": False},
     "mistral3": {"text_config": {**DENSE, "model_type": "mistral"}, "tie_word_embeddings": False},
     "qwen3_vl": {"text_config": {**DENSE, "tie_word_embeddings": True}, "tie_word_embeddings": True},
+    "gemma3": {
+        "text_config": {**DENSE, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 7},
+        "mm_tokens_per_image": 1,
+    },
     "glm4v_moe": {"text_config": {**GLM4, "rope_parameters": MROPE}},
 }
 IDS = [(7 * i) % 129 + 2 for i in range(40)]

@@ -16,8 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_gguf import write_gguf
 from tokenizers import Tokenizer
-from toys import TOYS, YARN, edit_config, make_toy
-from transformers import LlamaConfig, LlamaForCausalLM
+from toys import GQA, TOYS, YARN, edit_config, make_toy
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tierlm import LLM, Budget, CheckpointError, UnsupportedModelError
 from tierlm.checkpoints.gguf_header import read_gguf_header
@@ -80,6 +85,23 @@ def test_gpt_oss(tmp_path: Path) -> None:
     for options in ({}, {"prefill_chunk": 3}):
         with LLM.load(tmp_path / "model.gguf", heat=False, probe="off", **options) as llm:
             assert torch.allclose(llm.logits(IDS * 2), expected, rtol=0, atol=1e-4)
+
+
+def test_gemma_3(tmp_path: Path) -> None:
+    """One is added to the norms when the file is written, so the last bits differ."""
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+    }
+    sizes = {name: GQA[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
+    sizes |= {"num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = Gemma3TextConfig(
+        **sizes, sliding_window=4, query_pre_attn_scalar=16, rope_parameters=rope, initializer_range=0.2
+    )
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).eval().save_pretrained(tmp_path)
+    write_gguf(tmp_path, tmp_path / "model.gguf")
+    assert torch.allclose(logits(tmp_path / "model.gguf", IDS * 2), logits(tmp_path, IDS * 2), rtol=0, atol=1e-4)
 
 
 def test_rope_divisors_of_llama_3(llama: Path, tmp_path: Path) -> None:

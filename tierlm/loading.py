@@ -368,6 +368,8 @@ def _platform_notes(request: Request) -> list[str]:
     notes = []
     if request.catalog.ignored:
         notes.append(f"{len(request.catalog.ignored)} tensors of multi-token prediction layers are not used")
+    if request.catalog.vision:
+        notes.append(f"text only: {len(request.catalog.vision)} tensors of vision are not used")
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         notes.append("torch was imported before tierlm: its idle threads spin on cores needed for reads")
     if native.load() is None:

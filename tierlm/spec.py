@@ -139,7 +139,7 @@ class Grouped:
     ``qk_norm``: RMSNorm of queries and keys before rotation, "head" by head or of "all" heads together; empty: none.
     ``rope_dim``: rotated dimensions of a head, its first; 0: all. ``bias``: the projections of queries, keys and values
     have biases; ``output_bias``: so has the output's. ``sinks``: each head has an extra logit in the softmax.
-    ``window``: tokens visible to a query; None: all.
+    ``window``: tokens visible to a query; None: all. ``scalar``: scores are divided by its square root; 0: head_dim's.
     """
 
     heads: int
@@ -152,6 +152,7 @@ class Grouped:
     output_bias: bool = False
     sinks: bool = False
     window: int | None = None
+    scalar: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "heads", "kv_heads", "head_dim")
@@ -213,9 +214,10 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class Dense:
-    """A SwiGLU used by every token."""
+    """A SwiGLU used by every token, or with ``gelu`` a GeGLU."""
 
     width: int
+    gelu: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "width")
@@ -261,6 +263,9 @@ class LayerSpec:
 class ModelSpec:
     """A decoder. Each layer has its own spec; MoE layers may be at any position but must be identical.
 
+    ``sandwich``: outputs of attention and feed-forward are normed before they are added. ``zero_centred``: norms are
+    stored less one. ``scaled_embedding``: embeddings are multiplied by the square root of ``hidden``.
+
     Derived: ``moe``, the spec of the MoE layers, or None; ``moe_layers``, their numbers; ``experts`` and
     ``experts_per_token`` of one MoE layer; ``cache_width`` and ``expanded_width``, sums over all layers.
     """
@@ -274,6 +279,9 @@ class ModelSpec:
     bos: int | None
     eos: tuple[int, ...]
     tied_head: bool
+    sandwich: bool = False
+    zero_centred: bool = False
+    scaled_embedding: bool = False
     moe: Moe | None = field(init=False, repr=False, compare=False)
     moe_layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
     experts: int = field(init=False, repr=False, compare=False)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.codec import Compressed, least_and_most
+from tierlm.checkpoints.multimodal import text_name
 from tierlm.errors import CheckpointError, UnsupportedModelError, shown
 from tierlm.files import Stamp, open_regular, read_regular
 
@@ -185,7 +186,7 @@ class Header(NamedTuple):
 
 
 class Checkpoint:
-    """The safetensors files of a model folder; see Container. ``tensors``: by name; ``headers``: by file."""
+    """The safetensors files of a model folder; see Container. ``tensors``: by ``text_name``; ``headers``: by file."""
 
     def __init__(self, folder: Path):
         self.path = folder
@@ -204,10 +205,8 @@ class Checkpoint:
             )
         for file in files:
             self.headers[file] = read_header(file)
-            for name, tensor in self.headers[file].tensors.items():
-                if name in self.tensors:
-                    raise CheckpointError(f"{file}: tensor {name} is also in {self.tensors[name].file.name}")
-                self.tensors[name] = tensor
+            for tensor in self.headers[file].tensors.values():
+                self._add(tensor)
 
     def _read_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
@@ -224,7 +223,13 @@ class Checkpoint:
         for name, shard in weight_map.items():
             if name not in headers[shard].tensors:
                 raise CheckpointError(f"{index}: maps {name} to {shard}, which does not contain it")
-            self.tensors[name] = headers[shard].tensors[name]
+            self._add(headers[shard].tensors[name])
+
+    def _add(self, tensor: TensorInfo) -> None:
+        name = text_name(tensor.name)
+        if name in self.tensors:
+            raise CheckpointError(f"{tensor.file}: tensor {name} is also in {self.tensors[name].file.name}")
+        self.tensors[name] = tensor
 
     @property
     def count(self) -> int:

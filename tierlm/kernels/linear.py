@@ -95,6 +95,11 @@ def transposed_linear(x: Tensor, weight: Weight) -> Tensor:
     return out
 
 
+def gelu_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    """GeGLU, with the tanh approximation: float32 [T, in] -> float32 [T, in]."""
+    return linear(functional.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down)
+
+
 def clamped_mlp(x: Tensor, weights: Mapping[str, Weight], transposed: bool = False) -> Tensor:
     """gpt-oss's expert, after `GptOssExperts` in transformers: float32 [T, in] -> float32 [T, in].
 

@@ -9,6 +9,7 @@ from tierlm.errors import CheckpointError, UnsupportedModelError, shown
 from tierlm.models.config_reader import Config
 from tierlm.models.deepseek import DeepSeek
 from tierlm.models.family import Family
+from tierlm.models.gemma3 import Gemma3
 from tierlm.models.glm4_moe import Glm4Moe
 from tierlm.models.gpt_oss import GptOss
 from tierlm.models.llama import Llama
@@ -26,10 +27,11 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "qwen2_moe": Qwen2Moe(),
     "mixtral": Mixtral(),
     "olmoe": Olmoe(),
-    "glm4_moe": Glm4Moe(),
+    **dict.fromkeys(("glm4_moe", "glm4v_moe_text"), Glm4Moe()),
     "minimax_m2": MiniMaxM2(),
-    **dict.fromkeys(("llama", "mistral", "qwen3"), Llama()),
+    **dict.fromkeys(("llama", "mistral", "qwen3", "qwen3_vl_text"), Llama()),
     "gpt_oss": GptOss(),
+    "gemma3_text": Gemma3(),
 }
 
 

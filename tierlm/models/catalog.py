@@ -12,6 +12,7 @@ from pathlib import Path
 from tierlm.checkpoints.checkpoint import Place, Record, TensorInfo, build_record, compressed, read_json
 from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.container import describe
+from tierlm.checkpoints.multimodal import others
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight
 from tierlm.errors import CheckpointError, UnsupportedModelError
@@ -57,6 +58,7 @@ class Catalog:
         self._records = {key: self._build(key) for key in keys}
         self.compressed = any(record.inside is not None for record in self._records.values())
         self.ignored = [name for name in self.checkpoint.tensors if _layer(name) >= len(spec.layers)]
+        self.vision = others(self.checkpoint.tensors)
 
     @property
     def files(self) -> list[Path]:

@@ -57,6 +57,9 @@ class Names:
     def trunk_tensors(self, spec: ModelSpec, key: TrunkKey) -> Shapes:
         prefix, layer = f"model.layers.{key.layer}.", spec.layers[key.layer]
         found: Shapes = {"input_layernorm": (prefix + "input_layernorm.weight", (spec.hidden,))}
+        if spec.sandwich:
+            found["attention_norm"] = (prefix + "post_attention_layernorm.weight", (spec.hidden,))
+            found["feed_forward_norm"] = (prefix + "post_feedforward_layernorm.weight", (spec.hidden,))
         if isinstance(layer.attention, Grouped):
             found |= _grouped(prefix + "self_attn.", spec.hidden, layer.attention)
         else:
@@ -72,9 +75,10 @@ class Names:
 
     def resident_tensors(self, spec: ModelSpec) -> Shapes:
         found: Shapes = {"norm": ("model.norm.weight", (spec.hidden,))}
+        second = "pre_feedforward_layernorm" if spec.sandwich else "post_attention_layernorm"
         for number, layer in enumerate(spec.layers):
             prefix, moe = f"model.layers.{number}.", layer.feed_forward
-            found[f"{number}.norm"] = (prefix + "post_attention_layernorm.weight", (spec.hidden,))
+            found[f"{number}.norm"] = (f"{prefix}{second}.weight", (spec.hidden,))
             if isinstance(moe, Moe):
                 found[f"{number}.router"] = (f"{prefix}{self.moe}{self.router}weight", (moe.experts, spec.hidden))
                 if moe.router.correction:

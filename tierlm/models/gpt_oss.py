@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import LayerSpec, ModelSpec, Moe, RouterSpec
 
 
 class GptOss(Names):
@@ -19,13 +19,9 @@ class GptOss(Names):
 
     def read_spec(self, config: Config) -> ModelSpec:
         config.allow(swiglu_limit=(7.0,), swiglu_alpha=(1.702,))  # kernels/linear.py
-        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         full, windowed = (
-            Grouped(
-                heads=heads,
-                kv_heads=config.number("num_key_value_heads"),
-                head_dim=config.number("head_dim", default=hidden // max(1, heads)),
-                rope=config.rope(interleaved=False, theta=150000.0),
+            config.grouped(
+                config.rope(interleaved=False, theta=150000.0),
                 bias=True,
                 output_bias=True,
                 sinks=True,

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tierlm.checkpoints.checkpoint import read_json
-from tierlm.checkpoints.container import describe
+from tierlm.checkpoints.container import describe, read_config
 from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.checkpoints.gguf_header import gguf_in
 from tierlm.checkpoints.hub import DEMO
@@ -47,11 +46,11 @@ def find_config(model: str) -> Named:
     if not is_file(path / "config.json"):
         refuse_foreign(path)
     if is_folder(path):
-        config = read_json(path / "config.json")
+        config = read_config(path / "config.json")
         whole = any(path.glob("*.safetensors"))
         return Named(path.resolve().name, config, str(path / "config.json"), path if whole else None)
     if is_file(path):
-        return Named(path.stem, read_json(path), str(path))
+        return Named(path.stem, read_config(path), str(path))
     known = known_models()
     for name, entry in known.items():
         if model.lower() in (name.lower(), *(hub.lower() for hub in entry["hub"])):
@@ -68,4 +67,4 @@ def find_config(model: str) -> Named:
         file = Path(hf_hub_download(model, "config.json"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(f"{model}: no such folder, and not available on the Hub: {error}") from error
-    return Named(model, read_json(file), str(file))
+    return Named(model, read_config(file), str(file))

@@ -72,7 +72,7 @@ class AsyncLLM:
     ) -> AsyncLLM:
         """As ``LLM.load``. ``progress`` is called in the event loop."""
         limits, chosen = checked(budget, options)
-        folder = await asyncio.to_thread(find_model, model)
+        folder = await asyncio.to_thread(find_model, model, whole=False)
         news = Mailbox[News]()
         client = Client(folder, limits, chosen, news)
         try:

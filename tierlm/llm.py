@@ -80,14 +80,17 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         **options: Unpack[LoadOptions],
     ) -> LLM:
-        """Load a model: a folder in Hugging Face layout, a Hub id, or "demo". Nothing is converted or written.
+        """Load a model: a folder in Hugging Face layout, a GGUF file, a Hub id or "demo". Nothing is converted.
+
+        A Hub id may name a revision and a GGUF file: ``ORG/NAME@REVISION:Q4_K_M``. Weights that are not in the Hub's
+        cache arrive while the model runs, those that it waits for first, and are kept for the next time.
 
         ``budget``: limits of the process; "8GiB" is ``Budget(ram="8GiB")``. ``options``: the fields of
         ``RuntimeOptions``. ``progress`` is called with the bytes loaded so far and in total.
         Raises UsageError, BudgetError, CheckpointError, StorageError.
         """
         limits, chosen = checked(budget, options)
-        folder = find_model(model)
+        folder = find_model(model, whole=False)
         return cls(*client.load(folder, limits, chosen, progress), folder)
 
     def generate(

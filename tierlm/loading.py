@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tierlm.checkpoints.arriving import Arrivals, ArrivingReader, arriving_in
 from tierlm.checkpoints.codec import load_zstandard
 from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
 from tierlm.checkpoints.mirrors import open_disks
@@ -111,13 +112,13 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         trunks = _load_trunks(request, trunk_tiers, progress)
         lookahead = Lookahead(request.predictor, spec.moe_layers)
         store = Store(experts[0], catalog.record, lookahead, options.io_timeout, heat, options.exact)
-        if options.heat:
+        if options.heat and arriving_in(catalog.checkpoint.path) is None:  # else warm-up reads would wait
             hottest = heat.hottest()
             store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         widths = [layer.attention.cache_width for layer in spec.layers]
         kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
         embedded = catalog.embedding
-        rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file))
+        rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file), reader)
         undo.callback(rows.close)
         moe = MixtureOfExperts(spec, Router(spec, resident), store, timeline, recorder)
         embedding = Embedding(rows, embedded, request.device)
@@ -260,10 +261,16 @@ def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, Dis
     """Open the reader, the profile of its disks and the transfer threads; and notes for ``Stats``."""
     options, catalog = request.options, request.catalog
     mirrors = [Path(folder) for folder in options.mirrors]
+    arriving = arriving_in(catalog.checkpoint.path)
+    probe = options.probe if arriving is None else "off"  # its reads would wait
     reader, profile, notes = open_disks(
-        catalog.files, mirrors, options.reader, options.probe, ProfileCache(user_cache()), catalog.stamps
+        catalog.files, mirrors, options.reader, probe, ProfileCache(user_cache()), catalog.stamps
     )
     try:
+        if arriving is not None:
+            reader = ArrivingReader(reader, arrivals := Arrivals(arriving))
+            here, total = map(format_size, arrivals.progress)
+            notes.append(f"weights: {here} of {total} were here at the start; the rest arrives from the Hub meanwhile")
         threads = options.transfer_threads or _transfer_threads(request, profile)
         return reader, profile, Transfer(threads, timeline, profile.request_bytes), notes
     except BaseException:

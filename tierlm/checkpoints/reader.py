@@ -79,6 +79,9 @@ class Reader(ABC):
         The buffer is ALIGNMENT-aligned and has ``hi - lo`` bytes.
         """
 
+    def wait(self, file: Path, start: int, stop: int) -> None:
+        """Return once the bytes ``start`` to ``stop`` of ``file`` are on the disk; ``read`` does so. Raises OSError."""
+
     def descriptor(self, file: Path) -> int | None:
         """A descriptor of ``file`` on which ``preadv`` is equivalent to ``read``; None if there is none."""
         return None

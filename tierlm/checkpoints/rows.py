@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tierlm.checkpoints.checkpoint import Extent, TensorInfo
 from tierlm.checkpoints.checksum import Seal, checksum
-from tierlm.checkpoints.reader import Request, failure
+from tierlm.checkpoints.reader import Reader, Request, failure
 from tierlm.files import Stamp, open_regular
 
 BLOCK = 2**17  # bytes of rows that share a seal; a block is verified when one of its rows is first read
@@ -23,10 +23,18 @@ class Rows:
 
     The file stays open until ``close``, so a rename does not matter. ``seals``: of blocks of the tensor; a block is
     verified when one of its rows is first read. Seals larger than a block (stores packed without blocks) are ignored.
-    ``stamp``: of the file, when its header was read. All methods but ``close`` raise StorageError.
+    ``stamp``: of the file, when its header was read. ``reader``: waits for rows that still arrive. All methods but
+    ``close`` raise StorageError.
     """
 
-    def __init__(self, tensor: TensorInfo, seals: Iterable[Seal] = (), stamp: Stamp | None = None):
+    def __init__(
+        self,
+        tensor: TensorInfo,
+        seals: Iterable[Seal] = (),
+        stamp: Stamp | None = None,
+        reader: Reader | None = None,
+    ):
+        self._reader = reader
         self._tensor, self._stride = tensor, tensor.nbytes // tensor.shape[0]
         self._block = block_of_rows(self._stride)
         self._unchecked = {seal.offset: seal for seal in seals if seal.nbytes <= self._block}
@@ -53,6 +61,8 @@ class Rows:
 
     def _read(self, offset: int, nbytes: int) -> bytes:
         try:
+            if self._reader is not None:
+                self._reader.wait(self._tensor.file, offset, offset + nbytes)
             found = os.pread(self._stream.fileno(), nbytes, offset)
         except OSError as error:
             raise self._failure(offset, error.strerror or str(error)) from error

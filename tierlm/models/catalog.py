@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tierlm.checkpoints.arriving import arriving_in
 from tierlm.checkpoints.checkpoint import Place, Record, TensorInfo, build_record, compressed, read_json
 from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.container import describe
@@ -67,7 +68,9 @@ class Catalog:
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
-        """The stamp of each file without checksums when its header was read."""
+        """The stamp of each file without checksums when its header was read; of none that still arrives."""
+        if arriving_in(self.checkpoint.path) is not None:
+            return {}
         return {file: self.checkpoint.stamps[file] for file in self.files if not self._seals.get(file)}
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 from tierlm.checkpoints.container import describe, read_config
 from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.checkpoints.gguf_header import gguf_in
-from tierlm.checkpoints.hub import DEMO
-from tierlm.errors import CheckpointError, ModelNotFoundError
+from tierlm.checkpoints.hub import DEMO, HubId, find_hub_config
+from tierlm.errors import ModelNotFoundError
 from tierlm.files import is_file, is_folder
 
 # name -> Hub ids, source of the dimensions, second source that they were checked against, config
@@ -38,7 +37,7 @@ def known_models() -> dict[str, Any]:
 
 def find_config(model: str) -> Named:
     """The config of ``model``: "demo", a folder, a ``config.json``, a known name or Hub id, or another Hub id, of which
-    only the config is downloaded. Raises CheckpointError."""
+    only the config (of a GGUF file: its header) is downloaded. Raises CheckpointError."""
     path = DEMO if model == "demo" else Path(model)
     if (file := gguf_in(path)) is not None:
         described = describe(file)
@@ -55,16 +54,13 @@ def find_config(model: str) -> Named:
     for name, entry in known.items():
         if model.lower() in (name.lower(), *(hub.lower() for hub in entry["hub"])):
             return Named(name, entry["config"], f"known as {name}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is None:
+    if (found := HubId.parse(model)) is None:
         raise ModelNotFoundError(
             f"{model}: no such folder or file, and no known model; give a model folder, a config.json, a hub id, or "
             f"one of {', '.join(known)}"
         )
-    from huggingface_hub import hf_hub_download  # slow to import, rarely needed
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        file = Path(hf_hub_download(model, "config.json"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: no such folder, and not available on the Hub: {error}") from error
-    return Named(model, read_config(file), str(file))
+    file = find_hub_config(found)
+    if file.suffix == ".gguf":
+        described = describe(file)
+        return Named(model, described.config, described.where, file)
+    return Named(model, read_config(file if file.is_file() else file / "config.json"), str(file))

@@ -134,7 +134,7 @@ def copy_of(folder: Path) -> Iterator[Callable[[Path], Path]]:
 def use(folder: Path) -> None:
     """Check, load and run a model, by ids and by text."""
     catalog = Catalog(folder)
-    list(damage_of(catalog.checkpoint.headers, lambda done, total: None))
+    list(damage_of(catalog.checkpoint, lambda done, total: None))
     with LLM.load(folder, budget=Budget("8GiB"), probe=False) as llm:
         llm.generate([3, 5, 7], SamplingParams(max_new_tokens=2))
         llm.generate("the quick brown fox", SamplingParams(max_new_tokens=2))

@@ -67,6 +67,7 @@ def ids_of(text: str) -> list[int]:
     ("text", "words"),
     [
         ("你好世界abc", ["你好世界", "abc"]),  # Han characters are words of their own
+        ("abc你好 ABC世界", ["abc", "你好", " ABC", "世界"]),
         ("don't stop", ["don't", " stop"]),
         ("HELLOworld", ["HELLOworld"]),
         ("1234567", ["123", "456", "7"]),

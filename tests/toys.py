@@ -13,10 +13,14 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MiniMaxM2Config,
@@ -89,11 +93,14 @@ GLM4 = {
     "n_group": 1,
     "topk_group": 1,
 }
+INDEXED = {**COMMON, "q_lora_rank": 20, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1}
 QWEN3_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 # For each kind of toy: its transformers classes, its model_type, and its common settings.
 KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "v2": (DeepseekV2Config, DeepseekV2ForCausalLM, "deepseek_v2", COMMON),
     "v3": (DeepseekV3Config, DeepseekV3ForCausalLM, "deepseek_v3", {**COMMON, "num_mtp_layers": 0}),
+    "v32": (DeepseekV32Config, DeepseekV32ForCausalLM, "deepseek_v32", INDEXED),
+    "glm5": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM, "glm_moe_dsa", INDEXED),
     "qwen3": (Qwen3MoeConfig, Qwen3MoeForCausalLM, "qwen3_moe", QWEN3),
     "mixtral": (MixtralConfig, MixtralForCausalLM, "mixtral", {**GQA, "num_local_experts": 8}),
     "glm-flash": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, "glm4_moe_lite", {**COMMON, "q_lora_rank": 20}),
@@ -112,6 +119,8 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3-one-group": ("v3", {"n_group": 1, "topk_group": 1, "q_lora_rank": 20, "norm_topk_prob": False}),
     "v3-yarn": ("v3", {"n_group": 2, "topk_group": 1, "q_lora_rank": 20, "rope_parameters": YARN}),
     "v3-half-rope": ("v3", {"n_group": 2, "topk_group": 1, "rope_interleave": False}),
+    "v32": ("v32", {"rope_parameters": YARN}),
+    "glm5": ("glm5", {}),
     "qwen3": ("qwen3", {}),
     "qwen3-dense-between": ("qwen3", {"mlp_only_layers": [1], "tie_word_embeddings": True}),
     "qwen3-every-other": ("qwen3", {"decoder_sparse_step": 2, "norm_topk_prob": False, "head_dim": 8}),

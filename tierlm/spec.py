@@ -265,6 +265,7 @@ class ModelSpec:
 
     ``sandwich``: outputs of attention and feed-forward are normed before they are added. ``zero_centred``: norms are
     stored less one. ``scaled_embedding``: embeddings are multiplied by the square root of ``hidden``.
+    ``sparse_above``: tokens of context above which attention is sparse, which the engine lacks; None: never.
 
     Derived: ``moe``, the spec of the MoE layers, or None; ``moe_layers``, their numbers; ``experts`` and
     ``experts_per_token`` of one MoE layer; ``cache_width`` and ``expanded_width``, sums over all layers.
@@ -282,6 +283,7 @@ class ModelSpec:
     sandwich: bool = False
     zero_centred: bool = False
     scaled_embedding: bool = False
+    sparse_above: int | None = None
     moe: Moe | None = field(init=False, repr=False, compare=False)
     moe_layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
     experts: int = field(init=False, repr=False, compare=False)
@@ -309,6 +311,18 @@ class ModelSpec:
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def longest(self) -> int:
+        """The longest context that the engine computes, in tokens."""
+        return self.max_position if self.sparse_above is None else min(self.sparse_above, self.max_position)
+
+    @property
+    def bound(self) -> str:
+        """``longest`` in words, with the reason."""
+        if self.longest == self.max_position:
+            return f"the model's own {self.max_position}"
+        return f"{self.longest} (above, this model's attention is sparse, which tierlm does not compute)"
 
 
 def _scores(heads: int, chunk: int, context: int) -> int:

@@ -37,11 +37,8 @@ def tiktoken_of(ranks: bytes, config: Mapping[str, Any]) -> Tokenizer:
     text = {token: "".join(characters[byte] for byte in token) for token in tokens}
     merges = []
     for token in tokens:  # by rank
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = sorted(
-            (tokens[left], tokens[right], left, right) for left, right in pairs if {left, right} <= text.keys()
-        )
-        merges += [(text[left], text[right]) for *_, left, right in known]
+        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        merges += [(text[left], text[right]) for left, right in pairs if left in tokens and right in tokens]
     vocab = {text[token]: rank for token, rank in tokens.items()}
     found = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     found.pre_tokenizer = pre_tokenizers.Sequence(

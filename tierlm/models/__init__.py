@@ -22,7 +22,9 @@ from tierlm.models.qwen3_moe import Qwen3Moe
 from tierlm.spec import ModelSpec
 
 FAMILIES: dict[str, Family] = {  # by model_type
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), DeepSeek()),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite", "glm_moe_dsa"), DeepSeek()
+    ),
     "qwen3_moe": Qwen3Moe(),
     "qwen2_moe": Qwen2Moe(),
     "mixtral": Mixtral(),

@@ -345,10 +345,10 @@ def test_standard_error_has_no_empty_line(model: str, tierlm: Any) -> None:
 
 
 def test_unsupported_architecture(model: str, tierlm: Any) -> None:
-    edit_config(Path(model), model_type="llama")
+    edit_config(Path(model), model_type="mamba")
     with leaves_nothing():
         outcome = tierlm("run", model, "-p", "the")
-    check_failure(outcome, 1, "UnsupportedModelError", "'llama'", "deepseek_v3", "config.json")
+    check_failure(outcome, 1, "UnsupportedModelError", "'mamba'", "deepseek_v3", "config.json")
 
 
 @pytest.mark.parametrize("left", [0.5, 0.0])

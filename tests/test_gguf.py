@@ -24,11 +24,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tierlm import LLM, Budget, CheckpointError, UnsupportedModelError
+from tierlm import LLM, Budget, CheckpointError, UnsupportedModelError, UsageError
 from tierlm.checkpoints.gguf_header import read_gguf_header
 from tierlm.checkpoints.gguf_tokenizer import tokenizer_config_of, tokenizer_of
 from tierlm.checkpoints.hub import DEMO
 from tierlm.models.catalog import Catalog
+from tierlm.models.packing import pack_model
 from tierlm.spec import ExpertKey
 from tierlm.text import TextCodec
 
@@ -180,6 +181,18 @@ def split(file: Path, folder: Path, count: int) -> list[Path]:
         writer.write_tensors_to_file()
         writer.close()
     return found
+
+
+@pytest.mark.parametrize("name", ["v3", "qwen3"])
+def test_a_pack_of_a_gguf_file(originals: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Config and tokenizer come from the metadata."""
+    file, out = tmp_path / "model.gguf", tmp_path / "packed"
+    write_gguf(originals(name), file)
+    pack_model(file, out, experts="keep", trunk="keep")
+    assert torch.equal(logits(out), logits(file))
+    assert TextCodec(out).decode([5, 6]) == "<5><6>"
+    with pytest.raises(UsageError, match="exists already"):
+        pack_model(file, out, experts="keep", trunk="keep")
 
 
 def test_header_says_what_the_library_reads(qwen: Path) -> None:

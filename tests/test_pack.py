@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from tierlm import LLM, Budget, BudgetError, CheckpointError, StorageError, UsageError, files
 from tierlm.checkpoints import pack, packed
 from tierlm.checkpoints.ahead import ahead
-from tierlm.checkpoints.checkpoint import ALIGNMENT, ITEM_SIZE, TensorInfo, read_header
+from tierlm.checkpoints.checkpoint import ALIGNMENT, ITEM_SIZE, Checkpoint, TensorInfo, read_header
 from tierlm.checkpoints.packed import PADDING, RecordShape, in_file_order, read_seals, write_file
 from tierlm.checkpoints.reader import read_pieces
 from tierlm.checkpoints.stored import StoredWeight
@@ -211,7 +211,7 @@ def test_any_records_make_a_file_that_is_valid_and_sealed(tmp_path_factory: Any,
             assert (tensor.dtype, tensor.shape) == (dtype, tensor_shape)
             assert tensor.offset % ITEM_SIZE[dtype] == 0
     assert load_file(file).keys() == header.tensors.keys()
-    assert list(damage({file: header}, lambda done, total: None)) == []
+    assert list(damage(Checkpoint(file.parent), lambda done, total: None)) == []
 
 
 # --- memory

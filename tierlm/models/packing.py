@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from tierlm.checkpoints.checkpoint import ITEM_SIZE
 from tierlm.checkpoints.checksum import ALGORITHM
 from tierlm.checkpoints.codec import load_zstandard, measure
+from tierlm.checkpoints.container import describe as described
 from tierlm.checkpoints.disk_profile import ProfileCache, disk_name
+from tierlm.checkpoints.gguf_header import read_gguf_header
+from tierlm.checkpoints.gguf_tokenizer import tokenizer_config_of, tokenizer_of
 from tierlm.checkpoints.multimodal import text_config
 from tierlm.checkpoints.pack import AHEAD, PackedRecord, Packing, Progress, memory_of, pack, raw_bytes, unfinished
 from tierlm.checkpoints.packed import VERSION
@@ -26,6 +28,7 @@ from tierlm.config import format_size
 from tierlm.errors import BudgetError, UnsupportedModelError, UsageError
 from tierlm.files import open_regular, read_regular, user_cache
 from tierlm.formats import FORMATS
+from tierlm.formats.ggml import Blocks
 from tierlm.formats.tiles import GROUP, LANES
 from tierlm.host import available_ram, process_ram
 from tierlm.models.catalog import Catalog
@@ -33,6 +36,7 @@ from tierlm.planning.plan import AUTO_RAM, SLACK
 from tierlm.spec import ExpertKey, ResidentKey
 
 KEEP = "keep"
+GGUF_START = 2**20  # bytes of a GGUF file that identify it
 CODECS = ("none", "zstd", "auto")
 PLAIN = ("embedding.safetensors", "resident.safetensors")  # never compressed: one is read row by row, one is small
 SAMPLES = 4  # records compressed to measure the speed of decompression
@@ -77,8 +81,6 @@ def pack_model(
         known = [KEEP, *(format.name for format in FORMATS.values() if format.packable)]
         if name not in known:
             raise UsageError(f"{what}: expected one of {', '.join(known)}, found {name!r}")
-    if folder.is_file():
-        raise UnsupportedModelError(f"{folder}: a GGUF file cannot be packed; it is read in place")
     if folder.resolve() in out.resolve().parents:
         raise UsageError(f"{out}: is inside the model's folder, which is never modified; choose another folder")
     catalog = Catalog(folder)
@@ -105,6 +107,8 @@ def pack_model(
         for file in sorted(folder.glob(pattern))
         if file.is_file()
     }
+    if folder.is_file():
+        beside = _of_gguf(folder)
     published = json.loads(beside["config.json"])
     config = dict(text_config(published))
     packings = (packing for records in files.values() for record in records for packing in record.packings)
@@ -207,10 +211,12 @@ def _compressed_records(files: Mapping[str, Sequence[PackedRecord]]) -> list[Pac
 def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str, Any]:
     """The settings of a pack, and its source files."""
     files = {}
-    for file, header in catalog.checkpoint.headers.items():
-        size, modified, *_ = header.stamp
+    for file, stamp in catalog.checkpoint.stamps.items():
+        size, modified, *_ = stamp
+        header = catalog.checkpoint.headers.get(file)
         with open(open_regular(file), "rb") as stream:
-            digest = xxhash.xxh3_64_hexdigest(stream.read(header.begin))
+            start = stream.read(GGUF_START if header is None else header.begin)
+        digest = xxhash.xxh3_64_hexdigest(start)
         files[file.name] = {"bytes": size, "modified_ns": modified, "header_xxh3_64": digest}
     source = {"name": catalog.checkpoint.path.resolve().name, "fingerprint": catalog.fingerprint, "files": files}
     packed = {"experts": experts, "trunk": trunk, "tile": [LANES, GROUP], "checksum": ALGORITHM}
@@ -219,9 +225,22 @@ def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str
     return {"version": VERSION, "packed": packed, "source": source}
 
 
+def _of_gguf(file: Path) -> dict[str, bytes]:
+    """The files that a folder has beside its weights, from the metadata of a GGUF file."""
+    metadata = read_gguf_header(file).metadata
+    found: dict[str, Any] = {
+        "config.json": dict(described(file).config),
+        "tokenizer_config.json": tokenizer_config_of(metadata),
+    }
+    beside = {name: json.dumps(content, indent=2).encode() for name, content in found.items()}
+    with suppress(UnsupportedModelError):  # runs by ids alone, as the file does
+        beside["tokenizer.json"] = tokenizer_of(metadata, str(file)).to_str().encode()
+    return beside
+
+
 def _keepable(weight: StoredWeight) -> bool:
-    """Whether its tensors have dtypes of safetensors."""
-    return all(part.dtype in ITEM_SIZE for part in weight.parts.values())
+    """Whether safetensors have a dtype for its tensors."""
+    return not isinstance(FORMATS[weight.format], Blocks)
 
 
 def _packing(weight: StoredWeight, target: str) -> Packing:

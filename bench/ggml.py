@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 
 from tierlm.formats.ggml import GGML
 
-# enum ggml_type
-TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14, "I32": 26, "BF16": 30, "MXFP4": 39}
+TYPES = {type.name: type.value for type in GGMLQuantizationType}
 BLOCKS = {"BF16": (1, 2), **{format.dtype: (format.block[1], format.block_bytes) for format in GGML}}  # values, bytes
 REPACK = "_Z35ggml_backend_cpu_repack_buffer_typev"  # a C++ function: its buffers repack Q4_0 for the processor
 

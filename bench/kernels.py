@@ -34,7 +34,7 @@ from tierlm.kernels.quantised import quantise
 HIDDEN, WIDTH, EXPERTS, CHOSEN, PROMPT = 2048, 1408, 32, 6, 512  # half of a layer's 64 experts, to save memory
 HEAD = 16384  # rows of the matrix: an eighth of a large vocabulary
 PEERS = {"int4": "Q4_0", "int8": "Q8_0", "bf16": "BF16"}
-PEERS |= {format.name: format.dtype for format in GGML if format.rounds}
+PEERS |= {format.name: format.dtype for format in GGML}
 SECONDS = 0.4  # of a round
 
 

@@ -12,7 +12,7 @@ import json
 
 import gguf
 import torch
-from ggml import BLOCKS, TYPES, Ggml
+from ggml import BLOCKS, Ggml
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +41,7 @@ def main() -> None:
     made["int4, nearest"] = (4.5, nearest(values))
     made["bf16"] = (16.0, values.bfloat16().float())
     for type, (per, size) in BLOCKS.items():
-        if type != "BF16" and type in TYPES:
+        if type != "BF16":
             made[f"llama.cpp {type}"] = (8 * size / per, through_ggml(ggml, type, values))
     made["activations, int8"] = (10.0, rounded(values))
     table, found = Table("format", "bits", "relative RMS error"), {}

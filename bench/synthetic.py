@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import tierlm.demo
-from tierlm.formats.fp8_block import BLOCK
+from tierlm.formats.fp8 import BLOCK
 from tierlm.models import family_of, read_spec
 
 SHARD_BYTES = 2**30

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "qwen2_moe": "qwen2moe",
     "gpt_oss": "gpt-oss",
+    "gemma3_text": "gemma3",
 }
 SHORT = {  # config.json -> key of the metadata
     "max_position_embeddings": "context_length",
@@ -94,6 +95,8 @@ def _converted(
             own = heads if name.endswith("q_proj.weight") else config["num_key_value_heads"]
             rows, columns = tensor.shape
             tensor = tensor.reshape(own, 2, rows // own // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor + 1
         if name.endswith(".sinks"):
             name += ".weight"
         if name.endswith("shared_expert_gate.weight"):
@@ -141,6 +144,7 @@ def _describe(
             add(key, config[field])
     add("attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
     rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
     add("rope.freq_base", float(rope.get("rope_theta", 10000.0)))
     if rope.get("rope_type") == "yarn":
         add("rope.scaling.type", "yarn")
@@ -150,6 +154,9 @@ def _describe(
         add("rope.scaling.yarn_beta_slow", float(rope.get("beta_slow", 1)))
         if "mscale_all_dim" in rope:
             add("rope.scaling.yarn_log_multiplier", 0.1 * rope["mscale_all_dim"])
+    elif rope.get("rope_type") == "linear":
+        add("rope.scaling.type", "linear")
+        add("rope.scaling.factor", float(rope["factor"]))
     experts = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts")
     if experts:
         add("expert_count", experts)

@@ -79,7 +79,7 @@ def chatting(*words: str) -> Iterator[Terminal]:
 
 
 def test_ctrl_c_ends_answers_as_often_as_one_likes(model: str) -> None:  # noqa: F811
-    words = [model, "-n", "19000", "--context", "20000", "--temperature", "1", "--seed", "1"]
+    words = [model, "-n", "19000", "--context", "20000", "--temperature", "1", "--seed", "1", "-q"]  # without the bar
     with leaves_nothing("talk.json"), chatting(*words) as terminal:
         terminal.wait("> ")
         for _ in range(3):

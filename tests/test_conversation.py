@@ -164,11 +164,11 @@ def test_two_live_requests_with_one_keep(llm: LLM) -> None:
 
 
 def test_a_traced_run_numbers_a_continued_sequence_as_one(folder: Path, tmp_path: Path) -> None:
-    keep, file = Keep(), tmp_path / "trace"
+    keep, beside, file = Keep(), Keep(), tmp_path / "trace"
     with LLM.load(folder, budget=RAM, context=400, trace=file) as llm:
         first = ids_of(llm.stream([5, 6, 7], params(2), keep=keep))
-        llm.generate([5, 6, 7], params(2))
-        ids_of(llm.stream([5, 6, 7, first[0], 8], params(2), keep=keep))
+        ids_of(llm.stream([5, 6, 7], params(2), keep=beside))
+        ids_of(llm.stream([5, 6, 7, first[0], 8], params(2), keep=keep))  # has to move
     assert read_trace(file).sequences.tolist() == [0] * 4 + [1] * 4 + [0] * 2
 
 

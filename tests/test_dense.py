@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -39,11 +41,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GEMMA_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+}
+GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6, "num_hidden_layers": 7}
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "llama3": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}),
     "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**GEMMA, "rope_parameters": GEMMA_ROPE}),
 }
 PROMPTS = [[3, 5, 7, 100, 4] * 9, [9, 8, 7], [2] * 20]
 
@@ -53,7 +61,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     made, config, more = KINDS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    reference = made(config(**SIZES, **more)).eval()
+    reference = made(config(**{**SIZES, **more})).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.dim() == 1:  # the norms
+                parameter.add_(0.2 * torch.randn_like(parameter))
     reference.save_pretrained(folder)
     return folder, reference
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import typer.main
 from examples import commands, python_blocks
@@ -17,8 +20,12 @@ def test_python_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_commands_parse(words: list[str]) -> None:
-    """Every command, option and kind of value exists. Nothing runs."""
+def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command, option and kind of value exists. Nothing runs. The files that are named exist."""
+    monkeypatch.chdir(tmp_path)
+    for file in (Path(word) for word in words if re.fullmatch(r"[\w/-]+\.\w+", word)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     command, rest = typer.main.get_command(app), words
     while hasattr(command, "commands"):
         context = command.make_context(None, [rest[0]])

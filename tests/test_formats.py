@@ -76,8 +76,8 @@ class FourBits(Format):
 
 
 TOYS: dict[str, Format] = {
-    "halves": ScaledHalves("halves", (3, 8), 3 * 8 * 2 + 4, "F16", floats=True),
-    "u4": FourBits("u4", (1, 16), 8 + 2, "U8", rounds=True),
+    "halves": ScaledHalves("halves", (3, 8), 3 * 8 * 2 + 4, "F16", floats=True, packable=True),
+    "u4": FourBits("u4", (1, 16), 8 + 2, "U8", rounds=True, packable=True),
 }
 PACKABLE = [name for name, format in FORMATS.items() if format.packable]
 
@@ -231,9 +231,9 @@ def test_names_are_keys() -> None:
 
 
 def test_formats_that_can_only_be_planned_for(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
-    """Bits as published: OCP MX v1.0, and llama.cpp's mixture."""
+    """Bits as published: llama.cpp's mixture."""
     planned = {name: format.bits for name, format in FORMATS.items() if not format.loadable}
-    assert planned == {"mxfp4": 4.25, "q4_k_m": 4.84375}
+    assert planned == {"q4_k_m": 4.84375}
     for name in planned:
         assert not FORMATS[name].takes((8, 256))
         with pytest.raises(NotImplementedError, match=name):
@@ -264,10 +264,10 @@ def test_missing_scales_do_not_make_another_format(monkeypatch: pytest.MonkeyPat
 def test_numbers_are_those_of_the_kernels() -> None:
     """The values they stand for are tested above, in products."""
     header = (Path(tierlm.kernels.__file__).parent / "product.h").read_text()
-    found = re.search(r"constexpr int FLOATS = (\d+), TILES = (\d+), GGML = (\d+);", header)
+    found = re.search(r"constexpr int FLOATS = (\d+), TILES = (\d+), GGML = (\d+), NIBBLES = (\d+);", header)
     assert found is not None
-    floats, tiles, ggml = map(int, found.groups())
-    assert sorted([*NUMBERS.values(), *EXACT.values()]) == list(range(floats + tiles + ggml))
+    floats, tiles, ggml, nibbles = map(int, found.groups())
+    assert sorted([*NUMBERS.values(), *EXACT.values()]) == list(range(floats + tiles + ggml + nibbles))
     for name, number in EXACT.items():
         assert number - NUMBERS[name] == (tiles if name in TILES else ggml) // 2
     assert {name for name in NUMBERS if FORMATS[name].rounds} == EXACT.keys()

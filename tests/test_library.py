@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,13 @@ def test_kernels_compare_their_structs_when_they_load(name: str, monkeypatch: py
     monkeypatch.setattr(structs, name, type(name, (ctypes.Structure,), {"_fields_": [*fields[1:], fields[0]]}))
     with pytest.raises(ImportError, match=f"struct {name}"):
         native.Native(file)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_kernels_are_valid_on_processors_other_than_x86() -> None:
+    """Installing leaves out what does not compile, without an error."""
+    files = sorted(str(file) for file in Path(native.__file__).parent.glob("*.cpp"))
+    assert files
+    flags = ["-std=c++17", "-fsyntax-only", "-fopenmp", "-Wno-psabi", "-DTIERLM_PORTABLE"]
+    done = subprocess.run(["c++", *flags, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import TOYS, edit_config, load_toy, make_toy
 
-from tierlm import LLM, Budget, SamplingParams
+from tierlm import LLM, Budget, CheckpointError, PromptError, SamplingParams, UsageError
 from tierlm.models import latent
 from tierlm.models.decoder import Segment
 
@@ -166,6 +166,24 @@ def test_kimi_k2_is_read_as_the_v3_architecture(tmp_path: Path, ids: list[int]) 
     edit_config(tmp_path, **published, architectures=["DeepseekV3ForCausalLM"])
     with LLM.load(tmp_path, budget=BUDGET) as llm:
         assert_close(llm.logits(ids), reference(model, ids))
+
+
+@pytest.mark.parametrize("name", ["v32", "glm5"])
+def test_sparse_attention_is_refused_above_the_context_where_it_is_dense(
+    name: str, tmp_path: Path, ids: list[int]
+) -> None:
+    """At exactly ``index_topk`` tokens every key is chosen."""
+    model = make_toy(name, tmp_path, index_topk=len(ids))
+    with LLM.load(tmp_path, budget=BUDGET) as llm:
+        assert_close(llm.logits(ids), reference(model, ids))
+        assert any("at most 45 tokens" in note for note in llm.stats().notes)
+        with pytest.raises(PromptError, match=r"of at most 45 .*attention is sparse"):
+            llm.logits([*ids, 2])
+    with pytest.raises(UsageError, match=r"expected at most 45 \(above, .*sparse, which tierlm does not compute\)"):
+        LLM.load(tmp_path, budget=BUDGET, context=46)
+    edit_config(tmp_path, index_topk=0)
+    with pytest.raises(CheckpointError, match="index_topk: expected a whole number of at least 1, found 0"):
+        LLM.load(tmp_path, budget=BUDGET)
 
 
 def test_published_rope_scaling_dialect(tmp_path: Path, ids: list[int]) -> None:

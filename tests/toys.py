@@ -13,10 +13,16 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MiniMaxM2Config,
     MiniMaxM2ForCausalLM,
     MixtralConfig,
@@ -87,17 +93,21 @@ GLM4 = {
     "n_group": 1,
     "topk_group": 1,
 }
+INDEXED = {**COMMON, "q_lora_rank": 20, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1}
 QWEN3_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 # For each kind of toy: its transformers classes, its model_type, and its common settings.
 KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "v2": (DeepseekV2Config, DeepseekV2ForCausalLM, "deepseek_v2", COMMON),
     "v3": (DeepseekV3Config, DeepseekV3ForCausalLM, "deepseek_v3", {**COMMON, "num_mtp_layers": 0}),
+    "v32": (DeepseekV32Config, DeepseekV32ForCausalLM, "deepseek_v32", INDEXED),
+    "glm5": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM, "glm_moe_dsa", INDEXED),
     "qwen3": (Qwen3MoeConfig, Qwen3MoeForCausalLM, "qwen3_moe", QWEN3),
     "mixtral": (MixtralConfig, MixtralForCausalLM, "mixtral", {**GQA, "num_local_experts": 8}),
     "glm-flash": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, "glm4_moe_lite", {**COMMON, "q_lora_rank": 20}),
     "glm4": (Glm4MoeConfig, Glm4MoeForCausalLM, "glm4_moe", GLM4),
     "minimax": (MiniMaxM2Config, MiniMaxM2ForCausalLM, "minimax_m2", {**GQA, "num_local_experts": 16}),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, "olmoe", {**GQA, "num_experts": 16, "head_dim": 8}),
+    "gpt-oss": (GptOssConfig, GptOssForCausalLM, "gpt_oss", {**GQA, "num_local_experts": 8, "sliding_window": 4}),
     "qwen2": (Qwen2MoeConfig, Qwen2MoeForCausalLM, "qwen2_moe", QWEN2),
 }
 TOYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,6 +119,8 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3-one-group": ("v3", {"n_group": 1, "topk_group": 1, "q_lora_rank": 20, "norm_topk_prob": False}),
     "v3-yarn": ("v3", {"n_group": 2, "topk_group": 1, "q_lora_rank": 20, "rope_parameters": YARN}),
     "v3-half-rope": ("v3", {"n_group": 2, "topk_group": 1, "rope_interleave": False}),
+    "v32": ("v32", {"rope_parameters": YARN}),
+    "glm5": ("glm5", {}),
     "qwen3": ("qwen3", {}),
     "qwen3-dense-between": ("qwen3", {"mlp_only_layers": [1], "tie_word_embeddings": True}),
     "qwen3-every-other": ("qwen3", {"decoder_sparse_step": 2, "norm_topk_prob": False, "head_dim": 8}),
@@ -120,6 +132,7 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("minimax", {"rotary_dim": 8}),
     "olmoe": ("olmoe", {}),
     "qwen2": ("qwen2", {}),
+    "gpt-oss": ("gpt-oss", {"rope_parameters": {**QWEN3_YARN, "truncate": False}}),
 }
 
 
@@ -129,19 +142,19 @@ def settings_of(name: str, **changes: Any) -> dict[str, Any]:
     return {**KINDS[kind][3], **own, **changes, "model_type": KINDS[kind][2]}
 
 
-def make_toy(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Write the toy called ``name`` to ``folder``; returns it as a `transformers` model."""
-    config, made, _, _ = KINDS[TOYS[name][0]]
-    settings = settings_of(name, **changes)
+def make_toy(toy: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Write the toy called ``toy`` to ``folder``; returns it as a `transformers` model."""
+    config, made, _, _ = KINDS[TOYS[toy][0]]
+    settings = settings_of(toy, **changes)
     del settings["model_type"]
     torch.manual_seed(7)
     model = made(config(**settings))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # the norms, which start at one
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("bias"):  # norms start at one, biases at zero
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for layer in model.model.layers:
-            if (gate := getattr(layer.mlp, "gate", None)) is not None:
+            if (gate := getattr(layer.mlp, "gate", getattr(layer.mlp, "router", None))) is not None:
                 gate.weight.normal_(0, 0.5)
                 for owner in (gate, layer.mlp):
                     if hasattr(owner, "e_score_correction_bias"):

@@ -17,7 +17,7 @@ from tierlm.client import Client, Request
 from tierlm.config import Budget, LoadOptions, SamplingParams
 from tierlm.engine.sequence import Progress
 from tierlm.llm import LLM, Piece, Result, add, checked, results, unfinished
-from tierlm.prompt import Prompt
+from tierlm.prompt import Prompt, Prompts
 from tierlm.stats import Stats
 from tierlm.templates.template import Message
 from tierlm.text import TextCodec
@@ -86,7 +86,7 @@ class AsyncLLM:
             raise
 
     async def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Result]:
         answers, request = self._llm._generation(Mailbox[Progress](), prompts, params)
         try:

@@ -87,9 +87,9 @@ class Request(Generic[Box]):
         pace: Pace,
         logits: Tensor | None = None,
         keep: Keep | None = None,
-        on_prefill: OnPrefill | None = None,
     ):
-        self.mailbox, self._client, self._pace, self._on_prefill = mailbox, client, pace, on_prefill
+        self.mailbox, self._client, self._pace = mailbox, client, pace
+        self.on_prefill: OnPrefill | None = None
         self._put = client.worker.inbox.put
         self.sequences = tuple(
             TokenSequence(ids, params, mailbox, place, pace, logits, keep)
@@ -126,7 +126,7 @@ class Request(Generic[Box]):
         self.ask()
         while True:
             try:
-                progress = self.mailbox.get(timeout=None if self._on_prefill is None else TICK)
+                progress = self.mailbox.get(timeout=None if self.on_prefill is None else TICK)
             except Empty:
                 self._report()
             else:
@@ -134,12 +134,12 @@ class Request(Generic[Box]):
                 return self.checked(progress)
 
     def _report(self) -> None:
-        if self._on_prefill is not None:
+        if self.on_prefill is not None:
             done = sum(sequence.prefilled for sequence in self.sequences)
             total = sum(len(sequence.prompt) for sequence in self.sequences)
-            self._on_prefill(done, total)
+            self.on_prefill(done, total)
             if done == total:
-                self._on_prefill = None
+                self.on_prefill = None
 
 
 def load(

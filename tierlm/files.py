@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -28,6 +28,25 @@ class Stamp(NamedTuple):
         """The stamp of a file or of a descriptor. Raises OSError."""
         found = os.stat(file)
         return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+
+
+def is_folder(path: Path) -> bool:
+    """``path.is_dir()``, but false for a name that no file can have. Raises OSError if it cannot be looked at."""
+    return _look(path.is_dir)
+
+
+def is_file(path: Path) -> bool:
+    """``path.is_file()``, in the same way."""
+    return _look(path.is_file)
+
+
+def _look(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def open_regular(file: Path, flags: int = 0, expected: Stamp | None = None) -> int:

@@ -108,7 +108,8 @@ class LLM:
         ``on_prefill``: called here with the tokens of the prompts that have run and all, until they are equal. Raises
         PromptError, UsageError.
         """
-        answers, request = self._generation(SimpleQueue[Progress](), prompts, params, on_prefill)
+        answers, request = self._generation(SimpleQueue[Progress](), prompts, params)
+        request.on_prefill = on_prefill
         try:
             request.submit()
             while unfinished(answers):
@@ -131,7 +132,8 @@ class LLM:
         tokens that the prompt begins with as the last request of this ``keep`` did are not computed again.
         ``on_prefill`` and errors: as for ``generate``.
         """
-        answer, request = self._stream(SimpleQueue[Progress](), prompt, params, keep, on_prefill)
+        answer, request = self._stream(SimpleQueue[Progress](), prompt, params, keep)
+        request.on_prefill = on_prefill
         try:
             request.submit()
             while answer.finish is None:
@@ -240,14 +242,13 @@ class LLM:
         mailbox: Box,
         prompts: Prompts,
         params: SamplingParams | Sequence[SamplingParams] | None,
-        on_prefill: OnPrefill | None = None,
     ) -> tuple[list[Answer], Request[Box]]:
         """The answers of ``generate``, still empty, and the request that fills them."""
         samples = [(prompt, one) for prompt, each in paired(several(prompts), params) for one in each.samples()]
         answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
         pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
         queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
-        return answers, Request(self._client, mailbox, queued, pace, on_prefill=on_prefill)
+        return answers, Request(self._client, mailbox, queued, pace)
 
     def _stream(
         self,
@@ -255,7 +256,6 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams | None,
         keep: Keep | None = None,
-        on_prefill: OnPrefill | None = None,
     ) -> tuple[Answer, Request[Box]]:
         """The answer of ``stream``, still empty, and the request that fills it."""
         ((_, params),) = paired([prompt], params)
@@ -263,7 +263,7 @@ class LLM:
             raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
         answer = Answer(*self._prepare(prompt, params))
         queued = [(answer.prompt, params)]
-        return answer, Request(self._client, mailbox, queued, Pace.ASKED, keep=keep, on_prefill=on_prefill)
+        return answer, Request(self._client, mailbox, queued, Pace.ASKED, keep=keep)
 
     def _logits(self, mailbox: Box, prompt: Prompt) -> tuple[Tensor, Request[Box]]:
         """The result of ``logits``, still empty, and the request that fills it."""
@@ -293,10 +293,8 @@ class LLM:
         if wrong := [token for token in ids if not 0 <= token < spec.vocab]:
             raise PromptError(f"token id {wrong[0]} is not in the vocabulary of {spec.vocab}")
         if len(ids) > context:
-            more = f"; context={len(ids)} reserves enough" if len(ids) <= spec.max_position else ""
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, the context {context} (the model's own: {spec.max_position}){more}"
-            )
+            more = f"; context={len(ids)} reserves enough" if len(ids) <= spec.longest else ""
+            raise PromptError(f"the prompt has {len(ids)} tokens, the context {context}, of at most {spec.bound}{more}")
         return ids
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from tierlm.config import format_size
-from tierlm.llm import LLM
 from tierlm.memory.ticket import DISK
+
+if TYPE_CHECKING:
+    from tierlm.llm import LLM
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class Grouped:
     ``qk_norm``: RMSNorm of queries and keys before rotation, "head" by head or of "all" heads together; empty: none.
     ``rope_dim``: rotated dimensions of a head, its first; 0: all. ``bias``: the projections of queries, keys and values
     have biases; ``output_bias``: so has the output's. ``sinks``: each head has an extra logit in the softmax.
-    ``window``: tokens visible to a query; None: all.
+    ``window``: tokens visible to a query; None: all. ``scalar``: scores are divided by its square root; 0: head_dim's.
     """
 
     heads: int
@@ -152,6 +152,7 @@ class Grouped:
     output_bias: bool = False
     sinks: bool = False
     window: int | None = None
+    scalar: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "heads", "kv_heads", "head_dim")
@@ -213,9 +214,10 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class Dense:
-    """A SwiGLU used by every token."""
+    """A SwiGLU used by every token, or with ``gelu`` a GeGLU."""
 
     width: int
+    gelu: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "width")
@@ -227,7 +229,8 @@ class Moe:
 
     ``shared_gate``: the shared expert's output is multiplied by the sigmoid of one more projection of its input.
     ``clamped``: gpt-oss's experts: they have biases, clamp gate and up projections, and add one to the latter.
-    ``stacked``: a layer's experts lie in one tensor, with the rows of gate and up interleaved.
+    ``stacked``: a layer's experts lie in one tensor, gate and up in one matrix with their rows interleaved;
+    ``transposed``: as [in, out].
     """
 
     experts: int
@@ -238,6 +241,7 @@ class Moe:
     shared_gate: bool = False
     clamped: bool = False
     stacked: bool = False
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         router, chosen = self.router, self.experts_per_token
@@ -259,6 +263,10 @@ class LayerSpec:
 class ModelSpec:
     """A decoder. Each layer has its own spec; MoE layers may be at any position but must be identical.
 
+    ``sandwich``: outputs of attention and feed-forward are normed before they are added. ``zero_centred``: norms are
+    stored less one. ``scaled_embedding``: embeddings are multiplied by the square root of ``hidden``.
+    ``sparse_above``: tokens of context above which attention is sparse, which the engine lacks; None: never.
+
     Derived: ``moe``, the spec of the MoE layers, or None; ``moe_layers``, their numbers; ``experts`` and
     ``experts_per_token`` of one MoE layer; ``cache_width`` and ``expanded_width``, sums over all layers.
     """
@@ -272,6 +280,10 @@ class ModelSpec:
     bos: int | None
     eos: tuple[int, ...]
     tied_head: bool
+    sandwich: bool = False
+    zero_centred: bool = False
+    scaled_embedding: bool = False
+    sparse_above: int | None = None
     moe: Moe | None = field(init=False, repr=False, compare=False)
     moe_layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
     experts: int = field(init=False, repr=False, compare=False)
@@ -299,6 +311,18 @@ class ModelSpec:
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def longest(self) -> int:
+        """The longest context that the engine computes, in tokens."""
+        return self.max_position if self.sparse_above is None else min(self.sparse_above, self.max_position)
+
+    @property
+    def bound(self) -> str:
+        """``longest`` in words, with the reason."""
+        if self.longest == self.max_position:
+            return f"the model's own {self.max_position}"
+        return f"{self.longest} (above, this model's attention is sparse, which tierlm does not compute)"
 
 
 def _scores(heads: int, chunk: int, context: int) -> int:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tierlm.checkpoints.checkpoint import read_json
 from tierlm.checkpoints.gguf_header import read_gguf_header
 from tierlm.checkpoints.gguf_tokenizer import tokenizer_config_of, tokenizer_of
+from tierlm.checkpoints.tiktoken import tiktoken_of
 from tierlm.config import SamplingParams
 from tierlm.errors import CheckpointError, UsageError
 from tierlm.files import read_regular
@@ -30,10 +31,13 @@ class TextCodec:
             metadata = read_gguf_header(folder).metadata
             self.tokenizer, self._config = tokenizer_of(metadata, str(folder)), tokenizer_config_of(metadata)
             return
-        file = folder / "tokenizer.json"
-        if not file.exists():
+        config = folder / "tokenizer_config.json"
+        self._config = read_json(config) if config.exists() else {}
+        files = [folder / name for name in ("tokenizer.json", "tiktoken.model")]
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
             raise CheckpointError(
-                f"{file}: no such file; give prompts as token ids, or add the tokenizer (save_pretrained of "
+                f"{files[0]}: no such file; give prompts as token ids, or add the tokenizer (save_pretrained of "
                 "transformers' AutoTokenizer writes it)"
             )
         try:
@@ -41,11 +45,9 @@ class TextCodec:
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         with _readable(file):
-            self.tokenizer = Tokenizer.from_buffer(raw)
+            self.tokenizer = Tokenizer.from_buffer(raw) if file == files[0] else tiktoken_of(raw, self._config)
             self.tokenizer.no_padding()  # a prompt is never padded or cut
             self.tokenizer.no_truncation()
-        config = folder / "tokenizer_config.json"
-        self._config = read_json(config) if config.exists() else {}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of ``text``. ``special``: add special tokens (False after a chat template, which adds its own)."""
@@ -53,7 +55,7 @@ class TextCodec:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode: {error}") from error
-        with _readable(self.folder / "tokenizer.json"):
+        with _readable(self.folder):
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         if special and self._config.get("add_bos_token"):
             bos = self.tokenizer.token_to_id(special_tokens(self.folder, self._config).get("bos_token", ""))
@@ -61,7 +63,7 @@ class TextCodec:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        with _readable(self.folder / "tokenizer.json"):
+        with _readable(self.folder):
             text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 

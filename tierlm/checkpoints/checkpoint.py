@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.codec import Compressed, least_and_most
+from tierlm.checkpoints.multimodal import text_name
 from tierlm.errors import CheckpointError, UnsupportedModelError, shown
 from tierlm.files import Stamp, open_regular, read_regular
 
@@ -26,6 +28,8 @@ MERGE_GAP = 64 * 1024  # bytes; reading a gap of this size costs less than a sec
 MAX_JSON = MAX_HEADER = 32 * 2**20
 MAX_VALUES = 2**21
 INSIDE = "tierlm.zstd"  # metadata key: the tensors inside each compressed record
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")  # its number follows the name of its layer's stack
+STACK = re.compile(r".*\.experts\.[a-z_]+")
 ITEM_SIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
@@ -182,7 +186,7 @@ class Header(NamedTuple):
 
 
 class Checkpoint:
-    """The safetensors files of a model folder; see Container. ``tensors``: by name; ``headers``: by file."""
+    """The safetensors files of a model folder; see Container. ``tensors``: by ``text_name``; ``headers``: by file."""
 
     def __init__(self, folder: Path):
         self.path = folder
@@ -201,10 +205,8 @@ class Checkpoint:
             )
         for file in files:
             self.headers[file] = read_header(file)
-            for name, tensor in self.headers[file].tensors.items():
-                if name in self.tensors:
-                    raise CheckpointError(f"{file}: tensor {name} is also in {self.tensors[name].file.name}")
-                self.tensors[name] = tensor
+            for tensor in self.headers[file].tensors.values():
+                self._add(tensor)
 
     def _read_index(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
@@ -221,11 +223,18 @@ class Checkpoint:
         for name, shard in weight_map.items():
             if name not in headers[shard].tensors:
                 raise CheckpointError(f"{index}: maps {name} to {shard}, which does not contain it")
-            self.tensors[name] = headers[shard].tensors[name]
+            self._add(headers[shard].tensors[name])
+
+    def _add(self, tensor: TensorInfo) -> None:
+        name = text_name(tensor.name)
+        if name in self.tensors:
+            raise CheckpointError(f"{tensor.file}: tensor {name} is also in {self.tensors[name].file.name}")
+        self.tensors[name] = tensor
 
     @property
     def count(self) -> int:
-        return len(self.tensors)
+        stacks = [tensor for name, tensor in self.tensors.items() if STACK.fullmatch(name) and tensor.shape]
+        return len(self.tensors) + sum(stack.shape[0] for stack in stacks if stack.nbytes)
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
@@ -236,11 +245,18 @@ class Checkpoint:
         return read_regular(self.path / "config.json")
 
     def find(self, name: str) -> TensorInfo | None:
-        return self.tensors.get(name)
+        """The tensor ``name``, or an expert's part of its layer's stack."""
+        found = self.tensors.get(name)
+        if found is not None or (expert := EXPERT.fullmatch(name)) is None:
+            return found
+        stack, number = self.tensors.get(f"{expert[1]}.{expert[3]}"), int(expert[2])
+        if stack is None or stack.inside is not None or not stack.shape or number >= stack.shape[0]:
+            return None
+        return replace(stack.rows(number, number + 1), shape=stack.shape[1:])
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
         """The tensor ``name``. Raises CheckpointError if it is missing or its shape is not ``shape``."""
-        found = self.tensors.get(name)
+        found = self.find(name)
         if found is None:
             raise CheckpointError(f"{self.path}: tensor {name} is missing ({len(self.tensors)} tensors found)")
         return check_shape(found, shape)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from tierlm.checkpoints.checkpoint import Checkpoint, Header, TensorInfo, read_json
 from tierlm.checkpoints.gguf import GgufCheckpoint
+from tierlm.checkpoints.multimodal import text_config
 from tierlm.files import Stamp
 
 
@@ -47,7 +48,7 @@ class Container(Protocol):
 
 @dataclass(frozen=True)
 class Described:
-    """A model's config, in the words of ``config.json``, and ``where`` it is. ``open`` finds its tensors."""
+    """A language model's config, in the words of ``config.json``, and ``where`` it is. ``open`` finds its tensors."""
 
     config: Mapping[str, Any]
     where: str
@@ -60,4 +61,9 @@ def describe(path: Path) -> Described:
         found = GgufCheckpoint(path)
         return Described(found.config, str(path), lambda: found)
     where = path / "config.json"
-    return Described(read_json(where), str(where), lambda: Checkpoint(path))
+    return Described(read_config(where), str(where), lambda: Checkpoint(path))
+
+
+def read_config(file: Path) -> Mapping[str, Any]:
+    """The language model's config in a ``config.json``. Raises CheckpointError."""
+    return text_config(read_json(file))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from tierlm.errors import UnsupportedModelError
+from tierlm.files import is_folder
 
 PICKLE = "a pickle, which can run any code when it is loaded; look for the model in safetensors or GGUF"
 KINDS = {
@@ -16,7 +16,7 @@ KINDS = {
 
 def refuse_foreign(model: Path) -> None:
     """Raise UnsupportedModelError if ``model`` is such a file, or a folder of such files without safetensors."""
-    files = sorted(model.iterdir()) if os.path.isdir(model) else [model]
+    files = sorted(model.iterdir()) if is_folder(model) else [model]
     if any(file.suffix == ".safetensors" for file in files):
         return
     for file in files:

@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tierlm.checkpoints.checkpoint import Header, TensorInfo, check_shape
+from tierlm.checkpoints.checkpoint import EXPERT, Header, TensorInfo, check_shape
 from tierlm.checkpoints.gguf_config import config_of
 from tierlm.checkpoints.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from tierlm.errors import CheckpointError
 from tierlm.files import open_regular
 
 FLOATS = ("F32", "F16", "BF16")
-EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")  # GGUF stacks the experts of a layer
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 MAX_SPLITS = 1000
 MAX_DIVISORS = 2**14  # bytes of rope_freqs

@@ -163,6 +163,21 @@ def _gpt_oss(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
     return found
 
 
+def _gemma3(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    """One is added to the norms. The divisor of scores is not in the metadata: only the 27B model, which alone has 62
+    layers, has another than ``head_dim``."""
+    found: dict[str, Any] = {
+        "model_type": "gemma3_text",
+        "sliding_window": get("attention.sliding_window"),
+        "query_pre_attn_scalar": config.get("head_dim"),
+        "zero_centred_norms": False,
+        "final_logit_softcapping": get("final_logit_softcapping"),
+    }
+    if get("block_count") == 62:
+        found["query_pre_attn_scalar"] = config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
+    return found
+
+
 ARCHITECTURES = {
     "deepseek2": _deepseek,
     "llama": _llama,
@@ -173,6 +188,7 @@ ARCHITECTURES = {
     "glm4moe": _glm4_moe,
     "minimax-m2": _minimax,
     "gpt-oss": _gpt_oss,
+    "gemma3": _gemma3,
 }
 
 

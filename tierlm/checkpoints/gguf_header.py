@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import struct
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tierlm.errors import CheckpointError, UnsupportedModelError, UsageError
-from tierlm.files import Stamp, open_regular
+from tierlm.files import Stamp, is_file, is_folder, open_regular
 
 MAGIC = b"GGUF"
 MAX_HEADER = 256 * 2**20  # bytes; ten times that of a vocabulary of 250,000 tokens with merges
@@ -54,8 +53,8 @@ def gguf_in(path: Path) -> Path | None:
     """The GGUF file that ``path`` is, or the only one in a folder without safetensors; of a split one, the first.
 
     Raises UsageError if there are several."""
-    if not os.path.isdir(path):  # unlike Path.is_dir, false for a name that is too long
-        return path if path.suffix == ".gguf" and os.path.exists(path) else None
+    if not is_folder(path):
+        return path if path.suffix == ".gguf" and is_file(path) else None
     if any(path.glob("*.safetensors")):
         return None
     later = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")

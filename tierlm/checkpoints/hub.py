@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from tierlm.checkpoints.checkpoint import read_json
 from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.checkpoints.gguf_header import gguf_in
 from tierlm.errors import CheckpointError, ModelNotFoundError, TierlmError, UsageError
+from tierlm.files import is_file, is_folder
 
 DEMO = Path(__file__).parent.parent / "demo"
 ID = re.compile(r"(?:hf\.co/|https://huggingface\.co/)?(\w[\w.-]*/[\w.-]+)(?:@(\w[\w./-]*))?(?::([^:]+))?")
@@ -55,9 +55,9 @@ def find_model(model: str | Path, *, whole: bool = True) -> Path:
     if (file := gguf_in(folder)) is not None:
         return file
     refuse_foreign(folder)
-    if os.path.isdir(folder):  # unlike Path.is_dir, false for a name that is too long
+    if is_folder(folder):
         return folder
-    if os.path.isfile(folder):
+    if is_file(folder):
         raise CheckpointError(f"{folder}: expected a folder in Hugging Face layout or a GGUF file, found another file")
     if (found := HubId.parse(str(model))) is None:
         raise ModelNotFoundError(f"{folder}: no such folder; give a folder in Hugging Face layout, a hub id, or 'demo'")

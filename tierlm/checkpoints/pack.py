@@ -51,14 +51,16 @@ class Packing:
     target: str
 
     def tensors(self) -> dict[str, Part]:
-        parts = FORMATS[self.target].parts(self.weight.shape)
-        return {self.weight.name + ending: part for ending, part in parts.items()}
+        weight = self.weight
+        if self.target == weight.format:
+            return {weight.name + ending: (part.dtype, part.shape) for ending, part in weight.parts.items()}
+        return {weight.name + ending: part for ending, part in FORMATS[self.target].parts(weight.shape).items()}
 
     def convert(self, parts: Sequence[Tensor]) -> dict[str, memoryview]:
         """The bytes of the target's tensors by name, converted from the weight's ``parts`` through float32."""
         shape = self.weight.shape
-        data, *scales = parts
-        stored = Weight(data, self.weight.format, scales[0] if scales else None, shape)
+        data, scale, factor = FORMATS[self.weight.format].divide(parts)
+        stored = Weight(data, self.weight.format, scale, shape, factor=factor)
         unit = lcm(SLICE_ROWS, FORMATS[self.target].block[0])
         step = max(unit, SLICE_VALUES // shape[1] // unit * unit)
         edges = [(at, min(at + step, shape[0])) for at in range(0, shape[0], step)]

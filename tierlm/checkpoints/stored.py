@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tierlm.checkpoints.checkpoint import TensorInfo
+from tierlm.checkpoints.checkpoint import TensorInfo, check_shape
 from tierlm.checkpoints.container import Container
 from tierlm.errors import UnsupportedModelError
 from tierlm.formats import FORMATS, Part, Shape, recognise
 
-SCALE = ".scale"  # suffix of the role that holds the scales of a role's weight
+SCALE, FACTOR = ".scale", ".factor"  # suffixes of the roles that hold the scales and the factor of a role's weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,6 @@ def float_dtypes() -> list[str]:
 
 def find_weight(checkpoint: Container, name: str, shape: Shape) -> StoredWeight:
     """The weight ``name`` in any supported format. Raises CheckpointError, UnsupportedModelError."""
-    tensor = checkpoint.tensor(name)
 
     def find(ending: str) -> Part | None:
         part = checkpoint.find(name + ending)
@@ -38,23 +37,27 @@ def find_weight(checkpoint: Container, name: str, shape: Shape) -> StoredWeight:
 
     format = recognise(shape, find)
     if format is None:
-        others = [each.dtype for each in FORMATS.values() if each.loadable and each.matrices_only]
+        tensor = checkpoint.tensor(name)
+        others = dict.fromkeys(each.dtype for each in FORMATS.values() if each.loadable and each.matrices_only)
         raise UnsupportedModelError(
             f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(float_dtypes())}, and for matrices "
             f"{', '.join(others)} with their scales"
         )
     parts = {}
-    for ending, (dtype, expected) in format.parts(shape).items():
-        part = parts[ending] = checkpoint.tensor(name + ending, expected)
-        if part.dtype != dtype:
-            raise UnsupportedModelError(f"{part.file}: {part.name} is {part.dtype}; {dtype} is supported")
+    for ending, expected in format.parts(shape).items():
+        part = parts[ending] = checkpoint.tensor(name + ending)
+        if not format.fits(ending, expected, (part.dtype, part.shape)):
+            check_shape(part, expected[1])
+            raise UnsupportedModelError(f"{part.file}: {part.name} is {part.dtype}; {expected[0]} is supported")
     return StoredWeight(name, shape, format.name, parts)
 
 
 def by_role(weights: Mapping[str, StoredWeight]) -> dict[str, TensorInfo]:
-    """The tensors of ``weights`` by role, with format and size; scales, if any, as ``role.scale``."""
-    return {
-        (role + SCALE if ending else role): part if ending else replace(part, format=weight.format, size=weight.shape)
-        for role, weight in weights.items()
-        for ending, part in weight.parts.items()
-    }
+    """The tensors of ``weights`` by role, with format and size; scales and factor, if any, as ``role.scale`` and
+    ``role.factor``."""
+    found: dict[str, TensorInfo] = {}
+    for role, weight in weights.items():
+        data, scale, factor = FORMATS[weight.format].divide(list(weight.parts.values()))
+        found[role] = replace(data, format=weight.format, size=weight.shape)
+        found |= {role + ending: part for ending, part in ((SCALE, scale), (FACTOR, factor)) if part is not None}
+    return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tierlm.checkpoints.checkpoint import Place, Record
-from tierlm.checkpoints.stored import SCALE
+from tierlm.checkpoints.stored import FACTOR, SCALE
 from tierlm.formats.dtypes import torch_dtypes
 from tierlm.kernels import Weight
 
@@ -33,10 +33,13 @@ def misaligned(buffer: Tensor, record: Record) -> bool:
 
 def weights_of(buffer: Tensor, record: Record, exact: bool = False) -> Weights:
     """The weights of a record by role, as views into its bytes. ``exact``: see Weight."""
-    found: dict[str, Weight] = {}
-    for role, place in record.places.items():
-        if place.format:
-            scale = record.places.get(role + SCALE)
-            scales = None if scale is None else view(buffer, scale)
-            found[role] = Weight(view(buffer, place), place.format, scales, place.size, exact)
-    return found
+
+    def part(role: str) -> Tensor | None:
+        place = record.places.get(role)
+        return None if place is None else view(buffer, place)
+
+    return {
+        role: Weight(view(buffer, place), place.format, part(role + SCALE), place.size, exact, part(role + FACTOR))
+        for role, place in record.places.items()
+        if place.format
+    }

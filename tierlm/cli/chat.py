@@ -17,6 +17,7 @@ from tierlm.cli.reading import Interrupts, history, read_message
 from tierlm.config import Budget, LoadOptions
 from tierlm.errors import TierlmError, UsageError
 from tierlm.files import write_whole
+from tierlm.progress import prefill_bar
 
 if TYPE_CHECKING:
     from tierlm.conversation import Conversation
@@ -67,8 +68,6 @@ def chat(
 
 
 def _answer(talk: Conversation, message: str, interrupts: Interrupts, quiet: bool) -> None:
-    from tierlm.progress import prefill_bar
-
     before = talk.left_out
     with prefill_bar(talk.llm, quiet) as bar:
         interrupts.during(lambda: show(talk.say(message, on_prefill=bar)))

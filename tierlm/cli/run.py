@@ -16,6 +16,7 @@ from tierlm.cli.options import Json, Loading, Memory, Messages, Model, Sampling,
 from tierlm.cli.output import STDOUT, emit
 from tierlm.config import Budget, LoadOptions
 from tierlm.errors import UsageError
+from tierlm.progress import prefill_bar
 
 if TYPE_CHECKING:
     from tierlm.llm import LLM, Piece
@@ -43,8 +44,6 @@ def run(
     """Answer a prompt, through the model's chat template if it has one. Ctrl-C stops and keeps the text so far."""
     if json not in (None, STDOUT) and (json.is_dir() or not json.parent.is_dir()):
         raise UsageError(f"{json}: cannot be written: expected a file in an existing folder")
-    from tierlm.progress import prefill_bar
-
     given = _prompt(prompt, ids)
     silent = json == STDOUT
     with load(model, budget, options, quiet or silent) as llm:

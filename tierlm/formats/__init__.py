@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from tierlm.formats.floats import BF16, F16, F32
 from tierlm.formats.format import Format, Part, Shape
-from tierlm.formats.fp8_block import FP8
+from tierlm.formats.fp8 import FP8, OTHER_FP8
 from tierlm.formats.ggml import GGML
+from tierlm.formats.nibbles import GROUPS, MXFP4, NVFP4, NVFP4_CT
 from tierlm.formats.tiles import INT4, INT8
 
 __all__ = ["FORMATS", "Format", "Part", "Shape", "recognise"]
@@ -21,8 +22,12 @@ FORMATS: dict[str, Format] = {
         FP8,
         INT8,
         INT4,
+        *OTHER_FP8,
+        MXFP4,
+        NVFP4,
+        NVFP4_CT,
+        *GROUPS,
         *GGML,
-        Format("mxfp4", (1, 32), 16 + 1),  # gpt-oss as published: an 8-bit scale for 32 values
         Format("q4_k_m", (6, 256), 5 * 144 + 210),  # an expert in this mixture: half of the down projection is q6_k
     )
 }
@@ -32,11 +37,11 @@ def recognise(shape: Shape, find: Callable[[str], Part | None]) -> Format | None
     """The format of a weight of ``shape``, identified by its tensors in a file; None if no format has its dtype.
 
     ``find``: name suffix -> tensor, or None. If several formats match, the one with the most tensors wins. If none
-    matches, returns the first with this dtype; its parts tell what is wrong.
+    matches, returns the first with this dtype of data; its parts tell what is wrong.
     """
-    main = find("")
-    dtype = None if main is None else main[0]
-    possible = [format for format in FORMATS.values() if format.dtype == dtype and format.takes(shape)]
+    found = {suffix: find(suffix) for suffix in {format.suffix for format in FORMATS.values()}}
+    dtypes = {suffix: part[0] for suffix, part in found.items() if part is not None}
+    possible = [each for each in FORMATS.values() if dtypes.get(each.suffix) == each.dtype and each.takes(shape)]
     if len(possible) > 1:
         whole = [format for format in possible if format.recognises(shape, find)]
         return max(whole or possible[:1], key=lambda format: len(format.parts(shape)))

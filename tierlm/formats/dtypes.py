@@ -24,5 +24,6 @@ def torch_dtypes() -> Mapping[str, torch.dtype]:
         "F8_E4M3": torch.float8_e4m3fn,
         "I8": torch.int8,
         "U8": torch.uint8,
+        "I32": torch.int32,
         **{format.dtype: torch.uint8 for format in GGML},
     }

@@ -26,6 +26,6 @@ class Floats(Format):
         return data.float()
 
 
-F32 = Floats("f32", (1, 1), 4, "F32", matrices_only=False, floats=True)
-BF16 = Floats("bf16", (1, 1), 2, "BF16", matrices_only=False, floats=True)
-F16 = Floats("f16", (1, 1), 2, "F16", matrices_only=False, floats=True)
+F32 = Floats("f32", (1, 1), 4, "F32", matrices_only=False, floats=True, packable=True)
+BF16 = Floats("bf16", (1, 1), 2, "BF16", matrices_only=False, floats=True, packable=True)
+F16 = Floats("f16", (1, 1), 2, "F16", matrices_only=False, floats=True, packable=True)

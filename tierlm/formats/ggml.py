@@ -28,10 +28,6 @@ class Blocks(Format):
 
     values: Callable[[Tensor], Tensor]
 
-    @property
-    def packable(self) -> bool:
-        return False
-
     def takes(self, shape: Shape) -> bool:
         return super().takes(shape) and shape[1] % self.block[1] == 0
 
@@ -157,21 +153,21 @@ def _mxfp4(blocks: Tensor) -> Tensor:
     return _looked_up(_bits(blocks[:, 1:], 4, 2).flatten(1), E2M1) * _looked_up(blocks[:, :1], E8M0)
 
 
-def _blocks(type: str, columns: int, nbytes: int, values: Callable[[Tensor], Tensor], rounds: bool = False) -> Blocks:
-    return Blocks(type.lower(), (1, columns), nbytes, type, rounds=rounds, values=values)
+def _blocks(type: str, columns: int, nbytes: int, values: Callable[[Tensor], Tensor]) -> Blocks:
+    return Blocks(type.lower(), (1, columns), nbytes, type, rounds=True, values=values)
 
 
 GGML = (
-    _blocks("Q8_0", 32, 34, _q8_0, rounds=True),
-    _blocks("Q4_0", 32, 18, _q4_0, rounds=True),
-    _blocks("Q4_1", 32, 20, _q4_1, rounds=True),
-    _blocks("Q5_0", 32, 22, _q5_0, rounds=True),
+    _blocks("Q8_0", 32, 34, _q8_0),
+    _blocks("Q4_0", 32, 18, _q4_0),
+    _blocks("Q4_1", 32, 20, _q4_1),
+    _blocks("Q5_0", 32, 22, _q5_0),
     _blocks("Q5_1", 32, 24, _q5_1),
     _blocks("Q2_K", 256, 84, _q2_k),
     _blocks("Q3_K", 256, 110, _q3_k),
-    _blocks("Q4_K", 256, 144, _q4_k, rounds=True),
-    _blocks("Q5_K", 256, 176, _q5_k, rounds=True),
-    _blocks("Q6_K", 256, 210, _q6_k, rounds=True),
+    _blocks("Q4_K", 256, 144, _q4_k),
+    _blocks("Q5_K", 256, 176, _q5_k),
+    _blocks("Q6_K", 256, 210, _q6_k),
     _blocks("IQ4_NL", 32, 18, _iq4_nl),
     _blocks("IQ4_XS", 256, 136, _iq4_xs),
     # gpt-oss's safetensors hold the same numbers in another order, with the scales in a tensor of their own.

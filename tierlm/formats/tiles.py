@@ -114,5 +114,5 @@ def _nearest(groups: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return (groups * inverse[..., None]).round_().clamp_(low, high)
 
 
-INT8 = Tiles("int8", (LANES, GROUP), LANES * (GROUP + 2), "I8", rounds=True)
-INT4 = Int4Tiles("int4", (LANES, GROUP), LANES * (GROUP // 2 + 2), "U8", rounds=True)
+INT8 = Tiles("int8", (LANES, GROUP), LANES * (GROUP + 2), "I8", rounds=True, packable=True)
+INT4 = Int4Tiles("int4", (LANES, GROUP), LANES * (GROUP // 2 + 2), "U8", rounds=True, packable=True)

@@ -8,106 +8,10 @@
 #endif
 
 #include <algorithm>
-#include <cstring>
 
-#include "blocks.h"
+#include "unpack.h"
 
 namespace {
-
-template <class Stored>
-constexpr int64_t GROUPS = Stored::columns / GROUP;
-
-template <class Stored>
-struct Block {
-    int8_t numbers[Stored::columns];
-    float scales[GROUPS<Stored> * Stored::parts];
-    float minima[GROUPS<Stored>];  // if it has any
-};
-
-INLINE float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-INLINE float half(const uint8_t* p) {  // as from_half in vectors.h
-    const uint32_t raw = p[0] | p[1] << 8;
-    return as_float((raw & 0x8000u) << 16 | (raw & 0x7fffu) << 13) * 0x1p112f;
-}
-
-INLINE void unpack(const uint8_t* p, Block<Q8_0>& to) {
-    to.scales[0] = half(p);
-    std::memcpy(to.numbers, p + 2, sizeof to.numbers);
-}
-
-// Two codes a byte: the low bits are those of the first half of a group, the high ones of the second.
-INLINE void nibbles(const uint8_t* p, int64_t half, int8_t* numbers) {
-    for (int64_t i = 0; i < half; ++i) {
-        numbers[i] = static_cast<int8_t>(p[i] & 15);
-        numbers[half + i] = static_cast<int8_t>(p[i] >> 4);
-    }
-}
-
-INLINE void unpack(const uint8_t* p, Block<Q4_0>& to) {
-    to.scales[0] = half(p);
-    nibbles(p + 2, 16, to.numbers);
-    for (int8_t& number : to.numbers) number -= 8;
-}
-
-INLINE void unpack(const uint8_t* p, Block<Q4_1>& to) {
-    to.scales[0] = half(p);
-    to.minima[0] = -half(p + 2);
-    nibbles(p + 4, 16, to.numbers);
-}
-
-INLINE void unpack(const uint8_t* p, Block<Q5_0>& to) {
-    to.scales[0] = half(p);
-    nibbles(p + 6, 16, to.numbers);
-    for (int i = 0; i < 32; ++i) to.numbers[i] += static_cast<int8_t>((p[2 + i / 8] >> i % 8 & 1) * 16 - 16);
-}
-
-INLINE void unpack(const uint8_t* p, Block<Mxfp4>& to) {
-    to.scales[0] = as_float(p[0] < 2 ? 0x200000u << p[0] : (p[0] - 1u) << 23);  // 2 ** (p[0] - 128)
-    nibbles(p + 1, 16, to.numbers);
-    for (int8_t& number : to.numbers) number = E2M1[number];
-}
-
-// The first 16 bytes of Q4_K and Q5_K.
-template <class Stored>
-INLINE void scales_and_minima(const uint8_t* p, Block<Stored>& to) {
-    const float scale = half(p), minimum = half(p + 2);
-    const uint8_t *six = p + 4, *low = p + 12;  // six bits of four scales and minima, and two more bits of the others
-    for (int g = 0; g < 4; ++g) {
-        to.scales[g] = scale * (six[g] & 63);
-        to.minima[g] = minimum * (six[4 + g] & 63);
-        to.scales[4 + g] = scale * ((low[g] & 15) | (six[g] >> 6 << 4));
-        to.minima[4 + g] = minimum * ((low[g] >> 4) | (six[4 + g] >> 6 << 4));
-    }
-}
-
-INLINE void unpack(const uint8_t* p, Block<Q4_K>& to) {
-    scales_and_minima(p, to);
-    for (int i = 0; i < 4; ++i) nibbles(p + 16 + 32 * i, 32, to.numbers + 64 * i);
-}
-
-INLINE void unpack(const uint8_t* p, Block<Q5_K>& to) {
-    scales_and_minima(p, to);
-    for (int i = 0; i < 4; ++i) nibbles(p + 48 + 32 * i, 32, to.numbers + 64 * i);
-    for (int i = 0; i < 256; ++i) to.numbers[i] += static_cast<int8_t>((p[16 + i % 32] >> i / 32 & 1) * 16);
-}
-
-INLINE void unpack(const uint8_t* p, Block<Q6_K>& to) {
-    const float scale = half(p + 208);
-    for (int i = 0; i < 16; ++i) to.scales[i] = scale * static_cast<int8_t>(p[192 + i]);
-    for (int i = 0; i < 64; ++i) {
-        const int at = i / 32 * 128 + i % 32, high = p[128 + i];
-        const uint8_t* low = p + i / 32 * 64 + i % 32;
-        to.numbers[at] = static_cast<int8_t>(((low[0] & 15) | (high & 3) << 4) - 32);
-        to.numbers[at + 32] = static_cast<int8_t>(((low[32] & 15) | (high >> 2 & 3) << 4) - 32);
-        to.numbers[at + 64] = static_cast<int8_t>((low[0] >> 4 | (high >> 4 & 3) << 4) - 32);
-        to.numbers[at + 96] = static_cast<int8_t>((low[32] >> 4 | high >> 6 << 4) - 32);
-    }
-}
 
 // Block `b` of weight row `out`.
 template <class Stored>
@@ -123,7 +27,7 @@ INLINE void widen(const uint8_t* p, float* values) {
     unpack(p, block);
     for (int64_t c = 0; c < Stored::columns; ++c) {
         values[c] = block.numbers[c] * block.scales[c / part];
-        if (Stored::minima) values[c] -= block.minima[c / GROUP];
+        if (Stored::minima) values[c] -= block.minima[c / part];
     }
 }
 
@@ -137,7 +41,9 @@ INLINE float group_product(const Block<Stored>& block, int64_t g, const Rounded&
         const float scaled = static_cast<float>(dot) * block.scales[g * Stored::parts + i];
         sum = i ? sum + scaled : scaled;
     }
-    if (Stored::minima) sum -= static_cast<float>(x.sum()) * block.minima[g];
+    if (Stored::minima)
+        for (int64_t i = 0; i < Stored::parts; ++i)
+            sum -= static_cast<float>(sum_of<Stored>(x, i)) * block.minima[g * Stored::parts + i];
     return sum * x.scale;
 }
 
@@ -209,21 +115,18 @@ INLINE void widened(const Product& p, int64_t first, int64_t last) {
 }
 
 #define KERNEL(name, work, Stored) \
-    CLONES void name##_##Stored(const Product& p, int64_t first, int64_t last) { work<Stored>(p, first, last); }
-#define KERNELS(Stored)                  \
-    KERNEL(outputs, outputs, Stored)     \
-    KERNEL(exact, exact, Stored)         \
-    KERNEL(rows, weighted_rows, Stored)  \
-    KERNEL(widened, widened, Stored)
+    void name##_##Stored(const Product& p, int64_t first, int64_t last) { work<Stored>(p, first, last); }
+// Processors with clones use x86 kernels for rounded activations.
+#define KERNELS(Stored)                        \
+    KERNEL(outputs, outputs, Stored)           \
+    CLONES KERNEL(exact, exact, Stored)        \
+    CLONES KERNEL(rows, weighted_rows, Stored) \
+    CLONES KERNEL(widened, widened, Stored)
+EACH_BLOCKS(KERNELS)
 
-KERNELS(Q8_0)
-KERNELS(Q4_0)
-KERNELS(Q4_1)
-KERNELS(Q5_0)
-KERNELS(Q4_K)
-KERNELS(Q5_K)
-KERNELS(Q6_K)
-KERNELS(Mxfp4)
+#define NUMBER(Stored) NUMBER_##Stored,
+enum { EACH_BLOCKS(NUMBER) COUNT };
+static_assert(GGML == 2 * COUNT, "all, each with rounded and unrounded activations");
 
 Work best(int number, Work plain) {
     const Work* x86 = ggml_outputs_x86();
@@ -232,21 +135,6 @@ Work best(int number, Work plain) {
 
 }  // namespace
 
-const Format GGML_FORMATS[GGML] = {
-    {best(0, outputs_Q8_0), rows_Q8_0, widened_Q8_0, true},
-    {best(1, outputs_Q4_0), rows_Q4_0, widened_Q4_0, true},
-    {best(2, outputs_Q4_1), rows_Q4_1, widened_Q4_1, true},
-    {best(3, outputs_Q5_0), rows_Q5_0, widened_Q5_0, true},
-    {best(4, outputs_Q4_K), rows_Q4_K, widened_Q4_K, true},
-    {best(5, outputs_Q5_K), rows_Q5_K, widened_Q5_K, true},
-    {best(6, outputs_Q6_K), rows_Q6_K, widened_Q6_K, true},
-    {best(7, outputs_Mxfp4), rows_Mxfp4, widened_Mxfp4, true},
-    {exact_Q8_0, rows_Q8_0, widened_Q8_0, false},
-    {exact_Q4_0, rows_Q4_0, widened_Q4_0, false},
-    {exact_Q4_1, rows_Q4_1, widened_Q4_1, false},
-    {exact_Q5_0, rows_Q5_0, widened_Q5_0, false},
-    {exact_Q4_K, rows_Q4_K, widened_Q4_K, false},
-    {exact_Q5_K, rows_Q5_K, widened_Q5_K, false},
-    {exact_Q6_K, rows_Q6_K, widened_Q6_K, false},
-    {exact_Mxfp4, rows_Mxfp4, widened_Mxfp4, false},
-};
+#define ROUNDED(Stored) {best(NUMBER_##Stored, outputs_##Stored), rows_##Stored, widened_##Stored, true},
+#define UNROUNDED(Stored) {exact_##Stored, rows_##Stored, widened_##Stored, false},
+const Format GGML_FORMATS[GGML] = {EACH_BLOCKS(ROUNDED) EACH_BLOCKS(UNROUNDED)};

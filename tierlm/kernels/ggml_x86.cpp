@@ -1,7 +1,7 @@
 // Rounded activations times the blocks of GGUF files by x86 byte products, eight weight rows at a time. The target has
 // no FMA, see blocks.h.
 
-#include "blocks_x86.h"
+#include "unpack_k_x86.h"
 
 #ifdef TIERLM_X86
 
@@ -13,10 +13,10 @@ namespace {
 template <class Stored, class Isa, int ROWS>
 STEP void multiply(const Tile<Stored>& tile, const Rounded* x, int64_t groups, __m256* totals) {
     constexpr int64_t QUADS = GROUP / 4 / Stored::parts;
-    constexpr bool SIGNED = Stored::bytes > Stored::columns;
     for (int64_t g = 0; g < Tile<Stored>::groups; ++g, ++x) {
         const auto& group = tile.group[g];
         __m256 products[ROWS];
+#pragma GCC unroll 2
         for (int64_t part = 0; part < Stored::parts; ++part) {
             __m256i dots[ROWS];
             for (int r = 0; r < ROWS; ++r) dots[r] = _mm256_setzero_si256();
@@ -24,7 +24,7 @@ STEP void multiply(const Tile<Stored>& tile, const Rounded* x, int64_t groups, _
                 const __m256i w = group.quads[q], w2 = group.quads[q + 1];
                 for (int r = 0; r < ROWS; ++r) {
                     const int8_t* numbers = x[r * groups].numbers + 4 * q;
-                    if (SIGNED) {
+                    if (SIGNED<Stored>) {
                         dots[r] = Isa::add8(Isa::add8(dots[r], w, four(numbers)), w2, four(numbers + 4));
                     } else {
                         dots[r] = Isa::add6(dots[r], w, four(numbers), w2, four(numbers + 4));
@@ -33,8 +33,8 @@ STEP void multiply(const Tile<Stored>& tile, const Rounded* x, int64_t groups, _
                 }
             }
             for (int r = 0; r < ROWS; ++r) {
-                const int32_t of_x = Stored::parts > 1 ? x[r * groups].sums[part] : x[r * groups].sum();
-                if (SIGNED) dots[r] = Isa::end8(dots[r], of_x);
+                const int32_t of_x = sum_of<Stored>(x[r * groups], part);
+                if (SIGNED<Stored>) dots[r] = Isa::end8(dots[r], of_x);
                 if (BIAS<Stored>) dots[r] = _mm256_sub_epi32(dots[r], _mm256_set1_epi32(BIAS<Stored> * of_x));
                 const __m256 product = _mm256_mul_ps(as_floats(dots[r]), group.scales[part]);
                 products[r] = part ? _mm256_add_ps(products[r], product) : product;
@@ -42,9 +42,9 @@ STEP void multiply(const Tile<Stored>& tile, const Rounded* x, int64_t groups, _
         }
         for (int r = 0; r < ROWS; ++r) {
             const Rounded& of_row = x[r * groups];
-            if (Stored::minima) {
-                const __m256 sum = _mm256_set1_ps(static_cast<float>(of_row.sum()));
-                products[r] = _mm256_sub_ps(products[r], _mm256_mul_ps(sum, group.minimum));
+            for (int64_t part = 0; Stored::minima && part < Stored::parts; ++part) {
+                const __m256 sum = _mm256_set1_ps(static_cast<float>(sum_of<Stored>(of_row, part)));
+                products[r] = _mm256_sub_ps(products[r], _mm256_mul_ps(sum, group.minima[part]));
             }
             totals[r] = _mm256_add_ps(totals[r], _mm256_mul_ps(products[r], _mm256_set1_ps(of_row.scale)));
         }
@@ -85,9 +85,9 @@ AVX2 void outputs(const Product& p, int64_t first, int64_t last) {
     }
 }
 
+#define OUTPUTS_OF(Stored) outputs<Stored, Isa>,
 template <class Isa>
-const Work OUTPUTS[] = {outputs<Q8_0, Isa>, outputs<Q4_0, Isa>, outputs<Q4_1, Isa>, outputs<Q5_0, Isa>,
-                        outputs<Q4_K, Isa>, outputs<Q5_K, Isa>, outputs<Q6_K, Isa>, outputs<Mxfp4, Isa>};
+const Work OUTPUTS[] = {EACH_BLOCKS(OUTPUTS_OF)};
 
 }  // namespace
 

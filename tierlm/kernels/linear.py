@@ -1,6 +1,6 @@
 """Products with weights in their stored format.
 
-Activations and arithmetic are float32. Exception: products with int8, int4 and some formats of GGUF (``Format.rounds``)
+Activations and arithmetic are float32. Exception: products with int8, int4 and the formats of GGUF (``Format.rounds``)
 round activations to int8 in groups of 32 and sum integers within a group, unless the weight is ``exact``. The compiled
 kernels, which widen in registers, take a few rows of float32 activations, or any number of rounded ones. For more
 rows, one tile at a time is widened in cache and torch multiplies in float32; on a CPU without 16-bit matrix
@@ -10,7 +10,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +42,11 @@ def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:
 
 def widen_reference(weight: Weight) -> Tensor:
     """``widen`` of all rows in torch."""
-    return FORMATS[weight.format].widen(weight.data, weight.scale, weight.shape)
+    format = FORMATS[weight.format]
+    wide = format.widen(weight.data, weight.scale, weight.shape)
+    if weight.factor is None:
+        return wide
+    return wide.div_(weight.factor.float()) if format.divides else wide.mul_(weight.factor.float())
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -63,7 +67,7 @@ def linear_reference(x: Tensor, weight: Weight) -> Tensor:
     if weight.rounds:
         x = rounded(x)
     data = weight.data
-    if weight.scale is None and data.is_floating_point() and (data.dtype == x.dtype or x.device.type != "cpu"):
+    if weight.format in VECTORS and (data.dtype == x.dtype or x.device.type != "cpu"):
         return functional.linear(x.to(data.dtype), data).float()
     outs, ins = weight.shape
     tile = max(TILE_ROWS, TILE_VALUES // ins // TILE_ROWS * TILE_ROWS)
@@ -81,16 +85,38 @@ def gated_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
     return out
 
 
-def clamped_mlp(x: Tensor, weights: Sequence[Weight], biases: Sequence[Weight]) -> Tensor:
+def transposed_linear(x: Tensor, weight: Weight) -> Tensor:
+    """``x @ weight`` in torch, one widened tile at a time: float32 [T, in], [in, out] -> float32 [T, out]."""
+    ins, outs = weight.shape
+    tile = max(TILE_ROWS, TILE_VALUES // outs // TILE_ROWS * TILE_ROWS)
+    out = x.new_zeros(x.shape[0], outs)
+    for start in range(0, ins, tile):
+        out.addmm_(x[:, start : start + tile], widen(weight, start, start + tile))
+    return out
+
+
+def gelu_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    """GeGLU, with the tanh approximation: float32 [T, in] -> float32 [T, in]."""
+    return linear(functional.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down)
+
+
+def clamped_mlp(x: Tensor, weights: Mapping[str, Weight], transposed: bool = False) -> Tensor:
     """gpt-oss's expert, after `GptOssExperts` in transformers: float32 [T, in] -> float32 [T, in].
 
-    ``weights`` and ``biases``: gate, up and down."""
+    ``weights``: NAME_proj and NAME_bias of gate and up, or of gate_up, whose rows alternate; and of down.
+    ``transposed``: matrices are [in, out]."""
 
-    def product(x: Tensor, at: int) -> Tensor:
-        return linear(x, weights[at]).add_(biases[at].data.float())
+    def product(x: Tensor, name: str) -> Tensor:
+        multiply = transposed_linear if transposed else linear
+        return multiply(x, weights[f"{name}_proj"]).add_(weights[f"{name}_bias"].data.float())
 
-    gate, up = product(x, 0).clamp_(max=CLAMP), product(x, 1).clamp_(-CLAMP, CLAMP)
-    return product(gate * torch.sigmoid(SLOPE * gate) * (up + 1), 2)
+    if "gate_up_proj" in weights:
+        both = product(x, "gate_up")
+        gate, up = both[:, ::2], both[:, 1::2]
+    else:
+        gate, up = product(x, "gate"), product(x, "up")
+    gate, up = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
+    return product(gate * torch.sigmoid(SLOPE * gate) * (up + 1), "down")
 
 
 def gated_mlps(jobs: Sequence[Job]) -> None:

@@ -38,10 +38,11 @@ struct Format {
     bool rounds;         // whether `outputs` takes rounded activations
 };
 
-constexpr int FLOATS = 4, TILES = 4, GGML = 16;
+constexpr int FLOATS = 4, TILES = 4, GGML = 26, NIBBLES = 4;
 extern const Format FLOAT_FORMATS[FLOATS];  // float32, bfloat16, float16, block-scaled float8
 extern const Format TILE_FORMATS[TILES];    // int8, int4, and both with unrounded activations
-extern const Format GGML_FORMATS[GGML];     // as in GGML_KERNELS of weight.py, and all with unrounded activations
+extern const Format GGML_FORMATS[GGML];     // those of blocks.h, and all with unrounded activations
+extern const Format NIBBLE_FORMATS[NIBBLES];  // mxfp4, and int4 in groups of 32, 64 and 128
 
 // The fastest x86 kernels for rounded activations times int8 and int4 on this processor; null: use the portable ones.
 Work int8_outputs_x86();

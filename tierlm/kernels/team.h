@@ -12,14 +12,16 @@
 
 // A weight, or a vector of floats as one row, passed from Python: Weight.operand in kernels/weight.py.
 struct Matrix {
-    int64_t format;  // index into FLOAT_FORMATS, TILE_FORMATS and GGML_FORMATS, one after the other
+    int64_t format;  // index into FLOAT_, TILE_, GGML_ and NIBBLE_FORMATS, one after the other
     const uint8_t* data;
     const void* scale;
     int64_t outs, ins;
 
     const Format& as() const {
         if (format < FLOATS) return FLOAT_FORMATS[format];
-        return format < FLOATS + TILES ? TILE_FORMATS[format - FLOATS] : GGML_FORMATS[format - FLOATS - TILES];
+        if (format < FLOATS + TILES) return TILE_FORMATS[format - FLOATS];
+        const int64_t other = format - FLOATS - TILES;
+        return other < GGML ? GGML_FORMATS[other] : NIBBLE_FORMATS[other - GGML];
     }
     // The same weight, with unrounded activations.
     Matrix exact() const {

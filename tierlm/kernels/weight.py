@@ -8,12 +8,14 @@ from torch import Tensor
 
 from tierlm.formats import FORMATS, Shape
 from tierlm.formats.dtypes import torch_dtypes
+from tierlm.formats.ggml import GGML
 
-GGML_KERNELS = ("q8_0", "q4_0", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k", "mxfp4_ggml")
 # Format numbers of kernels/product.h, and those of the formats that round, with unrounded activations.
 NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}
-NUMBERS |= {name: 8 + i for i, name in enumerate(GGML_KERNELS)}
-EXACT = {"int8": 6, "int4": 7, **{name: 16 + i for i, name in enumerate(GGML_KERNELS)}}
+NUMBERS |= {format.name: 8 + i for i, format in enumerate(GGML)}
+EXACT = {"int8": 6, "int4": 7, **{format.name: 8 + len(GGML) + i for i, format in enumerate(GGML)}}
+NIBBLES = ("mxfp4", "int4_g32", "int4_g64", "int4_g128")
+NUMBERS |= {name: len(NUMBERS) + len(EXACT) + i for i, name in enumerate(NIBBLES)}
 TILES = ("int8", "int4")  # formats with interleaved rows
 VECTORS = ("f32", "bf16", "f16")  # formats of norms and biases in the compiled kernels
 
@@ -24,7 +26,7 @@ DTYPES = torch_dtypes()
 class Weight:
     """A matrix [out, in] (or a vector [out]) in its stored format.
 
-    ``data``, ``scale``: the parts of the format for a weight of ``shape``; (): the shape of ``data``.
+    ``data``, ``scale``, ``factor``: the parts of the format for a weight of ``shape``; (): the shape of ``data``.
     ``exact``: products keep activations in float32 even if the format rounds them to int8.
     Computed once, since every product needs them: ``rounds``: products round activations; ``tiled``: rows are
     interleaved; ``plain``: the compiled kernels support this matrix; ``operand``: struct Matrix of kernels/team.h, with
@@ -36,6 +38,7 @@ class Weight:
     scale: Tensor | None = None
     shape: Shape = ()
     exact: bool = False
+    factor: Tensor | None = None
     rounds: bool = field(init=False, repr=False, compare=False)
     tiled: bool = field(init=False, repr=False, compare=False)
     plain: bool = field(init=False, repr=False, compare=False)
@@ -68,4 +71,4 @@ class Weight:
             return self
         scale = None if self.scale is None else known.rows(self.scale, total, start, stop)
         data = known.rows(self.data, total, start, stop)
-        return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact)
+        return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact, self.factor)

@@ -1,14 +1,14 @@
 // Byte products of x86: AVX2, or AVX-512 VNNI on 256-bit vectors. Both give the same integer sums.
 #pragma once
 
+#include "product.h"
+
 #if defined(__x86_64__) && !defined(TIERLM_PORTABLE)
 #define TIERLM_X86
 
 #include <immintrin.h>
 
 #include <cstring>
-
-#include "product.h"
 
 #define AVX2 __attribute__((target("avx2")))
 #define STEP AVX2 __attribute__((always_inline)) static inline

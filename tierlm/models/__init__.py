@@ -9,26 +9,31 @@ from tierlm.errors import CheckpointError, UnsupportedModelError, shown
 from tierlm.models.config_reader import Config
 from tierlm.models.deepseek import DeepSeek
 from tierlm.models.family import Family
+from tierlm.models.gemma3 import Gemma3
 from tierlm.models.glm4_moe import Glm4Moe
 from tierlm.models.gpt_oss import GptOss
 from tierlm.models.llama import Llama
 from tierlm.models.minimax_m2 import MiniMaxM2
 from tierlm.models.mixtral import Mixtral
 from tierlm.models.olmoe import Olmoe
+from tierlm.models.quantization import published
 from tierlm.models.qwen2_moe import Qwen2Moe
 from tierlm.models.qwen3_moe import Qwen3Moe
 from tierlm.spec import ModelSpec
 
 FAMILIES: dict[str, Family] = {  # by model_type
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), DeepSeek()),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite", "glm_moe_dsa"), DeepSeek()
+    ),
     "qwen3_moe": Qwen3Moe(),
     "qwen2_moe": Qwen2Moe(),
     "mixtral": Mixtral(),
     "olmoe": Olmoe(),
-    "glm4_moe": Glm4Moe(),
+    **dict.fromkeys(("glm4_moe", "glm4v_moe_text"), Glm4Moe()),
     "minimax_m2": MiniMaxM2(),
-    **dict.fromkeys(("llama", "mistral", "qwen3"), Llama()),
+    **dict.fromkeys(("llama", "mistral", "qwen3", "qwen3_vl_text"), Llama()),
     "gpt_oss": GptOss(),
+    "gemma3_text": Gemma3(),
 }
 
 
@@ -46,6 +51,7 @@ def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     """The ModelSpec of a ``config.json``. Raises UnsupportedModelError and CheckpointError, naming ``where``."""
     family = family_of(config.get("model_type"), where)
     try:
-        return family.read_spec(Config(config, where))
+        published(fields := Config(config, where))  # refuses other quantisation, which would give wrong text
+        return family.read_spec(fields)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error

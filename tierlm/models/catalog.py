@@ -13,6 +13,7 @@ from tierlm.checkpoints.arriving import arriving_in
 from tierlm.checkpoints.checkpoint import Place, Record, TensorInfo, build_record, compressed, read_json
 from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.container import describe
+from tierlm.checkpoints.multimodal import others
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight
 from tierlm.errors import CheckpointError, UnsupportedModelError
@@ -20,7 +21,6 @@ from tierlm.files import Stamp
 from tierlm.formats import FORMATS
 from tierlm.models import family_of, read_spec
 from tierlm.models.config_reader import Fields
-from tierlm.models.family import require_runnable
 from tierlm.planning.cost import Formats
 from tierlm.spec import ExpertKey, HeadKey, Key, ResidentKey, TrunkKey, UnitKey
 
@@ -39,7 +39,6 @@ class Catalog:
         where = described.where
         self.family = family_of(described.config.get("model_type"), where)
         spec = self.spec = read_spec(described.config, where)
-        require_runnable(spec, where)
         self.checkpoint = described.open()
         self.eos = self._eos(path)
         claimed = len(spec.layers) + len(spec.moe_layers) * spec.experts
@@ -60,6 +59,7 @@ class Catalog:
         self._records = {key: self._build(key) for key in keys}
         self.compressed = any(record.inside is not None for record in self._records.values())
         self.ignored = [name for name in self.checkpoint.tensors if _layer(name) >= len(spec.layers)]
+        self.vision = others(self.checkpoint.tensors)
 
     @property
     def files(self) -> list[Path]:
@@ -180,7 +180,7 @@ class Catalog:
     def _row_by_row(self, name: str, shape: tuple[int, int]) -> StoredWeight:
         """A weight whose rows are read one by one."""
         tensor = self.checkpoint.tensor(name)
-        known = [format.dtype for format in FORMATS.values() if format.loadable and format.block[0] == 1]
+        known = [each.dtype for each in FORMATS.values() if each.takes(shape) and len(each.parts(shape)) == 1]
         if tensor.dtype not in known or len((weight := self.stored(name, shape)).parts) > 1:
             raise UnsupportedModelError(f"{tensor.file}: {name} is {tensor.dtype}; supported are {', '.join(known)}")
         if tensor.inside is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tierlm.errors import CheckpointError, UnsupportedModelError, shown
-from tierlm.spec import LayerSpec, ModelSpec, Rope, Yarn
+from tierlm.spec import Dense, Grouped, LayerSpec, ModelSpec, Moe, Rope, Yarn
 from tierlm.tracing.trace import MAX_EXPERTS, MAX_LAYERS
 
 # The largest values, ten or more times those of any published model: what is larger is a corrupt config.
@@ -101,9 +101,9 @@ class Config(Fields):
         super().__init__(fields, where)
         self.model_type: str = fields["model_type"]
 
-    def model(self, layers: tuple[LayerSpec, ...], norm_eps: float) -> ModelSpec:
-        """The spec of ``layers``, plus the fields common to all families; ``norm_eps`` is a default.
-        Also raises ValueError, for impossible sizes."""
+    def model(self, layers: tuple[LayerSpec, ...], norm_eps: float, **more: Any) -> ModelSpec:
+        """The spec of ``layers``, plus the fields common to all families; ``norm_eps`` is a default. ``more``: other
+        fields of ModelSpec. Also raises ValueError, for impossible sizes."""
         spec = ModelSpec(
             model_type=self.model_type,
             vocab=self.number("vocab_size"),
@@ -114,6 +114,7 @@ class Config(Fields):
             bos=next(iter(self.token_ids("bos_token_id")), None),
             eos=self.token_ids("eos_token_id"),
             tied_head=self.flag("tie_word_embeddings", False),
+            **more,
         )
         if (records := len(spec.moe_layers) * spec.experts) > MAX_RECORDS:
             raise CheckpointError(f"{self.where}: expected at most {MAX_RECORDS} experts in all, found {records}")
@@ -126,32 +127,42 @@ class Config(Fields):
                 wanted = " or ".join(map(repr, values))
                 raise UnsupportedModelError(f"{self.where}: {name} {shown(found)} is not supported; {wanted} is")
 
-    def allow_fp8_blocks(self) -> None:
-        """Refuse quantisation other than float8 in 128 x 128 blocks."""
-        quantization = self.part("quantization_config")
-        method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-        if quantization.fields and (method != "fp8" or block != [128, 128]):
-            raise UnsupportedModelError(
-                f"{self.where}: quantization {shown(method)} with blocks {shown(block)} is not supported; fp8 with "
-                "[128, 128] is"
-            )
+    @property
+    def head_dim(self) -> int:
+        """The dimensions of a head."""
+        return self.number("head_dim", default=self.number("hidden_size") // max(1, self.number("num_attention_heads")))
 
-    def rotated(self, head_dim: int, factor: float) -> int:
+    def grouped(self, rope: Rope, **more: Any) -> Grouped:
+        """Grouped attention of the usual fields. ``more``: other fields of Grouped."""
+        heads = self.number("num_attention_heads")
+        shared = self.number("num_key_value_heads", default=heads)
+        return Grouped(heads=heads, kv_heads=shared, head_dim=self.head_dim, rope=rope, **more)
+
+    def sparse(self, attention: Grouped, moe: Moe) -> tuple[LayerSpec, ...]:
+        """Layers of which every ``decoder_sparse_step``-th is MoE, except ``mlp_only_layers``."""
+        step, dense = self.number("decoder_sparse_step", default=1), set(self.listed("mlp_only_layers", int))
+        layers = []
+        for layer in range(self.number("num_hidden_layers")):
+            sparse = layer not in dense and (layer + 1) % max(1, step) == 0
+            layers.append(LayerSpec(attention, moe if sparse else Dense(self.number("intermediate_size"))))
+        return tuple(layers)
+
+    def rotated(self, factor: float) -> int:
         """The rotated dimensions of a head; ``factor``: their default share."""
         table = self.part("rope_parameters")
         source = table if table.get("partial_rotary_factor") is not None else self
-        return int(head_dim * source.real("partial_rotary_factor", factor, most=1.0))
+        return int(self.head_dim * source.real("partial_rotary_factor", factor, most=1.0))
 
     def rope(self, interleaved: bool, theta: float = 10000.0, dim: int = 0) -> Rope:
         """RoPE from the published ``rope_scaling`` and ``rope_theta``, or transformers 5's ``rope_parameters``.
 
-        ``dim``: rotated dimensions of a head, for families that scale as Llama 3 does."""
+        ``dim``: rotated dimensions of a head, for families that scale as Llama 3 or Gemma 3 do."""
         table, scaling = self.part("rope_parameters"), self.part("rope_scaling")
         table = table if table.fields else scaling
         named = table if table.get("rope_theta") is not None else self
         theta = named.real("rope_theta", theta, least=2.0, most=1e12)
         kind = table.get("rope_type") or table.get("type") or "default"
-        known = ("default", "yarn", "llama3") if dim else ("default", "yarn")
+        known = ("default", "yarn", "llama3", "linear") if dim else ("default", "yarn")
         if kind not in known:
             raise UnsupportedModelError(
                 f"{self.where}: rope type {shown(kind)} is not supported; supported are {', '.join(known)}"
@@ -159,6 +170,8 @@ class Config(Fields):
         divisors = tuple(self.listed("rope_divisors", float))  # from a GGUF file
         if kind == "llama3":
             divisors = _llama3(table, theta, dim)
+        elif kind == "linear":
+            divisors = (table.real("factor", least=1.0),) * (dim // 2)
         if len(divisors) not in (0, dim // 2) or not all(0 < divisor < 1e6 for divisor in divisors):
             raise self.wrong("rope_divisors", f"{dim // 2} positive numbers", divisors)
         return Rope(theta, interleaved, self._yarn(table) if kind == "yarn" else None, divisors)

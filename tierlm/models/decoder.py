@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
 from tierlm.errors import NumericsError
-from tierlm.kernels import gated_mlp, linear
+from tierlm.kernels import gated_mlp, gelu_mlp, linear
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.memory.trunks import Trunks
 from tierlm.models.attention import Attention, Rows
@@ -21,7 +22,7 @@ from tierlm.models.grouped import GroupedHeads
 from tierlm.models.latent import LatentHeads
 from tierlm.models.layers import rms_norm
 from tierlm.models.moe import MixtureOfExperts
-from tierlm.spec import AttentionSpec, Grouped, HeadKey, ModelSpec, Moe, TrunkKey
+from tierlm.spec import AttentionSpec, Dense, Grouped, HeadKey, ModelSpec, Moe, TrunkKey
 from tierlm.timeline import Timeline, span
 
 
@@ -52,9 +53,10 @@ class Decoder:
         self.spec, self.embedding, self.trunks, self.head, self.moe = spec, embedding, trunks, head, moe
         self._norm = resident["norm"]
         kinds = list(dict.fromkeys(layer.attention for layer in spec.layers))
-        self._attention = [attention_of(kind, spec.norm_eps, cache, device) for kind in kinds]
-        self._layers = [  # per layer: trunk, kind of attention, norm after attention, whether it is MoE
-            (TrunkKey(i), kinds.index(layer.attention), resident[f"{i}.norm"], isinstance(layer.feed_forward, Moe))
+        self._attention = [attention_of(kind, spec.norm_eps, cache, device, spec.zero_centred) for kind in kinds]
+        self._normed = partial(rms_norm, eps=spec.norm_eps, zero_centred=spec.zero_centred)
+        self._layers = [  # per layer: trunk, kind of attention, norm after attention, feed-forward
+            (TrunkKey(i), kinds.index(layer.attention), resident[f"{i}.norm"], layer.feed_forward)
             for i, layer in enumerate(spec.layers)
         ]
 
@@ -80,7 +82,7 @@ class Decoder:
         if out is None:
             out = torch.empty(len(steps), self.spec.vocab)
             hidden = hidden[[end - 1 for end in accumulate(len(step.ids) for step in steps)]]
-        self._logits(rms_norm(hidden, self._norm, self.spec.norm_eps), out)
+        self._logits(self._normed(hidden, self._norm), out)
         if not _finite(out):
             self._layers_of(steps, prefill, lambda: None, check=True)  # finds the layer
             raise _not_finite("the final norm or the lm_head")
@@ -96,25 +98,34 @@ class Decoder:
         """The residual stream after the last layer, float32 [T, hidden]. ``check``: raise NumericsError where it is not
         finite."""
         hidden = self.embedding.read([i for step in steps for i in step.ids])  # [T, hidden]
+        if self.spec.scaled_embedding:
+            hidden *= math.sqrt(self.spec.hidden)
         if check and not _finite(hidden):
             raise _not_finite("the embedding")
         ends = accumulate((len(step.ids) for step in steps), initial=0)
         segments = [Rows(*edges, step.span) for edges, step in zip(pairwise(ends), steps, strict=True)]
         positions = [attention.positions(segments) for attention in self._attention]
-        for layer, (key, kind, norm, is_moe) in enumerate(self._layers):
+        for layer, (key, kind, norm, feed_forward) in enumerate(self._layers):
             watch()
             trunk = self.trunks.get(key)
-            if is_moe:
+            if isinstance(feed_forward, Moe):
                 self.moe.before_attention(hidden, layer, prefill)
             with span(self.timeline, "compute", f"attention {layer}"):
                 hidden, normed = self._attention[kind].forward(hidden, layer, trunk, norm, positions[kind])
-            if is_moe:
+            if isinstance(feed_forward, Moe):
                 hidden = self.moe.forward(hidden, normed, layer, trunk, prefill)
             else:
-                hidden = hidden + gated_mlp(normed, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
+                hidden = hidden + self._mlp(normed, feed_forward, trunk)
             if check and not _finite(hidden):
                 raise _not_finite(f"layer {layer}", layer)
         return hidden
+
+    def _mlp(self, x: Tensor, spec: Dense, trunk: Weights) -> Tensor:
+        """A dense feed-forward block: float32 [T, hidden] -> float32 [T, hidden]."""
+        mlp = gelu_mlp if spec.gelu else gated_mlp
+        added = mlp(x, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
+        norm = trunk.get("feed_forward_norm")
+        return added if norm is None else self._normed(added, norm)
 
     def _logits(self, x: Tensor, out: Tensor) -> None:
         """float32 [T, hidden] -> ``out`` [T, vocab], block by block of the lm_head."""
@@ -139,8 +150,10 @@ def _not_finite(where: str, layer: int | None = None) -> NumericsError:
     )
 
 
-def attention_of(spec: AttentionSpec, norm_eps: float, cache: KvCache, device: torch.device) -> Attention:
-    """The implementation of one kind of attention."""
+def attention_of(
+    spec: AttentionSpec, norm_eps: float, cache: KvCache, device: torch.device, zero_centred: bool = False
+) -> Attention:
+    """The implementation of one kind of attention. ``zero_centred``: see ModelSpec; grouped attention only."""
     if isinstance(spec, Grouped):
-        return GroupedHeads(spec, norm_eps, cache, device)
+        return GroupedHeads(spec, norm_eps, cache, device, zero_centred)
     return LatentHeads(spec, norm_eps, cache, device)

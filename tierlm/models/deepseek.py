@@ -1,4 +1,5 @@
-"""DeepSeek-V2, V2-Lite, V3, R1 and V3.1; Kimi-K2 and GLM-4.7-Flash, which share their architecture. No torch."""
+"""DeepSeek-V2, V2-Lite, V3, R1 and V3.1; Kimi-K2 and GLM-4.7-Flash, which share their architecture; and DeepSeek-V3.2
+and GLM-5, whose attention is the same up to ``index_topk`` tokens of context. No torch."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
 from tierlm.spec import Dense, Latent, LayerSpec, ModelSpec, Moe, RouterSpec
 
+SPARSE = ("deepseek_v32", "glm_moe_dsa")
+
 
 class DeepSeek(Names):
     """Latent attention; a few dense layers, then MoE with a shared expert and, since V3, a correction bias."""
 
     def read_spec(self, config: Config) -> ModelSpec:
         v2 = config.model_type == "deepseek_v2"
-        config.allow_fp8_blocks()
         config.allow(
             hidden_act=("silu",),
             scoring_func=("softmax",) if v2 else ("sigmoid",),
@@ -37,7 +39,16 @@ class DeepSeek(Names):
         stack = [LayerSpec(attention, Dense(config.number("intermediate_size")))] * dense
         if dense < layers:
             stack += [LayerSpec(attention, self._moe(config, v2))] * (layers - dense)
-        return config.model(tuple(stack), 1e-6)
+        return config.model(tuple(stack), 1e-6, sparse_above=self._sparse_above(config))
+
+    def _sparse_above(self, config: Config) -> int | None:
+        """A query attends to the ``index_topk`` best keys: to all of them, as long as there are no more."""
+        if config.model_type not in SPARSE:
+            return None
+        chosen = config.number("index_topk", default=2048)
+        if chosen < 1:
+            raise config.wrong("index_topk", "a whole number of at least 1", chosen)
+        return chosen
 
     def _dense(self, config: Config) -> int:
         """The leading dense layers, where ``first_k_dense_replace`` does not say."""

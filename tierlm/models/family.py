@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tierlm.errors import UnsupportedModelError
 from tierlm.models.config_reader import Config
 from tierlm.spec import Dense, ExpertKey, Grouped, Latent, ModelSpec, Moe, TrunkKey
 
@@ -46,6 +45,8 @@ class Names:
         moe = spec.moe
         assert moe is not None, "a model without experts"
         prefix = f"model.layers.{key.layer}.{self.moe}experts.{key.expert}."
+        if moe.stacked:
+            return _stacked(prefix, spec.hidden, moe)
         found = mlp(prefix, spec.hidden, moe.width, self.projections)
         if moe.clamped:
             sizes = moe.width, moe.width, spec.hidden
@@ -56,6 +57,9 @@ class Names:
     def trunk_tensors(self, spec: ModelSpec, key: TrunkKey) -> Shapes:
         prefix, layer = f"model.layers.{key.layer}.", spec.layers[key.layer]
         found: Shapes = {"input_layernorm": (prefix + "input_layernorm.weight", (spec.hidden,))}
+        if spec.sandwich:
+            found["attention_norm"] = (prefix + "post_attention_layernorm.weight", (spec.hidden,))
+            found["feed_forward_norm"] = (prefix + "post_feedforward_layernorm.weight", (spec.hidden,))
         if isinstance(layer.attention, Grouped):
             found |= _grouped(prefix + "self_attn.", spec.hidden, layer.attention)
         else:
@@ -71,9 +75,10 @@ class Names:
 
     def resident_tensors(self, spec: ModelSpec) -> Shapes:
         found: Shapes = {"norm": ("model.norm.weight", (spec.hidden,))}
+        second = "pre_feedforward_layernorm" if spec.sandwich else "post_attention_layernorm"
         for number, layer in enumerate(spec.layers):
             prefix, moe = f"model.layers.{number}.", layer.feed_forward
-            found[f"{number}.norm"] = (prefix + "post_attention_layernorm.weight", (spec.hidden,))
+            found[f"{number}.norm"] = (f"{prefix}{second}.weight", (spec.hidden,))
             if isinstance(moe, Moe):
                 found[f"{number}.router"] = (f"{prefix}{self.moe}{self.router}weight", (moe.experts, spec.hidden))
                 if moe.router.correction:
@@ -99,14 +104,13 @@ def mlp(prefix: str, hidden: int, width: int, names: tuple[str, ...] = ("gate_pr
     }
 
 
-def require_runnable(spec: ModelSpec, where: str) -> None:
-    """Raises UnsupportedModelError, naming the features that the engine lacks; the planner does not need them."""
-    moe = spec.moe
-    features = {
-        "stacked experts in safetensors (a GGUF file of this model works)": moe is not None and moe.stacked,
-    }
-    if missing := [name for name, needed in features.items() if needed]:
-        raise UnsupportedModelError(f"{where}: {spec.model_type} supports planning only; missing: {', '.join(missing)}")
+def _stacked(prefix: str, hidden: int, moe: Moe) -> Shapes:
+    """An expert's part of stacks."""
+    found: Shapes = {}
+    for name, (outs, ins) in {"gate_up": (2 * moe.width, hidden), "down": (hidden, moe.width)}.items():
+        found[f"{name}_proj"] = (f"{prefix}{name}_proj", (ins, outs) if moe.transposed else (outs, ins))
+        found[f"{name}_bias"] = (f"{prefix}{name}_proj_bias", (outs,))
+    return found
 
 
 def _latent(prefix: str, hidden: int, spec: Latent) -> Shapes:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Dense, Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import Dense, LayerSpec, ModelSpec, Moe, RouterSpec
 
 
 class Glm4Moe(Names):
     """Grouped attention that rotates a part of each head; a few dense layers, then MoE as in DeepSeek-V3."""
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",))
-        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
-        head_dim = config.number("head_dim", default=hidden // max(1, heads))
-        attention = Grouped(
-            heads=heads,
-            kv_heads=config.number("num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            rope=config.rope(interleaved=False),
+        attention = config.grouped(
+            config.rope(interleaved=False),
             qk_norm="head" if config.flag("use_qk_norm", False) else "",
-            rope_dim=config.rotated(head_dim, 0.5),
+            rope_dim=config.rotated(0.5),
             bias=config.flag("attention_bias", False),
         )
         width = config.number("moe_intermediate_size")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import LayerSpec, ModelSpec, Moe, RouterSpec
 
 
 class GptOss(Names):
     """Grouped attention with sinks and, in every other layer, a window; clamped experts with biases in every layer.
 
-    Names are those of one expert, as in GGUF; the published safetensors files stack a layer's experts.
+    GGUF files have gate and up projections apart. Published safetensors files have them in one matrix, in MXFP4;
+    without quantisation, matrices are transposed.
     """
 
     router = "router."
@@ -18,13 +19,9 @@ class GptOss(Names):
 
     def read_spec(self, config: Config) -> ModelSpec:
         config.allow(swiglu_limit=(7.0,), swiglu_alpha=(1.702,))  # kernels/linear.py
-        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
         full, windowed = (
-            Grouped(
-                heads=heads,
-                kv_heads=config.number("num_key_value_heads"),
-                head_dim=config.number("head_dim", default=hidden // max(1, heads)),
-                rope=config.rope(interleaved=False, theta=150000.0),
+            config.grouped(
+                config.rope(interleaved=False, theta=150000.0),
                 bias=True,
                 output_bias=True,
                 sinks=True,
@@ -32,6 +29,8 @@ class GptOss(Names):
             )
             for window in (None, config.number("sliding_window", default=128))
         )
+        stacked = not config.flag("experts_split", False)
+        plain = not config.part("quantization_config").fields
         moe = Moe(
             experts=config.number("num_local_experts", "num_experts"),
             experts_per_token=config.number("num_experts_per_tok", "experts_per_token"),
@@ -39,7 +38,8 @@ class GptOss(Names):
             shared_width=0,
             router=RouterSpec("softmax", bias=True),
             clamped=True,
-            stacked=not config.flag("experts_split", False),
+            stacked=stacked,
+            transposed=stacked and config.flag("experts_transposed", plain),  # packing.py
         )
         layers = config.number("num_hidden_layers")
         kinds = config.listed("layer_types", str, (["sliding_attention", "full_attention"] * layers)[:layers])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,12 +17,15 @@ from tierlm.spec import SCORE_VALUES, Grouped
 
 
 class GroupedHeads:
-    """``Attention`` for layers with this ``spec``; ``norm_eps`` applies to all norms."""
+    """``Attention`` for layers with this ``spec``; ``norm_eps`` and ``zero_centred`` apply to all norms."""
 
-    def __init__(self, spec: Grouped, norm_eps: float, cache: KvCache, device: torch.device):
-        self.spec, self.norm_eps, self.cache = spec, norm_eps, cache
+    def __init__(
+        self, spec: Grouped, norm_eps: float, cache: KvCache, device: torch.device, zero_centred: bool = False
+    ):
+        self.spec, self.cache = spec, cache
+        self._normed = partial(rms_norm, eps=norm_eps, zero_centred=zero_centred)
         self._rotary = Rotary(spec.rope, spec.rotated, device)
-        self._scale = softmax_scale(spec.rope, spec.head_dim)
+        self._scale = softmax_scale(spec.rope, spec.scalar or spec.head_dim)
         self._sharing = spec.heads // spec.kv_heads  # query heads per head of keys and values
 
     def positions(self, segments: Sequence[Rows]) -> Positions:
@@ -31,8 +35,8 @@ class GroupedHeads:
         self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
     ) -> tuple[Tensor, Tensor]:
         """Query heads that share keys and values are multiplied with them in one product, directly in the cache."""
-        spec, eps, tokens = self.spec, self.norm_eps, len(hidden)
-        x = rms_norm(hidden, trunk["input_layernorm"], eps)
+        spec, tokens = self.spec, len(hidden)
+        x = self._normed(hidden, trunk["input_layernorm"])
         queries = self._rotated(_projected(x, trunk, "q"), trunk.get("q_norm"), positions)  # [T, heads, dim]
         keys = self._rotated(_projected(x, trunk, "k"), trunk.get("k_norm"), positions)  # [T, kv_heads, dim]
         step = torch.cat((keys.flatten(1), _projected(x, trunk, "v")), dim=-1)  # [T, 2 * kv_heads * dim]
@@ -44,17 +48,20 @@ class GroupedHeads:
             if spec.window is not None:  # what the first query sees, and on
                 past = past[-(spec.window + segment.stop - segment.start - 1) :]
             self._attend(queries[rows], past, sinks, out[rows])
-        total = hidden + _projected(out.view(tokens, spec.query_width), trunk, "o")
-        return total, rms_norm(total, next_norm, eps)
+        added = _projected(out.view(tokens, spec.query_width), trunk, "o")
+        if (norm := trunk.get("attention_norm")) is not None:
+            added = self._normed(added, norm)
+        total = hidden + added
+        return total, self._normed(total, next_norm)
 
     def _rotated(self, x: Tensor, norm: Weight | None, positions: Positions) -> Tensor:
         """Queries or keys [T, heads * dim], normed and rotated -> [T, heads, dim]."""
         spec = self.spec
         if norm is not None and spec.qk_norm == "all":
-            x = rms_norm(x, norm, self.norm_eps)
+            x = self._normed(x, norm)
         x = x.view(len(x), -1, spec.head_dim)
         if norm is not None and spec.qk_norm == "head":
-            x = rms_norm(x, norm, self.norm_eps)
+            x = self._normed(x, norm)
         turned = rotate(x[..., : spec.rotated], *positions.angles, spec.rope.interleaved)
         return turned if spec.rotated == spec.head_dim else torch.cat((turned, x[..., spec.rotated :]), dim=-1)
 

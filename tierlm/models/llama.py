@@ -1,26 +1,21 @@
 """Llama, Mistral and Qwen3, dense, after `LlamaForCausalLM`, `MistralForCausalLM` and `Qwen3ForCausalLM` in
-transformers. No torch."""
+transformers; the language model of Qwen3-VL is a Qwen3. No torch."""
 
 from __future__ import annotations
 
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Dense, Grouped, LayerSpec, ModelSpec
+from tierlm.spec import Dense, LayerSpec, ModelSpec
 
 
 class Llama(Names):
     """Grouped attention, with QK-norm in Qwen3, and a SwiGLU in every layer: a layer is one trunk, and nothing else."""
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), use_sliding_window=(False,))
-        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
-        head_dim, qwen3 = config.number("head_dim", default=hidden // max(1, heads)), config.model_type == "qwen3"
-        attention = Grouped(
-            heads=heads,
-            kv_heads=config.number("num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            rope=config.rope(interleaved=config.flag("rope_interleave", False), dim=head_dim),
+        qwen3 = "qwen3" in config.model_type
+        attention = config.grouped(
+            config.rope(interleaved=config.flag("rope_interleave", False), dim=config.head_dim),
             qk_norm="head" if qwen3 else "",
             window=None if qwen3 else config.number("sliding_window", default=0) or None,
         )

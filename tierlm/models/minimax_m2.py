@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import LayerSpec, ModelSpec, Moe, RouterSpec
 
 
 class MiniMaxM2(Names):
@@ -15,17 +15,11 @@ class MiniMaxM2(Names):
     projections = ("w1", "w3", "w2")
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), scoring_func=("sigmoid",), use_qk_norm=(True,), qk_norm_type=("per_layer",))
-        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
-        head_dim = config.number("head_dim", default=hidden // max(1, heads))
-        attention = Grouped(
-            heads=heads,
-            kv_heads=config.number("num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            rope=config.rope(interleaved=False, theta=5e6),
+        attention = config.grouped(
+            config.rope(interleaved=False, theta=5e6),
             qk_norm="all",
-            rope_dim=config.number("rotary_dim", default=config.rotated(head_dim, 1.0)),
+            rope_dim=config.number("rotary_dim", default=config.rotated(1.0)),
         )
         moe = Moe(
             experts=config.number("num_local_experts"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import LayerSpec, ModelSpec, Moe, RouterSpec
 
 
 class Mixtral(Names):
@@ -14,14 +14,9 @@ class Mixtral(Names):
     projections = ("w1", "w3", "w2")
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",))
-        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
-        attention = Grouped(
-            heads=heads,
-            kv_heads=config.number("num_key_value_heads", default=heads),
-            head_dim=config.number("head_dim", default=hidden // max(1, heads)),
-            rope=config.rope(interleaved=config.flag("rope_interleave", False), theta=1e6),
+        attention = config.grouped(
+            config.rope(interleaved=config.flag("rope_interleave", False), theta=1e6),
             window=config.number("sliding_window", default=0) or None,
         )
         moe = Moe(

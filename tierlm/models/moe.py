@@ -16,8 +16,6 @@ from tierlm.spec import ModelSpec
 from tierlm.timeline import Timeline, span
 from tierlm.tracing.recorder import AHEAD, Recorder
 
-MLP, PARTS = ("gate", "up", "down"), ("proj", "bias")  # roles of a clamped expert
-
 
 class MixtureOfExperts:
     """The MoE block of all layers."""
@@ -33,6 +31,7 @@ class MixtureOfExperts:
         self.spec, self.router, self.store = spec, router, store
         self.timeline, self.recorder = timeline, recorder
         self._clamped = spec.moe is not None and spec.moe.clamped
+        self._transposed = spec.moe is not None and spec.moe.transposed
         self._shared = spec.moe is not None and spec.moe.shared_width > 0
 
     def forward(self, hidden: Tensor, x: Tensor, layer: int, trunk: Weights, prefill: bool) -> Tensor:
@@ -72,7 +71,7 @@ class MixtureOfExperts:
             with span(self.timeline, "compute", f"{len(jobs)} experts of {layer}"):
                 if self._clamped:
                     for rows, out, record in jobs:
-                        out.copy_(clamped_mlp(rows, *[[record[f"{name}_{part}"] for name in MLP] for part in PARTS]))
+                        out.copy_(clamped_mlp(rows, record, self._transposed))
                 else:
                     gated_mlps([(rows, out, (w["gate_proj"], w["up_proj"], w["down_proj"])) for rows, out, w in jobs])
             jobs = []

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import LayerSpec, ModelSpec, Moe, RouterSpec
 
 
 class Olmoe(Names):
     """Grouped attention that norms all heads together; MoE in every layer."""
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), attention_bias=(False,), clip_qkv=(None,))
-        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
-        attention = Grouped(
-            heads=heads,
-            kv_heads=config.number("num_key_value_heads", default=heads),
-            head_dim=hidden // max(1, heads),
-            rope=config.rope(interleaved=False),
-            qk_norm="all",
-        )
+        attention = config.grouped(config.rope(interleaved=False), qk_norm="all")
         moe = Moe(
             experts=config.number("num_experts"),
             experts_per_token=config.number("num_experts_per_tok"),

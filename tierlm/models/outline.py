@@ -16,6 +16,7 @@ from tierlm.models import family_of, read_spec
 from tierlm.models.catalog import HEAD_BLOCK_BYTES
 from tierlm.models.config_reader import Fields
 from tierlm.models.family import Family, Shapes
+from tierlm.models.quantization import published
 from tierlm.planning.cost import Formats, Work
 from tierlm.planning.mixtures import MIXTURES
 from tierlm.planning.plan import MAX_LOGITS, Sizes, workspace_bytes
@@ -48,10 +49,10 @@ class Outline:
     def __init__(self, config: Mapping[str, Any], where: str, format: str | None = None):
         self.family = family_of(config.get("model_type"), where)
         self.spec = read_spec(config, where)
-        self.format = format or published_format(config)
-        if self.format not in MIXTURES:
-            raise UsageError(f"format: expected one of {', '.join(MIXTURES)}, found {self.format!r}")
-        self._mixture = MIXTURES[self.format]
+        if format is not None and format not in MIXTURES:
+            raise UsageError(f"format: expected one of {', '.join(MIXTURES)}, found {format!r}")
+        self._mixture = published(Fields(config, where)) if format is None else MIXTURES[format]
+        self.format = format or self._mixture.experts
         self._expert_bits, self._trunk_bits, self._embedding_bits, self._head_bits = self._mixture.bits
         spec = self.spec
         row = math.ceil(spec.hidden * self._head_bits / 8)
@@ -153,13 +154,6 @@ def work_of(records: Records) -> Work:
         stored=(records.stored_share(records.experts()), records.stored_share(records.trunks)),
         formats=records.formats,
     )
-
-
-def published_format(config: Mapping[str, Any]) -> str:
-    """The checkpoint format stated by a config."""
-    quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    return method if isinstance(method, str) and method in MIXTURES else "bf16"
 
 
 def _bytes(tensors: Shapes, bits: float) -> int:

@@ -11,9 +11,11 @@ from typing import Any
 
 import xxhash
 
+from tierlm.checkpoints.checkpoint import ITEM_SIZE
 from tierlm.checkpoints.checksum import ALGORITHM
 from tierlm.checkpoints.codec import load_zstandard, measure
 from tierlm.checkpoints.disk_profile import ProfileCache, disk_name
+from tierlm.checkpoints.multimodal import text_config
 from tierlm.checkpoints.pack import AHEAD, PackedRecord, Packing, Progress, memory_of, pack, raw_bytes, unfinished
 from tierlm.checkpoints.packed import VERSION
 from tierlm.checkpoints.probe import find_profile
@@ -40,6 +42,7 @@ BESIDE = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tiktoken.model",
     "vocab*",
     "merges.txt",
     "chat_template*",
@@ -64,7 +67,7 @@ def pack_model(
 
     ``experts``, ``trunk``: the format of the routed experts' and of all other matrices, by name, or "keep". Norms,
     routers and the embedding keep theirs, but an embedding in a format of GGUF becomes float32; layers for multi-token
-    prediction are omitted. ``codec``: "zstd" compresses the float records, "none" nothing; "auto" calls
+    prediction and vision are omitted. ``codec``: "zstd" compresses the float records, "none" nothing; "auto" calls
     ``choose_codec``. ``say`` receives messages about the codec. ``ram``: limit of the process in bytes; None: most of
     the free memory. Raises UsageError, BudgetError, CheckpointError, StorageError.
     """
@@ -102,10 +105,14 @@ def pack_model(
         for file in sorted(folder.glob(pattern))
         if file.is_file()
     }
-    config = json.loads(beside["config.json"])
+    published = json.loads(beside["config.json"])
+    config = dict(text_config(published))
     packings = (packing for records in files.values() for record in records for packing in record.packings)
     if "quantization_config" in config and any(packing.target != packing.weight.format for packing in packings):
         del config["quantization_config"]  # no longer true for all weights
+        if catalog.spec.moe is not None and catalog.spec.moe.stacked:
+            config["experts_transposed"] = catalog.spec.moe.transposed  # else told by quantization_config
+    if config != published:
         beside["config.json"] = json.dumps(config, indent=2).encode()
     sources = catalog.checkpoint.stamps
     pack(files, beside, out, describe(catalog, experts, trunk, codec), sources, progress, queued)
@@ -142,7 +149,7 @@ def records_of(catalog: Catalog, experts: str, trunk: str) -> dict[str, list[Pac
         return PackedRecord(name, [_packing(catalog.stored(*weight), target) for weight in weights.values()])
 
     embedding = catalog.stored(family.embedding_name(), (spec.vocab, spec.hidden))
-    kept = FORMATS[embedding.format].packable
+    kept = _keepable(embedding)
     table = PackedRecord("embedding", [_packing(embedding, KEEP if kept else "f32")])
     files = {
         "embedding.safetensors": [replace(table, block=block_of_rows(table.shape().nbytes // spec.vocab))],
@@ -212,10 +219,15 @@ def describe(catalog: Catalog, experts: str, trunk: str, codec: str) -> dict[str
     return {"version": VERSION, "packed": packed, "source": source}
 
 
+def _keepable(weight: StoredWeight) -> bool:
+    """Whether its tensors have dtypes of safetensors."""
+    return all(part.dtype in ITEM_SIZE for part in weight.parts.values())
+
+
 def _packing(weight: StoredWeight, target: str) -> Packing:
     """Vectors always keep their format."""
     kept = target == KEEP or len(weight.shape) != 2
-    if kept and not FORMATS[weight.format].packable:
+    if kept and not _keepable(weight):
         raise UsageError(
             f"{weight.name} is {weight.format}, which no packed store holds; choose another format than keep"
         )

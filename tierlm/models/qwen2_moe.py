@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Dense, Grouped, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import ModelSpec, Moe, RouterSpec
 
 
 class Qwen2Moe(Names):
@@ -13,16 +13,8 @@ class Qwen2Moe(Names):
     shared = "shared_expert."
 
     def read_spec(self, config: Config) -> ModelSpec:
-        config.allow_fp8_blocks()
         config.allow(hidden_act=("silu",), use_sliding_window=(False,))
-        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
-        attention = Grouped(
-            heads=heads,
-            kv_heads=config.number("num_key_value_heads", default=heads),
-            head_dim=config.number("head_dim", default=hidden // max(1, heads)),
-            rope=config.rope(interleaved=False),
-            bias=config.flag("qkv_bias", True),
-        )
+        attention = config.grouped(config.rope(interleaved=False), bias=config.flag("qkv_bias", True))
         moe = Moe(
             experts=config.number("num_experts"),
             experts_per_token=config.number("num_experts_per_tok"),
@@ -31,9 +23,4 @@ class Qwen2Moe(Names):
             router=RouterSpec("softmax", normalize=config.flag("norm_topk_prob", False)),
             shared_gate=True,
         )
-        step, dense_layers = config.number("decoder_sparse_step", default=1), set(config.listed("mlp_only_layers", int))
-        layers = []
-        for layer in range(config.number("num_hidden_layers")):
-            sparse = layer not in dense_layers and (layer + 1) % max(1, step) == 0
-            layers.append(LayerSpec(attention, moe if sparse else Dense(config.number("intermediate_size"))))
-        return config.model(tuple(layers), 1e-6)
+        return config.model(config.sparse(attention, moe), 1e-6)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tierlm.checkpoints.checkpoint import read_json
-from tierlm.checkpoints.container import describe
+from tierlm.checkpoints.container import describe, read_config
 from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.checkpoints.gguf_header import gguf_in
 from tierlm.checkpoints.hub import DEMO, HubId, find_hub_config
 from tierlm.errors import ModelNotFoundError
+from tierlm.files import is_file, is_folder
 
 # name -> Hub ids, source of the dimensions, second source that they were checked against, config
 DATA = Path(__file__).with_name("known.json")
@@ -43,14 +42,14 @@ def find_config(model: str) -> Named:
     if (file := gguf_in(path)) is not None:
         described = describe(file)
         return Named(file.stem, described.config, described.where, file)
-    if not os.path.isfile(path / "config.json"):  # unlike Path.is_file, false for a name that is too long
+    if not is_file(path / "config.json"):
         refuse_foreign(path)
-    if os.path.isdir(path):
-        config = read_json(path / "config.json")
+    if is_folder(path):
+        config = read_config(path / "config.json")
         whole = any(path.glob("*.safetensors"))
         return Named(path.resolve().name, config, str(path / "config.json"), path if whole else None)
-    if os.path.isfile(path):
-        return Named(path.stem, read_json(path), str(path))
+    if is_file(path):
+        return Named(path.stem, read_config(path), str(path))
     known = known_models()
     for name, entry in known.items():
         if model.lower() in (name.lower(), *(hub.lower() for hub in entry["hub"])):
@@ -64,4 +63,4 @@ def find_config(model: str) -> Named:
     if file.suffix == ".gguf":
         described = describe(file)
         return Named(model, described.config, described.where, file)
-    return Named(model, read_json(file if file.is_file() else file / "config.json"), str(file))
+    return Named(model, read_config(file if file.is_file() else file / "config.json"), str(file))

@@ -29,5 +29,7 @@ MIXTURES = {
     "int8": Mixture("int8", "int8", "int8", "int8"),
     "int4": Mixture("int4", "int8", "int8", "int8"),
     "mxfp4": Mixture("mxfp4", "bf16", "bf16", "bf16"),
+    "int4_g32": Mixture("int4_g32", "bf16", "bf16", "bf16"),
+    "nvfp4": Mixture("nvfp4", "bf16", "bf16", "bf16"),
     "q4_k_m": Mixture("q4_k_m", "q4_k", "q4_k", "q6_k"),  # llama.cpp, llama_tensor_get_type
 }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_gguf import write_gguf
@@ -223,3 +227,54 @@ def test_the_token_goes_to_the_hub_alone(
     arrivals.wait(arrivals.files[0], 0, 2**16)
     arrivals.close()
     assert hub.tokens_elsewhere == {None}
+
+
+def test_run_and_plan_by_id(originals: Callable[[str], Path], serve: Serve, cache: Path) -> None:
+    """In a process of its own, which reads the settings of the library itself."""
+    folder = originals("v3")
+    hub = serve(MadeHub.of(folder))
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
+
+    def tierlm(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tierlm", *words]
+        return subprocess.run(command, env={**os.environ, **settings, **more}, capture_output=True, text=True)
+
+    words = ("--ids", "3,4,5", "-n", "4", "--ram", "1GiB", "--device", "cpu", "-q")
+    planned = tierlm("plan", REPO, "--ram", "1GiB", "--prompt", "64")
+    assert planned.returncode == 0 and not hub.sent, planned.stderr
+    local, remote = tierlm("run", str(folder), *words), tierlm("run", f"{REPO}@v1", *words)
+    assert (remote.returncode, remote.stdout) == (0, local.stdout) and local.stdout.strip(), remote.stderr
+    assert find_model(f"{REPO}@v1").is_dir()
+    assert tierlm("run", f"{REPO}@v1", *words, HF_HUB_OFFLINE="1").stdout == local.stdout
+    refused = tierlm("run", "org/other", *words, HF_HUB_OFFLINE="1")
+    assert refused.returncode == 1 and "org/other: no such folder, and not available on the Hub" in refused.stderr
+
+
+def test_a_whole_download_continues_what_has_arrived(
+    originals: Callable[[str], Path], serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = serve(MadeHub.of(originals("v3")))
+    staged = find_model(REPO, whole=False)
+    arrivals = arriving.Arrivals(staged)
+    file = arrivals.files[0]
+    arrivals.wait(file, 0, 2**16)
+    arrivals.close()
+    hub.sent = []
+    hub.allow = lambda name, start, stop: 0
+    monkeypatch.setattr(arriving, "STALL", 0.2)
+    with pytest.raises(CheckpointError, match="nothing arrived"):
+        find_model(REPO)
+    hub.sent, hub.allow = [], lambda name, start, stop: None
+    found = find_model(REPO)
+    assert (found / file.name).read_bytes() == hub.files[file.name]
+    assert hub.sent and min(start for _, start in hub.sent) >= 2**16
+
+
+def test_a_disk_without_room_is_an_error_before_the_download(
+    originals: Callable[[str], Path], serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(MadeHub.of(originals("v3")))
+    staged = find_model(REPO, whole=False)
+    monkeypatch.setattr(arriving.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match="still to arrive from the Hub, 1000 B of the disk are free"):
+        LLM.load(staged, budget="1GiB", device="cpu")

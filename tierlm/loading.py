@@ -268,7 +268,11 @@ def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, Dis
     )
     try:
         if arriving is not None:
-            reader = ArrivingReader(reader, arrivals := Arrivals(arriving))
+            arrivals = Arrivals(arriving)
+            try:
+                reader = ArrivingReader(reader, arrivals)
+            except OSError as error:
+                raise StorageError(str(error)) from error
             here, total = map(format_size, arrivals.progress)
             notes.append(f"weights: {here} of {total} were here at the start; the rest arrives from the Hub meanwhile")
         threads = options.transfer_threads or _transfer_threads(request, profile)

@@ -20,10 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from tierlm.checkpoints.checkpoint import MAX_HEADER, read_json
 from tierlm.checkpoints.reader import Reader, Request, failure
+from tierlm.config import format_size
 from tierlm.errors import CheckpointError
 from tierlm.files import write_whole
 
@@ -80,7 +82,7 @@ def arrange(repo: str, snapshot: Path, files: Mapping[str, Arriving]) -> Path:
         if (snapshot / name).exists():
             if not path.is_symlink():
                 _link(path, snapshot / name)
-        elif not path.exists():  # nor what it links to
+        elif not path.exists() or path.stat().st_size != each.size:
             for old in (path, _map(path)):
                 old.unlink(missing_ok=True)
             with open(path, "wb") as stream:
@@ -96,6 +98,30 @@ def arrange(repo: str, snapshot: Path, files: Mapping[str, Arriving]) -> Path:
     return folder
 
 
+def complete(snapshot: Path, files: Collection[str]) -> bool:
+    """Fetch the rest of ``files`` into ``snapshot``, with a progress bar, if a part has arrived already; False if none
+    has. Raises OSError, CheckpointError."""
+    from huggingface_hub import utils
+
+    if arriving_in(folder := _folder(snapshot, files)) is None:
+        return False
+    arrivals = Arrivals(folder)
+    try:
+        arrivals.start()
+        here, total = arrivals.progress
+        since = time.monotonic()
+        with cast(Any, utils).tqdm(total=total, initial=here, unit="B", unit_scale=True, desc=snapshot.name[:8]) as bar:
+            while not arrivals.join(PAUSE):
+                if (now := arrivals.progress[0]) > here:
+                    bar.update(now - here)
+                    here, since = now, time.monotonic()
+                elif here < total and time.monotonic() - since > STALL:
+                    raise OSError(f"nothing arrived for {STALL:.0f} seconds; what is here is kept")
+    finally:
+        arrivals.close()
+    return True
+
+
 def discard(snapshot: Path, files: Collection[str]) -> None:
     """Remove the folder of files that are all in ``snapshot`` now, unless a process uses it. Raises OSError."""
     folder = _folder(snapshot, files)
@@ -107,7 +133,8 @@ def discard(snapshot: Path, files: Collection[str]) -> None:
 
 def _link(path: Path, target: Path) -> None:
     """Make ``path`` a link to ``target``, whatever it was."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside = path.with_name(f"{path.name}.link")
+    beside.unlink(missing_ok=True)
     beside.symlink_to(target)
     os.replace(beside, path)
 
@@ -133,8 +160,6 @@ class Arrivals:
 
     def __init__(self, folder: Path):
         plan = read_json(folder / PLAN)
-        self._lock = open(folder / PLAN, "rb")  # noqa: SIM115
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
         try:
             self._repo, self._snapshot = str(plan["repo"]), Path(plan["snapshot"])
             self._files = {
@@ -143,13 +168,16 @@ class Arrivals:
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder / PLAN}: is malformed ({error}); remove {folder}") from error
+        self._lock = open(folder / PLAN, "rb")  # noqa: SIM115
+        fcntl.flock(self._lock, fcntl.LOCK_SH)  # see discard
         self._changed = threading.Condition()
         self._demands, self._closed = 0, False
         self._threads: list[threading.Thread] = []
         for file in self._files.values():
             file.whole = file.path.is_symlink()  # it was in the cache
-            file.have = bytearray(_map(file.path).read_bytes() if _map(file.path).exists() else b"")
-            file.have.extend(bytes(-(-file.size // CHUNK) - len(file.have)))
+            count = -(-file.size // CHUNK)
+            known = _map(file.path).read_bytes() if _map(file.path).exists() else b""
+            file.have = bytearray(known[:count].ljust(count, bytes([MISSING])))
 
     @property
     def files(self) -> list[Path]:
@@ -167,13 +195,30 @@ class Arrivals:
         return path not in self._files or self._files[path].whole
 
     def start(self) -> None:
-        """Fetch what no read asks for, in the order of the files, behind what reads wait for."""
+        """Fetch what no read asks for, in the order of the files, behind what reads wait for. Raises OSError if the
+        disk has too little room."""
+        here, total = self.progress
+        if (free := shutil.disk_usage(self._snapshot.parent.parent).free) < total - here:
+            self.close()
+            raise OSError(
+                f"{self._snapshot.parent.parent}: {format_size(total - here)} are still to arrive from the Hub, "
+                f"{format_size(free)} of the disk are free; free some, or set HF_HUB_CACHE to a folder of another disk"
+            )
         self._threads = [
             threading.Thread(target=self._fill, name=f"tierlm-arriving-{number}", daemon=True)
             for number in range(FILLERS)
         ]
         for thread in self._threads:
             thread.start()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for all files, at most about ``timeout`` seconds. Returns whether they are whole. Raises OSError if one
+        arrived damaged."""
+        for thread in self._threads:
+            thread.join(timeout / len(self._threads))
+        if damaged := [file.error for file in self._files.values() if file.error is not None]:
+            raise OSError(damaged[0])
+        return all(file.whole for file in self._files.values())
 
     def close(self) -> None:
         """Stop. What is here stays for the next time."""
@@ -241,6 +286,8 @@ class Arrivals:
                     for data in self._receive(file, at * CHUNK, min(chunks.stop * CHUNK, file.size)):
                         self._store(file, at, data)
                         at, since = at + 1, time.monotonic()
+                        if self._closed:
+                            raise OSError("closed")
                 except (OSError, http.client.HTTPException) as error:
                     file.location = None  # signed addresses expire
                     with self._changed:

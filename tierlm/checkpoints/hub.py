@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tierlm.checkpoints.arriving import Arriving, arrange, discard
+from tierlm.checkpoints.arriving import Arriving, arrange, complete, discard
 from tierlm.checkpoints.checkpoint import read_json
 from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.checkpoints.gguf_header import gguf_in
@@ -119,7 +119,7 @@ def _download(found: HubId, whole: bool) -> Path:
     elif remote is not None and not whole:
         staged = arrange(found.repo, folder, {name: remote[name] for name in weights})
         return staged / Path(weights[0]).name if weights[0].endswith(".gguf") else staged
-    else:
+    elif not complete(folder, weights):
         snapshot_download(found.repo, revision=folder.name, allow_patterns=weights)
     return folder / weights[0] if weights[0].endswith(".gguf") else folder
 

@@ -18,7 +18,12 @@ from tierlm.config import Budget, LoadOptions, SamplingParams
 
 Model = Annotated[
     str,
-    Argument(metavar="MODEL", help="A folder in Hugging Face layout, a Hub id, or 'demo'.", autocompletion=models),
+    Argument(
+        metavar="MODEL",
+        help="A folder in Hugging Face layout, a GGUF file, a Hub id (ORG/NAME, ORG/NAME@REVISION, ORG/NAME:Q4_K_M), "
+        "or 'demo'.",
+        autocompletion=models,
+    ),
 ]
 Json = Annotated[
     Path | None,

@@ -25,7 +25,7 @@ Model = Annotated[
     str,
     Argument(
         metavar="MODEL",
-        help="A folder, a config.json, a Hub id, 'demo', or a known model such as DeepSeek-V3.",
+        help="A folder, a config.json, a GGUF file, a Hub id, 'demo', or a known model such as DeepSeek-V3.",
         autocompletion=models_to_plan,
     ),
 ]

@@ -212,6 +212,12 @@ def test_bos_is_not_put_unasked(tmp_path: Path) -> None:
     assert codec.tokenizer.token_to_id(BOS) not in codec.encode("the fox")
 
 
+def test_bos_that_is_no_unicode(tmp_path: Path) -> None:
+    codec = make_codec(tmp_path, add_bos_token=True, bos_token="\ud800")
+    with pytest.raises(CheckpointError, match="tokenizer_config"):
+        codec.encode("the")
+
+
 def test_bos_that_the_vocabulary_lacks_is_left_out(tmp_path: Path) -> None:
     codec = make_codec(tmp_path, add_bos_token=True, bos_token="<|other|>")
     assert codec.encode("the fox") == codec.encode("the fox", special=False)

@@ -58,7 +58,8 @@ class TextCodec:
         with _readable(self.folder):
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         if special and self._config.get("add_bos_token"):
-            bos = self.tokenizer.token_to_id(special_tokens(self.folder, self._config).get("bos_token", ""))
+            with _readable(self.folder / "tokenizer_config.json"):  # a token may be no Unicode
+                bos = self.tokenizer.token_to_id(special_tokens(self.folder, self._config).get("bos_token", ""))
             return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         return ids
 

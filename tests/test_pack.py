@@ -610,6 +610,7 @@ HEADERS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda meta: meta.update({"tierlm.records": "[1"}), "malformed"),
     (lambda meta: meta.update({"tierlm.records": '{"a": [0, "x", "0123456789abcdef"]}'}), "malformed"),
     (lambda meta: meta.update({"tierlm.records": '{"a": [0, 5, "zz"]}'}), "malformed"),
+    (lambda meta: meta.update({"tierlm.records": f'{{"a": [{2**63}, 5, "0123456789abcdef"]}}'}), "malformed"),
     (lambda meta: meta.update({"tierlm.records": '{"a": [0, 5, "0123456789abcdef"]}'}), "expected a record as it was"),
 ]
 

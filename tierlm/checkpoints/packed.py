@@ -138,7 +138,9 @@ def read_seals(file: Path, header: Header) -> dict[int, Seal]:
         entries: Any = parse_json(text.encode())
         seals = {}
         for name, (offset, nbytes, checksum) in entries.items():
-            if type(offset) is not int or type(nbytes) is not int or re.fullmatch(r"[0-9a-f]{16}", checksum) is None:
+            numbers = type(offset) is int and type(nbytes) is int and min(offset, nbytes) >= 0
+            inside = numbers and header.begin + offset + nbytes <= header.stamp.size
+            if not inside or re.fullmatch(r"[0-9a-f]{16}", checksum) is None:
                 raise ValueError(f"{name}: {[offset, nbytes, checksum]}")
             seals[header.begin + offset] = Seal(name, file, header.begin + offset, nbytes, checksum)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -21,6 +21,7 @@ FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}],
     [{"conversation"}, {"progress"}],
     [{"llm", "async_llm", "stats"}],
+    [{"answer"}],
     [{"client", "worker"}],
     [{"loading"}],
     [{"runtime"}],

@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_loading import open_files
 
-from tierlm import LLM, Budget, SamplingParams, client
+from tierlm import LLM, Budget, SamplingParams, answer, client
 from tierlm import llm as api
 from tierlm.worker import Worker
 
@@ -24,7 +24,7 @@ RAM = Budget("8GiB")
 PARAMS = SamplingParams(max_new_tokens=4, ignore_eos=True)
 PROMPTS = [[5, 9, 23], [88], [64, 2, 111, 12, 40]]
 STEPS = int(os.environ.get("TIERLM_INTERRUPTS", "60"))  # places to interrupt, per test
-CLIENT_FILES = {api.__file__, client.__file__}
+CLIENT_FILES = {api.__file__, answer.__file__, client.__file__}
 
 
 class Interrupt:

@@ -18,9 +18,9 @@ from test_llm import faulty, is_expert
 import tierlm.demo
 import tierlm.progress
 from tierlm import LLM, Budget, PromptError, SamplingParams, TokenLogprob, UsageError
+from tierlm.answer import Answer
 from tierlm.checkpoints.reader import Request as Read
 from tierlm.engine.sequence import Progress
-from tierlm.llm import Answer
 from tierlm.progress import prefill_bar
 from tierlm.text import TextCodec, TextStream
 

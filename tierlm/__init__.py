@@ -26,10 +26,11 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from tierlm.answer import Piece, Result
     from tierlm.async_llm import AsyncLLM
     from tierlm.conversation import Conversation
     from tierlm.engine.sampler import TokenLogprob
-    from tierlm.llm import LLM, Piece, Result
+    from tierlm.llm import LLM
     from tierlm.stats import Stats
 
 __version__ = "0.1.0"
@@ -60,8 +61,8 @@ _NEEDS_TORCH = {
     "AsyncLLM": "tierlm.async_llm",
     "Conversation": "tierlm.conversation",
     "LLM": "tierlm.llm",
-    "Piece": "tierlm.llm",
-    "Result": "tierlm.llm",
+    "Piece": "tierlm.answer",
+    "Result": "tierlm.answer",
     "Stats": "tierlm.stats",
     "TokenLogprob": "tierlm.engine.sampler",
 }

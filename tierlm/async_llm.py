@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
+from tierlm.answer import Piece, Result, add, results, unfinished
 from tierlm.checkpoints.hub import find_model
 from tierlm.client import Client, Request
 from tierlm.config import Budget, LoadOptions, SamplingParams
 from tierlm.engine.sequence import Progress
-from tierlm.llm import LLM, Piece, Result, add, checked, results, unfinished
+from tierlm.llm import LLM, checked
 from tierlm.prompt import Prompt, Prompts
 from tierlm.stats import Stats
 from tierlm.templates.template import Message

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tierlm.answer import Piece
 from tierlm.client import OnPrefill
 from tierlm.config import SamplingParams
 from tierlm.engine.sequence import Keep
-from tierlm.llm import LLM, Piece
+from tierlm.llm import LLM
 from tierlm.templates.template import Message
 
 

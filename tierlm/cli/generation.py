@@ -15,7 +15,8 @@ from tierlm.cli.output import pairs, progress
 from tierlm.config import Budget, LoadOptions, SamplingParams
 
 if TYPE_CHECKING:
-    from tierlm.llm import LLM, Piece
+    from tierlm.answer import Piece
+    from tierlm.llm import LLM
     from tierlm.stats import Stats
 
 ShowStats = Annotated[bool, Option("--stats", help="Print transfers, hit rates and waiting times.")]

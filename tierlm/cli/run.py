@@ -19,7 +19,8 @@ from tierlm.errors import UsageError
 from tierlm.progress import prefill_bar
 
 if TYPE_CHECKING:
-    from tierlm.llm import LLM, Piece
+    from tierlm.answer import Piece
+    from tierlm.llm import LLM
 
 
 @grouped

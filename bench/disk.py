@@ -13,20 +13,21 @@ BLOCK = 8 * 2**20
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-def disk_ceiling(folder: Path, total: int = 2 * 2**30, depth: int = 8) -> tuple[float, float]:
-    """Bytes/s of random direct reads of ``folder``, into small pages and into huge pages.
+def weights_of(model: Path) -> list[Path]:
+    """The files that hold the weights of a folder or of a GGUF file."""
+    return [model] if model.is_file() else [*model.glob("*.safetensors")]
+
+
+def disk_ceiling(model: Path, total: int = 2 * 2**30, depth: int = 8) -> tuple[float, float]:
+    """Bytes/s of random direct reads of ``model``, into small pages and into huge pages.
 
     A request to a virtual disk has a limited number of segments; 4 KiB pages exhaust them at 1 MiB, huge pages do not:
     here a factor of three. The second value is the ceiling; the first is what a tool without huge pages sees. Raises
     ValueError for a model without a file larger than a read.
     """
-    places = [
-        (file, offset)
-        for file in folder.glob("*.safetensors")
-        for offset in range(0, file.stat().st_size - BLOCK, BLOCK)
-    ]
+    places = [(file, offset) for file in weights_of(model) for offset in range(0, file.stat().st_size - BLOCK, BLOCK)]
     if not places:
-        raise ValueError(f"{folder}: no file is larger than the {BLOCK} bytes that are read at a time")
+        raise ValueError(f"{model}: no file is larger than the {BLOCK} bytes that are read at a time")
     chosen = random.sample(places, min(len(places), total // BLOCK))
     files = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file, _ in chosen}
 

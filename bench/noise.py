@@ -41,11 +41,14 @@ GROWTH = 1.0  # variance that all layers add to the embedding's variance of one,
 
 class Noise:
     """The tensors of a model of ``spec``. ``skew``: exponent of the experts' popularity by rank. ``stickiness``: P(the
-    next token chooses an expert again); 0: left to chance. Raises ValueError for an impossible one."""
+    next token chooses an expert again); 0: left to chance. ``variety``: different experts have but so many different
+    matrices, which then are the same objects; 0: all differ. Raises ValueError for an impossible stickiness."""
 
-    def __init__(self, spec: ModelSpec, skew: float = 0.0, stickiness: float = 0.0, seed: int = 0):
+    def __init__(self, spec: ModelSpec, skew: float = 0.0, stickiness: float = 0.0, seed: int = 0, variety: int = 0):
         torch.manual_seed(seed)
         self.spec = spec
+        self.variety = variety
+        self.drawn: dict[tuple[str, int], Tensor] = {}  # (role, which of the variety) -> an expert's matrix
         self.bias = fit_bias(spec, skew)
         self.common = fit_common(spec, self.bias, stickiness, stay=1 - 1 / RUN)
         self.gain = expert_gain(spec, self.bias)
@@ -64,20 +67,32 @@ class Noise:
                 yield name, self._matrix(role, shape)
             for expert in range(spec.experts) if layer in spec.moe_layers else ():
                 for role, (name, shape) in family.expert_tensors(spec, ExpertKey(layer, expert)).items():
-                    yield name, self._matrix(role, shape, self.gain)
+                    yield name, self._of_expert(role, shape, layer, expert)
             yield resident[f"{layer}.norm"][0], torch.ones(spec.hidden, dtype=torch.bfloat16)
             if layer in spec.moe_layers:
                 router, bias = self._router(layer)
                 yield resident[f"{layer}.router"][0], router
                 if f"{layer}.correction" in resident:
                     yield resident[f"{layer}.correction"][0], bias
+                if f"{layer}.router_bias" in resident:
+                    yield resident[f"{layer}.router_bias"][0], torch.zeros(spec.experts, dtype=torch.bfloat16)
         yield resident["norm"][0], torch.ones(spec.hidden, dtype=torch.bfloat16)
         yield family.head_name(spec), self._head(blocks)
+
+    def _of_expert(self, role: str, shape: tuple[int, ...], layer: int, expert: int) -> Tensor:
+        if not self.variety:
+            return self._matrix(role, shape, self.gain)
+        # Different strides, so that experts with one matrix in common differ in another.
+        stride = {"gate_proj": 1, "up_proj": 3}.get(role, 5)
+        key = role, (stride * (expert // self.variety + layer) + expert) % self.variety
+        if key not in self.drawn:
+            self.drawn[key] = self._matrix(role, shape, self.gain)
+        return self.drawn[key]
 
     def _matrix(self, role: str, shape: tuple[int, ...], gain: float = 1.0) -> Tensor:
         """``gain``: of what the matrix writes to the residual stream."""
         if len(shape) == 1:
-            return torch.ones(shape, dtype=torch.bfloat16)  # a norm
+            return torch.full(shape, 1.0 if role.endswith("norm") else 0.0, dtype=torch.bfloat16)  # 0: biases and sinks
         if role not in ("o_proj", "down_proj"):
             return _normal(shape, shape[1] ** -0.5)
         writer = _normal(shape, gain * (self.written / shape[1]) ** 0.5)

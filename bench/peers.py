@@ -11,6 +11,8 @@ and those that the process itself requested. The peak includes cached pages, whi
 mapped file. A probe of the disk's ceiling precedes each round (bench/disk.py). A note says how many tokens all engines
 have in common; texts part at a tie within rounding, and soon if an engine computes something else (bench/noise.py).
 
+MODEL may be a GGUF file, which tierlm and llama.cpp then both read.
+
 "tierlm" runs as at its first start; "tierlm-again" has run once before and knows the most used experts.
 "llama.cpp-repacked" copies quantised weights into the layout of its fastest kernels, if memory holds them all.
 
@@ -33,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from disk import disk_ceiling, drop_page_cache
+from disk import disk_ceiling, drop_page_cache, weights_of
 from limited import available, run_limited
 from peer_runs import PEERS, Request
 from rich.console import Console
@@ -173,7 +175,10 @@ def parse_arguments() -> argparse.Namespace:
         args.counts[peer] = int(count)
     if min(args.counts.values()) < 2 or min(args.prompt_tokens, args.rounds, args.threads) < 1:
         parser.error("at least two tokens, and one of anything else")
-    for path in filter(None, (args.model / "config.json", args.gguf)):
+    alone = args.model.suffix == ".gguf"
+    if alone:
+        args.gguf = args.gguf or args.model
+    for path in filter(None, (args.model if alone else args.model / "config.json", args.gguf)):
         if not path.exists():
             parser.error(f"{path}: no such file")
     return args
@@ -218,7 +223,7 @@ def measure_round(args: argparse.Namespace, turn: int, found: Measured, files: l
 def measure(args: argparse.Namespace) -> Measured:
     """All runs, round by round."""
     gguf = args.gguf.resolve() if args.gguf else None
-    files = [*args.model.glob("*.safetensors"), *filter(None, [gguf])]
+    files = list(dict.fromkeys([*weights_of(args.model.resolve()), *filter(None, [gguf])]))
     fixed: dict[str, Any] = {"model": str(args.model.resolve()), "gguf": str(gguf) if gguf else None}
     fixed |= {"threads": args.threads, "pause": args.pause, "prompt": list(range(5, 5 + args.prompt_tokens))}
     found = Measured(fixed, {(ram, peer): [] for ram in args.ram for peer in args.peers})
@@ -242,7 +247,9 @@ def main() -> None:
     if not available():
         sys.exit("memory cgroups cannot be made here (that takes root); without them no two runs have the same memory")
     found = measure(args)
-    sizes = {"folder": sum(file.stat().st_size for file in args.model.glob("*.safetensors"))}
+    sizes = {}
+    if args.model.is_dir():
+        sizes["folder"] = sum(file.stat().st_size for file in weights_of(args.model))
     if args.gguf:
         sizes["GGUF"] = args.gguf.stat().st_size
     told = ", ".join(f"{name} {format_size(size)}" for name, size in sizes.items())

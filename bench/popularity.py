@@ -27,6 +27,8 @@ def route(spec: ModelSpec, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     alone = replace(spec, layers=(spec.layers[spec.moe_layers[0]],))
     eye = Weight(torch.eye(spec.experts), "f32")
     resident = {"0.router": eye, "0.norm": Weight(torch.ones(spec.experts), "f32")}
+    if router_of(spec).bias:
+        resident["0.router_bias"] = Weight(torch.zeros(spec.experts), "f32")
     if not router_of(spec).correction:
         return Router(alone, resident).route(logits + bias, 0)
     return Router(alone, resident | {"0.correction": Weight(bias, "f32")}).route(logits, 0)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from disk import disk_ceiling, drop_page_cache, stolen
+from disk import disk_ceiling, drop_page_cache, stolen, weights_of
 from limited import available, run_case
 from rich.console import Console
 from rich.table import Table
@@ -70,7 +70,7 @@ def main() -> None:
     case = {"model": str(args.model), "tokens": args.tokens, "pause": args.pause}
     rounds: list[dict[str, float]] = []
     for turn in range(args.rounds):
-        drop_page_cache(list(args.model.glob("*.safetensors")))
+        drop_page_cache(weights_of(args.model))
         small, again = disk_ceiling(args.model)
         command = [sys.executable, __file__, "--one"]
         found = run_case([*command, json.dumps(case | {"ram": args.ram})], limit)

@@ -94,6 +94,36 @@ QWEN3_30B: dict[str, Any] = {
     "eos_token_id": None,
     "torch_dtype": "bfloat16",
 }
+GPT_OSS_20B: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "architectures": ["GptOssForCausalLM"],
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "experts_split": True,  # as in GGUF files
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    },
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "torch_dtype": "bfloat16",
+}
 TOY: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 128,
@@ -117,9 +147,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": V2_LITE,
     "deepseek-v3": V3,
     "qwen3-30b-a3b": QWEN3_30B,
+    "gpt-oss-20b": GPT_OSS_20B,
     "toy-v2": {**V2_LITE, **LATENT_TOY},
     "toy-v3": {**V3, **LATENT_TOY, "q_lora_rank": 64, "n_group": 4, "topk_group": 2},
     "toy-qwen3": {**QWEN3_30B, **TOY, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 32},
+    "toy-gpt-oss": {**GPT_OSS_20B, **TOY, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 32},
 }
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 

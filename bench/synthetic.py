@@ -2,16 +2,17 @@
 
     python bench/synthetic.py deepseek-v2-lite /tmp/v2-lite --skew 0.5 --stickiness 0.35 --gguf /tmp/v2-lite.gguf
     python bench/synthetic.py deepseek-v3 /tmp/v3 --layers 3 --dtype fp8
-    python bench/synthetic.py qwen3-30b-a3b /tmp/qwen3 --layers 12
+    python bench/synthetic.py qwen3-30b-a3b /tmp/qwen3.gguf --gguf-type q4_k_m --skew 0.5 --stickiness 0.35
 
 Without --skew and --stickiness routing is nearly uniform: the worst case for any cache. --skew S makes the expert of
 rank r as popular as r ** -S: for S = 0.4, 0.6, 0.8 the hottest fifth of the experts gets 36, 45, 56 % of the choices
 (V3: 37, 48, 61 %). --stickiness R makes the next token choose an expert again with probability R; 0.29 to 0.41 has been
 reported for trained models. The weights are fitted to both; ``bench/routing.py`` measures the result in a run: on toys,
 0 to 4 points more stickiness, and a hot share within 5 points once all topics had their turn. bench/noise.py explains
-how the weights do it. --gguf writes the same weights for llama.cpp (bench/gguf_twin.py).
+how the weights do it. --gguf writes the same weights for llama.cpp (bench/gguf_twin.py). If OUT ends with .gguf, only
+that file is written; experts then share VARIETY different matrices of each kind, to save time, not bytes.
 
-The checkpoint is written shard by shard, in little more memory than a shard, the embedding and the head. It includes
+The folder is written shard by shard, in little more memory than a shard, the embedding and the head. It includes
 the demo model's tokenizer, so that text can be typed in; the output is noise.
 """
 
@@ -37,6 +38,7 @@ from tierlm.models import family_of, read_spec
 
 SHARD_BYTES = 2**30
 LARGEST_FP8 = 448.0  # of e4m3
+VARIETY = 8
 
 
 class Shards:
@@ -115,6 +117,14 @@ def write_model(
     print(f"{out}: {count} layers, {dense} of them dense, {spec.experts} experts in the others", file=sys.stderr)
 
 
+def write_file(shape: str, file: Path, mix: str, layers: int | None, skew: float, stickiness: float, seed: int) -> None:
+    """Write the GGUF file alone. Raises ValueError for impossible routing."""
+    from gguf_twin import write_gguf
+
+    spec = read_spec(config_of(shape, layers, False), shape)
+    write_gguf(spec, Noise(spec, skew, stickiness, seed, VARIETY).tensors(), file, mix)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
@@ -124,7 +134,7 @@ def main() -> None:
     parser.add_argument("--skew", type=float, default=0.0)
     parser.add_argument("--stickiness", type=float, default=0.0)
     parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--gguf-type", choices=("bf16", "q8_0", "q4_0"), default="bf16")
+    parser.add_argument("--gguf-type", choices=("bf16", "q8_0", "q4_0", "q4_k_m", "mxfp4"), default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.out.exists():
@@ -133,9 +143,17 @@ def main() -> None:
         parser.error(f"--layers: expected at least 1, found {args.layers}")
     if args.skew < 0 or not 0 <= args.stickiness < 1:
         parser.error("--skew must not be negative, and --stickiness is a probability below 1")
-    if args.gguf and not importlib.util.find_spec("gguf"):
-        parser.error("--gguf needs the gguf package: pip install tierlm[peers]")
+    alone = args.out.suffix == ".gguf"
+    if alone and (args.gguf or args.dtype != "bf16"):
+        parser.error("--gguf and --dtype are for a folder")
+    if "gpt-oss" in args.shape and not alone:
+        parser.error("gpt-oss is written as a GGUF file only")
+    if (args.gguf or alone) and not importlib.util.find_spec("gguf"):
+        parser.error("a GGUF file needs the gguf package: pip install tierlm[peers]")
     try:
+        if alone:
+            write_file(args.shape, args.out, args.gguf_type, args.layers, args.skew, args.stickiness, args.seed)
+            return
         write_model(args.shape, args.out, args.layers, args.dtype == "fp8", args.skew, args.stickiness, args.seed)
         if args.gguf:
             from gguf_twin import write_twin

@@ -116,7 +116,7 @@ def test_experts_are_read_again_only_where_memory_is_short(toy: tuple[Path, Any]
 
 def test_warm_up_fills_memory(dots: tuple[Path, Any], ids: list[int]) -> None:
     for _ in range(2):  # the second time, the heat of the first is known
-        with load(dots[0], **{**SOME, "heat": True}) as model:
+        with load(dots[0], probe="off") as model:
             assert text(model, ids) == text(dots[1], ids)
             assert model.stats().ram.warmed > 0
 
@@ -300,6 +300,7 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], type[TierlmError], str]] = {
     "a norm missing": (without("layers.1.input_layernorm"), CheckpointError, "layers.1.input_layernorm.weight"),
     "other sizes": (changed(moe_intermediate_size=16), CheckpointError, r"has shape \[48, 24\], expected \[48, 16\]"),
     "another trunk": (changed(vocab_size=132), CheckpointError, "transformers cannot load it"),
+    "no architecture": (changed(architectures=None), UnsupportedModelError, "architecture None"),
     "unknown architecture": (changed(architectures=["logging"]), UnsupportedModelError, "architecture 'logging'"),
     "unknown quantisation": (changed(quantization_config={"quant_method": "hqq"}), UnsupportedModelError, "'hqq'"),
     "unknown model_type": (changed(model_type="nope"), UnsupportedModelError, "transformers cannot read it"),

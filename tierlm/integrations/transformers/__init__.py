@@ -7,6 +7,7 @@ experts interface: it keeps experts in slots of the budget, and reads the others
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ class Options(TypedDict, total=False):
     exact: bool
     transfer_threads: int | None
     probe: str
-    mirrors: Any
+    mirrors: Sequence[str | Path]
     heat: bool
     io_timeout: float
     ram_slots: int | None
@@ -73,6 +74,7 @@ class ServedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """What the models of ``load`` have beside the methods of their own class. A context manager."""
 
     tierlm_experts: Experts
+    generate: Callable[..., Any]  # of the model's own class
 
     def __init__(self, config: Any, *arguments: Any, **named: Any):
         super().__init__(config, *arguments, **named)
@@ -179,8 +181,9 @@ def _config(folder: Path) -> Any:
 
 def _class_of(config: Any, folder: Path) -> type[PreTrainedModel]:
     """The class of the config's architecture. Raises UnsupportedModelError."""
-    name = (config.architectures or [""])[0]
-    found = getattr(transformers, name, None)
+    listed = config.architectures
+    name = listed[0] if isinstance(listed, list) and listed else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise UnsupportedModelError(f"{folder}: architecture {shown(name)}: expected a class of this transformers")
     return found

@@ -69,7 +69,6 @@ class Experts:
     def __init__(self, records: ExpertRecords, options: RuntimeOptions, plan: Plan, predictor: Predictor):
         self.records, self.plan = records, plan
         self._chunk, self._predictor = options.prefill_chunk, predictor
-        self._counts = [len(list(keys)) for _, keys in itertools.groupby(records.experts(), lambda key: key.layer)]
         self._pid, self._tokens, self._seconds = os.getpid(), 0, 0.0
         self._closed = False
         with ExitStack() as undo:
@@ -102,8 +101,10 @@ class Experts:
         began = time.perf_counter()
         x, weights = (tensor.to(HOST, torch.float32).contiguous() for tensor in (hidden, weights))
         ids = experts.to(HOST, torch.int64).contiguous()
-        if len(x) and not 0 <= int(ids.min()) <= int(ids.max()) < self._counts[layer]:  # kernels do not check
-            raise RuntimeError(f"experts module {layer}: expected ids below {self._counts[layer]}, found {ids}")
+        count = self.records.counts[layer]
+        if len(x) and not 0 <= int(ids.min()) <= int(ids.max()) < count:  # kernels do not check
+            found = f"{int(ids.min())} to {int(ids.max())}"
+            raise RuntimeError(f"{self.records.layers[layer]}: expected ids from 0 to {count - 1}, found {found}")
         total = torch.empty_like(x)
         for start in range(0, len(x), self._chunk):
             chunk = slice(start, start + self._chunk)
@@ -116,7 +117,7 @@ class Experts:
     def _weighted(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, prefill: bool) -> Tensor:
         """``forward`` of one chunk: float32 [T, n]. Outputs are summed in the router's order, so the order in which
         experts arrive does not affect the result."""
-        groups = grouped(ids, self._counts[layer])
+        groups = grouped(ids, self.records.counts[layer])
         outputs = x.new_empty(len(groups.order), x.shape[1])  # [T * k, n]
         rows = x.index_select(0, groups.order // ids.shape[1]).split_with_sizes(groups.counts)
         places = dict(zip(groups.experts, zip(rows, outputs.split_with_sizes(groups.counts), strict=True), strict=True))

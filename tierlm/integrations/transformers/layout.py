@@ -96,9 +96,6 @@ class Layout:
                     found[target][pattern].append(base)
         self.sources = {target: self._source(target, found[target], str(checkpoint.path)) for target in sorted(wanted)}
 
-    def experts(self, layer: str) -> int:
-        return self.shapes[f"{layer}.{GATE_UP}"][0]
-
     def targets(self, key: str, tensor: TensorInfo) -> list[tuple[str, str, str | None]]:
         """What ``tensor``, found as ``key``, may be the data of: the weight's key, the parameter, and the pattern of
         its converter, None if it is the parameter itself."""

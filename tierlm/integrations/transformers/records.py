@@ -38,6 +38,7 @@ class ExpertRecords:
                 raise UnsupportedModelError(f"{file}: expected a model as it was published, found a packed store")
         self._layout = Layout(outline, self.checkpoint)
         self.layers = self._layout.layers
+        self.counts = [self._layout.shapes[f"{layer}.{GATE_UP}"][0] for layer in self.layers]  # of experts
         self._places: dict[tuple[tuple[str, Place], ...], Mapping[str, Place]] = {}
         self._records = {key: self._build(key) for key in self.experts()}
 
@@ -51,7 +52,7 @@ class ExpertRecords:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of(self.checkpoint)
+        return f"{fingerprint_of(self.checkpoint)}-experts"  # a Catalog's keys have other layers
 
     @property
     def widest(self) -> tuple[int, int]:
@@ -60,8 +61,7 @@ class ExpertRecords:
         return max(hidden for _, _, hidden in shapes), max(double // 2 for _, double, _ in shapes)
 
     def experts(self) -> list[ExpertKey]:
-        counts = map(self._layout.experts, self.layers)
-        return [ExpertKey(layer, expert) for layer, count in enumerate(counts) for expert in range(count)]
+        return [ExpertKey(layer, expert) for layer, count in enumerate(self.counts) for expert in range(count)]
 
     def record(self, key: Key) -> Record:
         assert isinstance(key, ExpertKey)
@@ -109,12 +109,9 @@ class ExpertRecords:
             for suffix in weight.parts:
                 others.pop(weight.name + suffix, None)
         for key, tensor in others.items():
-            if tensor.dtype in QUANTISED and any(
-                to in layout.shapes or by for _, to, by in layout.targets(key, tensor)
-            ):
-                raise UnsupportedModelError(
-                    f"{tensor.file}: {tensor.name}: {tensor.dtype} is supported for matrices alone"
-                )
+            used = any(target in layout.shapes or pattern for _, target, pattern in layout.targets(key, tensor))
+            if used and tensor.dtype in QUANTISED:
+                raise UnsupportedModelError(f"{tensor.file}: {tensor.name}: {tensor.dtype} is for matrices alone")
             found[tensor.name] = files[tensor.file].get_slice(tensor.name)
         return found
 

@@ -133,7 +133,9 @@ def test_the_model_has_no_experts_in_memory(toy: tuple[Path, Any], tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["as Kimi-K2-Thinking", "nvfp4 of modelopt", "fp8 with bf16 scales"])
+@pytest.mark.parametrize(
+    "name", ["as Kimi-K2-Thinking", "nvfp4 of modelopt", "fp8 of modelopt", "fp8 with bf16 scales"]
+)
 def test_quantised_checkpoints(name: str, tmp_path: Path, ids: list[int]) -> None:
     """Experts are computed in their format. What else is quantised becomes floats."""
     how, quantization, only = MODELS[name]

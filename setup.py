@@ -46,6 +46,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
+        "transformers": ["safetensors>=0.4.5", "transformers>=5.20"],
         "peers": ["accelerate>=1.10", "safetensors>=0.4.5", "transformers>=5.20", "xllamacpp>=2026.10"],
         "zstd": ["zstandard>=0.22"],
         "plot": ["matplotlib>=3.8"],

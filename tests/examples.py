@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "tierlm" / "demo"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -26,7 +27,8 @@ def python_blocks() -> dict[str, str]:
     for page in PAGES:
         for number, (language, block) in enumerate(blocks(page)):
             if language == "python":
-                found[f"{page.stem}_{number}"] = re.sub(r'LLM\.load\("[^"]*"', 'LLM.load("demo", context=48', block)
+                block = re.sub(r'LLM\.load\("[^"]*"', 'LLM.load("demo", context=48', block)
+                found[f"{page.stem}_{number}"] = re.sub(r'folder = ".*"', f"folder = {str(DEMO)!r}", block)
     return found
 
 

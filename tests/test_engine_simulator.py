@@ -32,7 +32,7 @@ def run_engine(
     file: Path, policy: str, predictor: str, slots: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> list[dict[str, int]]:
     """What each tier of ``slots``, the top first, has counted; the trace goes to ``file``."""
-    monkeypatch.setattr("tierlm.loading.Transfer", lambda *arguments: Transfer(*arguments, executor=AtOnce()))
+    monkeypatch.setattr("tierlm.memory.opening.Transfer", lambda *arguments: Transfer(*arguments, executor=AtOnce()))
     options: dict[str, Any] = {"predictor": predictor, "heat": False, "prefill_chunk": 32, "ram_slots": slots[-1]}
     budget = Budget("8GiB")
     if len(slots) > 1:

@@ -18,7 +18,7 @@ ROOT = Path(tierlm.__file__).parent
 # From the top. A file may import from its own part and from the floors below, never from another part of its floor. A
 # part is a file or a folder of tierlm/.
 FLOORS: list[list[set[str]]] = [
-    [{"cli", "__main__"}],
+    [{"cli", "__main__"}, {"integrations"}],
     [{"conversation"}, {"progress"}],
     [{"llm", "async_llm", "stats"}],
     [{"answer"}],

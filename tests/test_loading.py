@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tierlm import LLM, Budget, StorageError, TierlmError, loading
-from tierlm.checkpoints import mirrors
+from tierlm.memory import opening
 
 RAM = Budget("8GiB")
 
@@ -53,18 +53,18 @@ def test_every_option_wrong_in_turn(option: str, toy_v3: tuple[Path, Any], monke
     if option == "reader":
         monkeypatch.setattr("tierlm.checkpoints.reader._direct_refusal", lambda file: "no O_DIRECT here")
     elif option != "mirrors":
-        monkeypatch.setattr(loading, "open_disks", lambda *arguments: pytest.fail("opened before all was checked"))
+        monkeypatch.setattr(loading, "open_disk", lambda *arguments: pytest.fail("opened before all was checked"))
     with nothing_left_behind(), pytest.raises(TierlmError):
         LLM.load(toy_v3[0], budget=RAM, **{option: WRONG[option]})
 
 
 def test_a_budget_below_the_floor_opens_nothing(toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "open_disks", lambda *arguments: pytest.fail("opened before all was checked"))
+    monkeypatch.setattr(loading, "open_disk", lambda *arguments: pytest.fail("opened before all was checked"))
     with nothing_left_behind(), pytest.raises(TierlmError):
         LLM.load(toy_v3[0], budget=Budget("1MiB"))
 
 
-STEPS = ["Disk", "Store", "KvCache", "Embedding", "Decoder", "Scheduler", "Runtime"]
+STEPS = ["Disk", "open_store", "KvCache", "Embedding", "Decoder", "Scheduler", "Runtime"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -83,7 +83,7 @@ def test_an_error_at_any_step_leaves_nothing_open(
 def test_a_trunk_that_cannot_be_read_leaves_nothing_open(
     toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: Callable[..., Any] = mirrors.open_disks
+    read: Callable[..., Any] = opening.open_disk
 
     def opened(*arguments: Any) -> Any:
         reader, *others = read(*arguments)
@@ -91,6 +91,6 @@ def test_a_trunk_that_cannot_be_read_leaves_nothing_open(
         monkeypatch.setattr(reader, "read", lambda request, buffer: (_ for _ in ()).throw(StorageError("made up")))
         return reader, *others
 
-    monkeypatch.setattr(loading, "open_disks", opened)
+    monkeypatch.setattr(loading, "open_disk", opened)
     with nothing_left_behind(), pytest.raises(StorageError, match="made up"):
         LLM.load(toy_v3[0], budget=RAM)

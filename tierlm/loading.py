@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import time
@@ -13,30 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from tierlm.checkpoints.arriving import Arrivals, ArrivingReader, arriving_in
 from tierlm.checkpoints.codec import load_zstandard
-from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
-from tierlm.checkpoints.mirrors import open_disks
-from tierlm.checkpoints.reader import Reader, split
 from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
 from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
 from tierlm.errors import BudgetError, StorageError, UsageError
-from tierlm.files import user_cache
 from tierlm.host import available_ram, process_ram, total_ram
 from tierlm.kernels import native
 from tierlm.memory.disk import Disk
-from tierlm.memory.heat import Heat
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
+from tierlm.memory.opening import HOST, expert_tiers, open_disk, open_store, open_tiers, stop, tier_plans
 from tierlm.memory.pressure import Pressure, PressureRelief
 from tierlm.memory.slots import Slot, allocate, can_decommit
-from tierlm.memory.store import Store
 from tierlm.memory.ticket import Priority
-from tierlm.memory.tiers import Source, Tier
+from tierlm.memory.tiers import Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.models.catalog import Catalog
@@ -57,10 +49,8 @@ from tierlm.timeline import Timeline
 from tierlm.tracing.recorder import Recorder
 from tierlm.tracing.trace import TraceInfo
 
-COPY_THREADS = 2  # for copies to vram
 AUTO_VRAM = 0.9  # share of the free memory
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HOST = torch.device("cpu")
 
 log = logging.getLogger(__name__)
 
@@ -97,24 +87,17 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         recorder = None if options.trace is None else _open_recorder(Path(options.trace), request)
         if recorder is not None:
             undo.callback(recorder.drop)
-        reader, profile, transfer, notes = _open_disk(request, timeline)
-        undo.callback(_stop, transfer, reader)
+        reader, profile, transfer, notes = open_disk(catalog, options, plan, timeline)
+        undo.callback(stop, transfer, reader)
         notes += _platform_notes(request)
         for note in notes:
             log.info("%s", note)
-        cache = user_cache()
-        heat_file = cache / "heat" / f"{catalog.fingerprint}.json" if options.heat and cache else None
-        heat = Heat() if heat_file is None else Heat.read(heat_file, catalog.experts())
         disk = Disk(reader, catalog.record, transfer, profile.request_bytes)
-        log.info("heat of %d experts from %s", len(heat.uses), heat_file or "nowhere")
         resident = _load_resident(request, disk, transfer)
-        experts, trunk_tiers = _expert_tiers(request, disk, transfer), _trunk_tiers(request, disk, transfer)
+        experts = expert_tiers(catalog, options.policy, plan, disk, request.device)
+        trunk_tiers = _trunk_tiers(request, disk)
         trunks = _load_trunks(request, trunk_tiers, progress)
-        lookahead = Lookahead(request.predictor, spec.moe_layers)
-        store = Store(experts[0], catalog.record, lookahead, options.io_timeout, heat, options.exact)
-        if options.heat and arriving_in(catalog.checkpoint.path) is None:  # else warm-up reads would wait
-            hottest = heat.hottest()
-            store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
+        store, heat_file = open_store(catalog, options, experts[0], Lookahead(request.predictor, spec.moe_layers))
         widths = [layer.attention.cache_width for layer in spec.layers]
         kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
         embedded = catalog.embedding
@@ -140,7 +123,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             store=store,
             decoder=decoder,
             scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk),
-            heat=heat,
+            heat=store.heat,
             heat_file=heat_file,
             recorder=recorder,
             timeline=timeline,
@@ -202,7 +185,7 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -
         vram_slots=options.vram_slots,
         resident_trunks=options.resident_trunks,
     )
-    ram = min(ram, _require_memory(plan, ram, held, device))
+    ram = min(ram, require_memory(plan, ram, held, device))
     return Request(catalog, options, device, context, predictor, plan, ram, budget.ram is None)
 
 
@@ -210,12 +193,12 @@ def _log_plan(request: Request) -> None:
     catalog = request.catalog
     files, context = len(catalog.files), request.context
     log.info("%s: %d files, context of %d tokens, on %s", catalog.checkpoint.path, files, context, request.device)
-    for name, plan, _ in _tier_plans(request):
+    for name, plan, _ in tier_plans(request.plan, request.device):
         parts = ", ".join(f"{part} {format_size(size)}" for part, size in plan.parts.items() if size)
         log.info("plan of %s: %s; %d expert slots; floor %s", name, parts, plan.expert_slots, format_size(plan.floor))
 
 
-def _require_memory(plan: Plan, ram: int, held: int, device: torch.device) -> int:
+def require_memory(plan: Plan, ram: int, held: int, device: torch.device) -> int:
     """Refuse a plan that cannot be held here, and warn of one that does not fit the free memory. Returns the limit of
     this process in bytes. Raises BudgetError."""
     emulated = plan.vram.parts if plan.vram is not None and device.type == "cpu" else {}
@@ -257,46 +240,6 @@ def _open_recorder(file: Path, request: Request) -> Recorder:
         raise StorageError(f"trace: {file}: cannot be written: {error.strerror}", file=str(file)) from error
 
 
-def _open_disk(request: Request, timeline: Timeline | None) -> tuple[Reader, DiskProfile, Transfer, list[str]]:
-    """Open the reader, the profile of its disks and the transfer threads; and notes for ``Stats``."""
-    options, catalog = request.options, request.catalog
-    mirrors = [Path(folder) for folder in options.mirrors]
-    arriving = arriving_in(catalog.checkpoint.path)
-    probe = options.probe if arriving is None else "off"  # its reads would wait
-    reader, profile, notes = open_disks(
-        catalog.files, mirrors, options.reader, probe, ProfileCache(user_cache()), catalog.stamps
-    )
-    try:
-        if arriving is not None:
-            arrivals = Arrivals(arriving)
-            try:
-                reader = ArrivingReader(reader, arrivals)
-            except OSError as error:
-                raise StorageError(str(error)) from error
-            here, total = map(format_size, arrivals.progress)
-            notes.append(f"weights: {here} of {total} were here at the start; the rest arrives from the Hub meanwhile")
-        threads = options.transfer_threads or _transfer_threads(request, profile)
-        return reader, profile, Transfer(threads, timeline, profile.request_bytes), notes
-    except BaseException:
-        reader.close()
-        raise
-
-
-def _transfer_threads(request: Request, profile: DiskProfile) -> int:
-    """Threads to read this model's experts at the disk's full speed, plus those for copies to vram."""
-    sizes = [profile.request_bytes]
-    if experts := request.catalog.experts():
-        extents = request.catalog.record(experts[0]).extents
-        sizes = [part.hi - part.lo for extent in extents for part in split(extent, profile.request_bytes)]
-    copying = 0 if request.plan.vram is None else COPY_THREADS
-    return profile.depth_of(sum(sizes) // len(sizes)) + copying
-
-
-def _stop(transfer: Transfer, reader: Reader) -> None:
-    if transfer.close():
-        reader.close()
-
-
 def _load_resident(request: Request, disk: Disk, transfer: Transfer) -> Weights:
     """The small always-resident tensors, on the compute device."""
     record = request.catalog.record(ResidentKey())
@@ -308,47 +251,19 @@ def _load_resident(request: Request, disk: Disk, transfer: Transfer) -> Weights:
     return weights_of(slot.buffer.to(request.device), record)
 
 
-def _tier_plans(request: Request) -> list[tuple[str, TierPlan, torch.device]]:
-    """Name, plan and device of each tier, lowest first."""
-    plan = request.plan
-    return [("ram", plan.ram, HOST)] + ([] if plan.vram is None else [("vram", plan.vram, request.device)])
-
-
-def _expert_tiers(request: Request, disk: Disk, transfer: Transfer) -> tuple[Tier, ...]:
-    """The tiers of the routed experts, the compute tier first."""
-    size = max(map(request.catalog.size, request.catalog.experts()), default=0)
-    return _tiers(request, disk, transfer, request.options.policy, lambda plan: [size] * plan.expert_slots)
-
-
-def _trunk_tiers(request: Request, disk: Disk, transfer: Transfer) -> tuple[Tier, ...]:
+def _trunk_tiers(request: Request, disk: Disk) -> tuple[Tier, ...]:
     """The tiers of the trunks, the compute tier first."""
 
     def sizes(plan: TierPlan) -> list[int]:
         return [request.catalog.size(key) for key in plan.trunk] + [plan.ring, plan.ring] * bool(plan.ring)
 
-    return _tiers(request, disk, transfer, "lru", sizes)
-
-
-def _tiers(
-    request: Request, disk: Disk, transfer: Transfer, name: str, sizes_in: Callable[[TierPlan], list[int]]
-) -> tuple[Tier, ...]:
-    """Tiers with policy ``name`` and slots of ``sizes_in``, the compute tier first."""
-    catalog = request.catalog
-    tiers: list[Tier] = []
-    for tier, plan, device in _tier_plans(request):
-        sizes = sizes_in(plan)
-        info = TierInfo(len(catalog.spec.layers), len(sizes), catalog.size)
-        fits = name == "default" and len(sizes) >= len(catalog.experts())  # no evictions, so nothing to learn
-        source: Source = tiers[-1] if tiers else disk
-        policy = make_policy("lru" if fits else name, info)
-        tiers.append(Tier(tier, _slots(sizes, device), source, transfer, policy, catalog.size))
-    return tuple(reversed(tiers))
+    return open_tiers(request.catalog, "lru", request.plan, disk, request.device, sizes)
 
 
 def _load_trunks(request: Request, tiers: Sequence[Tier], progress: Progress) -> Trunks:
     """Load the resident trunks, lowest tier first. Returns the trunks of the compute tier."""
     catalog, options = request.catalog, request.options
-    plans = _tier_plans(request)
+    plans = tier_plans(request.plan, request.device)
     total = sum(catalog.size(key) for _, plan, _ in plans for key in plan.trunk)
     done = 0
     progress(done, total)
@@ -358,13 +273,6 @@ def _load_trunks(request: Request, tiers: Sequence[Tier], progress: Progress) ->
             done += size
             progress(done, total)
     return trunks
-
-
-def _slots(sizes: Sequence[int], device: torch.device) -> list[Slot]:
-    """Adjacent slots of ``sizes`` in one slab."""
-    slab: Tensor = allocate(sum(sizes), device)
-    ends = itertools.accumulate(sizes)
-    return [Slot(slab[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _relief(request: Request, ram: Tier) -> PressureRelief | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,19 @@ class Described:
     config: Mapping[str, Any]
     where: str
     open: Callable[[], Container]
+
+
+def files_of(container: Container) -> list[Path]:
+    """The files that contain the tensors."""
+    return sorted({tensor.file for tensor in container.tensors.values()})
+
+
+def fingerprint_of(container: Container) -> str:
+    """Identifies a model: a hash of its config and of its files' names and sizes."""
+    digest = hashlib.sha256(container.digest)
+    for file in files_of(container):
+        digest.update(f"{file.name} {container.stamps[file].size}".encode())
+    return digest.hexdigest()[:32]
 
 
 def describe(path: Path) -> Described:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from tierlm.checkpoints.checkpoint import TensorInfo, check_shape
-from tierlm.checkpoints.container import Container
 from tierlm.errors import UnsupportedModelError
 from tierlm.formats import FORMATS, Part, Shape, recognise
 
 SCALE, FACTOR = ".scale", ".factor"  # suffixes of the roles that hold the scales and the factor of a role's weight
+
+
+class Tensors(Protocol):
+    """Where tensors are found by name: a Container, or one expert's part of its stacks."""
+
+    def find(self, name: str) -> TensorInfo | None: ...
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +36,7 @@ def float_dtypes() -> list[str]:
     return [format.dtype for format in FORMATS.values() if format.loadable and not format.matrices_only]
 
 
-def find_weight(checkpoint: Container, name: str, shape: Shape) -> StoredWeight:
+def find_weight(checkpoint: Tensors, name: str, shape: Shape) -> StoredWeight:
     """The weight ``name`` in any supported format. Raises CheckpointError, UnsupportedModelError."""
 
     def find(ending: str) -> Part | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from tierlm.checkpoints.arriving import arriving_in
 from tierlm.checkpoints.checkpoint import Place, Record, TensorInfo, build_record, compressed, read_json
 from tierlm.checkpoints.checksum import Seal
-from tierlm.checkpoints.container import describe
+from tierlm.checkpoints.container import describe, files_of, fingerprint_of
 from tierlm.checkpoints.multimodal import others
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight
@@ -64,7 +63,7 @@ class Catalog:
     @property
     def files(self) -> list[Path]:
         """The files that contain the tensors."""
-        return sorted({tensor.file for tensor in self.checkpoint.tensors.values()})
+        return files_of(self.checkpoint)
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
@@ -88,11 +87,8 @@ class Catalog:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies this model: a hash of its config and of its files' names and sizes."""
-        digest = hashlib.sha256(self.checkpoint.digest)
-        for file in self.files:
-            digest.update(f"{file.name} {self.checkpoint.stamps[file].size}".encode())
-        return digest.hexdigest()[:32]
+        """Identifies this model."""
+        return fingerprint_of(self.checkpoint)
 
     def experts(self) -> list[ExpertKey]:
         return [ExpertKey(layer, e) for layer in self.spec.moe_layers for e in range(self.spec.experts)]

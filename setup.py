@@ -48,6 +48,7 @@ setup(
     extras_require={
         "peers": ["accelerate>=1.10", "safetensors>=0.4.5", "transformers>=5.20", "xllamacpp>=2026.10"],
         "zstd": ["zstandard>=0.22"],
+        "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.30"],
         "plot": ["matplotlib>=3.8"],
         "tune": ["optuna>=4"],
         "test": ["hypothesis>=6.100", "pytest>=8", "safetensors>=0.4.5", "transformers>=5.20", "zstandard>=0.22"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from typing import Annotated
 
@@ -78,6 +79,8 @@ def serve(
             server_header=False,
         )
     )
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server raises what it has handled once more when it has ended
+        signal.signal(number, lambda *_: None)
     try:
         server.run()
     except SystemExit as error:  # uvicorn's own, for an address in use

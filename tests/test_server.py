@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -289,6 +290,18 @@ def test_metrics_and_stats(served: Running) -> None:
     count = next(line for line in text.splitlines() if line.startswith("tierlm_time_to_first_token_seconds_count"))
     assert float(count.split()[1]) >= 1
     assert json.loads(served.get("/stats")[1])["new_tokens"] >= 3
+
+
+def test_the_page_about_it(served: Running, expected: dict[str, Any]) -> None:
+    """The example of docs/server.md, and each route that it names."""
+    page = (Path(__file__).parent.parent / "docs" / "server.md").read_text()
+    example = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert example is not None
+    namespace: dict[str, Any] = {}
+    exec(example[1].replace("http://127.0.0.1:8000", served.url), namespace)
+    assert namespace["reply"].choices[0].message.content.startswith(expected["chat"].text)
+    paths = set(json.loads(served.get("/openapi.json")[1])["paths"]) - {"/v1/models/{name}"}
+    assert set(re.findall(r"`(/[a-z0-9_/]+)`", page)) == paths
 
 
 @contextmanager

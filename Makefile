@@ -63,7 +63,7 @@ $(VENV)/.installed: $(BIN)/python setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(BIN)/python setup.py constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint,plot,tune,docs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint,plot,tune,docs,serve]"
 	touch $@
 
 clean:

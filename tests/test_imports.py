@@ -19,7 +19,7 @@ ROOT = Path(tierlm.__file__).parent
 # part is a file or a folder of tierlm/.
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}, {"integrations"}],
-    [{"conversation"}, {"progress"}],
+    [{"server"}, {"conversation"}, {"progress"}],
     [{"llm", "async_llm", "stats"}],
     [{"answer"}],
     [{"client", "worker"}],

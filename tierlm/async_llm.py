@@ -135,9 +135,20 @@ class AsyncLLM:
     def stats(self) -> Stats:
         return self._llm.stats()
 
+    def ids(self, prompt: Prompt) -> list[int]:
+        return self._llm.ids(prompt)
+
     @property
     def codec(self) -> TextCodec:
         return self._llm.codec
+
+    @property
+    def context(self) -> int:
+        return self._llm.context
+
+    @property
+    def default_params(self) -> SamplingParams:
+        return self._llm.default_params
 
     async def close(self) -> None:
         await asyncio.to_thread(self._llm.close)

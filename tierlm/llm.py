@@ -240,7 +240,7 @@ class LLM:
 
     def _logits(self, mailbox: Box, prompt: Prompt) -> tuple[Tensor, Request[Box]]:
         """The result of ``logits``, still empty, and the request that fills it."""
-        ids, runtime = self._ids(prompt), self._loaded()
+        ids, runtime = self.ids(prompt), self._loaded()
         per_token, room = runtime.catalog.spec.vocab * 4, runtime.logits_room
         needed, ram = len(ids) * per_token, runtime.plan.ram
         if needed > room:
@@ -256,8 +256,8 @@ class LLM:
         out = torch.empty(len(ids), runtime.catalog.spec.vocab)
         return out, Request(self._client, mailbox, [(ids, SamplingParams())], Pace.END, out)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, checked against vocabulary and context."""
+    def ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, checked against vocabulary and context. Raises PromptError."""
         runtime = self._loaded()
         spec, context = runtime.catalog.spec, runtime.context
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else ids_of(prompt)
@@ -272,7 +272,7 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:
         """The ids to run, and the stream that decodes the new ones; None without a tokenizer."""
-        ids, vocab = self._ids(prompt), self._loaded().catalog.spec.vocab
+        ids, vocab = self.ids(prompt), self._loaded().catalog.spec.vocab
         if wrong := [token for token in params.logit_bias if token >= vocab]:
             raise UsageError(f"logit_bias: token id {wrong[0]} is not in the vocabulary of {vocab}")
         try:

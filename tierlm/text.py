@@ -68,6 +68,12 @@ class TextCodec:
             text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def token_text(self, token: int) -> str:
+        """The text of one token, special or not. Bytes of an incomplete character become U+FFFD."""
+        with _readable(self.folder):
+            text: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
     @cached_property
     def template(self) -> ChatTemplate:
         """The model's chat template; false if it has none. Raises CheckpointError if its file cannot be read."""

@@ -22,6 +22,7 @@ with importing():
     from tierlm.cli.packing import pack, verify
     from tierlm.cli.planning import plan
     from tierlm.cli.run import run
+    from tierlm.cli.serve import serve
     from tierlm.cli.settings import PREFIX, read_config
     from tierlm.cli.tracing import simulate, trace
     from tierlm.errors import TierlmError, UsageError
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for panel, commands in {
-    "Text": (run, chat),
+    "Text": (run, chat, serve),
     "Models and machines": (plan, profile, doctor, pack, verify),
     "Caching and prefetching": (simulate,),
 }.items():

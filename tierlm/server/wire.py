@@ -1,0 +1,162 @@
+"""The requests that the server reads, after OpenAI's API. A field that the server does not know is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tierlm.config import MAX_LOGPROBS, SamplingParams
+from tierlm.errors import UsageError
+from tierlm.templates.template import Message
+
+MAX_SAMPLES = 128  # sequences of one request
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "n", *PENALTIES)  # fields of SamplingParams
+Stop = str | Annotated[list[str], Field(max_length=16)] | None
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
+class Asked(BaseModel):
+    """What both kinds of completion have in common.
+
+    Fields without a name in OpenAI's API are named as in SamplingParams. ``user``, ``metadata``, ``store`` and
+    ``service_tier`` say something to a hosted service; here they say nothing, and clients send them unasked.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: Stop = None
+    n: int | None = None
+    ignore_eos: bool = False
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+    def sampling(self, recommended: SamplingParams, room: int) -> SamplingParams:
+        """The sampling asked for; what is not asked for is ``recommended``. ``room``: tokens that an answer can have at
+        most. Raises UsageError."""
+        names = [
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+            "seed",
+            "n",
+        ]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.logit_bias is not None:
+            if wrong := [token for token in self.logit_bias if not token.isdecimal()]:
+                raise UsageError(f"logit_bias: expected token ids, found {wrong[0]!r}")
+            given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        limit = self.limit()
+        if limit is not None and limit < 1:
+            raise UsageError(f"max_tokens: expected at least 1, found {limit}")
+        if (self.n or 1) > MAX_SAMPLES:
+            raise UsageError(f"n: expected at most {MAX_SAMPLES}, found {self.n}")
+        logprobs = self.top()
+        if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+            raise UsageError(f"expected 0 to {MAX_LOGPROBS} most likely tokens, found {logprobs}")
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        most = {**vars(recommended), **given, "max_new_tokens": max(1, room) if limit is None else limit}
+        return SamplingParams(**{**most, "stop": stop, "logprobs": logprobs, "ignore_eos": self.ignore_eos})
+
+    def limit(self) -> int | None:
+        """The most tokens of the answer."""
+        return self.max_tokens
+
+    def top(self) -> int | None:
+        """How many most likely tokens to report for each."""
+        raise NotImplementedError
+
+
+class Completion(Asked):
+    """``POST /v1/completions``: text or token ids go on."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = None
+    echo: Literal[False] = False
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    def limit(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
+
+    def top(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> Sequence[str | list[int]]:
+        """The prompts, one or several."""
+        found = self.prompt
+        if isinstance(found, str) or not found or isinstance(found[0], int):
+            return [found]  # type: ignore[list-item]
+        return found
+
+
+class ChatCompletion(Asked):
+    """``POST /v1/chat/completions``: the answer to messages, through the model's chat template.
+
+    ``chat_template_kwargs``: more variables of the template, as in vLLM.
+    """
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    def limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def conversation(self) -> list[Message]:
+        """The messages, with their text in one piece. Raises UsageError."""
+        return [
+            {**message, "content": text_of(message.get("content"), f"messages[{at}].content")}
+            for at, message in enumerate(self.messages)
+        ]
+
+    def check(self) -> None:
+        """Raises UsageError for what is not supported."""
+        kind = (self.response_format or {"type": "text"}).get("type")
+        if kind != "text":
+            raise UsageError(f"response_format: expected the type text, found {kind!r}: JSON is not enforced")
+
+
+def text_of(content: Any, where: str) -> str | None:
+    """The text of a message's content: a string, or parts of type text. Raises UsageError."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise UsageError(f"{where}: expected text, found {str(kind)[:60]!r}: models run text-only")
+    return "".join(part["text"] for part in parts)

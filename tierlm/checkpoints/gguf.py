@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tierlm.checkpoints.checkpoint import EXPERT, Header, TensorInfo, check_shape
+from tierlm.checkpoints.checkpoint import EXPERT, Header, check_shape
 from tierlm.checkpoints.gguf_config import config_of
 from tierlm.checkpoints.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from tierlm.checkpoints.record import TensorInfo
 from tierlm.errors import CheckpointError
 from tierlm.files import open_regular
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tierlm.checkpoints.checkpoint import TensorInfo, check_shape
+from tierlm.checkpoints.checkpoint import check_shape
 from tierlm.checkpoints.container import Container
+from tierlm.checkpoints.record import TensorInfo
 from tierlm.errors import UnsupportedModelError
 from tierlm.formats import FORMATS, Part, Shape, recognise
 

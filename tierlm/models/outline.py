@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT
+from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.errors import UsageError
 from tierlm.models import family_of, read_spec
 from tierlm.models.catalog import HEAD_BLOCK_BYTES

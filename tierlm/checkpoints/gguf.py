@@ -36,7 +36,10 @@ class GgufCheckpoint:
         header = read_gguf_header(file)
         self.path, self.digest, parts = file, b"", _parts(file, header)
         found = {name: tensor for _, own in parts for name, tensor in own.tensors.items()}
-        self.config = config_of(header.metadata, found, str(file))
+        try:
+            self.config = config_of(header.metadata, found, str(file))
+        except (TypeError, ValueError, IndexError, OverflowError) as error:  # values of other types than it expects
+            raise CheckpointError(f"{file}: malformed metadata: {error}") from error
         if (divisors := found.get("rope_freqs.weight")) is not None:
             self.config["rope_divisors"] = _floats(file, divisors)
         self._names = _name_map(header)

@@ -36,7 +36,7 @@ docs: $(VENV)/.installed-test
 
 # The damaged files of tests/test_fuzz.py: 100,000 new ones instead of the 2,000 of `make test`. Takes hours.
 fuzz: $(VENV)/.installed-test
-	TIERLM_FUZZ_CASES=5600 $(BIN)/python -m pytest tests/test_fuzz.py
+	TIERLM_FUZZ_CASES=3600 $(BIN)/python -m pytest tests/test_fuzz.py
 
 # The tests of what is compiled on libraries that watch their memory and their arithmetic: with the kernels that this
 # processor chooses, then with those for any processor.

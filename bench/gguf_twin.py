@@ -22,7 +22,8 @@ import torch
 from gguf_types import MIXES, Type, encode, nbytes_of, type_of
 from torch import Tensor
 
-from tierlm.checkpoints.checkpoint import Checkpoint, TensorInfo, read_json
+from tierlm.checkpoints.checkpoint import Checkpoint, read_json
+from tierlm.checkpoints.record import TensorInfo
 from tierlm.checkpoints.views import DTYPES
 from tierlm.kernels import Weight, widen
 from tierlm.models import family_of, read_spec

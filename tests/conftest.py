@@ -13,7 +13,7 @@ import torch
 from toys import make_toy
 from transformers.utils import logging
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT
+from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.models.packing import pack_model
 
 logging.disable_progress_bar()

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT
+from tierlm.checkpoints.record import ALIGNMENT
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=40)
 # Adjacent records, as small as a few bytes of one page, in and out of order, and requests that cut them.

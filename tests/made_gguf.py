@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 Array = NDArray[Any]
 ARCHITECTURES = {
@@ -194,3 +195,32 @@ def _describe(
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
+
+
+def sentencepiece_metadata() -> dict[str, Any]:
+    """A vocabulary of seven words and all bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["▁", "a", "b", "ab", "▁ab", "▁a", "c"]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces + words,
+        "tokenizer.ggml.scores": [0.0] * len(pieces) + [-5.0, -6.0, -7.0, -1.0, -2.0, -3.0, -9.0],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(words)],
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+
+
+def byte_level_metadata() -> dict[str, Any]:
+    """A vocabulary of two words and all bytes."""
+    tokens = ["<|end|>", *sorted(ByteLevel.alphabet()), "th", "the"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": ["t h", "th e"],
+        "tokenizer.ggml.token_type": [3, *[1] * (len(tokens) - 1)],
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    }

@@ -12,18 +12,19 @@ from pathlib import Path
 import torch
 from made_files import content
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, Record, TensorInfo, build_record
 from tierlm.checkpoints.reader import DirectReader, Request
+from tierlm.checkpoints.record import ALIGNMENT, Record, TensorInfo, build_record
 from tierlm.memory.disk import Disk
 from tierlm.memory.jobs import Read
 from tierlm.memory.slots import Slot, allocate
-from tierlm.memory.ticket import Job, Priority, Ticket
+from tierlm.memory.ticket import Job, Ticket
 from tierlm.memory.transfer import Transfer
+from tierlm.policies.residency import Purpose
 from tierlm.spec import ExpertKey, Key
 from tierlm.timeline import Timeline
 
 WAIT = 20.0
-DEMAND, PREFETCH, WARM_UP = Priority
+DEMAND, PREFETCH, WARM_UP = Purpose
 HOLD = ExpertKey(99, 0)  # for reads that no test looks at
 
 
@@ -84,8 +85,8 @@ class Shelf:
         assert isinstance(key, ExpertKey)
         return self.records[key.expert]
 
-    def fetch(self, i: int, priority: Priority = DEMAND) -> Ticket:
-        ticket = self.disk.fetch(ExpertKey(0, i), self.slots[i], priority, False)[0]
+    def fetch(self, i: int, purpose: Purpose = DEMAND) -> Ticket:
+        ticket = self.disk.fetch(ExpertKey(0, i), self.slots[i], purpose, False)[0]
         assert ticket.done or ticket.executor != 0
         return ticket
 

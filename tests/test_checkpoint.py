@@ -16,17 +16,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tierlm.checkpoints.checkpoint import (
-    ALIGNMENT,
-    ITEM_SIZE,
-    MERGE_GAP,
-    Checkpoint,
-    Record,
-    TensorInfo,
-    build_record,
-    read_header,
-)
+from tierlm.checkpoints.checkpoint import ITEM_SIZE, Checkpoint, read_header
 from tierlm.checkpoints.reader import MmapReader, Reader, open_reader, split
+from tierlm.checkpoints.record import ALIGNMENT, MERGE_GAP, Record, TensorInfo, build_record
 from tierlm.errors import CheckpointError, UnsupportedModelError
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=40)

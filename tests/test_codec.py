@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 
 from tierlm import LLM, Budget, CheckpointError, SamplingParams, StorageError, UsageError
 from tierlm.checkpoints import codec
-from tierlm.checkpoints.checkpoint import ALIGNMENT, ITEM_SIZE, read_header
+from tierlm.checkpoints.checkpoint import ITEM_SIZE, read_header
 from tierlm.checkpoints.checksum import checksum
 from tierlm.checkpoints.codec import BLOCK, compress, decompress, least_and_most, load_zstandard
 from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
 from tierlm.checkpoints.hub import find_model
 from tierlm.checkpoints.packed import RecordShape, file_size, in_file_order, write_file
 from tierlm.checkpoints.reader import read_pieces
+from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.checkpoints.verify import damage
 from tierlm.models.catalog import Catalog
 from tierlm.models.outline import work_of

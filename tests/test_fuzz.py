@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +36,8 @@ from tests.made_damage import (
     damaged_zip,
     limits,
 )
+from tests.made_damaged_gguf import WholeGguf, damaged_metadata
+from tests.made_gguf import byte_level_metadata, sentencepiece_metadata, write_gguf
 from tests.test_text import make_codec
 from tests.toys import TOYS, make_toy, settings_of
 from tierlm import LLM, Budget, SamplingParams, TierlmError
@@ -53,7 +56,7 @@ from tierlm.tracing.traceforms import convert, read_trace
 
 GIVEN = os.environ.get("TIERLM_FUZZ_CASES")
 PROFILE = settings(
-    max_examples=int(GIVEN or 112),
+    max_examples=int(GIVEN or 72),
     derandomize=GIVEN is None,
     deadline=None,
     database=None,
@@ -140,6 +143,8 @@ def use(folder: Path) -> None:
         llm.generate("the quick brown fox", SamplingParams(max_new_tokens=2))
 
 
+GGUFS = {"v2": Type.F16, "v3": Type.F32, "qwen3": Type.Q8_0, "olmoe": Type.Q4_1, "glm4": Type.BF16, "minimax": Type.F32}
+GGUFS |= {"mixtral": Type.Q4_0, "gpt-oss": Type.F32}
 CONFIGS = [*TOYS, "DeepSeek-V3", "gpt-oss-20b", "Qwen3-30B-A3B"]
 
 
@@ -186,8 +191,9 @@ def test_packs(kind: str, damage: Damage, shard: int, packs: dict[str, Path], co
     tried(use, folder)
 
 
-def speak(folder: Path) -> None:
-    codec = TextCodec(folder)
+def speak(model: Path) -> None:
+    codec = TextCodec(model)
+    bool(codec.template)
     ids = codec.encode("the quick brown fox: naïve 日本 🙂")
     codec.decode([*ids, *range(400)])
 
@@ -211,6 +217,32 @@ def test_templates(name: str, damage: Damage, cuts: list[Any], model: Path, copy
     else:
         replaced(folder / name, damaged((model / name).read_bytes(), damage))
     tried(lambda: TextCodec(folder).chat(HELLO))
+
+
+@pytest.fixture(scope="module")
+def ggufs(folder: Path) -> dict[str, WholeGguf]:
+    """Models of several architectures and types of tensors."""
+    found = {}
+    for name, kind in GGUFS.items():
+        make_toy(name, folder / name, **(SMALL if name in ("v2", "v3") else {}))
+        file = folder / name / "model.gguf"
+        write_gguf(folder / name, file, kind, split_kv_b=name != "v2")
+        found[name] = WholeGguf(file)
+    return found
+
+
+@pytest.mark.parametrize("name", GGUFS)
+@PROFILE
+@given(damage=DAMAGE)
+def test_gguf_models(name: str, damage: Damage, ggufs: dict[str, WholeGguf], folder: Path) -> None:
+    tried(use, replaced(folder / "damaged.gguf", ggufs[name].damaged(damage)))
+
+
+@pytest.mark.parametrize("vocabulary", [byte_level_metadata, sentencepiece_metadata])
+@PROFILE
+@given(damage=DAMAGE)
+def test_gguf_vocabularies(vocabulary: Callable[[], dict[str, Any]], damage: Damage, folder: Path) -> None:
+    tried(speak, replaced(folder / "damaged.gguf", damaged_metadata(vocabulary(), damage)))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_gguf import write_gguf
+from made_damaged_gguf import WholeGguf, gguf_header
+from made_gguf import sentencepiece_metadata, write_gguf
 from tokenizers import Tokenizer
 from toys import GQA, TOYS, YARN, edit_config, make_toy
 from transformers import (
@@ -234,6 +236,37 @@ def test_damaged_headers_are_errors_of_ours(
     assert catalog.spec.vocab > 0
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("block_count", "x"), ("block_count", [1]), ("rope.freq_base", 1e308)],
+)
+def test_metadata_of_another_type(key: str, value: Any, qwen: Path, tmp_path: Path) -> None:
+    whole, file = WholeGguf(qwen), tmp_path / "model.gguf"
+    whole.header["metadata"][f"qwen3moe.{key}"] = value
+    file.write_bytes(whole.written())
+    with pytest.raises(CheckpointError):
+        Catalog(file)
+
+
+def test_a_tensor_without_dimensions(qwen: Path, tmp_path: Path) -> None:
+    whole, file = WholeGguf(qwen), tmp_path / "model.gguf"
+    next(each for each in whole.header["tensors"] if each[0] == "token_embd.weight")[1] = []
+    file.write_bytes(whole.written())
+    with pytest.raises(CheckpointError, match="malformed metadata"):
+        Catalog(file)
+
+
+def test_counts_that_would_take_much_memory(tmp_path: Path) -> None:
+    """A byte of an array would become eight or more, a pair of metadata some two hundred."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf_header({"x": [0] * (2**22 + 1)}))
+    with pytest.raises(CheckpointError, match="at most 4194304 items of arrays, found 4194305"):
+        read_gguf_header(file)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2**18) + bytes(13 * 2**18))
+    with pytest.raises(CheckpointError, match="at most 131072 tensors, and keys, found 0 and 262144"):
+        read_gguf_header(file)
+
+
 def test_truncated_file(qwen: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(qwen.read_bytes()[:-100])
@@ -286,18 +319,11 @@ def test_byte_level_vocabulary() -> None:
 
 
 def test_sentencepiece_vocabulary() -> None:
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = ["▁", "a", "b", "ab", "▁ab", "▁a", "c"]
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": pieces + words,
-        "tokenizer.ggml.scores": [0.0] * len(pieces) + [-5.0, -6.0, -7.0, -1.0, -2.0, -3.0, -9.0],
-        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(words)],
-        "tokenizer.ggml.bos_token_id": 1,
-    }
+    metadata = sentencepiece_metadata()
+    pieces = metadata["tokenizer.ggml.tokens"]
     found = tokenizer_of(metadata, "here")
     ids = found.encode("ab c é<s>", add_special_tokens=False).ids
-    tokens = [(pieces + words)[number] for number in ids]
+    tokens = [pieces[number] for number in ids]
     assert tokens == ["▁ab", "▁", "c", "▁", "<0xC3>", "<0xA9>", "<s>"]
     assert found.decode(ids, skip_special_tokens=True) == "ab c é"
     assert tokenizer_config_of(metadata) == {"add_bos_token": True, "chat_template": None, "bos_token": "<s>"}
@@ -318,6 +344,13 @@ def test_sentencepiece_vocabulary() -> None:
 def test_malformed_vocabularies(key: str, value: Any, error: str) -> None:
     with pytest.raises(CheckpointError, match=error):
         tokenizer_of(demo_metadata() | {f"tokenizer.ggml.{key}": value}, "here")
+
+
+def test_pieces_too_long_to_be_cut_in_two_everywhere() -> None:
+    metadata = sentencepiece_metadata()
+    metadata["tokenizer.ggml.tokens"][-1] = "a" * 10**5
+    with pytest.raises(CheckpointError, match="malformed tokenizer: the pieces are too long"):
+        tokenizer_of(metadata, "here")
 
 
 def test_text_in_text_out(llama: Path, tmp_path: Path) -> None:

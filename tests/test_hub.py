@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,12 +14,16 @@ from types import SimpleNamespace
 import pytest
 from made_gguf import write_gguf
 from made_hub import COMMIT, REPO, MadeHub, serving
+from rich.console import Console
 
+import tierlm.progress
 from tierlm import LLM
-from tierlm.checkpoints import arriving
+from tierlm.checkpoints import arriving, staging
 from tierlm.checkpoints.hub import HubId, find_model
+from tierlm.config import format_size
 from tierlm.errors import CheckpointError, StorageError, UsageError
 from tierlm.planning.known import find_config
+from tierlm.progress import prefill_bar
 
 Serve = Callable[[MadeHub], MadeHub]
 
@@ -30,7 +36,7 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture
 def serve(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     """Serves one hub until the end of the test."""
-    monkeypatch.setattr(arriving, "CHUNK", 4096)
+    monkeypatch.setattr(staging, "CHUNK", 4096)
     monkeypatch.setattr(arriving, "PAUSE", 0.01)
     began = []
 
@@ -154,7 +160,7 @@ def test_only_what_is_needed_is_waited_for_and_the_rest_is_resumed(
     monkeypatch.setattr(arriving.Arrivals, "start", lambda arrivals: None)
     with LLM.load(REPO, budget="1GiB", device="cpu") as llm:
         assert llm.generate(ids[:2])[0].ids == expected
-        here, total = llm._runtime.reader._arrivals.progress  # type: ignore[union-attr]
+        here, total = llm.stats().arrived or (0, 0)
     assert 0 < here < total
     first, hub.sent = set(hub.sent), []
     monkeypatch.setattr(arriving.Arrivals, "start", start)
@@ -167,6 +173,33 @@ def test_only_what_is_needed_is_waited_for_and_the_rest_is_resumed(
     arrivals.close()
     assert hub.sent and not first & set(hub.sent), "nothing is fetched twice"
     assert "snapshots" in find_model(REPO).parts
+
+
+def test_a_bar_shows_what_has_arrived_until_the_first_token(
+    originals: Callable[[str], Path], serve: Serve, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(tierlm.progress, "Console", lambda stderr: terminal)
+    monkeypatch.setattr(arriving.Arrivals, "start", lambda arrivals: None)
+    serve(MadeHub.of(originals("v3")))
+
+    def shown() -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+
+    with LLM.load(REPO, budget="1GiB", device="cpu") as llm:
+        with prefill_bar(llm) as bar:
+            bar(0, 7)
+            here, total = map(format_size, llm.stats().arrived or (0, 0))
+            bar(7, 7)
+        assert re.search(rf"weights .* {here} of {total}, 0.00 GB/s", shown())
+        before = shown()
+        llm.generate(ids[:2], on_prefill=bar)
+        assert shown() == before, "nothing is drawn over the answer"
+        monkeypatch.setattr(type(llm._runtime.reader), "arrived", (5, 5))  # type: ignore[union-attr]
+        with prefill_bar(llm) as bar:
+            bar(7, 7)
+        assert "prompt" in shown()[len(before) :] and "weights" not in shown()[len(before) :]
 
 
 def test_a_connection_that_brings_nothing_is_an_error_that_names_file_and_tensor(

@@ -24,7 +24,7 @@ FLOORS: list[list[set[str]]] = [
     [{"answer"}],
     [{"client", "worker"}],
     [{"loading"}],
-    [{"runtime"}],
+    [{"load_request"}, {"runtime"}],
     [{"engine"}, {"text"}, {"prompt"}],
     [{"models"}],
     [{"memory"}, {"profiling"}, {"templates"}],

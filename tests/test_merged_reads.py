@@ -11,7 +11,7 @@ import pytest
 from made_files import content
 from made_jobs import DEMAND, PREFETCH, Held, Shelf, reads_of
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, Record, TensorInfo, build_record
+from tierlm.checkpoints.record import ALIGNMENT, Record, TensorInfo, build_record
 from tierlm.errors import StorageError
 from tierlm.memory import compiled
 from tierlm.memory.ticket import Ticket

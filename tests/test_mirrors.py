@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from tierlm import LLM, Budget, SamplingParams
 from tierlm.checkpoints import mirrors as mirrors_module
-from tierlm.checkpoints.checkpoint import Extent, TensorInfo
 from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
 from tierlm.checkpoints.mirrors import Copy, MirrorReader, Volume, find_copies, open_disks
 from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, failure, split
+from tierlm.checkpoints.record import Extent, TensorInfo
 from tierlm.errors import CheckpointError, StorageError, UsageError
 from tierlm.files import Stamp
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.test_llm import RAM
-from tierlm import LLM, NumericsError, SamplingParams
+from tierlm import LLM, AsyncLLM, NumericsError, SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True)
 BAD_TOKEN = 77
@@ -57,6 +58,8 @@ def test_the_layer_where_it_began_is_named(
         assert caught.value.layer == layer
         with pytest.raises(NumericsError, match=f"began in {where}:"):
             llm.logits(prompt)
+        with pytest.raises(NumericsError, match=f"began in {where}:"):
+            asyncio.run(AsyncLLM(llm).logits(prompt))
 
 
 def test_other_sequences_go_on(toy_v3: Any, tmp_path: Path) -> None:

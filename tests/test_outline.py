@@ -16,7 +16,7 @@ from tierlm.models.catalog import Catalog
 from tierlm.models.outline import Outline, sizes_of, work_of
 from tierlm.models.packing import pack_model
 from tierlm.planning.known import find_config, known_models
-from tierlm.planning.mixtures import MIXTURES
+from tierlm.planning.mixtures import MIXTURES, bits_of
 from tierlm.planning.plan import SLACK, make_plan
 from tierlm.spec import ResidentKey
 
@@ -60,26 +60,56 @@ def test_known_models_have_as_many_parameters_as_published(name: str) -> None:
     assert work.active_weights / 1e9 == pytest.approx(active, rel=0.1, abs=0.6)
 
 
-def test_bytes_agree_with_published_checkpoints() -> None:
-    """DeepSeek-V3: 688.6 GB in fp8 with the layer for multi-token prediction; 404 GB as GGUF Q4_K_M, without it.
-    gpt-oss: 13.8 and 65.2 GB. In bfloat16, GLM-4.7-Flash has 31 billion parameters with that layer, GLM-4.5-Air
-    220.5 GB, MiniMax-M2 458 GB (converted from fp8), OLMoE 6.92 billion."""
-    assert outline("DeepSeek-V3").file_bytes == pytest.approx(689e9, rel=0.005)
-    assert outline("DeepSeek-V3", "q4_k_m").used_bytes == pytest.approx(401e9, rel=0.02)
-    assert outline("gpt-oss-20b").file_bytes == pytest.approx(13.76e9, rel=0.01)
-    assert outline("gpt-oss-120b").file_bytes == pytest.approx(65.25e9, rel=0.01)
-    assert outline("DeepSeek-V2-Lite").file_bytes == pytest.approx(31.4e9, rel=0.01)
-    assert outline("GLM-4.7-Flash").file_bytes == pytest.approx(62e9, rel=0.01)
-    assert outline("GLM-4.5-Air").file_bytes == pytest.approx(220.5e9, rel=0.01)
-    assert outline("MiniMax-M2", "bf16").file_bytes == pytest.approx(458e9, rel=0.01)
-    assert outline("OLMoE-1B-7B").file_bytes == pytest.approx(13.84e9, rel=0.01)
+# Bytes of all tensors, as the models' index files state them.
+INDEXED = {
+    "DeepSeek-V2-Lite": 31412968448,
+    "Qwen3-30B-A3B": 61064245248,
+    "Qwen3-235B-A22B": 470187269120,
+    "Mixtral-8x7B": 93405585408,
+    "Mixtral-8x22B": 281241268224,
+    "gpt-oss-20b": 13761264768,
+    "gpt-oss-120b": 65248815744,
+    "OLMoE-1B-7B": 13838323712,
+    "Qwen1.5-MoE-A2.7B": 28631568384,
+}
+# Bytes of the files. MiniMax-M2's in bfloat16 are converted from fp8.
+FILES = {
+    ("DeepSeek-V3", None): 688586727753,
+    ("DeepSeek-R1", None): 688586727753,
+    ("GLM-4.7-Flash", None): 62e9,
+    ("GLM-4.5-Air", None): 220.5e9,
+    ("MiniMax-M2", "bf16"): 458e9,
+}
+GGUF = {  # of files as Q4_K_M, without layers for multi-token prediction
+    "DeepSeek-V2-Lite": 10364416736,
+    "DeepSeek-V3": 404e9,
+    "GLM-4.7-Flash": 18312339776,
+    "OLMoE-1B-7B": 4213511776,
+    "Qwen1.5-MoE-A2.7B": 9.5e9,
+    "Qwen3-30B-A3B": 18556685824,
+}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_bytes_are_those_of_published_indices(name: str) -> None:
+    assert outline(name).file_bytes == INDEXED[name]
+
+
+@pytest.mark.parametrize(("name", "format"), FILES)
+def test_bytes_agree_with_published_files(name: str, format: str | None) -> None:
+    assert outline(name, format).file_bytes == pytest.approx(FILES[name, format], rel=0.01)
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_bytes_agree_with_published_gguf_files(name: str) -> None:
+    assert outline(name, "q4_k_m").used_bytes == pytest.approx(GGUF[name], rel=0.02)
 
 
 def test_the_parts_sum_to_the_whole() -> None:
     for format in MIXTURES:
         of = outline("DeepSeek-V2-Lite", format)
         parts = sum(of.size(key) for key in [*of.trunks, *of.experts(), ResidentKey()])
-        embedding = of.spec.vocab * of.spec.hidden * MIXTURES[format].bits[2] / 8
+        embedding = of.spec.vocab * of.spec.hidden * bits_of(MIXTURES[format].embedding, of.spec.hidden) / 8
         assert parts + embedding == pytest.approx(of.used_bytes, rel=0.003)
 
 

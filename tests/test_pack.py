@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 from tierlm import LLM, Budget, BudgetError, CheckpointError, StorageError, UsageError, files
 from tierlm.checkpoints import pack, packed
 from tierlm.checkpoints.ahead import ahead
-from tierlm.checkpoints.checkpoint import ALIGNMENT, ITEM_SIZE, Checkpoint, TensorInfo, read_header
+from tierlm.checkpoints.checkpoint import ITEM_SIZE, Checkpoint, read_header
 from tierlm.checkpoints.packed import PADDING, RecordShape, in_file_order, read_seals, write_file
 from tierlm.checkpoints.reader import read_pieces
+from tierlm.checkpoints.record import ALIGNMENT, TensorInfo
 from tierlm.checkpoints.stored import StoredWeight
 from tierlm.checkpoints.verify import damage
 from tierlm.checkpoints.views import Weights, weights_of

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from tierlm import LLM, Budget, SamplingParams
 from tierlm.checkpoints import probe as probe_module
-from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.checkpoints.disk_profile import VERSION, DiskProfile, ProfileCache, disk_name, together
 from tierlm.checkpoints.probe import (
     DEPTHS,
@@ -30,6 +29,7 @@ from tierlm.checkpoints.probe import (
     probe,
 )
 from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, failure
+from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.errors import StorageError
 from tierlm.files import user_cache
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_files import content
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, Extent, TensorInfo
 from tierlm.checkpoints.checksum import Seal, checksum
 from tierlm.checkpoints.reader import DirectReader, MmapReader, Reader, Request, open_reader, split
+from tierlm.checkpoints.record import ALIGNMENT, Extent, TensorInfo
 from tierlm.checkpoints.rows import Rows
 from tierlm.errors import StorageError, UsageError
 from tierlm.files import Stamp
@@ -177,7 +177,7 @@ def test_truncated_file_can_still_be_read_before_its_end(make_file: Callable[[in
 TRUNCATIONS = """
 import mmap, os, sys, threading, time
 from pathlib import Path
-from tierlm.checkpoints.checkpoint import Extent, TensorInfo
+from tierlm.checkpoints.record import Extent, TensorInfo
 from tierlm.checkpoints.reader import MmapReader, Request
 from tierlm.errors import StorageError
 

@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from made_files import PROFILE, SIDE_BY_SIDE, content, edges_of
 from made_jobs import DEMAND, PREFETCH, WAIT, WARM_UP, Held, Shelf, call, reads_of
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.checkpoints.reader import Request, split
+from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.errors import StorageError
 from tierlm.memory import compiled
 from tierlm.memory.compiled import Reads
 from tierlm.memory.jobs import Read
-from tierlm.memory.ticket import Priority, Ticket
+from tierlm.memory.ticket import Ticket
+from tierlm.policies.residency import Purpose
 from tierlm.spec import ExpertKey
 from tierlm.timeline import Timeline
 
@@ -72,7 +73,7 @@ def test_bytes_of_the_file(
     timeline, merged = Timeline(), request_pages * ALIGNMENT
     shelf = Shelf(file, edges, Held(threads, timeline, merged), merged)
     shelf.hold(threads)
-    tickets = [shelf.fetch(i, Priority(i % 3)) for i in keys]
+    tickets = [shelf.fetch(i, Purpose(i % 3)) for i in keys]
     assert shelf.transfer.backlog() == sum(shelf.records[i].nbytes for i in keys if i % 3 == 0)
     shelf.transfer.gate.set()
     shelf.finish(*tickets)
@@ -163,7 +164,7 @@ def test_a_promoted_prediction_is_a_demand(watched: tuple[Shelf, Timeline]) -> N
     shelf.hold()
     tickets = [shelf.fetch(i, PREFETCH if i < 3 else DEMAND) for i in range(4)]
     shelf.transfer.promote(tickets[1])
-    assert tickets[1].priority is DEMAND
+    assert tickets[1].purpose is DEMAND
     shelf.transfer.promote(tickets[1])  # again
     shelf.transfer.gate.set()
     shelf.finish(*tickets)
@@ -455,7 +456,7 @@ def test_nothing_is_lost_under_load(tmp_path: Path) -> None:
         for i in range(400):
             if i == 100:
                 shelf.transfer.gate.set()
-            tickets.append(shelf.fetch(i, chance.choice(list(Priority))))
+            tickets.append(shelf.fetch(i, chance.choice(list(Purpose))))
             if chance.random() < 0.3:
                 job = call(lambda i=i: ran.append(i))  # type: ignore[misc]
                 above[i] = shelf.transfer.submit([job], after=tickets[i])

@@ -189,7 +189,7 @@ def test_a_bar_shows_tokens_and_bytes_and_goes(llm: LLM, monkeypatch: pytest.Mon
         before = screen.getvalue()
         bar(7, 7)
         assert screen.getvalue() == before
-    assert "7/7 tokens, 0 B read" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", before)
+    assert re.search(r"7/7 tokens, [\d.]+ \w+ read", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", before))
     with prefill_bar(llm, quiet=True) as bar:
         bar(3, 7)
     assert screen.getvalue() == before

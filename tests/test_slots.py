@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tierlm.checkpoints.checkpoint import Extent, Place, Record
+from tierlm.checkpoints.record import Extent, Place, Record
 from tierlm.memory.slots import Slot
 
 

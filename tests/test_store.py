@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tierlm.checkpoints.checkpoint import Record, TensorInfo, build_record
 from tierlm.checkpoints.reader import Reader, Request, failure
+from tierlm.checkpoints.record import Record, TensorInfo, build_record
 from tierlm.checkpoints.views import Weights
 from tierlm.errors import StorageError
 from tierlm.memory.disk import Disk

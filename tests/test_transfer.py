@@ -14,8 +14,9 @@ import pytest
 from at_once import AtOnce
 from made_jobs import Call
 
-from tierlm.memory.ticket import Job, Priority, State, Ticket
+from tierlm.memory.ticket import Job, State, Ticket
 from tierlm.memory.transfer import Transfer
+from tierlm.policies.residency import Purpose
 
 WAIT = 60.0  # seconds; reached only by a test that fails
 
@@ -47,8 +48,8 @@ class Bench:
         return Call(link, nbytes, name, run, lambda what: Stalled(f"{name} {what}"))
 
     def submit(self, *names: str, prefetched: bool = False, after: Ticket | None = None) -> Ticket:
-        priority = Priority.PREFETCH if prefetched else Priority.DEMAND
-        return self.transfer.submit([self.job(name) for name in names], priority=priority, after=after)
+        purpose = Purpose.PREFETCH if prefetched else Purpose.DEMAND
+        return self.transfer.submit([self.job(name) for name in names], purpose=purpose, after=after)
 
     def hold(self, name: str, error: Exception | None = None) -> tuple[Ticket, threading.Event]:
         """A ticket that occupies a thread, and the gate that lets it end, or fail with ``error``."""
@@ -115,7 +116,7 @@ def test_promoted_ticket_becomes_a_demand(one: Bench) -> None:
     second = one.submit("prediction 2a", "prediction 2b", prefetched=True)
     demand = one.submit("demand")
     one.transfer.promote(second)
-    assert second.priority is Priority.DEMAND
+    assert second.purpose is Purpose.DEMAND
     gate.set()
     one.finish(first, second, demand)
     assert one.ran == ["held", "demand", "prediction 2a", "prediction 2b", "prediction 1"]
@@ -221,7 +222,7 @@ def test_too_late_to_cancel_once_one_job_has_begun(one: Bench) -> None:
         inside.set()
         assert gate.wait(WAIT)
 
-    ticket = one.transfer.submit([one.job("a", then), one.job("b")], priority=Priority.PREFETCH)
+    ticket = one.transfer.submit([one.job("a", then), one.job("b")], purpose=Purpose.PREFETCH)
     assert inside.wait(WAIT)
     assert not one.transfer.cancel(ticket)
     gate.set()
@@ -400,7 +401,7 @@ def test_wait_wakes_other_threads(two: Bench) -> None:
 def test_busy_counts_bytes_per_link(one: Bench) -> None:
     ticket = one.transfer.submit(
         [one.job("a", nbytes=3, link="disk->ram"), one.job("b", nbytes=4, link="disk->ram")],
-        priority=Priority.PREFETCH,
+        purpose=Purpose.PREFETCH,
     )
     other = one.transfer.submit([one.job("c", nbytes=5, link="ram->vram")], after=ticket)
     one.finish(other)

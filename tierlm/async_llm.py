@@ -125,11 +125,9 @@ class AsyncLLM:
         out, request = self._llm._logits(Mailbox[Progress](), ids)
         try:
             request.submit()
-            progress = await _next(request)
+            await _next(request)
         finally:
             request.cancel()
-        if progress.error is not None:
-            raise progress.error
         return out
 
     def stats(self) -> Stats:

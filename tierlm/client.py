@@ -116,9 +116,12 @@ class Request(Generic[Box]):
         self._client.worker.check()
 
     def checked(self, progress: Progress) -> Progress:
-        """``progress``, unless it says that the model was closed: then raises UsageError."""
+        """``progress``, unless it says that the model was closed: then raises UsageError. Raises the error of logits:
+        a part of them is no result."""
         if progress.finish == "error" and progress.error is None:
             self._client.worker.check()
+        if progress.error is not None and self.sequences[progress.place].logits is not None:
+            raise progress.error
         return progress
 
     def next(self: Request[SimpleQueue[Progress]]) -> Progress:

@@ -143,11 +143,9 @@ class LLM:
         out, request = self._logits(SimpleQueue[Progress](), ids)
         try:
             request.submit()
-            progress = request.next()
+            request.next()
         finally:
             request.cancel()
-        if progress.error is not None:
-            raise progress.error
         return out
 
     def stats(self) -> Stats:

@@ -5,70 +5,42 @@ from __future__ import annotations
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from tierlm.checkpoints.codec import load_zstandard
 from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
-from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
+from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
-from tierlm.errors import BudgetError, StorageError, UsageError
-from tierlm.host import available_ram, process_ram, total_ram
+from tierlm.errors import StorageError, UsageError
 from tierlm.kernels import native
+from tierlm.load_request import KV_DTYPES, LoadRequest, check
 from tierlm.memory.disk import Disk
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
 from tierlm.memory.opening import HOST, expert_tiers, open_disk, open_store, open_tiers, stop, tier_plans
 from tierlm.memory.pressure import Pressure, PressureRelief
 from tierlm.memory.slots import Slot, allocate, can_decommit
-from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
-from tierlm.models.catalog import Catalog
 from tierlm.models.decoder import Decoder
 from tierlm.models.embedding import Embedding
 from tierlm.models.moe import MixtureOfExperts
-from tierlm.models.outline import sizes_of
 from tierlm.models.router import Router
-from tierlm.planning.plan import AUTO_RAM, SLACK, Plan, TierPlan, make_plan
-from tierlm.policies import make_policy
-from tierlm.policies.eviction import TierInfo
+from tierlm.planning.plan import AUTO_RAM, TierPlan
 from tierlm.policies.lookahead import Lookahead
-from tierlm.policies.prediction import Predictor
-from tierlm.policies.predictors import make_predictor
+from tierlm.policies.residency import Purpose
 from tierlm.runtime import Runtime
 from tierlm.spec import ExpertKey, ResidentKey
 from tierlm.timeline import Timeline
 from tierlm.tracing.recorder import Recorder
 from tierlm.tracing.trace import TraceInfo
 
-AUTO_VRAM = 0.9  # share of the free memory
-KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """A checked load: everything known without opening or allocating anything."""
-
-    catalog: Catalog
-    options: RuntimeOptions
-    device: torch.device
-    context: int
-    predictor: Predictor
-    plan: Plan
-    ram_budget: int
-    auto: bool  # the ram budget was derived from the free memory
 
 
 def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress: Progress, others: int = 0) -> Runtime:
@@ -79,7 +51,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
     after an error no thread runs and no file is open.
     """
     began = time.perf_counter()
-    request = _check(folder, budget, options, others)
+    request = check(folder, budget, options, others)
     catalog, plan, spec = request.catalog, request.plan, request.catalog.spec
     _log_plan(request)
     with ExitStack() as undo:
@@ -136,60 +108,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
     return runtime
 
 
-def find_device(name: str) -> torch.device:
-    """The device ``name``; "auto" is the accelerator, or the CPU without one. Raises UsageError."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or HOST
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise UsageError("device 'meta' holds no data")
-    return device
-
-
-def _check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -> Request:
-    """Check a load before anything is opened."""
-    device, catalog = find_device(options.device), Catalog(folder)
-    spec = catalog.spec
-    if catalog.compressed:
-        load_zstandard()
-    if options.context is not None and options.context > spec.longest:
-        raise UsageError(f"context: expected at most {spec.bound}, found {options.context}")
-    context = options.context or min(spec.longest, DEFAULT_CONTEXT)
-    predictor = make_predictor(options.predictor, spec.experts_per_token)
-    make_policy(options.policy, TierInfo(len(spec.layers), 1))
-    for name, file in (("timeline", options.timeline), ("trace", options.trace)):
-        if file is not None and not (folder := Path(file).absolute().parent).is_dir():
-            raise UsageError(f"{name}: {folder}: no such folder")
-        if file is not None and not os.access(folder, os.W_OK):  # fail now rather than after the run
-            raise StorageError(f"{name}: {file}: cannot be written: its folder is read-only", file=str(file))
-    kv_item = KV_DTYPES[options.kv_dtype].itemsize
-    sizes = sizes_of(catalog, context, options.prefill_chunk, kv_item, options.logits_tokens)
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # math libraries allocate before RAM use is measured
-    held = process_ram()
-    ram = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
-    vram = budget.vram
-    if vram is None and device.type != "cpu":
-        vram = int(torch.get_device_module(device).mem_get_info(device)[0] * AUTO_VRAM)
-    plan = make_plan(
-        sizes,
-        ram=ram,
-        vram=vram,
-        process=max(0, held - others),
-        others=others,
-        min_slots=spec.experts_per_token,
-        ram_slots=options.ram_slots,
-        vram_slots=options.vram_slots,
-        resident_trunks=options.resident_trunks,
-    )
-    ram = min(ram, require_memory(plan, ram, held, device))
-    return Request(catalog, options, device, context, predictor, plan, ram, budget.ram is None)
-
-
-def _log_plan(request: Request) -> None:
+def _log_plan(request: LoadRequest) -> None:
     catalog = request.catalog
     files, context = len(catalog.files), request.context
     log.info("%s: %d files, context of %d tokens, on %s", catalog.checkpoint.path, files, context, request.device)
@@ -198,31 +117,7 @@ def _log_plan(request: Request) -> None:
         log.info("plan of %s: %s; %d expert slots; floor %s", name, parts, plan.expert_slots, format_size(plan.floor))
 
 
-def require_memory(plan: Plan, ram: int, held: int, device: torch.device) -> int:
-    """Refuse a plan that cannot be held here, and warn of one that does not fit the free memory. Returns the limit of
-    this process in bytes. Raises BudgetError."""
-    emulated = plan.vram.parts if plan.vram is not None and device.type == "cpu" else {}
-    parts = {**plan.ram.parts, "vram in host memory": sum(emulated.values())}
-    needed, limit, free = sum(parts.values()), total_ram(), available_ram() + held
-    if needed > limit:
-        raise BudgetError(
-            f"a ram budget of {format_size(ram)} leads to a plan of {format_size(needed)}, but this process can have "
-            f"{format_size(limit)} (this machine's memory, or a memory cgroup's): it would be killed; lower the "
-            "budget, or use 'auto'",
-            floor=plan.ram.floor,
-            given=ram,
-            dominant=max(parts, key=lambda name: parts[name]),
-        )
-    if needed - SLACK > free:
-        warnings.warn(
-            f"the plan takes {format_size(needed)} of host memory and {format_size(free)} are free: the process may be "
-            "killed, or slow down other programs; lower the ram budget, or use 'auto'",
-            stacklevel=5,
-        )
-    return limit
-
-
-def _open_recorder(file: Path, request: Request) -> Recorder:
+def _open_recorder(file: Path, request: LoadRequest) -> Recorder:
     """Open the recorder of a trace, which stores the prefill read order. Raises UsageError, StorageError."""
     catalog, spec = request.catalog, request.catalog.spec
     if not spec.moe_layers:
@@ -240,18 +135,18 @@ def _open_recorder(file: Path, request: Request) -> Recorder:
         raise StorageError(f"trace: {file}: cannot be written: {error.strerror}", file=str(file)) from error
 
 
-def _load_resident(request: Request, disk: Disk, transfer: Transfer) -> Weights:
+def _load_resident(request: LoadRequest, disk: Disk, transfer: Transfer) -> Weights:
     """The small always-resident tensors, on the compute device."""
     record = request.catalog.record(ResidentKey())
     slot = Slot(allocate(record.nbytes, HOST))
-    ticket, _ = disk.fetch(ResidentKey(), slot, Priority.DEMAND, streaming=False)
+    ticket, _ = disk.fetch(ResidentKey(), slot, Purpose.DEMAND, streaming=False)
     transfer.wait_any([ticket], request.options.io_timeout)
     if ticket.error is not None:
         raise ticket.error
     return weights_of(slot.buffer.to(request.device), record)
 
 
-def _trunk_tiers(request: Request, disk: Disk) -> tuple[Tier, ...]:
+def _trunk_tiers(request: LoadRequest, disk: Disk) -> tuple[Tier, ...]:
     """The tiers of the trunks, the compute tier first."""
 
     def sizes(plan: TierPlan) -> list[int]:
@@ -260,7 +155,7 @@ def _trunk_tiers(request: Request, disk: Disk) -> tuple[Tier, ...]:
     return open_tiers(request.catalog, "lru", request.plan, disk, request.device, sizes)
 
 
-def _load_trunks(request: Request, tiers: Sequence[Tier], progress: Progress) -> Trunks:
+def _load_trunks(request: LoadRequest, tiers: Sequence[Tier], progress: Progress) -> Trunks:
     """Load the resident trunks, lowest tier first. Returns the trunks of the compute tier."""
     catalog, options = request.catalog, request.options
     plans = tier_plans(request.plan, request.device)
@@ -275,7 +170,7 @@ def _load_trunks(request: Request, tiers: Sequence[Tier], progress: Progress) ->
     return trunks
 
 
-def _relief(request: Request, ram: Tier) -> PressureRelief | None:
+def _relief(request: LoadRequest, ram: Tier) -> PressureRelief | None:
     """An automatic ram budget yields to memory pressure; an explicit one does not."""
     if not request.auto or not can_decommit():
         return None
@@ -283,7 +178,7 @@ def _relief(request: Request, ram: Tier) -> PressureRelief | None:
     return PressureRelief(Pressure(reserve), ram, request.catalog.spec.experts_per_token)
 
 
-def _platform_notes(request: Request) -> list[str]:
+def _platform_notes(request: LoadRequest) -> list[str]:
     notes = []
     if request.catalog.ignored:
         notes.append(f"{len(request.catalog.ignored)} tensors of multi-token prediction layers are not used")

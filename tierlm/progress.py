@@ -1,4 +1,4 @@
-"""A bar that shows how far the prompt of a request is: in a terminal, and in a notebook."""
+"""Bars of what an answer waits for, the prompt and weights that still arrive: in a terminal, and in a notebook."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def prefill_bar(llm: LLM, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar for ``on_prefill``, with tokens, bytes read from disk, and remaining time. It goes with the first token.
+    """A bar for ``on_prefill``, with tokens, bytes read from disk, and remaining time. While weights arrive from the
+    Hub, a second one, with their bytes and speed. Both go with the first token.
 
     ::
 
@@ -25,19 +26,25 @@ def prefill_bar(llm: LLM, quiet: bool = False) -> Iterator[Callable[[int, int], 
             for piece in llm.stream(prompt, on_prefill=bar):
                 print(piece.text, end="")
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    def read() -> int:
-        return links[DISK].bytes if DISK in (links := llm.stats().links) else 0
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     def update(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total, read=format_size(read() - before))
+        stats = llm.stats()
+        read = format_size((stats.links[DISK].bytes if DISK in stats.links else 0) - before)
+        bar.update(prompt, completed=done, total=total, found=f"{done}/{total} tokens, {read} read")
+        if stats.arrived is not None:
+            here, every = stats.arrived
+            speed = (bar.tasks[weights].speed or 0) / 1e9
+            found = f"{format_size(here)} of {format_size(every)}, {speed:.2f} GB/s"
+            bar.update(weights, completed=here, total=every, visible=here < every, found=found)
         if done == total:
             bar.stop()
 
-    before, console = read(), Console(stderr=True)
-    columns = (TextColumn("prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens, {task.fields[read]} read"))
+    links, console = llm.stats().links, Console(stderr=True)
+    before = links[DISK].bytes if DISK in links else 0
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[found]}"), TimeRemainingColumn())
     shown = not quiet and (console.is_terminal or console.is_jupyter)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("", total=None, read=format_size(0))
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        prompt = bar.add_task("prompt", total=None, found="")
+        weights = bar.add_task("weights", total=None, visible=False, found="")
         yield update

@@ -24,6 +24,7 @@ class Stats(Table):
     ``first_token``: from the latest prompt to its first token. ``links``: bytes moved and seconds busy by link,
     including loading and warm-up. ``experts`` and ``trunks``: records by tier, the compute tier first; a miss is
     demanded from the next tier. ``hit_rate``: share of demanded experts resident in or in flight to the compute tier.
+    ``arrived``: bytes of weights that are here, and all, of a model that was loaded while it arrived from the Hub.
     """
 
     load_seconds: float
@@ -40,6 +41,7 @@ class Stats(Table):
     plan: Plan
     device: str
     reader: str
+    arrived: tuple[int, int] | None
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -65,6 +67,8 @@ class Stats(Table):
         for name, value in self.plan.rows():
             yield name and f"{name} plan", value
         yield "peak of the process", format_size(self.peak_ram)
+        if self.arrived is not None:
+            yield "weights from the Hub", "{} of {} are here".format(*map(format_size, self.arrived))
         for note in self.notes:
             yield "note", note
 
@@ -87,6 +91,7 @@ def collect(runtime: Runtime) -> Stats:
         plan=runtime.plan,
         device=str(runtime.device),
         reader=runtime.reader.name,
+        arrived=runtime.reader.arrived,
         notes=tuple(runtime.notes),
     )
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tierlm.checkpoints.checkpoint import Checkpoint, Header, TensorInfo, read_json
+from tierlm.checkpoints.checkpoint import Checkpoint, Header, read_json
 from tierlm.checkpoints.gguf import GgufCheckpoint
 from tierlm.checkpoints.multimodal import text_config
+from tierlm.checkpoints.record import TensorInfo
 from tierlm.files import Stamp
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT
+from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.config import format_size
 from tierlm.files import read_regular, write_whole
 

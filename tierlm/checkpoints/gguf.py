@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tierlm.checkpoints.checkpoint import EXPERT, Header, TensorInfo, check_shape
+from tierlm.checkpoints.checkpoint import EXPERT, Header, check_shape
 from tierlm.checkpoints.gguf_config import config_of
 from tierlm.checkpoints.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from tierlm.checkpoints.record import TensorInfo
 from tierlm.errors import CheckpointError
 from tierlm.files import open_regular
 
@@ -35,7 +36,10 @@ class GgufCheckpoint:
         header = read_gguf_header(file)
         self.path, self.digest, parts = file, b"", _parts(file, header)
         found = {name: tensor for _, own in parts for name, tensor in own.tensors.items()}
-        self.config = config_of(header.metadata, found, str(file))
+        try:
+            self.config = config_of(header.metadata, found, str(file))
+        except (TypeError, ValueError, IndexError, OverflowError) as error:  # values of other types than it expects
+            raise CheckpointError(f"{file}: malformed metadata: {error}") from error
         if (divisors := found.get("rope_freqs.weight")) is not None:
             self.config["rope_divisors"] = _floats(file, divisors)
         self._names = _name_map(header)

@@ -195,7 +195,8 @@ ARCHITECTURES = {
 def _plain(value: Any) -> Any:
     """float32 numbers as the shortest decimals that stand for them, so that 1e-5 stays 1e-5."""
     if isinstance(value, float):
-        from numpy import float32
+        from numpy import errstate, float32
 
-        return float(str(float32(value)))
+        with errstate(over="ignore"):
+            return float(str(float32(value)))
     return value

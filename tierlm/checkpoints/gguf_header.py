@@ -21,7 +21,8 @@ from tierlm.files import Stamp, is_file, is_folder, open_regular
 MAGIC = b"GGUF"
 MAX_HEADER = 256 * 2**20  # bytes; ten times that of a vocabulary of 250,000 tokens with merges
 FIRST_READ = 2**20  # bytes; enough for all but the vocabulary
-MAX_TENSORS = 2**17
+MAX_ENTRIES = 2**17  # of metadata, and tensors
+MAX_ITEMS = 2**22  # of arrays; one takes up to some 60 bytes. A vocabulary of 250,000 tokens has 1.3 million
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
@@ -97,8 +98,8 @@ def _parse(file: Path, data: bytes, size: int) -> tuple[tuple[dict[str, Any], di
     if version not in (2, 3):
         raise UnsupportedModelError(f"{file}: GGUF version {version} is not supported; 2 and 3, little-endian, are")
     count, pairs = cursor.scalar("Q"), cursor.scalar("Q")
-    if count > MAX_TENSORS:
-        raise CheckpointError(f"{file}: expected at most {MAX_TENSORS} tensors, found {count}")
+    if max(count, pairs) > MAX_ENTRIES:
+        raise CheckpointError(f"{file}: expected at most {MAX_ENTRIES} tensors, and keys, found {count} and {pairs}")
     metadata: dict[str, Any] = {}
     for _ in range(cursor.checked(pairs, 13)):
         key = cursor.text()
@@ -154,6 +155,7 @@ class _Cursor:
 
     def __init__(self, file: Path, data: bytes, size: int):
         self.file, self.data, self.size, self.at = file, data, size, 0
+        self.items = 0  # of arrays
         self._unpack: dict[str, Callable[..., tuple[Any, ...]]] = {
             code: struct.Struct("<" + code).unpack_from for code in SCALARS.values()
         }
@@ -183,6 +185,9 @@ class _Cursor:
         if kind != ARRAY:
             return self.scalar(self._code(kind))
         kind, count = self.scalar("I"), self.scalar("Q")
+        self.items += count
+        if self.items > MAX_ITEMS:
+            raise CheckpointError(f"{self.file}: expected at most {MAX_ITEMS} items of arrays, found {self.items}")
         if kind == STRING:
             return [self.text() for _ in range(self.checked(count, 8))]
         code = self._code(kind)

@@ -57,6 +57,7 @@ PATTERNS: dict[str, Sequence[str]] = {  # name of a pre-tokenizer -> splits, one
 }
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 SPACE = "▁"
+MAX_CUTS = 2**30  # characters of the parts that pieces are cut into; published vocabularies have less than 2**26
 IDS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
@@ -130,6 +131,8 @@ def _pair(merge: str) -> tuple[str, str]:
 def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokenizer:
     """A SentencePiece vocabulary as BPE: a piece of a higher score is merged first."""
     scores = metadata["tokenizer.ggml.scores"]
+    if (cuts := sum(len(piece) ** 2 for piece in tokens)) > MAX_CUTS:
+        raise ValueError(f"the pieces are too long: {cuts} characters in all their parts")
     vocab = {token: number for number, token in enumerate(tokens)}
     merges: list[tuple[float, int, int, tuple[str, str]]] = []
     for piece, score in zip(tokens, scores, strict=True):

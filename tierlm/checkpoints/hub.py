@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tierlm.checkpoints.arriving import Arriving, arrange, complete, discard
+from tierlm.checkpoints.arriving import fetch_all, fetch_headers
 from tierlm.checkpoints.checkpoint import read_json
 from tierlm.checkpoints.foreign import refuse_foreign
 from tierlm.checkpoints.gguf_header import gguf_in
+from tierlm.checkpoints.staging import HubFile, discard, stage, staged_in
 from tierlm.errors import CheckpointError, ModelNotFoundError, TierlmError, UsageError
 from tierlm.files import is_file, is_folder
 
@@ -47,7 +48,7 @@ def find_model(model: str | Path, *, whole: bool = True) -> Path:
     """The path of ``model``: a folder, a GGUF file, "demo" (embedded) or a Hub id (downloaded).
 
     ``whole``: wait for the weights of a Hub id. Otherwise the path may be one whose weights still arrive
-    (arriving.py). Raises CheckpointError, UsageError.
+    (staging.py). Raises CheckpointError, UsageError.
     """
     if model == "demo":
         return DEMO
@@ -117,14 +118,17 @@ def _download(found: HubId, whole: bool) -> Path:
     if not missing:
         discard(folder, weights)
     elif remote is not None and not whole:
-        staged = arrange(found.repo, folder, {name: remote[name] for name in weights})
+        staged = stage(found.repo, folder, {name: remote[name] for name in weights})
+        fetch_headers(staged)
         return staged / Path(weights[0]).name if weights[0].endswith(".gguf") else staged
-    elif not complete(folder, weights):
+    elif (begun := staged_in(folder, weights)) is not None:
+        fetch_all(begun)
+    else:
         snapshot_download(found.repo, revision=folder.name, allow_patterns=weights)
     return folder / weights[0] if weights[0].endswith(".gguf") else folder
 
 
-def _listing(found: HubId) -> Mapping[str, Arriving] | None:
+def _listing(found: HubId) -> Mapping[str, HubFile] | None:
     """The files of the repository; None if the Hub cannot be reached."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -141,7 +145,7 @@ def _listing(found: HubId) -> Mapping[str, Arriving] | None:
     for file in info.siblings or ():
         etag = (file.blob_id if file.lfs is None else file.lfs.sha256) or ""
         if ".." not in Path(file.rfilename).parts and re.fullmatch("[0-9a-f]{40,64}", etag):
-            files[file.rfilename] = Arriving(file.size or 0, etag)
+            files[file.rfilename] = HubFile(file.size or 0, etag)
     return files
 
 

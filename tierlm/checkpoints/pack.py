@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from tierlm.checkpoints.ahead import ahead
-from tierlm.checkpoints.checkpoint import Place, TensorInfo
 from tierlm.checkpoints.codec import Run
 from tierlm.checkpoints.packed import RecordShape, file_size, in_file_order, write_file
 from tierlm.checkpoints.reader import PIECE, read_pieces
+from tierlm.checkpoints.record import Place, TensorInfo
 from tierlm.checkpoints.stored import StoredWeight
 from tierlm.checkpoints.views import view
 from tierlm.config import format_size

@@ -17,9 +17,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, INSIDE, ITEM_SIZE, MAX_HEADER, Header, parse_json
+from tierlm.checkpoints.checkpoint import INSIDE, ITEM_SIZE, MAX_HEADER, Header, parse_json
 from tierlm.checkpoints.checksum import DIGITS, Checksums, Seal, checksum
 from tierlm.checkpoints.codec import Run, compress, least_and_most
+from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.errors import CheckpointError
 from tierlm.files import whole
 from tierlm.formats import Shape

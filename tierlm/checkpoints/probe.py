@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, Extent, TensorInfo
 from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache, disk_name
 from tierlm.checkpoints.reader import MmapReader, Reader, Request, host_memory
+from tierlm.checkpoints.record import ALIGNMENT, Extent, TensorInfo
 from tierlm.config import format_size
 from tierlm.errors import StorageError
 

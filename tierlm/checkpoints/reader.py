@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, Extent, TensorInfo
 from tierlm.checkpoints.codec import Compressed
+from tierlm.checkpoints.record import ALIGNMENT, Extent, TensorInfo
 from tierlm.errors import StorageError, UsageError
 from tierlm.files import Stamp, changed, open_regular
 
@@ -90,6 +90,11 @@ class Reader(ABC):
         """Read a damaged request again from the copies of its file until ``check(copy)`` raises no StorageError.
         Raises that error if no copy passes."""
         check(request.extent.file)
+
+    @property
+    def arrived(self) -> tuple[int, int] | None:
+        """Bytes of the files that are on the disk, and all; None if nothing is to arrive."""
+        return None
 
     def troubles(self) -> list[str]:
         """Recovered errors so far, in words."""

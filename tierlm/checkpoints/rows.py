@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-from tierlm.checkpoints.checkpoint import Extent, TensorInfo
 from tierlm.checkpoints.checksum import Seal, checksum
 from tierlm.checkpoints.reader import Reader, Request, failure
+from tierlm.checkpoints.record import Extent, TensorInfo
 from tierlm.files import Stamp, open_regular
 
 BLOCK = 2**17  # bytes of rows that share a seal; a block is verified when one of its rows is first read

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tierlm.checkpoints.checkpoint import TensorInfo, check_shape
+from tierlm.checkpoints.checkpoint import check_shape
+from tierlm.checkpoints.record import TensorInfo
 from tierlm.errors import UnsupportedModelError
 from tierlm.formats import FORMATS, Part, Shape, recognise
 

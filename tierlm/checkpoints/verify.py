@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tierlm.checkpoints.checkpoint import TensorInfo
 from tierlm.checkpoints.checksum import Seal, new_checksum
 from tierlm.checkpoints.codec import Compressed
 from tierlm.checkpoints.container import Container
 from tierlm.checkpoints.packed import read_seals
 from tierlm.checkpoints.reader import read_pieces, restored
+from tierlm.checkpoints.record import TensorInfo
 from tierlm.errors import StorageError
 
 Check = tuple[TensorInfo, Seal | None, Compressed | None]

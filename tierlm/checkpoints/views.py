@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tierlm.checkpoints.checkpoint import Place, Record
+from tierlm.checkpoints.record import Place, Record
 from tierlm.checkpoints.stored import FACTOR, SCALE
 from tierlm.formats.dtypes import torch_dtypes
 from tierlm.kernels import Weight

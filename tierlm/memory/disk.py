@@ -5,12 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from tierlm.checkpoints.checkpoint import Record
 from tierlm.checkpoints.reader import Reader, Request, split
+from tierlm.checkpoints.record import Record
 from tierlm.memory.jobs import Read, Unseal
 from tierlm.memory.slots import Entry, Slot
-from tierlm.memory.ticket import Priority, Ticket
+from tierlm.memory.ticket import Ticket
 from tierlm.memory.transfer import Transfer
+from tierlm.policies.residency import Purpose
 from tierlm.spec import Key
 
 
@@ -23,7 +24,7 @@ class Disk:
         self._checked: set[Key] = set()  # transfer threads add to it
         self._requests: dict[Key, tuple[list[Request], array[int] | None]] = {}
 
-    def fetch(self, key: Key, slot: Slot, priority: Priority, streaming: bool) -> tuple[Ticket, None]:
+    def fetch(self, key: Key, slot: Slot, purpose: Purpose, streaming: bool) -> tuple[Ticket, None]:
         record = self.records(key)
         requests, words = self._requests.get(key) or self._split(key, record)
         if slot.guard is not None:  # only a Python thread can wait for the event
@@ -34,7 +35,7 @@ class Disk:
             link, nbytes = ("checksum", record.seal.nbytes) if record.inside is None else ("zstd", record.inside.raw)
             last = Unseal(link, nbytes, str(key), self.reader, record, record.seal, slot, key, self._checked)
         read = Read(self.reader, requests, words, slot, key)
-        return self.transfer.submit(read, priority=priority, last=last), None
+        return self.transfer.submit(read, purpose=purpose, last=last), None
 
     def _split(self, key: Key, record: Record) -> tuple[list[Request], array[int] | None]:
         """The requests of ``record``, and their ``Read.words``: None unless all are plain reads."""

@@ -38,7 +38,7 @@ class Executor(ABC):
 
     @abstractmethod
     def promote(self, ticket: Ticket) -> None:
-        """Move the queued jobs of ``ticket`` to the back of the demand queue. The caller sets the priority."""
+        """Move the queued jobs of ``ticket`` to the back of the demand queue. The caller sets the purpose."""
 
     @abstractmethod
     def cancel(self, ticket: Ticket) -> bool:

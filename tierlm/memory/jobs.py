@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tierlm.checkpoints.checkpoint import Record
 from tierlm.checkpoints.checksum import Seal, checksum
 from tierlm.checkpoints.reader import Reader, Request, failure
+from tierlm.checkpoints.record import Record
 from tierlm.errors import StorageError
 from tierlm.memory.slots import Slot
 from tierlm.memory.ticket import DISK, Job

@@ -11,12 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tierlm.checkpoints.arriving import Arrivals, ArrivingReader, arriving_in
-from tierlm.checkpoints.checkpoint import Record
+from tierlm.checkpoints.arriving import Arrivals, ArrivingReader
 from tierlm.checkpoints.container import Container
 from tierlm.checkpoints.disk_profile import DiskProfile, ProfileCache
 from tierlm.checkpoints.mirrors import open_disks
 from tierlm.checkpoints.reader import Reader, split
+from tierlm.checkpoints.record import Record
+from tierlm.checkpoints.staging import arriving_in
 from tierlm.config import RuntimeOptions, format_size
 from tierlm.errors import StorageError
 from tierlm.files import Stamp, user_cache

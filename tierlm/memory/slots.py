@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tierlm.checkpoints.checkpoint import Place, Record
 from tierlm.checkpoints.reader import host_memory
+from tierlm.checkpoints.record import Place, Record
 from tierlm.checkpoints.views import Weights, misaligned, weights_of
 from tierlm.memory.ticket import Ticket
 from tierlm.policies import residency

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
-from tierlm.checkpoints.checkpoint import Record
+from tierlm.checkpoints.record import Record
 from tierlm.checkpoints.views import Weights
 from tierlm.memory.executor import LinkStats
 from tierlm.memory.heat import Heat
 from tierlm.memory.slots import Entry
-from tierlm.memory.ticket import DISK, Priority
+from tierlm.memory.ticket import DISK
 from tierlm.memory.tiers import Tier
 from tierlm.policies.lookahead import Lookahead
+from tierlm.policies.residency import Purpose
 from tierlm.spec import ExpertKey, Key
 
 
@@ -64,7 +65,7 @@ class Store:
         tier, lookahead = self.tier, self.lookahead
         while (wanted := lookahead.next_read(tier.entries)) is not None:
             key, streaming = wanted
-            if tier.start(key, priority=Priority.PREFETCH, streaming=streaming) is None:
+            if tier.start(key, purpose=Purpose.PREFETCH, streaming=streaming) is None:
                 return
 
     def turn(self, layer: int, needed: Sequence[ExpertKey]) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 
 from tierlm.host import cannot_start
 from tierlm.memory.executor import Executor, LinkStats
-from tierlm.memory.ticket import Job, Priority, State, Ticket
+from tierlm.memory.ticket import Job, State, Ticket
+from tierlm.policies.residency import Purpose
 from tierlm.timeline import Timeline
 
 LEAVE = 5.0  # seconds that threads get to end
@@ -24,7 +25,7 @@ class Threads(Executor):
         self._spare, self._announce, self._timeline = spare, announce, timeline
         self._lock = threading.Lock()
         self._work, self._changed = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._waiting: dict[Priority, deque[Item]] = {priority: deque() for priority in Priority}
+        self._waiting: dict[Purpose, deque[Item]] = {purpose: deque() for purpose in Purpose}
         self._ended: deque[Ticket] = deque()
         self._links: dict[str, LinkStats] = {}
         self._count = 0
@@ -44,7 +45,7 @@ class Threads(Executor):
         ticket.unfinished = set(jobs)
         items = [(ticket, index, ticket.jobs[index]) for index in jobs]
         with self._lock:
-            queue = self._waiting[ticket.priority]
+            queue = self._waiting[ticket.purpose]
             queue.extendleft(reversed(items)) if first else queue.extend(items)
             self._work.notify(len(items))
 
@@ -54,7 +55,7 @@ class Threads(Executor):
     def promote(self, ticket: Ticket) -> None:
         with self._lock:
             moved = self._remove(ticket)
-            self._waiting[Priority.DEMAND].extend(moved)
+            self._waiting[Purpose.DEMAND].extend(moved)
             self._work.notify(len(moved))  # all threads for prefetch may be busy
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -96,7 +97,7 @@ class Threads(Executor):
 
     def backlog(self) -> int:
         with self._lock:
-            return sum(job.nbytes for _, _, job in self._waiting[Priority.DEMAND])
+            return sum(job.nbytes for _, _, job in self._waiting[Purpose.DEMAND])
 
     def close(self, timeout: float) -> bool:
         with self._lock:
@@ -112,10 +113,10 @@ class Threads(Executor):
     def _remove(self, ticket: Ticket) -> list[Item]:
         """Remove the queued jobs of ``ticket``."""
         found = []
-        for priority, queue in self._waiting.items():
+        for purpose, queue in self._waiting.items():
             if own := [item for item in queue if item[0] is ticket]:
                 found += own
-                self._waiting[priority] = deque(item for item in queue if item[0] is not ticket)
+                self._waiting[purpose] = deque(item for item in queue if item[0] is not ticket)
         return found
 
     def _run(self) -> None:
@@ -127,8 +128,8 @@ class Threads(Executor):
         """Wait for the next job. Returns whether it takes a spare thread, and the job; None once closed."""
         with self._lock:
             while not self._closed:
-                for priority, queue in self._waiting.items():
-                    spare = priority is not Priority.DEMAND
+                for purpose, queue in self._waiting.items():
+                    spare = purpose is not Purpose.DEMAND
                     if queue and (self._spare or not spare):
                         self._spare -= spare
                         ticket, _, job = item = queue.popleft()
@@ -152,8 +153,8 @@ class Threads(Executor):
                 error = failure
         ended, cpu = time.perf_counter(), time.thread_time() - cpu
         if self._timeline is not None:
-            priority = ticket.priority.name.lower()
-            self._timeline.add(job.link, job.what, began, ended, bytes=job.nbytes, priority=priority)
+            purpose = ticket.purpose.name.lower()
+            self._timeline.add(job.link, job.what, began, ended, bytes=job.nbytes, priority=purpose)
         with self._lock:
             link = self._links[job.link]
             link.active -= 1

@@ -1,21 +1,15 @@
-"""Transfer requests: jobs, their priority, and the ticket that tracks them."""
+"""Transfer requests: jobs, their purpose, and the ticket that tracks them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from enum import Enum
 from typing import Protocol
 
+from tierlm.policies.residency import Purpose
+
 DISK = "disk->ram"  # the link of all file reads
-
-
-class Priority(IntEnum):
-    """The purpose of a transfer: the current layer waits for it, a predictor asked for it, or a slot was free."""
-
-    DEMAND = 0
-    PREFETCH = 1
-    WARM_UP = 2
 
 
 class State(Enum):
@@ -63,7 +57,7 @@ class Ticket:
     """
 
     jobs: Jobs
-    priority: Priority
+    purpose: Purpose
     after: Ticket | None = None
     last: Job | None = None
     state: State = State.WAITING

@@ -14,7 +14,7 @@ import torch
 
 from tierlm.memory.jobs import CopyUp
 from tierlm.memory.slots import Entry, Slot
-from tierlm.memory.ticket import Priority, Ticket
+from tierlm.memory.ticket import Ticket
 from tierlm.memory.transfer import Transfer
 from tierlm.policies.eviction import Policy
 from tierlm.policies.residency import EntryState, Placement, Purpose, Residency
@@ -25,7 +25,7 @@ from tierlm.timeline import span
 class Source(Protocol):
     """Where a tier gets its records: the disk or the tier below."""
 
-    def fetch(self, key: Key, slot: Slot, priority: Priority, streaming: bool) -> tuple[Ticket, Entry | None] | None:
+    def fetch(self, key: Key, slot: Slot, purpose: Purpose, streaming: bool) -> tuple[Ticket, Entry | None] | None:
         """Start to read ``key`` into ``slot``. Returns the ticket and the entry below, pinned until the ticket is done;
         None if a tier on the way has no free slot now."""
 
@@ -86,20 +86,19 @@ class Tier:
             self.transfer.promote(entry.ticket)
         return entry
 
-    def start(self, key: Key, *, priority: Priority = Priority.DEMAND, streaming: bool = False) -> Entry | None:
+    def start(self, key: Key, *, purpose: Purpose = Purpose.DEMAND, streaming: bool = False) -> Entry | None:
         """Start to read ``key``, which is absent. A demanded entry is pinned. None if no slot is available now.
 
         ``streaming``: a record that displaces a warm record leaves first. A warm-up takes free slots only, and yields
         them to any other use until its read has begun.
         """
         self.settle()
-        purpose = Purpose(priority)
         placement = self._find(key, purpose, streaming)
         if placement is None:
             return None
         index, victim = placement.index, placement.victim
         slot = self._slots[index]
-        fetched = self.source.fetch(key, slot, priority, streaming)
+        fetched = self.source.fetch(key, slot, purpose, streaming)
         if fetched is None:
             return None
         ticket, source = fetched
@@ -136,18 +135,18 @@ class Tier:
         self.residency.end_turn(layer)
         self.source.end_turn(layer)
 
-    def fetch(self, key: Key, slot: Slot, priority: Priority, streaming: bool) -> tuple[Ticket, Entry] | None:
+    def fetch(self, key: Key, slot: Slot, purpose: Purpose, streaming: bool) -> tuple[Ticket, Entry] | None:
         """As the source of the tier above: copy ``key`` up from a slot of this tier."""
-        demanded = priority is Priority.DEMAND
+        demanded = purpose is Purpose.DEMAND
         entry = self.demand(key, streaming=streaming) if demanded else self.entries.get(key)
         if entry is None:
-            entry = self.start(key, priority=priority, streaming=streaming)
+            entry = self.start(key, purpose=purpose, streaming=streaming)
             if entry is None:
                 return None
         if not demanded:
             self.residency.lend(entry)
         copy = CopyUp(f"{self.name}->vram", self.size_of(key), str(key), entry.slot, slot)
-        return self.transfer.submit([copy], priority=priority, after=entry.ticket), entry
+        return self.transfer.submit([copy], purpose=purpose, after=entry.ticket), entry
 
     def settle(self) -> None:
         """Register transfers that have arrived or failed."""
@@ -196,7 +195,7 @@ class Tier:
         for key, share in shares.items():
             self.policy.expect(key, share)
         for at, key in enumerate(keys):
-            if key not in self.entries and self.start(key, priority=Priority.WARM_UP) is None:
+            if key not in self.entries and self.start(key, purpose=Purpose.WARM_UP) is None:
                 return self.source.warm(keys[at:], shares)
         return self.source.warm((), shares)
 

@@ -14,8 +14,9 @@ from tierlm.memory import compiled
 from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.jobs import Read
 from tierlm.memory.threads import LEAVE, Threads
-from tierlm.memory.ticket import DISK, Job, Priority, State, Ticket
+from tierlm.memory.ticket import DISK, Job, State, Ticket
 from tierlm.policies.limits import spare_lanes
+from tierlm.policies.residency import Purpose
 from tierlm.timeline import Timeline
 
 LOOK = 0.1  # longest wait in seconds before a look at ``leaving``
@@ -59,7 +60,7 @@ class Transfer:
         self,
         jobs: Sequence[Job] | Read,
         *,
-        priority: Priority = Priority.DEMAND,
+        purpose: Purpose = Purpose.DEMAND,
         after: Ticket | None = None,
         last: Job | None = None,
     ) -> Ticket:
@@ -67,7 +68,7 @@ class Transfer:
 
         Raises RuntimeError when closed.
         """
-        ticket = Ticket(jobs, priority, after, last)
+        ticket = Ticket(jobs, purpose, after, last)
         with self._lock:
             if self._closed:
                 raise RuntimeError("transfer is closed")
@@ -98,10 +99,10 @@ class Transfer:
         """Make a ticket, and those it waits for, a demand."""
         with self._lock:
             link: Ticket | None = ticket
-            while link is not None and link.priority is not Priority.DEMAND:
+            while link is not None and link.purpose is not Purpose.DEMAND:
                 if link.executor is not None:
                     self._executors[link.executor].promote(link)
-                link.priority = Priority.DEMAND
+                link.purpose = Purpose.DEMAND
                 link = link.after
 
     def cancel(self, ticket: Ticket) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from tierlm.checkpoints.checkpoint import Record
+from tierlm.checkpoints.record import Record
 from tierlm.checkpoints.views import Weights
 from tierlm.memory.slots import Entry
-from tierlm.memory.ticket import Priority
 from tierlm.memory.tiers import Tier
+from tierlm.policies.residency import Purpose
 from tierlm.spec import Key, UnitKey
 
 
@@ -47,7 +47,7 @@ class Trunks:
         self._leased = self._bring(key)
         follower = self._next[key]
         if follower not in self.tier.entries:
-            self.tier.start(follower, priority=Priority.PREFETCH)
+            self.tier.start(follower, purpose=Purpose.PREFETCH)
         return self._leased.slot.weights(self.records(key), self.exact)
 
     def _bring(self, key: UnitKey) -> Entry:

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tierlm.checkpoints.arriving import arriving_in
-from tierlm.checkpoints.checkpoint import Place, Record, TensorInfo, build_record, compressed, read_json
+from tierlm.checkpoints.checkpoint import read_json
 from tierlm.checkpoints.checksum import Seal
 from tierlm.checkpoints.container import describe, files_of, fingerprint_of
 from tierlm.checkpoints.multimodal import others
 from tierlm.checkpoints.packed import read_seals, row_block, row_blocks
+from tierlm.checkpoints.record import Place, Record, TensorInfo, build_record, compressed
+from tierlm.checkpoints.staging import arriving_in
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.files import Stamp

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tierlm.checkpoints.checkpoint import TensorInfo
+from tierlm.checkpoints.record import TensorInfo
 from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import DTYPES
 from tierlm.kernels import Weight, widen

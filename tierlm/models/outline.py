@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT
+from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.errors import UsageError
 from tierlm.models import family_of, read_spec
 from tierlm.models.catalog import HEAD_BLOCK_BYTES
@@ -18,7 +18,7 @@ from tierlm.models.config_reader import Fields
 from tierlm.models.family import Family, Shapes
 from tierlm.models.quantization import published
 from tierlm.planning.cost import Formats, Work
-from tierlm.planning.mixtures import MIXTURES
+from tierlm.planning.mixtures import MIXTURES, bits_of
 from tierlm.planning.plan import MAX_LOGITS, Sizes, workspace_bytes
 from tierlm.spec import ExpertKey, HeadKey, Key, ModelSpec, ResidentKey, TrunkKey, UnitKey
 
@@ -53,9 +53,8 @@ class Outline:
             raise UsageError(f"format: expected one of {', '.join(MIXTURES)}, found {format!r}")
         self._mixture = published(Fields(config, where)) if format is None else MIXTURES[format]
         self.format = format or self._mixture.experts
-        self._expert_bits, self._trunk_bits, self._embedding_bits, self._head_bits = self._mixture.bits
         spec = self.spec
-        row = math.ceil(spec.hidden * self._head_bits / 8)
+        row = math.ceil(spec.hidden * bits_of(self._mixture.head, spec.hidden) / 8)
         rows = max(1, HEAD_BLOCK_BYTES // row)
         self._blocks: list[int] = [min(rows, spec.vocab - at) * row for at in range(0, spec.vocab, rows)]
         layers, blocks = range(len(spec.layers)), range(len(self._blocks))
@@ -87,7 +86,7 @@ class Outline:
         spec = self.spec
         layers = sum(self._bytes(TrunkKey(layer)) for layer in range(len(spec.layers)))
         experts = sum(spec.experts * self._bytes(ExpertKey(layer, 0)) for layer in spec.moe_layers)
-        wide = self._wide_bytes(self._head_bits) if spec.tied_head else self._embedding_and_head
+        wide = self._wide_bytes(self._mixture.head) if spec.tied_head else self._embedding_and_head
         return layers + experts + wide + self._bytes(ResidentKey())
 
     @property
@@ -102,19 +101,19 @@ class Outline:
 
     @property
     def _embedding_and_head(self) -> int:
-        return self._wide_bytes(self._embedding_bits) + self._wide_bytes(self._head_bits)
+        return self._wide_bytes(self._mixture.embedding) + self._wide_bytes(self._mixture.head)
 
-    def _wide_bytes(self, bits: float) -> int:
-        return math.ceil(self.spec.vocab * self.spec.hidden * bits / 8)
+    def _wide_bytes(self, format: str) -> int:
+        return math.ceil(self.spec.vocab * self.spec.hidden * bits_of(format, self.spec.hidden) / 8)
 
     def _bytes(self, key: Key) -> int:
         if isinstance(key, ExpertKey):
-            return _bytes(self.family.expert_tensors(self.spec, key), self._expert_bits)
+            return _bytes(self.family.expert_tensors(self.spec, key), self._mixture.experts)
         if isinstance(key, TrunkKey):
-            return _bytes(self.family.trunk_tensors(self.spec, key), self._trunk_bits)
+            return _bytes(self.family.trunk_tensors(self.spec, key), self._mixture.trunk)
         if isinstance(key, HeadKey):
             return self._blocks[key.block]
-        return _bytes(self.family.resident_tensors(self.spec), 16)
+        return _bytes(self.family.resident_tensors(self.spec), "bf16")
 
 
 def sizes_of(records: Records, context: int, chunk: int, kv_item: int, logits_tokens: int | None = None) -> Sizes:
@@ -156,9 +155,9 @@ def work_of(records: Records) -> Work:
     )
 
 
-def _bytes(tensors: Shapes, bits: float) -> int:
+def _bytes(tensors: Shapes, format: str) -> int:
     shapes = [shape for _, shape in tensors.values()]
-    return int(sum(math.prod(shape) * (bits if len(shape) > 1 else 16) for shape in shapes) / 8)
+    return int(sum(math.prod(shape) * (bits_of(format, shape[-1]) if len(shape) > 1 else 16) for shape in shapes) / 8)
 
 
 def _values(tensors: Shapes) -> int:

@@ -16,12 +16,6 @@ class Mixture(NamedTuple):
     embedding: str
     head: str
 
-    @property
-    def bits(self) -> tuple[float, float, float, float]:
-        """Bits of a weight of each."""
-        experts, trunk, embedding, head = (FORMATS[name].bits for name in self)
-        return experts, trunk, embedding, head
-
 
 MIXTURES = {
     "bf16": Mixture("bf16", "bf16", "bf16", "bf16"),
@@ -33,3 +27,13 @@ MIXTURES = {
     "nvfp4": Mixture("nvfp4", "bf16", "bf16", "bf16"),
     "q4_k_m": Mixture("q4_k_m", "q4_k", "q4_k", "q6_k"),  # llama.cpp, llama_tensor_get_type
 }
+INSTEAD = {"q4_k": "q5_0", "q6_k": "q8_0"}  # in llama.cpp, of rows that are not whole blocks
+
+
+def bits_of(format: str, columns: int) -> float:
+    """Bits of a weight in rows of ``columns``. Of an expert in q4_k_m, where only the down projection may have other
+    rows: on average, half of q4_k and half of q6_k."""
+    if columns % FORMATS["q4_k"].block[1] == 0 or format not in (*INSTEAD, "q4_k_m"):
+        return FORMATS[format].bits
+    more = {name: FORMATS[other].bits - FORMATS[name].bits for name, other in INSTEAD.items()}
+    return FORMATS[format].bits + more.get(format, sum(more.values()) / 2)

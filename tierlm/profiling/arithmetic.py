@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT
 from tierlm.checkpoints.reader import host_memory
+from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.formats import FORMATS
 from tierlm.host import available_ram
 from tierlm.profiling.profile import KernelRate, Spread, spread

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tierlm.checkpoints.checkpoint import ALIGNMENT, Extent, TensorInfo
 from tierlm.checkpoints.disk_profile import disk_name
 from tierlm.checkpoints.reader import MmapReader, Reader, Request, host_memory, open_reader
+from tierlm.checkpoints.record import ALIGNMENT, Extent, TensorInfo
 from tierlm.config import format_size
 from tierlm.errors import UsageError
 from tierlm.host import available_ram

@@ -35,7 +35,7 @@ from tierlm.host import available_ram, process_ram
 from tierlm.integrations.transformers.experts import Experts, ExpertStats
 from tierlm.integrations.transformers.layout import check_experts, experts_in
 from tierlm.integrations.transformers.records import ExpertRecords
-from tierlm.loading import require_memory
+from tierlm.load_request import require_memory
 from tierlm.memory.opening import HOST
 from tierlm.models.config_reader import Fields
 from tierlm.models.quantization import published

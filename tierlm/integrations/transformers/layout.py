@@ -24,7 +24,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from tierlm.checkpoints.checkpoint import Checkpoint, TensorInfo
+from tierlm.checkpoints.checkpoint import Checkpoint
+from tierlm.checkpoints.record import TensorInfo
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.formats import FORMATS
 

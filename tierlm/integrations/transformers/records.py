@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from tierlm.checkpoints.checkpoint import Checkpoint, Place, Record, TensorInfo, build_record, check_shape
+from tierlm.checkpoints.checkpoint import Checkpoint, check_shape
 from tierlm.checkpoints.container import files_of, fingerprint_of
 from tierlm.checkpoints.packed import read_seals
+from tierlm.checkpoints.record import Place, Record, TensorInfo, build_record
 from tierlm.checkpoints.stored import StoredWeight, by_role, find_weight
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.files import Stamp

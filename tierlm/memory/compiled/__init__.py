@@ -65,7 +65,7 @@ class Reads(Executor):
         address, words = read.words.buffer_info()
         base, announced = read.slot.buffer.data_ptr(), ticket.last is not None or bool(ticket.dependents)
         ticket.number = self._quick.tierlm_reads_submit(
-            self._reads, ticket.priority, address, words // WORDS, base, announced, first
+            self._reads, ticket.purpose, address, words // WORDS, base, announced, first
         )
         self._tickets[ticket.number] = ticket
 
@@ -95,11 +95,11 @@ class Reads(Executor):
 
     def _note(self, timeline: Timeline, ticket: Ticket, times: Sequence[float]) -> None:
         """Add ended reads to the timeline. ``times``: begin, end and thread of each; what follows is stale."""
-        read, priority = ticket.jobs, ticket.priority.name.lower()
+        read, purpose = ticket.jobs, ticket.purpose.name.lower()
         assert isinstance(read, Read)
         for request, began, ended, lane in zip(read.requests, times[::3], times[1::3], times[2::3], strict=False):
             nbytes = request.hi - request.lo
-            timeline.add(DISK, read.what, began, ended, int(lane), bytes=nbytes, priority=priority)
+            timeline.add(DISK, read.what, began, ended, int(lane), bytes=nbytes, priority=purpose)
 
     def wait(self, seen: int, timeout: float) -> None:
         self._slow.tierlm_reads_wait(self._reads, seen, timeout)

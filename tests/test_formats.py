@@ -46,7 +46,7 @@ class ScaledHalves(Format):
         scale = functional.max_pool2d(matrix.abs()[None], (3, 8), ceil_mode=True)[0].clamp(min=1e-30)
         return (matrix / self.wide(scale, matrix.shape)).half(), scale
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
         assert scale is not None
         return data.float() * self.wide(scale, shape)
 
@@ -68,7 +68,7 @@ class FourBits(Format):
         numbers = numbers.to(torch.uint8)
         return (numbers[..., :8] | numbers[..., 8:] << 4).flatten(1), scale
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
         assert scale is not None
         halves = data.view(*scale.shape, 8)
         numbers = torch.cat((halves & 15, halves >> 4), dim=-1).float() - 8

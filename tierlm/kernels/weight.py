@@ -26,7 +26,7 @@ DTYPES = torch_dtypes()
 class Weight:
     """A matrix [out, in] (or a vector [out]) in its stored format.
 
-    ``data``, ``scale``, ``factor``: the parts of the format for a weight of ``shape``; (): the shape of ``data``.
+    ``data``, ``scale``, ``extra``: the parts of the format for a weight of ``shape``; (): the shape of ``data``.
     ``exact``: products keep activations in float32 even if the format rounds them to int8.
     Computed once, since every product needs them: ``rounds``: products round activations; ``tiled``: rows are
     interleaved; ``plain``: the compiled kernels support this matrix; ``operand``: struct Matrix of kernels/team.h, with
@@ -38,7 +38,7 @@ class Weight:
     scale: Tensor | None = None
     shape: Shape = ()
     exact: bool = False
-    factor: Tensor | None = None
+    extra: Tensor | None = None
     rounds: bool = field(init=False, repr=False, compare=False)
     tiled: bool = field(init=False, repr=False, compare=False)
     plain: bool = field(init=False, repr=False, compare=False)
@@ -69,6 +69,9 @@ class Weight:
         stop = min(stop, total)
         if stop - start == total:
             return self
-        scale = None if self.scale is None else known.rows(self.scale, total, start, stop)
-        data = known.rows(self.data, total, start, stop)
-        return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact, self.factor)
+        data, scale, extra = (
+            None if part is None else known.rows(part, total, start, stop)
+            for part in (self.data, self.scale, self.extra)
+        )
+        assert data is not None
+        return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact, extra)

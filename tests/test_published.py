@@ -224,24 +224,53 @@ def test_values(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> No
         torch.testing.assert_close(linear(x, weight), taken @ values.T, rtol=1e-4, atol=1e-3)
 
 
-def test_the_kernels_sum_each_row_alone() -> None:
-    data, scale = torch.randint(0, 256, (37, 3, 16)).to(torch.uint8), torch.randint(110, 130, (37, 3)).to(torch.uint8)
-    weight, x = Weight(data, "mxfp4", scale, (37, 96)), matrix_of(7, 96)
-    assert weight.plain
-    assert torch.equal(linear(x, weight), torch.cat([linear(row[None], weight) for row in x]))
+def has_kernels(name: str) -> bool:
+    return name != "int4_g128"  # with scales in float16
 
 
-def test_absorbed_products() -> None:
-    """Three heads of 8 keys and 8 values."""
-    data, scale = torch.randint(-(2**31), 2**31, (48, 8)).int(), torch.rand(48, 2).bfloat16()
-    weight = Weight(data, "int4_g32", scale, (48, 64))
-    halves = widen_reference(weight).view(3, 16, 64)
-    q, mixed = torch.randn(5, 2, 8), torch.randn(2, 5, 64)
-    assert can_absorb(weight, 5, 8, 8)
+def test_the_kernels_sum_each_row_alone(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> None:
+    name, store = how
+    made, _ = store(matrix_of(1000, 384))
+    weight, x = stored_weight(tmp_path, made, (1000, 384), V2 if "v2" in name else {}), matrix_of(7, 384)
+    assert weight.plain == has_kernels(name)
+    together, threads = linear(x, weight), torch.get_num_threads()
+    try:
+        for count in (1, 2, 5) if weight.plain else ():
+            torch.set_num_threads(count)
+            assert torch.equal(linear(x, weight), together)
+            assert torch.equal(torch.cat([linear(row[None], weight) for row in x]), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_absorbed_products(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> None:
+    """Three heads of 8 keys and 8 values. Nothing is rounded."""
+    name, store = how
+    made, values = store(matrix_of(48, 128))
+    weight = stored_weight(tmp_path, made, (48, 128), V2 if "v2" in name else {})
+    halves = values.view(3, 16, 128)
+    q, mixed = torch.randn(5, 2, 8), torch.randn(2, 5, 128)
+    assert can_absorb(weight, 5, 8, 8) == has_kernels(name)
     found = into_latent(q, weight, 1, 3)
     torch.testing.assert_close(found, torch.bmm(q.transpose(0, 1), halves[1:, :8]), rtol=1e-4, atol=1e-4)
     expected = torch.bmm(mixed, halves[1:, 8:].transpose(1, 2)).transpose(0, 1)
     torch.testing.assert_close(from_latent(mixed, weight, 1, 3, 8), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (130, 129), (33, 300)])
+@pytest.mark.parametrize("name", [name for name in HOW if name.startswith("fp8")])
+def test_float8_of_odd_sizes(name: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    """Rows end within a vector, and the next row starts right there."""
+    made, values = HOW[name][1](matrix_of(*shape))
+    weight = stored_weight(tmp_path, made, shape, {})
+    assert weight.plain and torch.equal(widen(weight), widen_reference(weight))
+    x = matrix_of(6, shape[1])
+    x[2] = float("nan")
+    found, rows = linear(x, weight), [0, 1, 3, 4, 5]
+    assert found[2].isnan().all()
+    torch.testing.assert_close(found[rows], x[rows] @ values.T, rtol=1e-4, atol=1e-3)
+    absorbed = into_latent(x[:1, None, :1].nan_to_num(), weight, 0, shape[0])
+    torch.testing.assert_close(absorbed[0, 0], x[0, 0] * values[0], rtol=1e-4, atol=1e-4)
 
 
 def test_bits(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ EACH_TRANSPOSED(KERNELS)
 
 }  // namespace
 
-// A cache line of a column of AWQ holds 128 rows.
-#define ROUNDED(Stored) {outputs_##Stored, rows_##Stored, widened_##Stored, true, 2 * TILE},
-#define UNROUNDED(Stored) {exact_##Stored, rows_##Stored, widened_##Stored, false, 2 * TILE},
+// Of a column of AWQ, two cache lines.
+#define ROUNDED(Stored) {outputs_##Stored, rows_##Stored, widened_##Stored, true, 4 * TILE},
+#define UNROUNDED(Stored) {exact_##Stored, rows_##Stored, widened_##Stored, false, 4 * TILE},
 const Format TRANSPOSED_FORMATS[TRANSPOSED] = {EACH_TRANSPOSED(ROUNDED) EACH_TRANSPOSED(UNROUNDED)};

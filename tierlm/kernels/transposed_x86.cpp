@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int VECTORS = TILE / LANES;
+constexpr int64_t STRIP = 4;  // tiles side by side: what is read of a column is then long enough for hardware to prefetch
 
 // GROUP columns of TILE rows. quads[q][v]: columns 4 q to 4 q + 3 of the eight rows of vector v, as bytes from 0 to 15.
 //
@@ -19,6 +20,10 @@ constexpr int VECTORS = TILE / LANES;
 // rows each: 0, 4, 1, 5, then 2, 6, 3, 7, which are the low and the high halves of their bytes.
 struct Tile {
     __m256i quads[GROUP / 4][VECTORS];
+};
+
+// The zero points and scales of TILE rows.
+struct Scales {
     __m256i zeros[VECTORS];
     __m256 scales[VECTORS];
 };
@@ -72,9 +77,8 @@ STEP __m256i of_words(uint32_t first, uint32_t second, int start) {
     return _mm256_and_si256(_mm256_srlv_epi32(words, shifts), _mm256_set1_epi32(15));
 }
 
-// The zero points and scales of a group.
 template <class Stored>
-STEP void unpack_group(const Product& p, int64_t out, int64_t column, Tile& to) {
+STEP void unpack_scales(const Product& p, int64_t out, int64_t column, Scales& to) {
     const int64_t at = column / Stored::columns * p.outs + out;
     const auto* scales = static_cast<const uint16_t*>(p.scale) + at;
     uint32_t words[VECTORS];
@@ -108,7 +112,8 @@ STEP void unpack_group(const Product& p, int64_t out, int64_t column, Tile& to) 
 
 // Adds the products of a tile and ROWS rows of activations, `groups` apart, to their totals.
 template <class Isa, int ROWS>
-STEP void multiply(const Tile& tile, const Rounded* x, int64_t groups, __m256 (*totals)[VECTORS]) {
+STEP void multiply(const Tile& tile, const Scales& scales, const Rounded* x, int64_t groups,
+                   __m256 (*totals)[VECTORS]) {
     for (int v = 0; v < VECTORS; ++v) {
         __m256i dots[ROWS];
         for (int r = 0; r < ROWS; ++r) dots[r] = _mm256_setzero_si256();
@@ -121,8 +126,8 @@ STEP void multiply(const Tile& tile, const Rounded* x, int64_t groups, __m256 (*
         for (int r = 0; r < ROWS; ++r) {
             const Rounded& of_row = x[r * groups];
             const __m256i sum = _mm256_set1_epi32(of_row.sum() & 0xffff);  // zero points fit 16 bits too
-            const __m256i whole = _mm256_sub_epi32(Isa::end4(dots[r], 0), _mm256_madd_epi16(tile.zeros[v], sum));
-            const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), tile.scales[v]);
+            const __m256i whole = _mm256_sub_epi32(Isa::end4(dots[r], 0), _mm256_madd_epi16(scales.zeros[v], sum));
+            const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), scales.scales[v]);
             totals[r][v] = _mm256_add_ps(totals[r][v], _mm256_mul_ps(product, _mm256_set1_ps(of_row.scale)));
         }
     }
@@ -145,37 +150,49 @@ STEP void store(float* y, const __m256* totals) {
 
 // So that reads overlap computation. Past the end lies another tensor, or nothing.
 template <bool DOWN>
-STEP void prefetch(const Product& p, int64_t out, int64_t column) {
-    constexpr int64_t BYTES = DOWN ? 4 * TILE : TILE / 2;  // of a row of the data
-    const int64_t stride = DOWN ? 4 * p.outs : p.outs / 2, first = DOWN ? column / 8 : column;
+STEP void prefetch(const Product& p, int64_t out, int64_t column, int64_t tiles) {
+    constexpr int64_t BYTES = DOWN ? 4 * TILE : TILE / 2;  // of a tile in a row of the data
+    const int64_t stride = p.outs * BYTES / TILE, first = DOWN ? column / 8 : column;
     for (int64_t row = first; row < first + (DOWN ? GROUP / 8 : GROUP); ++row)
-        for (int64_t i = 0; i < BYTES; i += 64) _mm_prefetch(p.w + row * stride + out * BYTES / TILE + i, _MM_HINT_T0);
+        for (int64_t i = 0; i < tiles * BYTES; i += 64)
+            _mm_prefetch(p.w + row * stride + out * BYTES / TILE + i, _MM_HINT_T0);
+}
+
+// `tiles` tiles from weight row `out` times `rows` rows of activations from `row`.
+template <class Stored, class Isa, int MANY>
+STEP void strip(const Product& p, int64_t out, int64_t tiles, int64_t row, int64_t rows) {
+    const int64_t groups = groups_of(p.ins);
+    __m256 totals[STRIP][MANY][VECTORS];
+    for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int v = 0; v < VECTORS; ++v) totals[t][r][v] = _mm256_setzero_ps();
+    const Rounded* x = p.rounded + row * groups;
+    Scales scales[STRIP];
+    for (int64_t column = 0; column < p.ins; column += GROUP, ++x) {
+        prefetch<Stored::down>(p, out, column + GROUP, tiles);
+        for (int64_t t = 0; t < tiles; ++t) {
+            if (column % Stored::columns == 0) unpack_scales<Stored>(p, out + t * TILE, column, scales[t]);
+            Tile tile;
+            unpack<Stored::down>(p, out + t * TILE, column, tile);
+            int64_t r = 0;
+            for (; r + 4 <= rows; r += 4) multiply<Isa, 4>(tile, scales[t], x + r * groups, groups, totals[t] + r);
+            if (rows - r == 3) multiply<Isa, 3>(tile, scales[t], x + r * groups, groups, totals[t] + r);
+            if (rows - r == 2) multiply<Isa, 2>(tile, scales[t], x + r * groups, groups, totals[t] + r);
+            if (rows - r == 1) multiply<Isa, 1>(tile, scales[t], x + r * groups, groups, totals[t] + r);
+        }
+    }
+    for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t r = 0; r < rows; ++r)
+            store<Stored::down>(p.y + (row + r) * p.stride + out + t * TILE - p.origin, totals[t][r]);
 }
 
 template <class Stored, class Isa>
 AVX2 void outputs(const Product& p, int64_t first, int64_t last) {
-    constexpr int64_t MANY = 32;  // rows that share a tile
-    const int64_t groups = groups_of(p.ins);
+    constexpr int MANY = 16;  // rows that share a tile
     for (int64_t row = 0; row < p.rows; row += MANY) {
-        const int64_t rows = std::min(MANY, p.rows - row);
-        for (int64_t out = first; out < last; out += TILE) {
-            __m256 totals[MANY][VECTORS];
-            for (int64_t r = 0; r < rows; ++r)
-                for (int v = 0; v < VECTORS; ++v) totals[r][v] = _mm256_setzero_ps();
-            const Rounded* x = p.rounded + row * groups;
-            Tile tile;
-            for (int64_t column = 0; column < p.ins; column += GROUP, ++x) {
-                prefetch<Stored::down>(p, out, column + 2 * GROUP);
-                if (column % Stored::columns == 0) unpack_group<Stored>(p, out, column, tile);
-                unpack<Stored::down>(p, out, column, tile);
-                int64_t r = 0;
-                for (; r + 4 <= rows; r += 4) multiply<Isa, 4>(tile, x + r * groups, groups, totals + r);
-                if (rows - r == 3) multiply<Isa, 3>(tile, x + r * groups, groups, totals + r);
-                if (rows - r == 2) multiply<Isa, 2>(tile, x + r * groups, groups, totals + r);
-                if (rows - r == 1) multiply<Isa, 1>(tile, x + r * groups, groups, totals + r);
-            }
-            for (int64_t r = 0; r < rows; ++r) store<Stored::down>(p.y + (row + r) * p.stride + out - p.origin, totals[r]);
-        }
+        const int64_t rows = std::min<int64_t>(MANY, p.rows - row);
+        for (int64_t out = first; out < last; out += STRIP * TILE)
+            strip<Stored, Isa, MANY>(p, out, std::min(STRIP, (last - out) / TILE), row, rows);
     }
 }
 

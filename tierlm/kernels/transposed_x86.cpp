@@ -114,21 +114,31 @@ STEP void unpack_scales(const Product& p, int64_t out, int64_t column, Scales& t
 template <class Isa, int ROWS>
 STEP void multiply(const Tile& tile, const Scales& scales, const Rounded* x, int64_t groups,
                    __m256 (*totals)[VECTORS]) {
-    for (int v = 0; v < VECTORS; ++v) {
-        __m256i dots[ROWS];
-        for (int r = 0; r < ROWS; ++r) dots[r] = _mm256_setzero_si256();
+    constexpr int SOME = ROWS < 3 ? VECTORS / ROWS : 2;  // vectors whose sums are in registers
+    for (int start = 0; start < VECTORS; start += SOME) {
+        __m256i dots[SOME][ROWS];
+        for (int v = 0; v < SOME; ++v)
+            for (int r = 0; r < ROWS; ++r) dots[v][r] = _mm256_setzero_si256();
+#pragma GCC unroll 8
         for (int64_t q = 0; q < GROUP / 4; ++q) {
             for (int r = 0; r < ROWS; ++r) {
-                dots[r] = Isa::add4(dots[r], tile.quads[q][v], four(x[r * groups].numbers + 4 * q));
-                if (ROWS > 1) settle(dots[r]);
+                const __m256i numbers = four(x[r * groups].numbers + 4 * q);
+                for (int v = 0; v < SOME; ++v) {
+                    dots[v][r] = Isa::add4(dots[v][r], tile.quads[q][start + v], numbers);
+                    settle(dots[v][r]);
+                }
             }
         }
         for (int r = 0; r < ROWS; ++r) {
             const Rounded& of_row = x[r * groups];
             const __m256i sum = _mm256_set1_epi32(of_row.sum() & 0xffff);  // zero points fit 16 bits too
-            const __m256i whole = _mm256_sub_epi32(Isa::end4(dots[r], 0), _mm256_madd_epi16(scales.zeros[v], sum));
-            const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), scales.scales[v]);
-            totals[r][v] = _mm256_add_ps(totals[r][v], _mm256_mul_ps(product, _mm256_set1_ps(of_row.scale)));
+            const __m256 scale = _mm256_set1_ps(of_row.scale);
+            for (int v = 0; v < SOME; ++v) {
+                const __m256i less = _mm256_madd_epi16(scales.zeros[start + v], sum);
+                const __m256i whole = _mm256_sub_epi32(Isa::end4(dots[v][r], 0), less);
+                const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), scales.scales[start + v]);
+                totals[r][start + v] = _mm256_add_ps(totals[r][start + v], _mm256_mul_ps(product, scale));
+            }
         }
     }
 }

@@ -20,10 +20,11 @@ from tierlm import LLM, Budget, SamplingParams, UsageError
 from tierlm.checkpoints import pack
 from tierlm.formats import FORMATS, Format, Part, Shape, recognise
 from tierlm.formats.dtypes import torch_dtypes
+from tierlm.formats.ggml import GGML
 from tierlm.kernels import Weight, gated_mlp, linear, quantise, widen
 from tierlm.kernels.linear import widen_reference
 from tierlm.kernels.quantised import rounded
-from tierlm.kernels.weight import EXACT, NUMBERS, TILES
+from tierlm.kernels.weight import BFLOAT, EXACT, NUMBERS, TILES
 from tierlm.models.catalog import Catalog
 from tierlm.models.outline import work_of
 from tierlm.models.packing import pack_model
@@ -46,7 +47,7 @@ class ScaledHalves(Format):
         scale = functional.max_pool2d(matrix.abs()[None], (3, 8), ceil_mode=True)[0].clamp(min=1e-30)
         return (matrix / self.wide(scale, matrix.shape)).half(), scale
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
         assert scale is not None
         return data.float() * self.wide(scale, shape)
 
@@ -68,7 +69,7 @@ class FourBits(Format):
         numbers = numbers.to(torch.uint8)
         return (numbers[..., :8] | numbers[..., 8:] << 4).flatten(1), scale
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
         assert scale is not None
         halves = data.view(*scale.shape, 8)
         numbers = torch.cat((halves & 15, halves >> 4), dim=-1).float() - 8
@@ -264,11 +265,13 @@ def test_missing_scales_do_not_make_another_format(monkeypatch: pytest.MonkeyPat
 def test_numbers_are_those_of_the_kernels() -> None:
     """The values they stand for are tested above, in products."""
     header = (Path(tierlm.kernels.__file__).parent / "product.h").read_text()
-    found = re.search(r"constexpr int FLOATS = (\d+), TILES = (\d+), GGML = (\d+), NIBBLES = (\d+);", header)
+    names = ("FLOATS", "TILES", "GGML", "NIBBLES", "FLOAT8", "TRANSPOSED")
+    found = re.search(r"constexpr int " + ", ".join(rf"{name} = (\d+)" for name in names) + ";", header)
     assert found is not None
-    floats, tiles, ggml, nibbles = map(int, found.groups())
-    assert sorted([*NUMBERS.values(), *EXACT.values()]) == list(range(floats + tiles + ggml + nibbles))
+    sizes = dict(zip(names, map(int, found.groups()), strict=True))
+    assert {*NUMBERS.values(), *EXACT.values(), *BFLOAT.values()} == set(range(sum(sizes.values())))
     for name, number in EXACT.items():
-        assert number - NUMBERS[name] == (tiles if name in TILES else ggml) // 2
+        table = "TILES" if name in TILES else "GGML" if FORMATS[name] in GGML else "TRANSPOSED"
+        assert number - NUMBERS[name] == sizes[table] // 2
     assert {name for name in NUMBERS if FORMATS[name].rounds} == EXACT.keys()
     assert math.prod(FORMATS["int4"].block) // 2 + 16 == FORMATS["int4"].block_bytes

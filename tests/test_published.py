@@ -4,7 +4,7 @@ file to logits; what is refused."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from tierlm import LLM, Budget, CheckpointError, SamplingParams, UnsupportedMode
 from tierlm.checkpoints.container import describe
 from tierlm.checkpoints.stored import by_role, find_weight
 from tierlm.formats import FORMATS
+from tierlm.formats.format import part_name
 from tierlm.kernels import Weight, can_absorb, from_latent, into_latent, linear, widen
 from tierlm.kernels.linear import widen_reference
+from tierlm.kernels.quantised import rounded
 from tierlm.models.catalog import Catalog
 from tierlm.models.outline import Outline
 from tierlm.models.packing import pack_model
@@ -59,6 +61,11 @@ def mxfp4(matrix: Tensor) -> Made:
     return {"_blocks": blocks, "_scales": (exponents + 127).to(torch.uint8)}, values.flatten(1)
 
 
+def mxfp4_packed(matrix: Tensor) -> Made:
+    made, values = mxfp4(matrix)
+    return {"_packed": made["_blocks"].flatten(1), "_scale": made["_scales"]}, values
+
+
 def nvfp4(matrix: Tensor) -> Made:
     codes, factor = codes_of(matrix), torch.tensor(0.003)
     scale = (groups_of(matrix, 16) / 6 / factor).to(torch.float8_e4m3fn)
@@ -80,6 +87,46 @@ def int4(size: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[Tensor], M
         packed = (words - (words >= 2**31).long() * 2**32).int()
         values = ((codes - 8).view(len(matrix), -1, size) * scale.float()[..., None]).flatten(1)
         return {"_packed": packed, "_scale": scale, "_shape": torch.tensor(matrix.shape)}, values
+
+    return made
+
+
+def words(numbers: Tensor, order: Sequence[int]) -> Tensor:
+    """Each eight columns of ``numbers`` as an int32, whose bits 4 i and up hold column ``order[i]``."""
+    packed = sum(numbers[:, column::8].long() << 4 * i for i, column in enumerate(order))
+    return (packed - (packed >= 2**31).long() * 2**32).int().contiguous()
+
+
+def with_zeros(matrix: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Columns first: numbers [in, out], zero points and scales [groups, out], and the values [out, in]."""
+    numbers, scale = codes_of(matrix).T, (groups_of(matrix, size) / 8).T.half().contiguous()
+    zeros = torch.randint(1, 16, scale.shape, generator=torch.Generator().manual_seed(3))
+    wide = [each.repeat_interleave(size, 0).float() for each in (zeros, scale)]
+    return numbers, zeros, scale, ((numbers - wide[0]) * wide[1]).T
+
+
+def awq(size: int, order: Sequence[int] = (0, 2, 4, 6, 1, 3, 5, 7)) -> Callable[[Tensor], Made]:
+    """AutoAWQ, WQLinear_GEMM.from_linear."""
+
+    def made(matrix: Tensor) -> Made:
+        numbers, zeros, scale, values = with_zeros(matrix, size)
+        return {".qweight": words(numbers, order), ".qzeros": words(zeros, order), ".scales": scale}, values
+
+    return made
+
+
+def gptq(size: int, less: int = 1) -> Callable[[Tensor], Made]:
+    """AutoGPTQ, QuantLinear.pack. ``less``: subtracted from zero points."""
+
+    def made(matrix: Tensor) -> Made:
+        numbers, zeros, scale, values = with_zeros(matrix, size)
+        parts = {
+            ".qweight": words(numbers.T, range(8)).T.contiguous(),
+            ".qzeros": words(zeros - less, range(8)),
+            ".scales": scale,
+            ".g_idx": torch.arange(len(numbers)).int() // size,
+        }
+        return parts, values
 
     return made
 
@@ -115,6 +162,15 @@ HOW: dict[str, tuple[str, Callable[[Tensor], Made]]] = {  # the format's name, a
     "int4 of 32": ("int4_g32", int4(32)),
     "int4 of 64": ("int4_g64", int4(64)),
     "int4 of 128, f16": ("int4_g128", int4(128, torch.float16)),
+    "mxfp4 of compressed-tensors": ("mxfp4_ct", mxfp4_packed),
+    "awq of 32": ("awq_g32", awq(32)),
+    "awq of 64": ("awq_g64", awq(64)),
+    "awq of 128": ("awq_g128", awq(128)),
+    "gptq of 32": ("gptq_g32", gptq(32)),
+    "gptq of 64": ("gptq_g64", gptq(64)),
+    "gptq of 128": ("gptq_g128", gptq(128)),
+    "gptq v2 of 32": ("gptq_v2_g32", gptq(32, 0)),
+    "gptq v2 of 128": ("gptq_v2_g128", gptq(128, 0)),
     "fp8 blocks, bf16": ("fp8", fp8("_scale_inv", torch.bfloat16, by_block)),
     "fp8 blocks of compressed-tensors": ("fp8_blocks", fp8("_scale", torch.bfloat16, by_block)),
     "fp8 rows, f32": ("fp8_rows", fp8("_scale", torch.float32, by_row)),
@@ -123,6 +179,9 @@ HOW: dict[str, tuple[str, Callable[[Tensor], Made]]] = {  # the format's name, a
     "fp8 whole, vector of bf16": ("fp8_whole", fp8("_scale", torch.bfloat16, whole(1))),
     "fp8 whole, inverse": ("fp8_inverse", fp8("_scale_inv", torch.float32, whole())),
 }
+
+
+V2 = {"checkpoint_format": "gptq_v2"}
 
 
 @pytest.fixture(params=HOW)
@@ -137,57 +196,88 @@ def matrix_of(outs: int, ins: int) -> Tensor:
 # --- values
 
 
-def stored_weight(folder: Path, made: Tensors, shape: tuple[int, ...]) -> Weight:
+def stored_weight(folder: Path, made: Tensors, shape: tuple[int, ...], config: dict[str, Any]) -> Weight:
     """The weight of these tensors, from a file."""
     folder.mkdir(exist_ok=True)
-    save_file({f"x.weight{suffix}": part for suffix, part in made.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
+    stored = {part_name("x.weight", suffix): part for suffix, part in made.items()}
+    save_file(stored, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
     found = find_weight(describe(folder).open(), "x.weight", shape)
-    data, scale, factor = FORMATS[found.format].divide([made[suffix] for suffix in found.parts])
-    roles = {"x", "x.scale"} if factor is None else {"x", "x.factor"} if scale is None else {"x", "x.scale", "x.factor"}
+    data, scale, extra = FORMATS[found.format].divide([stored[part.name] for part in found.parts.values()])
+    roles = {"x", "x.scale"} if extra is None else {"x", "x.extra"} if scale is None else {"x", "x.scale", "x.extra"}
     assert set(by_role({"x": found})) == roles
-    return Weight(data, found.format, scale, found.shape, factor=factor)
+    return Weight(data, found.format, scale, found.shape, extra=extra)
 
 
 def test_values(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> None:
     name, store = how
     made, values = store(matrix_of(200, 384))
-    weight = stored_weight(tmp_path, made, (200, 384))
+    weight = stored_weight(tmp_path, made, (200, 384), V2 if "v2" in name else {})
     assert weight.format == name
     torch.testing.assert_close(widen(weight), values, rtol=1e-6, atol=0)
     assert torch.equal(widen(weight), widen_reference(weight))
-    for start, stop in ((0, 128), (128, 200), (5, 6)):
+    for start, stop in ((0, 128), (128, 200), (5, 6), (13, 30)):
         assert torch.equal(widen(weight, start, stop), widen(weight)[start:stop])
     for rows in (1, 6, 100):  # few in the kernels, if there are any; many in torch
         x = matrix_of(rows, 384)
-        torch.testing.assert_close(linear(x, weight), x @ values.T, rtol=1e-4, atol=1e-3)
+        taken = rounded(x) if weight.rounds else x
+        torch.testing.assert_close(linear(x, weight), taken @ values.T, rtol=1e-4, atol=1e-3)
 
 
-def test_the_kernels_sum_each_row_alone() -> None:
-    data, scale = torch.randint(0, 256, (37, 3, 16)).to(torch.uint8), torch.randint(110, 130, (37, 3)).to(torch.uint8)
-    weight, x = Weight(data, "mxfp4", scale, (37, 96)), matrix_of(7, 96)
-    assert weight.plain
-    assert torch.equal(linear(x, weight), torch.cat([linear(row[None], weight) for row in x]))
+def has_kernels(name: str) -> bool:
+    return name != "int4_g128"  # with scales in float16
 
 
-def test_absorbed_products() -> None:
-    """Three heads of 8 keys and 8 values."""
-    data, scale = torch.randint(-(2**31), 2**31, (48, 8)).int(), torch.rand(48, 2).bfloat16()
-    weight = Weight(data, "int4_g32", scale, (48, 64))
-    halves = widen_reference(weight).view(3, 16, 64)
-    q, mixed = torch.randn(5, 2, 8), torch.randn(2, 5, 64)
-    assert can_absorb(weight, 5, 8, 8)
+def test_the_kernels_sum_each_row_alone(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> None:
+    name, store = how
+    made, _ = store(matrix_of(1000, 384))
+    weight, x = stored_weight(tmp_path, made, (1000, 384), V2 if "v2" in name else {}), matrix_of(7, 384)
+    assert weight.plain == has_kernels(name)
+    together, threads = linear(x, weight), torch.get_num_threads()
+    try:
+        for count in (1, 2, 5) if weight.plain else ():
+            torch.set_num_threads(count)
+            assert torch.equal(linear(x, weight), together)
+            assert torch.equal(torch.cat([linear(row[None], weight) for row in x]), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_absorbed_products(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> None:
+    """Three heads of 8 keys and 8 values. Nothing is rounded."""
+    name, store = how
+    made, values = store(matrix_of(48, 128))
+    weight = stored_weight(tmp_path, made, (48, 128), V2 if "v2" in name else {})
+    halves = values.view(3, 16, 128)
+    q, mixed = torch.randn(5, 2, 8), torch.randn(2, 5, 128)
+    assert can_absorb(weight, 5, 8, 8) == has_kernels(name)
     found = into_latent(q, weight, 1, 3)
     torch.testing.assert_close(found, torch.bmm(q.transpose(0, 1), halves[1:, :8]), rtol=1e-4, atol=1e-4)
     expected = torch.bmm(mixed, halves[1:, 8:].transpose(1, 2)).transpose(0, 1)
     torch.testing.assert_close(from_latent(mixed, weight, 1, 3, 8), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (130, 129), (33, 300)])
+@pytest.mark.parametrize("name", [name for name in HOW if name.startswith("fp8")])
+def test_float8_of_odd_sizes(name: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    """Rows end within a vector, and the next row starts right there."""
+    made, values = HOW[name][1](matrix_of(*shape))
+    weight = stored_weight(tmp_path, made, shape, {})
+    assert weight.plain and torch.equal(widen(weight), widen_reference(weight))
+    x = matrix_of(6, shape[1])
+    x[2] = float("nan")
+    found, rows = linear(x, weight), [0, 1, 3, 4, 5]
+    assert found[2].isnan().all()
+    torch.testing.assert_close(found[rows], x[rows] @ values.T, rtol=1e-4, atol=1e-3)
+    absorbed = into_latent(x[:1, None, :1].nan_to_num(), weight, 0, shape[0])
+    torch.testing.assert_close(absorbed[0, 0], x[0, 0] * values[0], rtol=1e-4, atol=1e-4)
+
+
 def test_bits(how: tuple[str, Callable[[Tensor], Made]], tmp_path: Path) -> None:
     name, store = how
     made, values = store(matrix_of(256, 384))
-    weight = stored_weight(tmp_path, made, (256, 384))
-    nbytes = sum(part.nbytes for part in (weight.data, weight.scale) if part is not None)
+    weight = stored_weight(tmp_path, made, (256, 384), V2 if "v2" in name else {})
+    nbytes = sum(part.nbytes for part in (weight.data, weight.scale, weight.extra) if part is not None)
     assert 8 * nbytes / values.numel() == pytest.approx(FORMATS[name].bits, rel=0.011)  # scales of rows are not counted
 
 
@@ -203,16 +293,17 @@ def test_mxfp4_equals_transformers() -> None:
 # --- models
 
 
-def quantise_toy(folder: Path, store: Callable[[Tensor], Made], only: str = "") -> Tensors:
-    """Rewrite a toy with its projections quantised, or those with ``only`` in their names. Returns what its tensors
-    stand for."""
+def quantise_toy(folder: Path, store: Callable[[Tensor], Made], only: str = "", group: int = 1) -> Tensors:
+    """Rewrite a toy with its projections quantised, or those with ``only`` in their names and whole groups of columns.
+    Returns what its tensors stand for."""
     tensors, stored, meant = load_file(folder / "model.safetensors"), {}, {}
     for name, tensor in tensors.items():
-        if "_proj.weight" not in name or only not in name:
+        projection = "_proj.weight" in name or ".experts." in name
+        if not projection or only not in name or tensor.shape[1] % group:
             stored[name] = meant[name] = tensor
             continue
         made, meant[name] = store(tensor)
-        stored |= {name + suffix: part for suffix, part in made.items()}
+        stored |= {part_name(name, suffix): part for suffix, part in made.items()}
         stored[name.replace("weight", "input_scale")] = torch.ones(())  # of activations; ignored
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")
     return meant
@@ -235,6 +326,7 @@ def compressed(weights: dict[str, Any], format: str, **more: Any) -> dict[str, A
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "actorder": None}
 FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+MX4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
 KIMI = compressed(INT4, "pack-quantized", ignore=["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"])
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # how, quantization_config, which projections
@@ -243,6 +335,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # how, quantization_conf
     "nvfp4 of compressed-tensors": (
         "nvfp4 of compressed-tensors",
         compressed(FLOAT4, "nvfp4-pack-quantized"),
+        ".experts.",
+    ),
+    "mxfp4 of compressed-tensors": (
+        "mxfp4 of compressed-tensors",
+        compressed(MX4, "mxfp4-pack-quantized"),
         ".experts.",
     ),
     "fp8 of modelopt": ("fp8 whole, scalar", {"quant_method": "modelopt", "quant_algo": "FP8"}, ""),
@@ -355,7 +452,14 @@ def test_stacks_that_lack_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4}, ["'gptq'", "{'bits': 4}", "compressed-tensors", "NVFP4"]),
+        ({"quant_method": "hqq", "bits": 4}, ["'hqq'", "{'bits': 4}", "compressed-tensors", "NVFP4"]),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 128}, ["'gptq'", "'bits': 8"]),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, ["'gptq'", "'group_size': -1"]),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, ["desc_act", "g_idx"]),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:mlp": {"desc_act": True}}}, ["desc_act", "g_idx"]),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, ["marlin"]),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, ["'awq'", "gemv"]),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": False}, ["zero_point"]),
         ({"quant_method": "awq"}, ["'awq'"]),
         ({"quant_method": ["fp8"]}, ["['fp8']"]),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, ["[64, 64]", "[128, 128]"]),
@@ -367,6 +471,7 @@ def test_stacks_that_lack_experts(tmp_path: Path) -> None:
         (compressed({**INT4, "num_bits": 8}, "pack-quantized"), ["num_bits"]),
         (compressed(INT4, "marlin-24"), ["marlin-24"]),
         (compressed({**FLOAT4, "group_size": 32}, "nvfp4-pack-quantized"), ["tensor_group"]),
+        (compressed({**MX4, "group_size": 16}, "mxfp4-pack-quantized"), ["mxfp4-pack-quantized"]),
         (compressed({**FLOAT8, "strategy": "block"}, "float-quantized"), ["strategy"]),
         (compressed(INT4, "pack-quantized", transform_config={"config_groups": {"R1": {}}}), ["R1"]),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, ["compressed-tensors"]),
@@ -385,7 +490,13 @@ def test_what_is_refused(tmp_path: Path, quantization: dict[str, Any], words: li
 
 @pytest.mark.parametrize(
     "quantization",
-    [{"config_groups": 3}, {"config_groups": {"a": 3}}, {"config_groups": {"a": {"weights": 3}}}, {"ignore": 3}],
+    [
+        {"dynamic": {"a": 3}, "quant_method": "gptq"},
+        {"config_groups": 3},
+        {"config_groups": {"a": 3}},
+        {"config_groups": {"a": {"weights": 3}}},
+        {"ignore": 3},
+    ],
     ids=str,
 )
 def test_malformed_configs(tmp_path: Path, quantization: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tierlm.checkpoints.codec import Compressed, least_and_most
@@ -65,10 +66,14 @@ class Header(NamedTuple):
 
 
 class Checkpoint:
-    """The safetensors files of a model folder; see Container. ``tensors``: by ``text_name``; ``headers``: by file."""
+    """The safetensors files of a model folder; see Container. ``tensors``: by ``text_name``; ``headers``: by file.
 
-    def __init__(self, folder: Path):
+    ``endings``: of tensors' names -> what replaces them.
+    """
+
+    def __init__(self, folder: Path, endings: Mapping[str, str] = MappingProxyType({})):
         self.path = folder
+        self._endings = endings
         self.tensors: dict[str, TensorInfo] = {}
         self.headers: dict[Path, Header] = {}
         index = folder / "model.safetensors.index.json"
@@ -106,6 +111,9 @@ class Checkpoint:
 
     def _add(self, tensor: TensorInfo) -> None:
         name = text_name(tensor.name)
+        for ending, other in self._endings.items():
+            if name.endswith(ending):
+                name = name.removesuffix(ending) + other
         if name in self.tensors:
             raise CheckpointError(f"{tensor.file}: tensor {name} is also in {self.tensors[name].file.name}")
         self.tensors[name] = tensor

@@ -76,7 +76,15 @@ def describe(path: Path) -> Described:
         found = GgufCheckpoint(path)
         return Described(found.config, str(path), lambda: found)
     where = path / "config.json"
-    return Described(read_config(where), str(where), lambda: Checkpoint(path))
+    config = read_config(where)
+    return Described(config, str(where), lambda: Checkpoint(path, _endings(config)))
+
+
+def _endings(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """GPTQ stores zero points in two ways, under one name."""
+    stated = config.get("quantization_config")
+    second = isinstance(stated, Mapping) and stated.get("checkpoint_format") == "gptq_v2"
+    return {".qzeros": ".qzeros_v2"} if second else {}
 
 
 def read_config(file: Path) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ from tierlm.config import format_size
 from tierlm.errors import StorageError, UsageError
 from tierlm.files import Stamp, open_regular, read_regular, whole, write_whole
 from tierlm.formats import FORMATS, Part
+from tierlm.formats.format import part_name
 from tierlm.kernels import Weight, quantise, widen
 
 DESCRIPTION = "tierlm.json"  # source and settings of the pack
@@ -51,16 +52,16 @@ class Packing:
     target: str
 
     def tensors(self) -> dict[str, Part]:
-        weight = self.weight
-        if self.target == weight.format:
-            return {weight.name + ending: (part.dtype, part.shape) for ending, part in weight.parts.items()}
-        return {weight.name + ending: part for ending, part in FORMATS[self.target].parts(weight.shape).items()}
+        if self.target == self.weight.format:
+            return {name: (part.dtype, part.shape) for name, part in self.weight.by_name().items()}
+        made = FORMATS[self.target].parts(self.weight.shape)
+        return {part_name(self.weight.name, ending): part for ending, part in made.items()}
 
     def convert(self, parts: Sequence[Tensor]) -> dict[str, memoryview]:
         """The bytes of the target's tensors by name, converted from the weight's ``parts`` through float32."""
         shape = self.weight.shape
-        data, scale, factor = FORMATS[self.weight.format].divide(parts)
-        stored = Weight(data, self.weight.format, scale, shape, factor=factor)
+        data, scale, extra = FORMATS[self.weight.format].divide(parts)
+        stored = Weight(data, self.weight.format, scale, shape, extra=extra)
         unit = lcm(SLICE_ROWS, FORMATS[self.target].block[0])
         step = max(unit, SLICE_VALUES // shape[1] // unit * unit)
         edges = [(at, min(at + step, shape[0])) for at in range(0, shape[0], step)]
@@ -108,7 +109,7 @@ class PackedRecord:
             packing = owner[name]
             weight = packing.weight
             if packing.target == weight.format:
-                yield from read_pieces(weight.parts[name.removeprefix(weight.name)])
+                yield from read_pieces(weight.by_name()[name])
                 continue
             parts = None if weight.name in begun else [_read(part) for part in weight.parts.values()]
             begun.add(weight.name)

@@ -10,8 +10,9 @@ from tierlm.checkpoints.checkpoint import check_shape
 from tierlm.checkpoints.record import TensorInfo
 from tierlm.errors import UnsupportedModelError
 from tierlm.formats import FORMATS, Part, Shape, recognise
+from tierlm.formats.format import part_name
 
-SCALE, FACTOR = ".scale", ".factor"  # suffixes of the roles that hold the scales and the factor of a role's weight
+SCALE, EXTRA = ".scale", ".extra"  # suffixes of the roles that hold the other parts of a role's weight
 
 
 class Tensors(Protocol):
@@ -31,6 +32,10 @@ class StoredWeight:
     format: str
     parts: Mapping[str, TensorInfo]
 
+    def by_name(self) -> dict[str, TensorInfo]:
+        """The parts by their names, which may differ from those in the file."""
+        return {part_name(self.name, suffix): part for suffix, part in self.parts.items()}
+
 
 def float_dtypes() -> list[str]:
     """The dtypes of weights without scales."""
@@ -41,7 +46,7 @@ def find_weight(checkpoint: Tensors, name: str, shape: Shape) -> StoredWeight:
     """The weight ``name`` in any supported format. Raises CheckpointError, UnsupportedModelError."""
 
     def find(ending: str) -> Part | None:
-        part = checkpoint.find(name + ending)
+        part = checkpoint.find(part_name(name, ending))
         return None if part is None else (part.dtype, part.shape)
 
     format = recognise(shape, find)
@@ -54,7 +59,7 @@ def find_weight(checkpoint: Tensors, name: str, shape: Shape) -> StoredWeight:
         )
     parts = {}
     for ending, expected in format.parts(shape).items():
-        part = parts[ending] = checkpoint.tensor(name + ending)
+        part = parts[ending] = checkpoint.tensor(part_name(name, ending))
         if not format.fits(ending, expected, (part.dtype, part.shape)):
             check_shape(part, expected[1])
             raise UnsupportedModelError(f"{part.file}: {part.name} is {part.dtype}; {expected[0]} is supported")
@@ -62,11 +67,11 @@ def find_weight(checkpoint: Tensors, name: str, shape: Shape) -> StoredWeight:
 
 
 def by_role(weights: Mapping[str, StoredWeight]) -> dict[str, TensorInfo]:
-    """The tensors of ``weights`` by role, with format and size; scales and factor, if any, as ``role.scale`` and
-    ``role.factor``."""
+    """The tensors of ``weights`` by role, with format and size; scales and extra, if any, as ``role.scale`` and
+    ``role.extra``."""
     found: dict[str, TensorInfo] = {}
     for role, weight in weights.items():
-        data, scale, factor = FORMATS[weight.format].divide(list(weight.parts.values()))
+        data, scale, extra = FORMATS[weight.format].divide(list(weight.parts.values()))
         found[role] = replace(data, format=weight.format, size=weight.shape)
-        found |= {role + ending: part for ending, part in ((SCALE, scale), (FACTOR, factor)) if part is not None}
+        found |= {role + ending: part for ending, part in ((SCALE, scale), (EXTRA, extra)) if part is not None}
     return found

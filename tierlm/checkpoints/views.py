@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tierlm.checkpoints.record import Place, Record
-from tierlm.checkpoints.stored import FACTOR, SCALE
+from tierlm.checkpoints.stored import EXTRA, SCALE
 from tierlm.formats.dtypes import torch_dtypes
 from tierlm.kernels import Weight
 
@@ -39,7 +39,7 @@ def weights_of(buffer: Tensor, record: Record, exact: bool = False) -> Weights:
         return None if place is None else view(buffer, place)
 
     return {
-        role: Weight(view(buffer, place), place.format, part(role + SCALE), place.size, exact, part(role + FACTOR))
+        role: Weight(view(buffer, place), place.format, part(role + SCALE), place.size, exact, part(role + EXTRA))
         for role, place in record.places.items()
         if place.format
     }

@@ -8,8 +8,9 @@ from tierlm.formats.floats import BF16, F16, F32
 from tierlm.formats.format import Format, Part, Shape
 from tierlm.formats.fp8 import FP8, OTHER_FP8
 from tierlm.formats.ggml import GGML
-from tierlm.formats.nibbles import GROUPS, MXFP4, NVFP4, NVFP4_CT
+from tierlm.formats.nibbles import GROUPS, MXFP4, MXFP4_CT, NVFP4, NVFP4_CT
 from tierlm.formats.tiles import INT4, INT8
+from tierlm.formats.transposed import TRANSPOSED
 
 __all__ = ["FORMATS", "Format", "Part", "Shape", "recognise"]
 
@@ -24,9 +25,11 @@ FORMATS: dict[str, Format] = {
         INT4,
         *OTHER_FP8,
         MXFP4,
+        MXFP4_CT,
         NVFP4,
         NVFP4_CT,
         *GROUPS,
+        *TRANSPOSED,
         *GGML,
         Format("q4_k_m", (6, 256), 5 * 144 + 210),  # an expert in this mixture: half of the down projection is q6_k
     )

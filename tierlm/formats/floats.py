@@ -21,7 +21,7 @@ class Floats(Format):
     def make(self, matrix: Tensor) -> tuple[Tensor, None]:
         return matrix.to(torch_dtypes()[self.dtype]), None
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
         """Returns ``data`` itself if it is float32."""
         return data.float()
 

@@ -22,10 +22,11 @@ class Format:
     and ``widen``, and ``make`` if it is packable.
 
     ``block``: rows and columns stored as one unit; ``block_bytes``: its size, scales included. ``dtype``: dtype of the
-    data tensor; empty if the format cannot be loaded. ``suffix``: of the data tensor's name. ``factor``: suffix of the
-    name of one number that multiplies all values, or ``divides`` them; empty: none. ``matrices_only``: vectors cannot
-    use it. ``floats``: all its tensors are floats, whose exponents compress well. ``rounds``: products round
-    activations to int8. ``packable``: ``make`` exists, and makes tensors with dtypes of safetensors.
+    data tensor; empty if the format cannot be loaded. ``suffix``: of the data tensor's name, see ``part_name``.
+    ``extra``: suffix of a third tensor: zero points, or one number that multiplies all values, or ``divides`` them;
+    empty: none. ``matrices_only``: vectors cannot use it. ``floats``: all its tensors are floats, whose exponents
+    compress well. ``rounds``: products round activations to int8. ``packable``: ``make`` exists, and makes tensors with
+    dtypes of safetensors.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Format:
     block_bytes: int
     dtype: str = ""
     suffix: str = ""
-    factor: str = ""
+    extra: str = ""
     divides: bool = False
     matrices_only: bool = True
     floats: bool = False
@@ -67,13 +68,11 @@ class Format:
         if found is None or found == part or suffix == self.suffix:
             return found == part
         dtypes = found[0] == part[0] or (found[0] in SCALES and part[0] in SCALES)
-        return dtypes and (found[1] == part[1] or (suffix == self.factor and math.prod(found[1]) == 1))
+        return dtypes and (found[1] == part[1] or (not part[1] and math.prod(found[1]) == 1))
 
     def parts(self, shape: Shape) -> Mapping[str, Part]:
-        """The tensors of a weight of ``shape``: data, scales if any, factor if any. Name suffix -> dtype and shape; see
-        ``fits``.
-
-        The first dimension of each but the factor counts rows or blocks of rows.
+        """The tensors of a weight of ``shape``: data, scales if any, extra if any. Name suffix -> dtype and shape; see
+        ``fits``. The first dimension of data and scales counts rows or blocks of rows, unless ``rows`` says otherwise.
         """
         raise NotImplementedError(f"{self.name}: nothing can be loaded in this format")
 
@@ -82,18 +81,25 @@ class Format:
         block boundaries gives the same slice of the result."""
         raise NotImplementedError(f"{self.name}: nothing can be stored in this format")
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
-        """The values as float32, with ``shape``; with a factor: new memory, not yet multiplied by it."""
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
+        """The values as float32, with ``shape``."""
         raise NotImplementedError(f"{self.name}: nothing can be loaded in this format")
 
     def rows(self, part: Tensor, total: int, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of one part of a weight of ``total`` rows. ``start`` begins a block."""
+        if part.numel() == 1:
+            return part
         if part.shape[0] == total:
             return part[start:stop]
         return part[start // self.block[0] : -(-stop // self.block[0])]
 
     def divide(self, parts: Sequence[T]) -> tuple[T, T | None, T | None]:
-        """Data, scale and factor of a weight's ``parts``, in their order."""
+        """Data, scale and extra of a weight's ``parts``, in their order."""
         data, *others = parts
-        factor = others.pop() if self.factor else None
-        return data, others[0] if others else None, factor
+        extra = others.pop() if self.extra else None
+        return data, others[0] if others else None, extra
+
+
+def part_name(name: str, suffix: str) -> str:
+    """The name of a weight's tensor. A suffix with a dot replaces ``.weight``."""
+    return name.removesuffix(".weight") + suffix if suffix.startswith(".") else name + suffix

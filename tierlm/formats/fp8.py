@@ -37,7 +37,7 @@ class Fp8Block(Format):
         data = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
         return data.view(padded.shape)[:outs, :ins].contiguous(), scale
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
         assert scale is not None
         wide = scale.float().repeat_interleave(BLOCK, dim=0).repeat_interleave(BLOCK, dim=1)
         return data.float().mul_(wide[: shape[0], : shape[1]])
@@ -49,7 +49,7 @@ class Fp8Rows(Format):
     def parts(self, shape: Shape) -> Mapping[str, Part]:
         return {"": (self.dtype, shape), "_scale": ("F32", (shape[0], 1))}
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
         assert scale is not None
         return data.float().mul_(scale.float())
 
@@ -58,16 +58,17 @@ class Fp8Whole(Format):
     """``NAME`` [out, in], and the factor of all values."""
 
     def parts(self, shape: Shape) -> Mapping[str, Part]:
-        return {"": (self.dtype, shape), self.factor: ("F32", ())}
+        return {"": (self.dtype, shape), self.extra: ("F32", ())}
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
-        return data.float()
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
+        assert extra is not None
+        return data.float().mul_(extra.float())
 
 
 FP8 = Fp8Block("fp8", (BLOCK, BLOCK), BLOCK * BLOCK + 4, "F8_E4M3", floats=True, packable=True, scale="_scale_inv")
 OTHER_FP8 = (
     Fp8Block("fp8_blocks", (BLOCK, BLOCK), BLOCK * BLOCK + 4, "F8_E4M3", floats=True, scale="_scale"),
     Fp8Rows("fp8_rows", (1, 1), 1, "F8_E4M3", floats=True),
-    Fp8Whole("fp8_whole", (1, 1), 1, "F8_E4M3", floats=True, factor="_scale"),
-    Fp8Whole("fp8_inverse", (1, 1), 1, "F8_E4M3", floats=True, factor="_scale_inv"),
+    Fp8Whole("fp8_whole", (1, 1), 1, "F8_E4M3", floats=True, extra="_scale"),
+    Fp8Whole("fp8_inverse", (1, 1), 1, "F8_E4M3", floats=True, extra="_scale_inv"),
 )

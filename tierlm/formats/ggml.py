@@ -34,7 +34,7 @@ class Blocks(Format):
     def parts(self, shape: Shape) -> Mapping[str, Part]:
         return {"": (self.dtype, (shape[0], shape[1] // self.block[1] * self.block_bytes))}
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
         return self.values(data.reshape(-1, self.block_bytes)).view(shape)
 
 

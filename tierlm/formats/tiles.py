@@ -48,7 +48,7 @@ class Tiles(Format):
         scales = scale.view(len(tiles), LANES, -1).transpose(1, 2).contiguous()
         return self._packed(tiles).flatten(2), scales
 
-    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape) -> Tensor:
+    def widen(self, data: Tensor, scale: Tensor | None, shape: Shape, extra: Tensor | None = None) -> Tensor:
         assert scale is not None
         tiles = self._unpacked(data)
         blocks, groups = tiles.shape[:2]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tierlm.kernels import native
 from tierlm.kernels.linear import can_absorb
-from tierlm.kernels.weight import VECTORS, Weight
+from tierlm.kernels.weight import ABSENT, VECTORS, Weight
 
 CACHES = {torch.float32: 0, torch.bfloat16: 1}  # dtypes of a cache, numbered as in product.h
 
@@ -63,7 +63,7 @@ def fused_mla_decode(
     total, normed = torch.empty_like(hidden), torch.empty_like(hidden)
     words: list[int] = []
     for weight in (*matrices, *norms):
-        words += (0,) * 5 if weight is None else weight.operand
+        words += ABSENT if weight is None else weight.operand
     words += (shape.heads, shape.nope, shape.rope, shape.value, shape.interleaved, CACHES[cache.dtype])
     words += [tensor.data_ptr() for tensor in (cache, places, *angles, hidden, total, normed)]
     library.attention([*words, hidden.shape[0]], shape.eps, shape.inner_eps, shape.scale)

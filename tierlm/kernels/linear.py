@@ -42,11 +42,7 @@ def widen(weight: Weight, start: int = 0, stop: int | None = None) -> Tensor:
 
 def widen_reference(weight: Weight) -> Tensor:
     """``widen`` of all rows in torch."""
-    format = FORMATS[weight.format]
-    wide = format.widen(weight.data, weight.scale, weight.shape)
-    if weight.factor is None:
-        return wide
-    return wide.div_(weight.factor.float()) if format.divides else wide.mul_(weight.factor.float())
+    return FORMATS[weight.format].widen(weight.data, weight.scale, weight.shape, weight.extra)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

@@ -20,7 +20,7 @@ void round_part(const float* x, Rounded* rounded, int64_t rows, int64_t ins, int
 
 }  // namespace
 
-LAYOUT(Matrix, FIELD(format), FIELD(data), FIELD(scale), FIELD(outs), FIELD(ins))
+LAYOUT(Matrix, FIELD(format), FIELD(data), FIELD(scale), FIELD(outs), FIELD(ins), FIELD(extra))
 
 extern "C" {
 

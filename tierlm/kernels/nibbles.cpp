@@ -1,6 +1,7 @@
 // Four-bit codes with their scales apart (formats/nibbles.py): widened in registers, multiplied and summed in float32.
 //
-// Eight codes are a 32-bit word, the first in its lowest bits. Scales are [outs, ins / columns].
+// Eight codes are a 32-bit word, the first in its lowest bits. Scales are [outs, ins / columns]. Stored::whole applies
+// the factor of a whole weight.
 
 #include <algorithm>
 #include <cstring>
@@ -17,13 +18,36 @@ INLINE float as_float(uint32_t bits) {
 
 struct Mxfp4Apart {
     static constexpr int64_t columns = 32;
-    static INLINE Floats values(Words codes) {  // e2m1 times two
-        const Words bits = (codes & 8u) << 28 | (codes & 7u) << 22;
-        return reinterpret_cast<Floats>(bits) * 0x1p127f;
+    static INLINE Floats values(Words codes) {  // e2m1 times two; as shifted bits, one would be subnormal, and slow
+        const Floats sizes = {0, 1, 2, 3, 4, 6, 8, 12};
+#ifdef __clang__
+        Floats found;
+        for (int i = 0; i < LANES; ++i) found[i] = sizes[codes[i] & 7u];
+#else
+        const Floats found = __builtin_shuffle(sizes, reinterpret_cast<Ints>(codes & 7u));
+#endif
+        return reinterpret_cast<Floats>(reinterpret_cast<Words>(found) | (codes & 8u) << 28);
     }
     static INLINE float scale(const void* scales, int64_t at) {  // 2 ** (power - 128)
         const uint32_t power = static_cast<const uint8_t*>(scales)[at];
         return as_float(power < 2 ? 0x200000u << power : (power - 1) << 23);
+    }
+    template <class T>
+    static INLINE T whole(T value, const Product&) { return value; }
+};
+
+template <bool DIVIDES>
+struct Nvfp4 {
+    static constexpr int64_t columns = 16;
+    static INLINE Floats values(Words codes) { return Mxfp4Apart::values(codes) * 0.5f; }
+    static INLINE float scale(const void* scales, int64_t at) {  // float8
+        const uint32_t raw = static_cast<const uint8_t*>(scales)[at];
+        return as_float((raw & 0x80u) << 24 | (raw & 0x7fu) << 20) * 0x1p120f;
+    }
+    template <class T>
+    static INLINE T whole(T value, const Product& p) {
+        const float factor = *static_cast<const float*>(p.extra);
+        return DIVIDES ? value / factor : value * factor;
     }
 };
 
@@ -36,6 +60,8 @@ struct Int4Groups {
     static INLINE float scale(const void* scales, int64_t at) {  // bfloat16
         return as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(scales)[at]) << 16);
     }
+    template <class T>
+    static INLINE T whole(T value, const Product&) { return value; }
 };
 
 // The numbers in eight columns of weight row `out`.
@@ -74,7 +100,7 @@ INLINE void tile(const Product& p, int64_t out, int64_t row) {
         for (int r = 0; r < ROWS; ++r) {
             float sum = 0;
             for (int i = 0; i < LANES; ++i) sum += total[o][r][i];
-            p.y[(row + r) * p.stride + out + o - p.origin] = sum;
+            p.y[(row + r) * p.stride + out + o - p.origin] = Stored::whole(sum, p);
         }
     }
 }
@@ -98,7 +124,7 @@ INLINE void weighted_rows(const Product& p, int64_t first, int64_t last) {
     std::fill(p.y, p.y + p.rows * p.ins, 0.0f);
     for (int64_t n = first; n < last; ++n) {
         for (int64_t i = 0; i < p.ins; i += LANES) {
-            const Floats w = numbers<Stored>(p, n, i) * scale<Stored>(p, n, i);
+            const Floats w = Stored::whole(numbers<Stored>(p, n, i) * scale<Stored>(p, n, i), p);
             for (int64_t r = 0; r < p.rows; ++r)
                 *reinterpret_cast<Floats*>(p.y + r * p.ins + i) += w * p.x[r * p.stride + n - first];
         }
@@ -109,7 +135,8 @@ template <class Stored>
 INLINE void widened(const Product& p, int64_t first, int64_t last) {
     for (int64_t out = first; out < last; ++out) {
         for (int64_t i = 0; i < p.ins; i += LANES)
-            *reinterpret_cast<Floats*>(p.y + out * p.ins + i) = numbers<Stored>(p, out, i) * scale<Stored>(p, out, i);
+            *reinterpret_cast<Floats*>(p.y + out * p.ins + i) =
+                Stored::whole(numbers<Stored>(p, out, i) * scale<Stored>(p, out, i), p);
     }
 }
 
@@ -124,6 +151,8 @@ KERNELS(mxfp4, Mxfp4Apart)
 KERNELS(int4_32, Int4Groups<32>)
 KERNELS(int4_64, Int4Groups<64>)
 KERNELS(int4_128, Int4Groups<128>)
+KERNELS(nvfp4, Nvfp4<false>)
+KERNELS(nvfp4_ct, Nvfp4<true>)
 
 }  // namespace
 
@@ -132,4 +161,6 @@ const Format NIBBLE_FORMATS[NIBBLES] = {
     {outputs_int4_32, weighted_rows_int4_32, widened_int4_32, false},
     {outputs_int4_64, weighted_rows_int4_64, widened_int4_64, false},
     {outputs_int4_128, weighted_rows_int4_128, widened_int4_128, false},
+    {outputs_nvfp4, weighted_rows_nvfp4, widened_nvfp4, false},
+    {outputs_nvfp4_ct, weighted_rows_nvfp4_ct, widened_nvfp4_ct, false},
 };

@@ -25,6 +25,7 @@ struct Product {
     float* y;                // [rows, outs], rows `stride` floats apart
     int64_t rows, ins, outs, stride;
     int64_t origin = 0;      // first weight row in y
+    const void* extra = nullptr;  // as stored: zero points, or one float
 };
 
 // Computes weight rows `first` to `last`. One thread sums each output over the columns in a fixed order, for any number
@@ -36,13 +37,16 @@ struct Format {
     Work weighted_rows;  // y[r, :] = sum over weight rows n of x[r, n - first] * w[n, :]; x rows are `stride` apart
     Work widened;        // y = w as float32; y [outs, ins]
     bool rounds;         // whether `outputs` takes rounded activations
+    int64_t least = GROUP;  // threads share multiples of this many weight rows
 };
 
-constexpr int FLOATS = 4, TILES = 4, GGML = 26, NIBBLES = 4;
+constexpr int FLOATS = 4, TILES = 4, GGML = 26, NIBBLES = 6, FLOAT8 = 5, TRANSPOSED = 18;
 extern const Format FLOAT_FORMATS[FLOATS];  // float32, bfloat16, float16, block-scaled float8
 extern const Format TILE_FORMATS[TILES];    // int8, int4, and both with unrounded activations
 extern const Format GGML_FORMATS[GGML];     // those of blocks.h, and all with unrounded activations
-extern const Format NIBBLE_FORMATS[NIBBLES];  // mxfp4, and int4 in groups of 32, 64 and 128
+extern const Format NIBBLE_FORMATS[NIBBLES];  // mxfp4, int4 in groups of 32, 64 and 128, and two nvfp4
+extern const Format FLOAT8_FORMATS[FLOAT8];    // scales of blocks in bfloat16; of rows in float32, bfloat16; of all
+extern const Format TRANSPOSED_FORMATS[TRANSPOSED];  // those of transposed.h, and all with unrounded activations
 
 // The fastest x86 kernels for rounded activations times int8 and int4 on this processor; null: use the portable ones.
 Work int8_outputs_x86();

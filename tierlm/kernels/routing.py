@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tierlm.kernels import native
-from tierlm.kernels.weight import VECTORS, Weight
+from tierlm.kernels.weight import ABSENT, VECTORS, Weight
 
 FEW_ROWS = 8  # torch is faster for more rows
 
@@ -51,7 +51,7 @@ def route_few(routers: Sequence[RouterCall], rules: Rules, chosen: int) -> list[
         weights = torch.empty(x.shape[0], chosen)
         experts = torch.empty(x.shape[0], chosen, dtype=torch.int64)
         for vector in (gate, bias, norm):
-            words += (0,) * 5 if vector is None else vector.operand
+            words += ABSENT if vector is None else vector.operand
         words += (rules.softmax, rules.groups, rules.groups_chosen, rules.normalize, chosen)
         words += (x.data_ptr(), x.shape[0], weights.data_ptr(), experts.data_ptr())
         found.append((weights, experts))

@@ -17,7 +17,7 @@ def fields(words: str, kind: type = ctypes.c_int64) -> list[tuple[str, type]]:
 class Matrix(ctypes.Structure):
     """``Weight.operand``."""
 
-    _fields_ = fields("format data scale outs ins")
+    _fields_ = fields("format data scale outs ins extra")
 
 
 class Expert(ctypes.Structure):

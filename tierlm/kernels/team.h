@@ -12,28 +12,35 @@
 
 // A weight, or a vector of floats as one row, passed from Python: Weight.operand in kernels/weight.py.
 struct Matrix {
-    int64_t format;  // index into FLOAT_, TILE_, GGML_ and NIBBLE_FORMATS, one after the other
+    int64_t format;  // index into the tables of product.h, one after the other
     const uint8_t* data;
     const void* scale;
     int64_t outs, ins;
+    const void* extra;
 
     const Format& as() const {
-        if (format < FLOATS) return FLOAT_FORMATS[format];
-        if (format < FLOATS + TILES) return TILE_FORMATS[format - FLOATS];
-        const int64_t other = format - FLOATS - TILES;
-        return other < GGML ? GGML_FORMATS[other] : NIBBLE_FORMATS[other - GGML];
+        int64_t at = format;
+        if (at < FLOATS) return FLOAT_FORMATS[at];
+        if ((at -= FLOATS) < TILES) return TILE_FORMATS[at];
+        if ((at -= TILES) < GGML) return GGML_FORMATS[at];
+        if ((at -= GGML) < NIBBLES) return NIBBLE_FORMATS[at];
+        if ((at -= NIBBLES) < FLOAT8) return FLOAT8_FORMATS[at];
+        return TRANSPOSED_FORMATS[at - FLOAT8];
     }
     // The same weight, with unrounded activations.
     Matrix exact() const {
-        const int64_t half = (format < FLOATS + TILES ? TILES : GGML) / 2;
-        return {as().rounds ? format + half : format, data, scale, outs, ins};
+        const int64_t half = (format < FLOATS + TILES ? TILES : format < FLOATS + TILES + GGML ? GGML : TRANSPOSED) / 2;
+        return {as().rounds ? format + half : format, data, scale, outs, ins, extra};
     }
     Product times(const float* x, const Rounded* rounded, float* y, int64_t rows) const {
-        return {x, rounded, data, scale, y, rows, ins, outs, outs};
+        return {x, rounded, data, scale, y, rows, ins, outs, outs, 0, extra};
     }
     // Rows per unit of work, about 64 Ki weights: large enough to amortise scheduling, small enough to balance threads.
     // A multiple of GROUP: whole tiles, and whole groups when an expert's inner values are rounded for `down`.
-    int64_t piece() const { return std::max<int64_t>(GROUP, 65536 / std::max<int64_t>(ins, 1) / GROUP * GROUP); }
+    int64_t piece() const {
+        const int64_t least = as().least;
+        return std::max(least, 65536 / std::max<int64_t>(ins, 1) / least * least);
+    }
     int64_t pieces() const { return (outs + piece() - 1) / piece(); }
 };
 

@@ -9,14 +9,23 @@ from torch import Tensor
 from tierlm.formats import FORMATS, Shape
 from tierlm.formats.dtypes import torch_dtypes
 from tierlm.formats.ggml import GGML
+from tierlm.formats.transposed import TRANSPOSED
 
 # Format numbers of kernels/product.h, and those of the formats that round, with unrounded activations.
 NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}
 NUMBERS |= {format.name: 8 + i for i, format in enumerate(GGML)}
 EXACT = {"int8": 6, "int4": 7, **{format.name: 8 + len(GGML) + i for i, format in enumerate(GGML)}}
-NIBBLES = ("mxfp4", "int4_g32", "int4_g64", "int4_g128")
-NUMBERS |= {name: len(NUMBERS) + len(EXACT) + i for i, name in enumerate(NIBBLES)}
-TILES = ("int8", "int4")  # formats with interleaved rows
+NIBBLES = ("mxfp4", "int4_g32", "int4_g64", "int4_g128", "nvfp4", "nvfp4_ct")
+NUMBERS |= {name: 8 + 2 * len(GGML) + i for i, name in enumerate(NIBBLES)}
+NUMBERS |= {"fp8_rows": 41, "fp8_whole": 43}
+NUMBERS |= {format.name: 45 + i for i, format in enumerate(TRANSPOSED)}
+EXACT |= {format.name: 45 + len(TRANSPOSED) + i for i, format in enumerate(TRANSPOSED)}
+# Formats whose data and scales lie like another's.
+NUMBERS |= {"mxfp4_ct": NUMBERS["mxfp4"], "fp8_blocks": NUMBERS["fp8"], "fp8_inverse": NUMBERS["fp8_whole"]}
+BFLOAT = {"fp8": 40, "fp8_blocks": 40, "fp8_rows": 42, "fp8_whole": 44, "fp8_inverse": 44}  # with scales in bfloat16
+TILES = ("int8", "int4")
+ABSENT = (0,) * 6  # instead of an ``operand``
+INTERLEAVED = (*TILES, *(format.name for format in TRANSPOSED))  # formats whose blocks have LANES rows
 VECTORS = ("f32", "bf16", "f16")  # formats of norms and biases in the compiled kernels
 
 DTYPES = torch_dtypes()
@@ -26,7 +35,7 @@ DTYPES = torch_dtypes()
 class Weight:
     """A matrix [out, in] (or a vector [out]) in its stored format.
 
-    ``data``, ``scale``, ``factor``: the parts of the format for a weight of ``shape``; (): the shape of ``data``.
+    ``data``, ``scale``, ``extra``: the parts of the format for a weight of ``shape``; (): the shape of ``data``.
     ``exact``: products keep activations in float32 even if the format rounds them to int8.
     Computed once, since every product needs them: ``rounds``: products round activations; ``tiled``: rows are
     interleaved; ``plain``: the compiled kernels support this matrix; ``operand``: struct Matrix of kernels/team.h, with
@@ -38,7 +47,7 @@ class Weight:
     scale: Tensor | None = None
     shape: Shape = ()
     exact: bool = False
-    factor: Tensor | None = None
+    extra: Tensor | None = None
     rounds: bool = field(init=False, repr=False, compare=False)
     tiled: bool = field(init=False, repr=False, compare=False)
     plain: bool = field(init=False, repr=False, compare=False)
@@ -47,21 +56,30 @@ class Weight:
     def __post_init__(self) -> None:
         data, scale, format = self.data, self.scale, self.format
         shape = self.shape or tuple(data.shape)
-        number = EXACT.get(format, -1) if self.exact else -1
-        number = NUMBERS.get(format, -1) if number < 0 else number
+        second = self.extra if scale is None else scale
+        bfloat = format in BFLOAT and second is not None and second.dtype == DTYPES["BF16"]
+        numbers = BFLOAT if bfloat else EXACT if self.exact and format in EXACT else NUMBERS
+        number = numbers.get(format, -1)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "rounds", FORMATS[format].rounds and not self.exact)
-        object.__setattr__(self, "tiled", format in TILES)
-        object.__setattr__(self, "plain", number >= 0 and len(shape) == 2 and self._matches_format())
+        object.__setattr__(self, "tiled", format in INTERLEAVED)
+        object.__setattr__(self, "plain", number >= 0 and len(shape) == 2 and self._matches_format(bfloat))
         outs, ins = shape if len(shape) == 2 else (1, data.numel())
-        pointers = data.data_ptr(), 0 if scale is None else scale.data_ptr()
-        object.__setattr__(self, "operand", (number, *pointers, outs, ins))
+        pointers = [0 if part is None else part.data_ptr() for part in (data, scale, self.extra)]
+        object.__setattr__(self, "operand", (number, *pointers[:2], outs, ins, pointers[2]))
 
-    def _matches_format(self) -> bool:
-        """Whether dtypes and shapes are those of the format, contiguous and on the CPU."""
-        parts = [self.data] if self.scale is None else [self.data, self.scale]
-        found = [(part.dtype, part.shape) for part in parts if part.device.type == "cpu" and part.is_contiguous()]
-        return found == [(DTYPES[dtype], shape) for dtype, shape in FORMATS[self.format].parts(self.shape).values()]
+    def _matches_format(self, bfloat: bool) -> bool:
+        """Whether dtypes and shapes are those of the format, contiguous and on the CPU. ``bfloat``: with scales in
+        bfloat16 instead of float32."""
+        parts = [part for part in (self.data, self.scale, self.extra) if part is not None]
+        expected = FORMATS[self.format].parts(self.shape).values()
+        return len(parts) == len(expected) and all(
+            part.device.type == "cpu"
+            and part.is_contiguous()
+            and (part.shape == shape or (not shape and part.numel() == 1))
+            and part.dtype == DTYPES["BF16" if bfloat and dtype == "F32" else dtype]
+            for part, (dtype, shape) in zip(parts, expected, strict=True)
+        )
 
     def rows(self, start: int, stop: int) -> Weight:
         """Rows ``start`` to ``stop``, or to the last. ``start`` begins a block of the format."""
@@ -69,6 +87,9 @@ class Weight:
         stop = min(stop, total)
         if stop - start == total:
             return self
-        scale = None if self.scale is None else known.rows(self.scale, total, start, stop)
-        data = known.rows(self.data, total, start, stop)
-        return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact, self.factor)
+        data, scale, extra = (
+            None if part is None else known.rows(part, total, start, stop)
+            for part in (self.data, self.scale, self.extra)
+        )
+        assert data is not None
+        return Weight(data, self.format, scale, (stop - start, *self.shape[1:]), self.exact, extra)

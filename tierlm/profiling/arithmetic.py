@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
 # About a DeepSeek-V2-Lite expert, in whole blocks of every format; experts a token uses in a layer.
 HIDDEN, WIDTH, TOGETHER = 2048, 1536, 6
-# The formats to measure: those with kernels. f32 and f16 are assumed to be memory-bound like bf16.
+# The formats to measure: those with kernels that tierlm or llama.cpp make. Others, f32 and f16 are assumed to be
+# memory-bound like bf16.
 MEASURED = tuple(
-    f.name for f in FORMATS.values() if ((f.floats and f.packable) or f.rounds) and f.name not in ("f32", "f16")
+    f.name
+    for f in FORMATS.values()
+    if ((f.floats and f.packable) or (f.rounds and not f.suffix)) and f.name not in ("f32", "f16")
 )
 # Two more than a multiple of four, the average case: the kernels take four rows at a time and the rest one by one. 62
 # is close to the limit of the float kernels (kernels/native.py).

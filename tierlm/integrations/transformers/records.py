@@ -104,8 +104,8 @@ class ExpertRecords:
         found: dict[str, Any] = {name: torch.empty(0, *layout.shapes[name][1:], dtype=dtype) for name in layout.sources}
         for target, weight in self._quantised(others):
             parts = [files[part.file].get_tensor(part.name) for part in weight.parts.values()]
-            data, scale, factor = FORMATS[weight.format].divide(parts)
-            wide = widen(Weight(data, weight.format, scale, weight.shape, factor=factor))
+            data, scale, extra = FORMATS[weight.format].divide(parts)
+            wide = widen(Weight(data, weight.format, scale, weight.shape, extra=extra))
             found[target] = wide.to(dtype)
             for suffix in weight.parts:
                 others.pop(weight.name + suffix, None)

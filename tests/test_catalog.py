@@ -83,7 +83,9 @@ def test_toys_are_catalogued_whole(originals: Callable[[str], Path], name: str) 
     width, hidden = spec.moe.width, spec.hidden
     shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
     if spec.moe.stacked:
-        shapes = {"gate_up_proj": (hidden, 2 * width), "down_proj": (width, hidden)}
+        stack = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+        shapes = {role: shape[::-1] if spec.moe.transposed else shape for role, shape in stack.items()}
+    if spec.moe.clamped:
         shapes |= {"gate_up_bias": (2 * width,), "down_bias": (hidden,)}
     assert {role: place.shape for role, place in expert.items()} == shapes
     layouts = [catalog.record(key).places for key in catalog.experts()]

@@ -140,6 +140,8 @@ class Grouped:
     ``rope_dim``: rotated dimensions of a head, its first; 0: all. ``bias``: the projections of queries, keys and values
     have biases; ``output_bias``: so has the output's. ``sinks``: each head has an extra logit in the softmax.
     ``window``: tokens visible to a query; None: all. ``scalar``: scores are divided by its square root; 0: head_dim's.
+    ``keys_as_values``: values are the keys before norm and rotation. ``value_norm``: RMSNorm of values, head by head,
+    without a weight.
     """
 
     heads: int
@@ -153,6 +155,8 @@ class Grouped:
     sinks: bool = False
     window: int | None = None
     scalar: int = 0
+    keys_as_values: bool = False
+    value_norm: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "heads", "kv_heads", "head_dim")
@@ -201,6 +205,8 @@ class RouterSpec:
     ``softmax``: DeepSeek-V2 (arXiv 2405.04434); a group's score is the score of its best expert.
     ``sigmoid``: DeepSeek-V3 (arXiv 2412.19437); a group's score is the sum of its two best.
     ``correction``: DeepSeek-V3's bias on the scores, for selection only. ``bias``: a bias on the logits.
+    ``own_norm``: the router norms the residual stream itself, and router weights are multiplied by a scale of each
+    expert (Gemma 4).
     """
 
     score: str  # "softmax" | "sigmoid"
@@ -210,6 +216,7 @@ class RouterSpec:
     scale: float = 1.0
     correction: bool = False
     bias: bool = False
+    own_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,9 +235,11 @@ class Moe:
     """Routed experts, each a SwiGLU of ``width``, plus a shared one of ``shared_width``; 0: none.
 
     ``shared_gate``: the shared expert's output is multiplied by the sigmoid of one more projection of its input.
+    ``gelu``: experts are GeGLUs. ``beside``: the shared expert, routed experts and their sum have norms of their own
+    (Gemma 4).
     ``clamped``: gpt-oss's experts: they have biases, clamp gate and up projections, and add one to the latter.
-    ``stacked``: a layer's experts lie in one tensor, gate and up in one matrix with their rows interleaved;
-    ``transposed``: as [in, out].
+    ``stacked``: a layer's experts lie in one tensor, gate and up in one matrix: gate first, or with their rows
+    interleaved if ``clamped``; ``transposed``: as [in, out].
     """
 
     experts: int
@@ -239,6 +248,8 @@ class Moe:
     shared_width: int
     router: RouterSpec
     shared_gate: bool = False
+    gelu: bool = False
+    beside: bool = False
     clamped: bool = False
     stacked: bool = False
     transposed: bool = False
@@ -264,7 +275,8 @@ class ModelSpec:
     """A decoder. Each layer has its own spec; MoE layers may be at any position but must be identical.
 
     ``sandwich``: outputs of attention and feed-forward are normed before they are added. ``zero_centred``: norms are
-    stored less one. ``scaled_embedding``: embeddings are multiplied by the square root of ``hidden``.
+    stored less one. ``scaled_embedding``: embeddings are multiplied by the square root of ``hidden``. ``scaled_layers``:
+    the residual stream is multiplied by a scalar after each layer. ``logit_cap``: logits are bent to stay below it.
     ``sparse_above``: tokens of context above which attention is sparse, which the engine lacks; None: never.
 
     Derived: ``moe``, the spec of the MoE layers, or None; ``moe_layers``, their numbers; ``experts`` and
@@ -283,6 +295,8 @@ class ModelSpec:
     sandwich: bool = False
     zero_centred: bool = False
     scaled_embedding: bool = False
+    scaled_layers: bool = False
+    logit_cap: float | None = None
     sparse_above: int | None = None
     moe: Moe | None = field(init=False, repr=False, compare=False)
     moe_layers: tuple[int, ...] = field(init=False, repr=False, compare=False)

@@ -109,7 +109,8 @@ def _stacked(prefix: str, hidden: int, moe: Moe) -> Shapes:
     found: Shapes = {}
     for name, (outs, ins) in {"gate_up": (2 * moe.width, hidden), "down": (hidden, moe.width)}.items():
         found[f"{name}_proj"] = (f"{prefix}{name}_proj", (ins, outs) if moe.transposed else (outs, ins))
-        found[f"{name}_bias"] = (f"{prefix}{name}_proj_bias", (outs,))
+        if moe.clamped:
+            found[f"{name}_bias"] = (f"{prefix}{name}_proj_bias", (outs,))
     return found
 
 
@@ -138,7 +139,8 @@ def _latent(prefix: str, hidden: int, spec: Latent) -> Shapes:
 def _grouped(prefix: str, hidden: int, spec: Grouped) -> Shapes:
     keys = spec.kv_heads * spec.head_dim
     rows = {"q": spec.query_width, "k": keys, "v": keys, "o": hidden}
-    found: Shapes = {f"{name}_proj": (f"{prefix}{name}_proj.weight", (rows[name], hidden)) for name in "qkv"}
+    inputs = "qk" if spec.keys_as_values else "qkv"
+    found: Shapes = {f"{name}_proj": (f"{prefix}{name}_proj.weight", (rows[name], hidden)) for name in inputs}
     found["o_proj"] = (prefix + "o_proj.weight", (hidden, spec.query_width))
     if spec.qk_norm:
         sizes = {"q": spec.head_dim, "k": spec.head_dim} if spec.qk_norm == "head" else rows

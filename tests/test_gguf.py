@@ -36,7 +36,16 @@ from tierlm.text import TextCodec
 IDS = [3, 5, 7, 100, 4, 9, 33, 2]
 UNEQUAL = {"v2-yarn", "v3-yarn"}  # llama.cpp's metadata has one mscale for both
 # llama.cpp cannot express them; or safetensors have other matrices, whose products are summed in another order.
-NO_TWIN = {"v3-half-rope", "v32", "glm5", "qwen3-dense-between", "qwen3-every-other", "gpt-oss", "gemma4"}
+NO_TWIN = {
+    "v3-half-rope",
+    "v32",
+    "v32-sparse",
+    "glm5",
+    "glm5-sparse",
+    "qwen3-dense-between",
+    "qwen3-every-other",
+    "gpt-oss",
+}
 
 
 def logits(path: Path, ids: list[int] = IDS) -> torch.Tensor:

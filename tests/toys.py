@@ -95,7 +95,8 @@ GLM4 = {
     "n_group": 1,
     "topk_group": 1,
 }
-INDEXED = {**COMMON, "q_lora_rank": 20, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1}
+# With fewer heads, many keys of a query would tie: no head has a positive product with them.
+INDEXED = {**COMMON, "q_lora_rank": 20, "index_n_heads": 16, "index_head_dim": 16, "n_group": 1, "topk_group": 1}
 GEMMA4: dict[str, Any] = {
     **GQA,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -140,6 +141,8 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3-half-rope": ("v3", {"n_group": 2, "topk_group": 1, "rope_interleave": False}),
     "v32": ("v32", {"rope_parameters": YARN}),
     "glm5": ("glm5", {}),
+    "v32-sparse": ("v32", {"rope_parameters": YARN, "index_topk": 8}),
+    "glm5-sparse": ("glm5", {"index_topk": 8, "indexer_types": ["full", "full", "shared", "full"]}),
     "qwen3": ("qwen3", {}),
     "qwen3-dense-between": ("qwen3", {"mlp_only_layers": [1], "tie_word_embeddings": True}),
     "qwen3-every-other": ("qwen3", {"decoder_sparse_step": 2, "norm_topk_prob": False, "head_dim": 8}),

@@ -116,7 +116,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             hottest = heat.hottest()
             store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         widths = [layer.attention.cache_width for layer in spec.layers]
-        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
+        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device, spec.index_widths)
         embedded = catalog.embedding
         rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file), reader)
         undo.callback(rows.close)
@@ -173,9 +173,9 @@ def _check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -
     spec = catalog.spec
     if catalog.compressed:
         load_zstandard()
-    if options.context is not None and options.context > spec.longest:
-        raise UsageError(f"context: expected at most {spec.bound}, found {options.context}")
-    context = options.context or min(spec.longest, DEFAULT_CONTEXT)
+    if options.context is not None and options.context > spec.max_position:
+        raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
+    context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
     predictor = make_predictor(options.predictor, spec.experts_per_token)
     make_policy(options.policy, TierInfo(len(spec.layers), 1))
     for name, file in (("timeline", options.timeline), ("trace", options.trace)):
@@ -381,8 +381,6 @@ def _platform_notes(request: Request) -> list[str]:
         notes.append(f"{len(request.catalog.ignored)} tensors of multi-token prediction layers are not used")
     if request.catalog.vision:
         notes.append(f"text only: {len(request.catalog.vision)} tensors of vision are not used")
-    if (most := request.catalog.spec.sparse_above) is not None:
-        notes.append(f"contexts of at most {most} tokens: there attention is dense, and its indexer is not used")
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         notes.append("torch was imported before tierlm: its idle threads spin on cores needed for reads")
     if native.load() is None:

@@ -12,7 +12,9 @@ PREFIXES = {  # of the language model's tensors -> without the other models
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-OTHERS = re.compile(r"(?:model\.)?(?:vision|visual|audio|embed_vision|embed_audio|multi_modal_projector|mm_projector|patch_merger)")
+OTHERS = re.compile(
+    r"(?:model\.)?(?:vision|visual|audio|embed_vision|embed_audio|multi_modal_projector|mm_projector|patch_merger)"
+)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite", "glm_moe_dsa"), DeepSeek()
     ),
-    "qwen3_moe": Qwen3Moe(),
+    **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe_text"), Qwen3Moe()),
     "qwen2_moe": Qwen2Moe(),
     "mixtral": Mixtral(),
     "olmoe": Olmoe(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tierlm.models.config_reader import Config
-from tierlm.spec import Dense, ExpertKey, Grouped, Latent, ModelSpec, Moe, TrunkKey
+from tierlm.spec import Dense, ExpertKey, Grouped, Indexer, Latent, ModelSpec, Moe, TrunkKey
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # role -> (tensor name, shape)
 
@@ -64,6 +64,8 @@ class Names:
             found |= _grouped(prefix + "self_attn.", spec.hidden, layer.attention)
         else:
             found |= _latent(prefix + "self_attn.", spec.hidden, layer.attention)
+            if (indexer := layer.attention.indexer) is not None and indexer.own(key.layer):
+                found |= _indexer(prefix + "self_attn.indexer.", spec.hidden, layer.attention.q_rank or 0, indexer)
         if isinstance(layer.feed_forward, Dense):
             found |= mlp(prefix + "mlp.", spec.hidden, layer.feed_forward.width)
         elif layer.feed_forward.shared_width:
@@ -133,6 +135,16 @@ def _latent(prefix: str, hidden: int, spec: Latent) -> Shapes:
         "kv_a_proj": (prefix + "kv_a_proj_with_mqa.weight", (spec.cache_width, hidden)),
         "kv_a_layernorm": (prefix + "kv_a_layernorm.weight", (spec.kv_rank,)),
         "o_proj": (prefix + "o_proj.weight", (hidden, spec.heads * spec.value_dim)),
+    }
+
+
+def _indexer(prefix: str, hidden: int, q_rank: int, spec: Indexer) -> Shapes:
+    return {
+        "index_q_proj": (prefix + "wq_b.weight", (spec.heads * spec.dim, q_rank)),
+        "index_k_proj": (prefix + "wk.weight", (spec.dim, hidden)),
+        "index_k_norm": (prefix + "k_norm.weight", (spec.dim,)),
+        "index_k_norm_bias": (prefix + "k_norm.bias", (spec.dim,)),
+        "index_weights": (prefix + "weights_proj.weight", (spec.heads, hidden)),
     }
 
 

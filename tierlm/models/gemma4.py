@@ -51,14 +51,15 @@ class Gemma4(Names):
         windowed = config.windowed(usual_layers(config))
         stack = (LayerSpec(self._attention(config, layer, local), mlp) for layer, local in enumerate(windowed))
         cap = config.optional("final_logit_softcapping")
-        return config.model(
-            tuple(stack), 1e-6, sandwich=True, scaled_embedding=True, scaled_layers=True, logit_cap=cap
-        )
+        return config.model(tuple(stack), 1e-6, sandwich=True, scaled_embedding=True, scaled_layers=True, logit_cap=cap)
 
     def _attention(self, config: Config, layer: int, local: bool) -> Grouped:
         """Published configs have sizes of global layers; transformers writes ``per_layer_config``."""
         shared = not local and config.flag("attention_k_eq_v", False)
-        own = {**config.fields, "rope_parameters": config.part("rope_parameters").part(LOCAL if local else GLOBAL).fields}
+        rope = config.part("rope_parameters").part(LOCAL if local else GLOBAL)
+        own = {**config.fields, "rope_parameters": rope.fields}
+        if local:
+            own["rope_divisors"] = None
         if (layers := config.part("per_layer_config")).fields:
             own |= layers.part(str(layer)).fields
         elif not local:

@@ -17,6 +17,7 @@ Array = NDArray[Any]
 ARCHITECTURES = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "glm_moe_dsa": "glm-dsa",
     "qwen3_moe": "qwen3moe",
     "mixtral": "llama",
     "llama": "llama",
@@ -47,21 +48,31 @@ SHORT = {  # config.json -> key of the metadata
     "kv_lora_rank": "attention.kv_lora_rank",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "sliding_window": "attention.sliding_window",
+    "index_n_heads": "attention.indexer.head_count",
+    "index_head_dim": "attention.indexer.key_length",
+    "index_topk": "attention.indexer.top_k",
     "top_k_experts": "expert_used_count",
     "final_logit_softcapping": "final_logit_softcapping",
 }
 
 
 def write_gguf(
-    folder: Path, file: Path, kind: Type = Type.F32, split_kv_b: bool = True, extra: Any = None, **metadata: Any
+    folder: Path,
+    file: Path,
+    kind: Type = Type.F32,
+    split_kv_b: bool = True,
+    extra: Any = None,
+    architecture: str = "",
+    **metadata: Any,
 ) -> None:
     """Write the model in ``folder`` to ``file``. Matrices are of type ``kind`` where their rows allow it.
 
-    ``extra``: more vectors, by their names. ``metadata``: more, for the architecture; keys with ``__`` for ``.``.
+    ``extra``: more vectors, by their names. ``architecture``: another than its model_type's. ``metadata``: more, for
+    the architecture; keys with ``__`` for ``.``.
     """
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
-    architecture = ARCHITECTURES[config["model_type"]]
+    architecture = architecture or ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(file, architecture)
     _describe(writer, architecture, config, split_kv_b, metadata)
     names = gguf.get_tensor_name_map(
@@ -168,7 +179,7 @@ def _describe(
     experts = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts")
     if experts:
         add("expert_count", experts)
-    if architecture == "deepseek2":
+    if architecture in ("deepseek2", "glm-dsa"):
         nope, rotated, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
         if split_kv_b:
             add("attention.key_length", config["kv_lora_rank"] + rotated)
@@ -202,7 +213,7 @@ def _describe(
         add("rope.freq_base_swa", config["rope_parameters"]["sliding_attention"]["rope_theta"])
         turning = whole // 8
         writer.add_tensor("rope_freqs.weight", np.array([1.0] * turning + [1e30] * (whole // 2 - turning), np.float32))
-    elif architecture != "deepseek2" and "head_dim" in config:
+    elif architecture not in ("deepseek2", "glm-dsa") and "head_dim" in config:
         add("attention.key_length", config["head_dim"])
         add("attention.value_length", config["head_dim"])
     for key, value in more.items():

@@ -156,7 +156,7 @@ class Latent:
         group = min(self.heads * (self.nope_dim + self.value_dim), EXPANDED_VALUES // self.kv_rank)
         scores = _scores(self.heads, chunk, context)
         if (indexer := self.indexer) is not None and context > indexer.chosen:
-            scores = max(scores, _scores(indexer.heads, chunk, context)) + 2 * chunk * (context + indexer.chosen)
+            scores = max(scores, _scores(indexer.heads, chunk, context)) + chunk * (2 * context + 6 * indexer.chosen)
             per_token += 3 * indexer.heads * indexer.dim
             group += indexer.dim
         return chunk * per_token + scores + context * (self.cache_width + group)

@@ -105,6 +105,15 @@ def _deepseek(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
     return found
 
 
+def _glm_dsa(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    return _deepseek(config, get) | {
+        "model_type": "glm_moe_dsa",
+        "index_n_heads": get("attention.indexer.head_count"),
+        "index_head_dim": get("attention.indexer.key_length"),
+        "index_topk": get("attention.indexer.top_k"),
+    }
+
+
 def _llama(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
     """Llama and Mistral, dense, and Mixtral. The converter orders the rows of q and k for rotation of neighbours."""
     experts = config.get("num_experts", 0)
@@ -207,9 +216,12 @@ def _gemma4(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
 
 ARCHITECTURES = {
     "deepseek2": _deepseek,
+    "glm-dsa": _glm_dsa,
     "llama": _llama,
     "qwen3": _qwen3,
+    "qwen3vl": _qwen3,
     "qwen3moe": _qwen3_moe,
+    "qwen3vlmoe": _qwen3_moe,
     "qwen2moe": _qwen2_moe,
     "olmoe": _olmoe,
     "glm4moe": _glm4_moe,

@@ -164,7 +164,7 @@ class Config(Fields):
     def rope(self, interleaved: bool, theta: float = 10000.0, dim: int = 0) -> Rope:
         """RoPE from the published ``rope_scaling`` and ``rope_theta``, or transformers 5's ``rope_parameters``.
 
-        ``dim``: rotated dimensions of a head, for families that scale as Llama 3 or Gemma 3 do."""
+        ``dim``: rotated dimensions of a head, for families that scale as Llama 3 or Gemma do."""
         table, scaling = self.part("rope_parameters"), self.part("rope_scaling")
         table = table if table.fields else scaling
         named = table if table.get("rope_theta") is not None else self

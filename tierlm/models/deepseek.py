@@ -59,12 +59,14 @@ class DeepSeek(Names):
     def _shared(self, config: Config) -> frozenset[int]:
         """Layers without an indexer of their own (GLM-5), by ``indexer_types``, ``index_topk_pattern`` or a period."""
         layers = config.number("num_hidden_layers")
-        kinds = config.listed("indexer_types", str) or config.get("index_topk_pattern")
-        if kinds is None:
+        pattern = config.get("index_topk_pattern", ())
+        kinds = list(pattern) if isinstance(pattern, str) else config.listed("index_topk_pattern", str)
+        kinds = config.listed("indexer_types", str) or kinds
+        if not kinds:
             every = max(1, config.number("index_topk_freq", default=1))
             offset = config.number("index_skip_topk_offset", default=2)
             return frozenset(at for at in range(layers) if max(at - offset + 1, 0) % every)
-        if not isinstance(kinds, (str, list)) or len(kinds) != layers or not set(kinds) <= {"full", "shared", *"FS"}:
+        if len(kinds) != layers or not set(kinds) <= {"full", "shared", "F", "S"}:
             raise config.wrong("indexer_types", f"full or shared for {layers} layers", kinds)
         return frozenset(at for at, kind in enumerate(kinds) if kind in ("shared", "S"))
 

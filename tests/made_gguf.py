@@ -18,6 +18,7 @@ Array = NDArray[Any]
 ARCHITECTURES = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "glm_moe_dsa": "glm-dsa",
     "qwen3_moe": "qwen3moe",
     "mixtral": "llama",
     "llama": "llama",
@@ -29,6 +30,7 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "gpt_oss": "gpt-oss",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
 }
 SHORT = {  # config.json -> key of the metadata
     "max_position_embeddings": "context_length",
@@ -47,26 +49,38 @@ SHORT = {  # config.json -> key of the metadata
     "kv_lora_rank": "attention.kv_lora_rank",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "sliding_window": "attention.sliding_window",
+    "index_n_heads": "attention.indexer.head_count",
+    "index_head_dim": "attention.indexer.key_length",
+    "index_topk": "attention.indexer.top_k",
+    "top_k_experts": "expert_used_count",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
 
 
 def write_gguf(
-    folder: Path, file: Path, kind: Type = Type.F32, split_kv_b: bool = True, extra: Any = None, **metadata: Any
+    folder: Path,
+    file: Path,
+    kind: Type = Type.F32,
+    split_kv_b: bool = True,
+    extra: Any = None,
+    architecture: str = "",
+    **metadata: Any,
 ) -> None:
     """Write the model in ``folder`` to ``file``. Matrices are of type ``kind`` where their rows allow it.
 
-    ``extra``: more vectors, by their names. ``metadata``: more, for the architecture; keys with ``__`` for ``.``.
+    ``extra``: more vectors, by their names. ``architecture``: another than its model_type's. ``metadata``: more, for
+    the architecture; keys with ``__`` for ``.``.
     """
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
-    architecture = ARCHITECTURES[config["model_type"]]
+    architecture = architecture or ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(file, architecture)
     _describe(writer, architecture, config, split_kv_b, metadata)
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config["num_hidden_layers"]
     )
     for name, tensor in _converted(tensors, config, architecture, split_kv_b):
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        found = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
         assert found is not None, name
         own = Type.F32 if tensor.ndim == 1 or "ffn_gate_inp" in found else kind
         if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[own][0]:
@@ -87,7 +101,12 @@ def _converted(
     stacks: dict[str, dict[int, Array]] = {}
     heads = config["num_attention_heads"]
     for name, tensor in tensors.items():
-        if ".experts." in name and architecture != "gpt-oss":
+        if architecture == "gemma4":
+            name = name.replace(".router.scale", ".router.proj.scale")
+            name = name.replace(".router.per_expert_scale", ".experts.down_proj.scale")
+            if name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj")):
+                name += ".weight"
+        elif ".experts." in name and architecture != "gpt-oss":
             before, after = name.split(".experts.")
             number, _, rest = after.partition(".")
             stacks.setdefault(f"{before}.experts.{rest}", {})[int(number)] = tensor
@@ -141,7 +160,7 @@ def _describe(
             writer.add_string(full, value)
 
     for field, key in SHORT.items():
-        if config.get(field) is not None:
+        if config.get(field) is not None and (architecture, field) != ("gemma4", "num_key_value_heads"):
             add(key, config[field])
     add("attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
     rope = config.get("rope_parameters") or {}
@@ -161,7 +180,7 @@ def _describe(
     experts = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts")
     if experts:
         add("expert_count", experts)
-    if architecture == "deepseek2":
+    if architecture in ("deepseek2", "glm-dsa"):
         nope, rotated, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
         if split_kv_b:
             add("attention.key_length", config["kv_lora_rank"] + rotated)
@@ -183,7 +202,19 @@ def _describe(
         add("expert_gating_func", 2)
     if architecture in ("minimax-m2", "gpt-oss"):
         add("expert_feed_forward_length", config["intermediate_size"])
-    if architecture != "deepseek2" and "head_dim" in config:
+    if architecture == "gemma4":
+        sizes = config["per_layer_config"]
+        kinds = [kind == "sliding_attention" for kind in config["layer_types"]]
+        whole = next(iter(sizes.values()))["head_dim"]
+        add("attention.key_length", whole)
+        add("attention.key_length_swa", config["head_dim"])
+        writer.add_sliding_window_pattern(kinds)
+        heads = [sizes.get(str(at), config).get("num_key_value_heads", 2) for at in range(len(kinds))]
+        writer.add_head_count_kv(heads)
+        add("rope.freq_base_swa", config["rope_parameters"]["sliding_attention"]["rope_theta"])
+        turning = whole // 8
+        writer.add_tensor("rope_freqs.weight", np.array([1.0] * turning + [1e30] * (whole // 2 - turning), np.float32))
+    elif architecture not in ("deepseek2", "glm-dsa") and "head_dim" in config:
         add("attention.key_length", config["head_dim"])
         add("attention.value_length", config["head_dim"])
     for key, value in more.items():

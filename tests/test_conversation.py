@@ -175,16 +175,17 @@ def test_a_traced_run_numbers_a_continued_sequence_as_one(folder: Path, tmp_path
 @given(data=st.data())
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_spans_keep_their_values_when_they_move(data: st.DataObject) -> None:
-    cache = KvCache([3, 2], 60, torch.float32, torch.device("cpu"))
+    cache = KvCache([3, 2], 60, torch.float32, torch.device("cpu"), [0, 4])
     spans: list[tuple[Span, list[torch.Tensor]]] = []
     for _ in range(30):
         tokens = data.draw(st.integers(1, 30))
         at = data.draw(st.integers(-1, len(spans) - 1))
         if at < 0:
             if cache.can_reserve(tokens):
-                span, values = cache.reserve(tokens), [torch.rand(tokens, width) for width in (3, 2)]
-                for layer, rows in enumerate(values):
+                span, values = cache.reserve(tokens), [torch.rand(tokens, width) for width in (3, 2, 4)]
+                for layer, rows in enumerate(values[:2]):
                     cache.append(layer, span, rows)
+                cache.append_index(1, span, values[2])
                 span.length = tokens
                 spans.append((span, values))
         elif data.draw(st.booleans()):
@@ -193,8 +194,10 @@ def test_spans_keep_their_values_when_they_move(data: st.DataObject) -> None:
             spans[at][0].length = min(spans[at][0].length, tokens)
             cache.resize(spans[at][0], tokens)
         for span, values in spans:
-            for layer, rows in enumerate(values):
+            for layer, rows in enumerate(values[:2]):
                 assert torch.equal(cache.layer(layer)[span.start :][: span.length], rows[: span.length])
+            nothing = torch.empty(0, 4)
+            assert torch.equal(cache.append_index(1, span, nothing), values[2][: span.length])
         ends = sorted((span.start, span.start + span.capacity) for span, _ in spans)
         assert all(end <= start for (_, end), (start, _) in pairwise(ends))
 

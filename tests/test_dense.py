@@ -10,6 +10,8 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -46,12 +48,21 @@ GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
 }
 GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6, "num_hidden_layers": 7}
+GEMMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 6,
+    "num_hidden_layers": 7,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) + ["full_attention"],
+}
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "llama3": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3}),
     "mistral-window": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**GEMMA, "rope_parameters": GEMMA_ROPE}),
+    "gemma4": (Gemma4ForCausalLM, Gemma4TextConfig, GEMMA4),
 }
 PROMPTS = [[3, 5, 7, 100, 4] * 9, [9, 8, 7], [2] * 20]
 

@@ -38,7 +38,15 @@ from tierlm.text import TextCodec
 IDS = [3, 5, 7, 100, 4, 9, 33, 2]
 UNEQUAL = {"v2-yarn", "v3-yarn"}  # llama.cpp's metadata has one mscale for both
 # llama.cpp cannot express them; or safetensors have other matrices, whose products are summed in another order.
-NO_TWIN = {"v3-half-rope", "v32", "glm5", "qwen3-dense-between", "qwen3-every-other", "gpt-oss"}
+NO_TWIN = {
+    "v3-half-rope",
+    "v32",
+    "v32-sparse",
+    "glm5-sparse",
+    "qwen3-dense-between",
+    "qwen3-every-other",
+    "gpt-oss",
+}
 
 
 def logits(path: Path, ids: list[int] = IDS) -> torch.Tensor:
@@ -77,6 +85,23 @@ def test_a_twin_in_float32_gives_the_same_bits(originals: Callable[[str], Path],
     assert torch.equal(logits(tmp_path / "whole.gguf"), expected)
     write_gguf(folder, tmp_path / "split.gguf")
     assert torch.allclose(logits(tmp_path / "split.gguf"), expected, rtol=0, atol=1e-4)
+
+
+def test_sparse_attention(originals: Callable[[str], Path], tmp_path: Path) -> None:
+    """The published files have an indexer in every layer."""
+    make_toy("glm5", tmp_path, index_topk=5)
+    write_gguf(tmp_path, tmp_path / "model.gguf", split_kv_b=False)
+    expected = logits(tmp_path)
+    assert torch.equal(logits(tmp_path / "model.gguf"), expected)
+    assert not torch.allclose(logits(originals("glm5")), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("qwen3", "qwen3vlmoe")])
+def test_text_of_multi_modal_files(
+    originals: Callable[[str], Path], tmp_path: Path, name: str, architecture: str
+) -> None:
+    write_gguf(originals(name), tmp_path / "model.gguf", architecture=architecture)
+    assert torch.equal(logits(tmp_path / "model.gguf"), logits(originals(name)))
 
 
 def test_gpt_oss(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import COMMON, GLM4, edit_config
+from toys import COMMON, GEMMA4, GEMMA4_MOE, GLM4, QWEN3, edit_config
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tierlm import LLM, CheckpointError, UnsupportedModelError
@@ -55,6 +55,11 @@ MODELS: dict[str, dict[str, Any]] = {  # model_type -> its config, without visio
         "mm_tokens_per_image": 1,
     },
     "glm4v_moe": {"text_config": {**GLM4, "rope_parameters": MROPE}},
+    "qwen3_vl_moe": {"text_config": QWEN3, "tie_word_embeddings": False},
+    "gemma4": {
+        "text_config": {**GEMMA4, **GEMMA4_MOE},
+        "vision_config": {**VISION, "head_dim": 8, "num_key_value_heads": 2},
+    },
 }
 IDS = [(7 * i) % 129 + 2 for i in range(40)]
 
@@ -62,15 +67,19 @@ IDS = [(7 * i) % 129 + 2 for i in range(40)]
 def make(kind: str, folder: Path) -> Any:
     """Write a toy of ``kind`` to ``folder``; returns it as a `transformers` model."""
     torch.manual_seed(5)
-    config = AutoConfig.for_model(kind, **MODELS[kind], vision_config=VISION)
+    config = AutoConfig.for_model(kind, **{"vision_config": VISION} | MODELS[kind])
     model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(("mlp.gate.weight", "router.proj.weight")):
                 parameter.normal_(0, 0.5)
     model.save_pretrained(folder)
+    if kind == "qwen3_vl_moe":  # as published; transformers 5.23 saves the other layout, and loads both
+        tensors = load_file(folder / "model.safetensors")
+        turned = {name: t.transpose(1, 2).contiguous() if ".experts." in name else t for name, t in tensors.items()}
+        save_file(turned, folder / "model.safetensors")
     if kind == "kimi_k25":  # as published; transformers 5.23 saves the layers under another name than it loads
         file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
         tensors = {name.replace("model.blocks.", "model.layers."): tensor for name, tensor in load_file(file).items()}

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toys import TOYS, edit_config, load_toy, make_toy
+from toys import TOYS, edit_config, load_toy, make_toy, settings_of
+from transformers import GlmMoeDsaConfig
 
-from tierlm import LLM, Budget, CheckpointError, PromptError, SamplingParams, UsageError
-from tierlm.models import latent
+from tierlm import LLM, Budget, CheckpointError, SamplingParams
+from tierlm.models import latent, read_spec
 from tierlm.models.decoder import Segment
+from tierlm.spec import Latent
 
 BUDGET = Budget("8GiB")
 
@@ -50,14 +52,17 @@ def test_logits_equal_transformers(name: str, tmp_path: Path, ids: list[int]) ->
         assert_close(decoded_logits(llm, ids, prompt), expected[prompt - 1 :])
 
 
-def test_batch_equals_transformers(toy_qwen3: tuple[Path, Any], ids: list[int]) -> None:
+@pytest.mark.parametrize("name", ["qwen3", "v32-sparse", "gemma4"])
+def test_batch_equals_transformers(name: str, tmp_path: Path, ids: list[int]) -> None:
     """Sequences of a step do not affect each other."""
-    prompts = [ids[:9], ids[9:12], ids[12:40]]
-    with LLM.load(toy_qwen3[0], budget=BUDGET) as llm:
+    model, prompts = make_toy(name, tmp_path), [ids[:9], ids[9:12], ids[12:40]]
+    with LLM.load(tmp_path, budget=BUDGET) as llm:
         scheduler = llm._runtime.scheduler
-        steps = [Segment(prompt, scheduler.cache.reserve(len(prompt))) for prompt in prompts]
+        steps = [Segment(prompt, scheduler.cache.reserve(len(prompt) + 1)) for prompt in prompts]
         found = scheduler.decoder.forward(steps, prefill=True)
-    assert_close(found, torch.stack([reference(toy_qwen3[1], prompt)[-1] for prompt in prompts]))
+        assert_close(found, torch.stack([reference(model, prompt)[-1] for prompt in prompts]))
+        found = scheduler.decoder.forward([Segment([5], step.span) for step in steps], prefill=False)
+    assert_close(found, torch.stack([reference(model, [*prompt, 5])[-1] for prompt in prompts]))
 
 
 @pytest.mark.parametrize("heads", [1, 3, 5])
@@ -70,11 +75,12 @@ def test_scores_are_taken_a_few_heads_at_a_time(heads: int, tmp_path: Path, monk
         assert_close(llm.logits(ids), reference(model, ids))
 
 
-def test_long_prefill_expands_keys_and_values(toy_v3: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize("name", ["v3", "v32-sparse"])
+def test_long_prefill_expands_keys_and_values(name: str, tmp_path: Path) -> None:
     """From EXPAND_FROM tokens of a sequence on, attention takes its other path."""
-    folder, model = toy_v3
+    model = make_toy(name, tmp_path)
     ids = [(7 * i) % 129 + 2 for i in range(latent.EXPAND_FROM + 60)]
-    with LLM.load(folder, budget=BUDGET, prefill_chunk=latent.EXPAND_FROM + 20) as llm:
+    with LLM.load(tmp_path, budget=BUDGET, prefill_chunk=latent.EXPAND_FROM + 20) as llm:
         assert_close(llm.logits(ids), reference(model, ids))
 
 
@@ -169,21 +175,48 @@ def test_kimi_k2_is_read_as_the_v3_architecture(tmp_path: Path, ids: list[int]) 
 
 
 @pytest.mark.parametrize("name", ["v32", "glm5"])
-def test_sparse_attention_is_refused_above_the_context_where_it_is_dense(
-    name: str, tmp_path: Path, ids: list[int]
+def test_sparse_attention_begins_above_index_topk(name: str, tmp_path: Path, ids: list[int]) -> None:
+    """Up to there every key is chosen, and the fused kernel runs; the step that crosses it uses the index keys that
+    steps before it cached."""
+    model = make_toy(name, tmp_path, index_topk=36)
+    with LLM.load(tmp_path, budget=BUDGET) as llm:
+        assert_close(decoded_logits(llm, ids, 29), reference(model, ids)[28:])
+
+
+@pytest.mark.parametrize("name", ["v32-sparse", "glm5-sparse"])
+def test_index_scores_are_taken_a_few_heads_at_a_time(
+    name: str, tmp_path: Path, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At exactly ``index_topk`` tokens every key is chosen."""
-    model = make_toy(name, tmp_path, index_topk=len(ids))
+    monkeypatch.setattr("tierlm.models.indexer.SCORE_VALUES", len(ids) ** 2)
+    model = make_toy(name, tmp_path)
     with LLM.load(tmp_path, budget=BUDGET) as llm:
         assert_close(llm.logits(ids), reference(model, ids))
-        assert any("at most 45 tokens" in note for note in llm.stats().notes)
-        with pytest.raises(PromptError, match=r"of at most 45 .*attention is sparse"):
-            llm.logits([*ids, 2])
-    with pytest.raises(UsageError, match=r"expected at most 45 \(above, .*sparse, which tierlm does not compute\)"):
-        LLM.load(tmp_path, budget=BUDGET, context=46)
-    edit_config(tmp_path, index_topk=0)
-    with pytest.raises(CheckpointError, match="index_topk: expected a whole number of at least 1, found 0"):
-        LLM.load(tmp_path, budget=BUDGET)
+
+
+def test_indexers_that_cannot_be(tmp_path: Path) -> None:
+    make_toy("glm5-sparse", tmp_path)
+    for changes, words in (
+        ({"index_topk": 0}, "index_topk: expected a whole number of at least 1, found 0"),
+        ({"index_topk": 8, "indexer_types": ["shared"] * 4}, "the first layer must have an indexer"),
+        ({"indexer_types": ["full"] * 3}, "indexer_types: expected full or shared for 4 layers"),
+        ({"indexer_types": None, "q_lora_rank": None}, "an indexer needs q_lora_rank"),
+    ):
+        edit_config(tmp_path, **changes)
+        with pytest.raises(CheckpointError, match=words):
+            LLM.load(tmp_path, budget=BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [({}, []), ({"index_topk_freq": 2, "index_skip_topk_offset": 1}, [1, 3]), ({"index_topk_pattern": "FSSF"}, [1, 2])],
+)
+def test_layers_without_an_indexer_are_told_as_transformers_does(changes: dict[str, Any], shared: list[int]) -> None:
+    config = {**settings_of("glm5"), **changes}
+    attention = read_spec(config, "here").layers[0].attention
+    assert isinstance(attention, Latent) and attention.indexer is not None
+    assert sorted(attention.indexer.shared) == shared
+    kinds = GlmMoeDsaConfig(**config).indexer_types
+    assert shared == [at for at, kind in enumerate(kinds) if kind == "shared"]
 
 
 def test_published_rope_scaling_dialect(tmp_path: Path, ids: list[int]) -> None:

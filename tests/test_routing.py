@@ -32,6 +32,9 @@ def router_of(toy: str, format: str, **changes: Any) -> Router:
         resident[f"{layer}.router"] = quantise(0.5 * torch.randn(spec.experts, spec.hidden), format)
         if spec.moe.router.correction:
             resident[f"{layer}.correction"] = Weight(0.3 * torch.randn(spec.experts), "f32")
+        if spec.moe.router.own_norm:
+            resident[f"{layer}.router_norm"] = Weight(4 + torch.randn(spec.hidden), "f32")
+            resident[f"{layer}.expert_scale"] = Weight(1 + 0.2 * torch.randn(spec.experts), "f32")
     return Router(spec, resident)
 
 

@@ -15,6 +15,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     Glm4MoeLiteConfig,
@@ -93,7 +95,24 @@ GLM4 = {
     "n_group": 1,
     "topk_group": 1,
 }
-INDEXED = {**COMMON, "q_lora_rank": 20, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1}
+# With fewer heads, many keys of a query would tie: no head has a positive product with them.
+INDEXED = {**COMMON, "q_lora_rank": 20, "index_n_heads": 16, "index_head_dim": 16, "n_group": 1, "topk_group": 1}
+GEMMA4: dict[str, Any] = {
+    **GQA,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 5,
+    "global_head_dim": 24,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 20.0,
+}
+GEMMA4_MOE: dict[str, Any] = {
+    "enable_moe_block": True,
+    "num_experts": 16,
+    "top_k_experts": 4,
+    "moe_intermediate_size": 24,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
 QWEN3_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 # For each kind of toy: its transformers classes, its model_type, and its common settings.
 KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
@@ -109,6 +128,7 @@ KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, "olmoe", {**GQA, "num_experts": 16, "head_dim": 8}),
     "gpt-oss": (GptOssConfig, GptOssForCausalLM, "gpt_oss", {**GQA, "num_local_experts": 8, "sliding_window": 4}),
     "qwen2": (Qwen2MoeConfig, Qwen2MoeForCausalLM, "qwen2_moe", QWEN2),
+    "gemma4": (Gemma4TextConfig, Gemma4ForCausalLM, "gemma4_text", GEMMA4),
 }
 TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2": ("v2", {"topk_method": "greedy"}),
@@ -121,6 +141,8 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3-half-rope": ("v3", {"n_group": 2, "topk_group": 1, "rope_interleave": False}),
     "v32": ("v32", {"rope_parameters": YARN}),
     "glm5": ("glm5", {}),
+    "v32-sparse": ("v32", {"rope_parameters": YARN, "index_topk": 8}),
+    "glm5-sparse": ("glm5", {"index_topk": 8, "indexer_types": ["full", "full", "shared", "full"]}),
     "qwen3": ("qwen3", {}),
     "qwen3-dense-between": ("qwen3", {"mlp_only_layers": [1], "tie_word_embeddings": True}),
     "qwen3-every-other": ("qwen3", {"decoder_sparse_step": 2, "norm_topk_prob": False, "head_dim": 8}),
@@ -133,6 +155,7 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {}),
     "qwen2": ("qwen2", {}),
     "gpt-oss": ("gpt-oss", {"rope_parameters": {**QWEN3_YARN, "truncate": False}}),
+    "gemma4": ("gemma4", GEMMA4_MOE),
 }
 
 
@@ -154,6 +177,10 @@ def make_toy(toy: str, folder: Path, dtype: torch.dtype = torch.float32, **chang
             if parameter.dim() == 1 or name.endswith("bias"):  # norms start at one, biases at zero
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for layer in model.model.layers:
+            if hasattr(layer, "layer_scalar"):
+                layer.layer_scalar.fill_(0.8)
+            if hasattr(layer, "router"):
+                layer.router.proj.weight.normal_(0, 3.0)
             if (gate := getattr(layer.mlp, "gate", getattr(layer.mlp, "router", None))) is not None:
                 gate.weight.normal_(0, 0.5)
                 for owner in (gate, layer.mlp):

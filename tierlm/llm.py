@@ -264,8 +264,11 @@ class LLM:
         if wrong := [token for token in ids if not 0 <= token < spec.vocab]:
             raise PromptError(f"token id {wrong[0]} is not in the vocabulary of {spec.vocab}")
         if len(ids) > context:
-            more = f"; context={len(ids)} reserves enough" if len(ids) <= spec.longest else ""
-            raise PromptError(f"the prompt has {len(ids)} tokens, the context {context}, of at most {spec.bound}{more}")
+            most = spec.max_position
+            more = f"; context={len(ids)} reserves enough" if len(ids) <= most else ""
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, the context {context}, of at most the model's own {most}{more}"
+            )
         return ids
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], TextStream | None]:

@@ -47,9 +47,9 @@ def check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) ->
     spec = catalog.spec
     if catalog.compressed:
         load_zstandard()
-    if options.context is not None and options.context > spec.longest:
-        raise UsageError(f"context: expected at most {spec.bound}, found {options.context}")
-    context = options.context or min(spec.longest, DEFAULT_CONTEXT)
+    if options.context is not None and options.context > spec.max_position:
+        raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
+    context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
     predictor = make_predictor(options.predictor, spec.experts_per_token)
     make_policy(options.policy, TierInfo(len(spec.layers), 1))
     for name, file in (("timeline", options.timeline), ("trace", options.trace)):

@@ -71,7 +71,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         trunks = _load_trunks(request, trunk_tiers, progress)
         store, heat_file = open_store(catalog, options, experts[0], Lookahead(request.predictor, spec.moe_layers))
         widths = [layer.attention.cache_width for layer in spec.layers]
-        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
+        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device, spec.index_widths)
         embedded = catalog.embedding
         rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file), reader)
         undo.callback(rows.close)
@@ -184,8 +184,6 @@ def _platform_notes(request: LoadRequest) -> list[str]:
         notes.append(f"{len(request.catalog.ignored)} tensors of multi-token prediction layers are not used")
     if request.catalog.vision:
         notes.append(f"text only: {len(request.catalog.vision)} tensors of vision are not used")
-    if (most := request.catalog.spec.sparse_above) is not None:
-        notes.append(f"contexts of at most {most} tokens: there attention is dense, and its indexer is not used")
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         notes.append("torch was imported before tierlm: its idle threads spin on cores needed for reads")
     if native.load() is None:

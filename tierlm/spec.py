@@ -82,12 +82,34 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """Sparse attention (DeepSeek-V3.2): ``heads`` of ``dim`` score all keys for a query, which attends to the best
+    ``chosen``. ``interleaved``: as in Rope, of the indexer's own rotation. ``shared``: layers without an indexer, which
+    attend to the keys that the layer before them chose."""
+
+    heads: int
+    dim: int
+    chosen: int
+    interleaved: bool
+    shared: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        _positive(self, "heads", "dim", "chosen")
+        if 0 in self.shared:
+            raise ValueError("the first layer must have an indexer of its own")
+
+    def own(self, layer: int) -> bool:
+        """Whether ``layer`` has an indexer."""
+        return layer not in self.shared
+
+
+@dataclass(frozen=True)
 class Latent:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): a token caches one compressed latent and one
     rotated key for all heads. ``q_rank`` is None if queries have a single projection.
 
-    ``split``: kv_b_proj is stored in two parts: k_b_proj [heads * kv_rank, nope_dim], transposed in each head, and
-    v_b_proj [heads * value_dim, kv_rank].
+    ``indexer``: attention is sparse in contexts longer than it chooses. ``split``: kv_b_proj is stored in two parts:
+    k_b_proj [heads * kv_rank, nope_dim], transposed in each head, and v_b_proj [heads * value_dim, kv_rank].
     """
 
     heads: int
@@ -98,9 +120,12 @@ class Latent:
     value_dim: int
     rope: Rope
     split: bool = False
+    indexer: Indexer | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "heads", "kv_rank", "nope_dim", "rope_dim", "value_dim")
+        if self.indexer is not None and (self.q_rank is None or self.indexer.dim < self.rope_dim):
+            raise ValueError(f"an indexer needs q_lora_rank and index_head_dim of at least {self.rope_dim}")
         if self.rope_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, found {self.rope_dim}")
 
@@ -129,7 +154,12 @@ class Latent:
         per_token = self.heads * (2 * (self.nope_dim + self.rope_dim) + 2 * self.value_dim + self.kv_rank)
         per_token += 2 * self.cache_width
         group = min(self.heads * (self.nope_dim + self.value_dim), EXPANDED_VALUES // self.kv_rank)
-        return chunk * per_token + _scores(self.heads, chunk, context) + context * (self.cache_width + group)
+        scores = _scores(self.heads, chunk, context)
+        if (indexer := self.indexer) is not None and context > indexer.chosen:
+            scores = max(scores, _scores(indexer.heads, chunk, context)) + chunk * (2 * context + 6 * indexer.chosen)
+            per_token += 3 * indexer.heads * indexer.dim
+            group += indexer.dim
+        return chunk * per_token + scores + context * (self.cache_width + group)
 
 
 @dataclass(frozen=True)
@@ -140,6 +170,8 @@ class Grouped:
     ``rope_dim``: rotated dimensions of a head, its first; 0: all. ``bias``: the projections of queries, keys and values
     have biases; ``output_bias``: so has the output's. ``sinks``: each head has an extra logit in the softmax.
     ``window``: tokens visible to a query; None: all. ``scalar``: scores are divided by its square root; 0: head_dim's.
+    ``keys_as_values``: values are the keys before norm and rotation. ``value_norm``: RMSNorm of values, head by head,
+    without a weight.
     """
 
     heads: int
@@ -153,6 +185,8 @@ class Grouped:
     sinks: bool = False
     window: int | None = None
     scalar: int = 0
+    keys_as_values: bool = False
+    value_norm: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "heads", "kv_heads", "head_dim")
@@ -201,6 +235,8 @@ class RouterSpec:
     ``softmax``: DeepSeek-V2 (arXiv 2405.04434); a group's score is the score of its best expert.
     ``sigmoid``: DeepSeek-V3 (arXiv 2412.19437); a group's score is the sum of its two best.
     ``correction``: DeepSeek-V3's bias on the scores, for selection only. ``bias``: a bias on the logits.
+    ``own_norm``: the router norms the residual stream itself, and router weights are multiplied by a scale of each
+    expert (Gemma 4).
     """
 
     score: str  # "softmax" | "sigmoid"
@@ -210,6 +246,7 @@ class RouterSpec:
     scale: float = 1.0
     correction: bool = False
     bias: bool = False
+    own_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,9 +265,11 @@ class Moe:
     """Routed experts, each a SwiGLU of ``width``, plus a shared one of ``shared_width``; 0: none.
 
     ``shared_gate``: the shared expert's output is multiplied by the sigmoid of one more projection of its input.
+    ``gelu``: experts are GeGLUs. ``beside``: the shared expert, routed experts and their sum have norms of their own
+    (Gemma 4).
     ``clamped``: gpt-oss's experts: they have biases, clamp gate and up projections, and add one to the latter.
-    ``stacked``: a layer's experts lie in one tensor, gate and up in one matrix with their rows interleaved;
-    ``transposed``: as [in, out].
+    ``stacked``: a layer's experts lie in one tensor, gate and up in one matrix: gate first, or with their rows
+    interleaved if ``clamped``; ``transposed``: as [in, out].
     """
 
     experts: int
@@ -239,6 +278,8 @@ class Moe:
     shared_width: int
     router: RouterSpec
     shared_gate: bool = False
+    gelu: bool = False
+    beside: bool = False
     clamped: bool = False
     stacked: bool = False
     transposed: bool = False
@@ -265,10 +306,12 @@ class ModelSpec:
 
     ``sandwich``: outputs of attention and feed-forward are normed before they are added. ``zero_centred``: norms are
     stored less one. ``scaled_embedding``: embeddings are multiplied by the square root of ``hidden``.
-    ``sparse_above``: tokens of context above which attention is sparse, which the engine lacks; None: never.
+    ``scaled_layers``: the residual stream is multiplied by a scalar after each layer. ``logit_cap``: logits are bent to
+    stay below it.
 
     Derived: ``moe``, the spec of the MoE layers, or None; ``moe_layers``, their numbers; ``experts`` and
-    ``experts_per_token`` of one MoE layer; ``cache_width`` and ``expanded_width``, sums over all layers.
+    ``experts_per_token`` of one MoE layer; ``index_widths``, values of the index key cached per token, by layer;
+    ``cache_width`` and ``expanded_width``, sums over all layers.
     """
 
     model_type: str
@@ -283,11 +326,13 @@ class ModelSpec:
     sandwich: bool = False
     zero_centred: bool = False
     scaled_embedding: bool = False
-    sparse_above: int | None = None
+    scaled_layers: bool = False
+    logit_cap: float | None = None
     moe: Moe | None = field(init=False, repr=False, compare=False)
     moe_layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
     experts: int = field(init=False, repr=False, compare=False)
     experts_per_token: int = field(init=False, repr=False, compare=False)
+    index_widths: tuple[int, ...] = field(init=False, repr=False, compare=False)
     cache_width: int = field(init=False, repr=False, compare=False)
     expanded_width: int = field(init=False, repr=False, compare=False)
 
@@ -301,28 +346,23 @@ class ModelSpec:
         if len(kinds) > 1:
             raise ValueError(f"MoE layers must be alike, found {len(kinds)} kinds")
         moe = kinds.pop() if kinds else None
+        index_widths = tuple(_index_width(layer.attention, number) for number, layer in enumerate(self.layers))
         found = {
             "moe": moe,
             "moe_layers": tuple(routed),
             "experts": 0 if moe is None else moe.experts,
             "experts_per_token": 0 if moe is None else moe.experts_per_token,
-            "cache_width": sum(layer.attention.cache_width for layer in self.layers),
+            "index_widths": index_widths,
+            "cache_width": sum(layer.attention.cache_width for layer in self.layers) + sum(index_widths),
             "expanded_width": sum(layer.attention.expanded_width for layer in self.layers),
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
 
-    @property
-    def longest(self) -> int:
-        """The longest context that the engine computes, in tokens."""
-        return self.max_position if self.sparse_above is None else min(self.sparse_above, self.max_position)
 
-    @property
-    def bound(self) -> str:
-        """``longest`` in words, with the reason."""
-        if self.longest == self.max_position:
-            return f"the model's own {self.max_position}"
-        return f"{self.longest} (above, this model's attention is sparse, which tierlm does not compute)"
+def _index_width(attention: AttentionSpec, layer: int) -> int:
+    indexer = attention.indexer if isinstance(attention, Latent) else None
+    return indexer.dim if indexer is not None and indexer.own(layer) else 0
 
 
 def _scores(heads: int, chunk: int, context: int) -> int:

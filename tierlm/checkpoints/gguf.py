@@ -20,6 +20,11 @@ from tierlm.files import open_regular
 FLOATS = ("F32", "F16", "BF16")
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 MAX_SPLITS = 1000
+SUFFIXED = {  # vectors that GGUF names after a matrix
+    "e_score_correction_bias": "e_score_correction.bias",
+    ".router.scale": ".router.proj.scale",
+    ".router.per_expert_scale": ".experts.down_proj.scale",
+}
 MAX_DIVISORS = 2**14  # bytes of rope_freqs
 
 
@@ -89,7 +94,8 @@ class GgufCheckpoint:
 
     def _translated(self, name: str) -> str:
         """GGUF's name of a tensor; of the stack, for an expert's tensor without its number."""
-        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        for theirs, plain in SUFFIXED.items():
+            name = name.replace(theirs, plain)
         stem, _, ending = name.rpartition(".")
         if (known := self._names.get_name(stem)) is not None:
             return f"{known}.{ending}"

@@ -59,6 +59,8 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], wh
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
+    keys, values = (sum(name.endswith(f".attn_{kind}.weight") for name in tensors) for kind in "kv")
+    config["attention_k_eq_v"] = values < keys
     if get("rope.scaling.type", "none") != "none":
         config["rope_scaling"] = _scaling(get)
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
@@ -101,6 +103,15 @@ def _deepseek(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
         scale = round(logarithm * 10, 6)  # the converter writes a tenth of mscale_all_dim
         found["rope_scaling"] = {**config["rope_scaling"], "mscale": scale, "mscale_all_dim": scale}
     return found
+
+
+def _glm_dsa(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    return _deepseek(config, get) | {
+        "model_type": "glm_moe_dsa",
+        "index_n_heads": get("attention.indexer.head_count"),
+        "index_head_dim": get("attention.indexer.key_length"),
+        "index_topk": get("attention.indexer.top_k"),
+    }
 
 
 def _llama(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
@@ -178,17 +189,46 @@ def _gemma3(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
     return found
 
 
+def _gemma4(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    """Sizes of attention may differ from layer to layer; the pairs that global layers do not rotate have divisors."""
+    pattern, shared = get("attention.sliding_window_pattern"), config.get("num_key_value_heads")
+    local = pattern[:1000] if isinstance(pattern, list) else []
+    heads = shared if isinstance(shared, list) else [shared] * len(local)
+    return {
+        "model_type": "gemma4_text",
+        "layer_types": ["sliding_attention" if own is True else "full_attention" for own in local],
+        "per_layer_config": {
+            str(layer): {"head_dim": get(f"attention.key_length{'_swa' * (own is True)}"), "num_key_value_heads": count}
+            for layer, (own, count) in enumerate(zip(local, heads, strict=False))
+        },
+        "rope_parameters": {
+            "sliding_attention": {"rope_theta": get("rope.freq_base_swa", 10000.0)},
+            "full_attention": {"rope_theta": get("rope.freq_base", 1e6)},
+        },
+        "sliding_window": get("attention.sliding_window"),
+        "final_logit_softcapping": get("final_logit_softcapping"),
+        "hidden_size_per_layer_input": get("embedding_length_per_layer_input", 0),
+        "num_kv_shared_layers": get("attention.shared_kv_layers", 0),
+        "enable_moe_block": "num_experts" in config,
+        "top_k_experts": config.get("num_experts_per_tok"),
+    }
+
+
 ARCHITECTURES = {
     "deepseek2": _deepseek,
+    "glm-dsa": _glm_dsa,
     "llama": _llama,
     "qwen3": _qwen3,
+    "qwen3vl": _qwen3,
     "qwen3moe": _qwen3_moe,
+    "qwen3vlmoe": _qwen3_moe,
     "qwen2moe": _qwen2_moe,
     "olmoe": _olmoe,
     "glm4moe": _glm4_moe,
     "minimax-m2": _minimax,
     "gpt-oss": _gpt_oss,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
 }
 
 

@@ -12,7 +12,9 @@ PREFIXES = {  # of the language model's tensors -> without the other models
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-OTHERS = re.compile(r"(?:model\.)?(?:vision|visual|multi_modal_projector|mm_projector|patch_merger)")
+OTHERS = re.compile(
+    r"(?:model\.)?(?:vision|visual|audio|embed_vision|embed_audio|multi_modal_projector|mm_projector|patch_merger)"
+)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -36,5 +38,5 @@ def text_name(name: str) -> str:
 
 
 def others(names: Iterable[str]) -> list[str]:
-    """The tensors of vision, which are not used."""
+    """The tensors of vision and audio, which are not used."""
     return [name for name in names if OTHERS.match(name)]

@@ -160,7 +160,7 @@ def _budget(catalog: Catalog) -> Finding:
     from tierlm.profiling.health import Finding
 
     spec, ram = catalog.spec, int(available_ram() * AUTO_RAM)
-    sizes = sizes_of(catalog, min(spec.longest, DEFAULT_CONTEXT), RuntimeOptions().prefill_chunk, 4)
+    sizes = sizes_of(catalog, min(spec.max_position, DEFAULT_CONTEXT), RuntimeOptions().prefill_chunk, 4)
     try:
         plan = make_plan(sizes, ram=ram, vram=None, process=PROCESS, min_slots=spec.experts_per_token).ram
     except BudgetError as error:

@@ -72,9 +72,9 @@ def plan(
     from tierlm.planning.plan import AUTO_RAM
 
     name, records = _records(model, format)
-    tokens = context or min(records.spec.longest, DEFAULT_CONTEXT)
-    if not 1 <= tokens <= records.spec.longest:
-        raise UsageError(f"context: expected 1 to {records.spec.bound}, found {context}")
+    tokens = context or min(records.spec.max_position, DEFAULT_CONTEXT)
+    if not 1 <= tokens <= records.spec.max_position:
+        raise UsageError(f"context: expected 1 to the model's own {records.spec.max_position}, found {context}")
     if not 1 <= prompt <= tokens:
         raise UsageError(f"prompt: expected 1 to the context of {tokens} tokens, found {prompt}")
     options = RuntimeOptions(context=tokens, logits_tokens=logits_tokens)

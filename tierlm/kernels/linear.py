@@ -91,9 +91,18 @@ def transposed_linear(x: Tensor, weight: Weight) -> Tensor:
     return out
 
 
-def gelu_mlp(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
-    """GeGLU, with the tanh approximation: float32 [T, in] -> float32 [T, in]."""
-    return linear(functional.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down)
+def glu_mlp(x: Tensor, weights: Mapping[str, Weight], gelu: bool, transposed: bool = False) -> Tensor:
+    """SwiGLU, or with ``gelu`` GeGLU in its tanh approximation: float32 [T, in] -> float32 [T, in].
+
+    ``weights``: NAME_proj of gate and up, or of gate_up, whose first half is the gate; and of down. ``transposed``:
+    matrices are [in, out]."""
+    multiply = transposed_linear if transposed else linear
+    if "gate_up_proj" in weights:
+        gate, up = multiply(x, weights["gate_up_proj"]).chunk(2, dim=-1)
+    else:
+        gate, up = multiply(x, weights["gate_proj"]), multiply(x, weights["up_proj"])
+    gate = functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
+    return multiply(gate * up, weights["down_proj"])
 
 
 def clamped_mlp(x: Tensor, weights: Mapping[str, Weight], transposed: bool = False) -> Tensor:

@@ -23,11 +23,20 @@ class Span:
 
 
 class KvCache:
-    """Holds ``capacity`` tokens over all sequences. ``widths``: values per token, by layer."""
+    """Holds ``capacity`` tokens over all sequences. ``widths``: values per token, by layer; ``index_widths``: of the
+    index keys of sparse attention, if any."""
 
-    def __init__(self, widths: Sequence[int], capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        widths: Sequence[int],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        index_widths: Sequence[int] = (),
+    ):
         self.capacity = capacity
         self._layers = [torch.empty(capacity, width, dtype=dtype, device=device) for width in widths]
+        self._index = [torch.empty(capacity, width, dtype=dtype, device=device) for width in index_widths]
         self._spans: list[Span] = []  # sorted by start
 
     def can_reserve(self, tokens: int, instead_of: Span | None = None) -> bool:
@@ -72,16 +81,16 @@ class KvCache:
 
         The decoder advances ``span.length`` once, after all layers.
         """
-        end = span.length + values.shape[0]
-        assert end <= span.capacity, "a sequence outgrew its span"
-        rows = self._layers[layer][span.start : span.start + end]
-        rows[span.length :] = values
-        return rows.float()
+        return _append(self._layers[layer], span, values)
+
+    def append_index(self, layer: int, span: Span, keys: Tensor) -> Tensor:
+        """``append`` for index keys."""
+        return _append(self._index[layer], span, keys)
 
     def _move(self, span: Span, start: int) -> None:
         """Copy the values of ``span`` block by block, since the old place and the new may overlap."""
         blocks = range(0, span.length, MOVED)
-        for values in self._layers:
+        for values in (*self._layers, *self._index):
             for at in blocks if start < span.start else reversed(blocks):
                 rows = min(MOVED, span.length - at)
                 values[start + at :][:rows] = values[span.start + at :][:rows].clone()
@@ -95,3 +104,11 @@ class KvCache:
                 return index, start
             start = span.start + span.capacity
         return (len(spans), start) if self.capacity - start >= tokens else None
+
+
+def _append(stored: Tensor, span: Span, values: Tensor) -> Tensor:
+    end = span.length + values.shape[0]
+    assert end <= span.capacity, "a sequence outgrew its span"
+    rows = stored[span.start : span.start + end]
+    rows[span.length :] = values
+    return rows.float()

@@ -10,6 +10,7 @@ from tierlm.models.config_reader import Config
 from tierlm.models.deepseek import DeepSeek
 from tierlm.models.family import Family
 from tierlm.models.gemma3 import Gemma3
+from tierlm.models.gemma4 import Gemma4
 from tierlm.models.glm4_moe import Glm4Moe
 from tierlm.models.gpt_oss import GptOss
 from tierlm.models.llama import Llama
@@ -25,7 +26,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite", "glm_moe_dsa"), DeepSeek()
     ),
-    "qwen3_moe": Qwen3Moe(),
+    **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe_text"), Qwen3Moe()),
     "qwen2_moe": Qwen2Moe(),
     "mixtral": Mixtral(),
     "olmoe": Olmoe(),
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     **dict.fromkeys(("llama", "mistral", "qwen3", "qwen3_vl_text"), Llama()),
     "gpt_oss": GptOss(),
     "gemma3_text": Gemma3(),
+    "gemma4_text": Gemma4(),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -28,11 +28,14 @@ class Rows:
 @dataclass(frozen=True, slots=True)
 class Positions:
     """``places``: int64 [T, 2], the cache row where each token's sequence begins, and the token's position in it.
-    ``angles``: cosine and sine of the rotary embedding at that position, float32 [T, dim / 2]."""
+    ``angles``: cosine and sine of the rotary embedding at that position, float32 [T, dim / 2]. ``chosen``: of each
+    sequence, by its first row, the keys that sparse attention chose in the last layer that did: int64 [T, chosen]; none
+    if it attends to all."""
 
     segments: Sequence[Rows]
     places: Tensor
     angles: tuple[Tensor, Tensor]
+    chosen: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Attention(Protocol):
@@ -68,9 +71,16 @@ class Rotary:
         return Positions(segments, table, (turns.cos() * self._factor, turns.sin() * self._factor))
 
 
-def causal_softmax(scores: Tensor, scale: float, window: int | None = None, sinks: Tensor | None = None) -> Tensor:
+def causal_softmax(
+    scores: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    unseen: Tensor | None = None,
+) -> Tensor:
     """Softmax of ``scale * scores`` [g, T, S]. The last of T queries is at the place of the last key. Overwrites
-    ``scores``. ``window``: keys that a query sees, up to its own. ``sinks`` [g]: one more logit in each sum.
+    ``scores``. ``window``: keys that a query sees, up to its own. ``sinks`` [g]: one more logit in each sum. ``unseen``
+    [T, S]: keys that a query does not see.
     """
     tokens, keys = scores.shape[1:]
     scores = scores.mul_(scale)
@@ -79,6 +89,8 @@ def causal_softmax(scores: Tensor, scale: float, window: int | None = None, sink
         scores.masked_fill_(ones.triu(keys - tokens + 1), float("-inf"))
         if window is not None and keys > window:
             scores.masked_fill_(ones.tril_(keys - tokens - window), float("-inf"))
+    if unseen is not None:
+        scores.masked_fill_(unseen, float("-inf"))
     if sinks is None:
         return scores.softmax(dim=-1)
     extra = sinks[:, None, None]

@@ -28,6 +28,7 @@ MOST = {
 MOST_OTHER = 2**24
 MAX_RECORDS = 2**18  # experts of all layers
 MAX_ID = 2**31 - 1  # of a token
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # values of layer_types
 
 
 class Fields:
@@ -138,6 +139,13 @@ class Config(Fields):
         shared = self.number("num_key_value_heads", default=heads)
         return Grouped(heads=heads, kv_heads=shared, head_dim=self.head_dim, rope=rope, **more)
 
+    def windowed(self, usual: Sequence[str]) -> Sequence[bool]:
+        """Whether each layer's attention has a window, by ``layer_types``; ``usual``: its default."""
+        layers, kinds = self.number("num_hidden_layers"), self.listed("layer_types", str, usual)
+        if len(kinds) != layers or not set(kinds) <= {LOCAL, GLOBAL}:
+            raise self.wrong("layer_types", f"{LOCAL} or {GLOBAL} for {layers} layers", kinds)
+        return [kind == LOCAL for kind in kinds]
+
     def sparse(self, attention: Grouped, moe: Moe) -> tuple[LayerSpec, ...]:
         """Layers of which every ``decoder_sparse_step``-th is MoE, except ``mlp_only_layers``."""
         step, dense = self.number("decoder_sparse_step", default=1), set(self.listed("mlp_only_layers", int))
@@ -156,13 +164,13 @@ class Config(Fields):
     def rope(self, interleaved: bool, theta: float = 10000.0, dim: int = 0) -> Rope:
         """RoPE from the published ``rope_scaling`` and ``rope_theta``, or transformers 5's ``rope_parameters``.
 
-        ``dim``: rotated dimensions of a head, for families that scale as Llama 3 or Gemma 3 do."""
+        ``dim``: rotated dimensions of a head, for families that scale as Llama 3 or Gemma do."""
         table, scaling = self.part("rope_parameters"), self.part("rope_scaling")
         table = table if table.fields else scaling
         named = table if table.get("rope_theta") is not None else self
         theta = named.real("rope_theta", theta, least=2.0, most=1e12)
         kind = table.get("rope_type") or table.get("type") or "default"
-        known = ("default", "yarn", "llama3", "linear") if dim else ("default", "yarn")
+        known = ("default", "yarn", "llama3", "linear", "proportional") if dim else ("default", "yarn")
         if kind not in known:
             raise UnsupportedModelError(
                 f"{self.where}: rope type {shown(kind)} is not supported; supported are {', '.join(known)}"
@@ -172,7 +180,10 @@ class Config(Fields):
             divisors = _llama3(table, theta, dim)
         elif kind == "linear":
             divisors = (table.real("factor", least=1.0),) * (dim // 2)
-        if len(divisors) not in (0, dim // 2) or not all(0 < divisor < 1e6 for divisor in divisors):
+        elif kind == "proportional":
+            turning = int(table.real("partial_rotary_factor", 1.0, most=1.0) * dim // 2)
+            divisors = (table.real("factor", 1.0, least=1.0),) * turning + (math.inf,) * (dim // 2 - turning)
+        if len(divisors) not in (0, dim // 2) or not all(divisor > 0 for divisor in divisors):
             raise self.wrong("rope_divisors", f"{dim // 2} positive numbers", divisors)
         return Rope(theta, interleaved, self._yarn(table) if kind == "yarn" else None, divisors)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
 from tierlm.errors import NumericsError
-from tierlm.kernels import gated_mlp, gelu_mlp, linear
+from tierlm.kernels import gated_mlp, glu_mlp, linear
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.memory.trunks import Trunks
 from tierlm.models.attention import Attention, Rows
@@ -116,14 +116,18 @@ class Decoder:
                 hidden = self.moe.forward(hidden, normed, layer, trunk, prefill)
             else:
                 hidden = hidden + self._mlp(normed, feed_forward, trunk)
+            if self.spec.scaled_layers:
+                hidden = hidden * trunk["layer_scale"].data.float()
             if check and not _finite(hidden):
                 raise _not_finite(f"layer {layer}", layer)
         return hidden
 
     def _mlp(self, x: Tensor, spec: Dense, trunk: Weights) -> Tensor:
         """A dense feed-forward block: float32 [T, hidden] -> float32 [T, hidden]."""
-        mlp = gelu_mlp if spec.gelu else gated_mlp
-        added = mlp(x, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
+        if spec.gelu:
+            added = glu_mlp(x, trunk, gelu=True)
+        else:
+            added = gated_mlp(x, trunk["gate_proj"], trunk["up_proj"], trunk["down_proj"])
         norm = trunk.get("feed_forward_norm")
         return added if norm is None else self._normed(added, norm)
 
@@ -135,6 +139,8 @@ class Decoder:
             with span(self.timeline, "compute", "lm_head"):
                 out[:, start : start + block.shape[0]] = linear(x, block)
             start += block.shape[0]
+        if (cap := self.spec.logit_cap) is not None:
+            out.div_(cap).tanh_().mul_(cap)
 
 
 def _finite(values: Tensor) -> bool:

@@ -1,14 +1,14 @@
 """DeepSeek-V2, V2-Lite, V3, R1 and V3.1; Kimi-K2 and GLM-4.7-Flash, which share their architecture; and DeepSeek-V3.2
-and GLM-5, whose attention is the same up to ``index_topk`` tokens of context. No torch."""
+and GLM-5, whose attention is sparse in contexts longer than ``index_topk``. No torch."""
 
 from __future__ import annotations
 
 from tierlm.errors import UnsupportedModelError
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Dense, Latent, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import Dense, Indexer, Latent, LayerSpec, ModelSpec, Moe, RouterSpec
 
-SPARSE = ("deepseek_v32", "glm_moe_dsa")
+INDEX_HEADS = {"deepseek_v32": 64, "glm_moe_dsa": 32}  # of sparse attention, by default
 
 
 class DeepSeek(Names):
@@ -33,22 +33,42 @@ class DeepSeek(Names):
             value_dim=config.number("v_head_dim"),
             rope=config.rope(interleaved=v2 or config.flag("rope_interleave", True)),
             split=config.flag("kv_b_split", False),
+            indexer=self._indexer(config),
         )
         layers = config.number("num_hidden_layers")
         dense = min(config.number("first_k_dense_replace", default=self._dense(config)), layers)
         stack = [LayerSpec(attention, Dense(config.number("intermediate_size")))] * dense
         if dense < layers:
             stack += [LayerSpec(attention, self._moe(config, v2))] * (layers - dense)
-        return config.model(tuple(stack), 1e-6, sparse_above=self._sparse_above(config))
+        return config.model(tuple(stack), 1e-6)
 
-    def _sparse_above(self, config: Config) -> int | None:
-        """A query attends to the ``index_topk`` best keys: to all of them, as long as there are no more."""
-        if config.model_type not in SPARSE:
+    def _indexer(self, config: Config) -> Indexer | None:
+        if config.model_type not in INDEX_HEADS:
             return None
         chosen = config.number("index_topk", default=2048)
         if chosen < 1:
             raise config.wrong("index_topk", "a whole number of at least 1", chosen)
-        return chosen
+        return Indexer(
+            heads=config.number("index_n_heads", default=INDEX_HEADS[config.model_type]),
+            dim=config.number("index_head_dim", default=128),
+            chosen=chosen,
+            interleaved=config.model_type == "glm_moe_dsa",
+            shared=self._shared(config),
+        )
+
+    def _shared(self, config: Config) -> frozenset[int]:
+        """Layers without an indexer of their own (GLM-5), by ``indexer_types``, ``index_topk_pattern`` or a period."""
+        layers = config.number("num_hidden_layers")
+        pattern = config.get("index_topk_pattern", ())
+        kinds = list(pattern) if isinstance(pattern, str) else config.listed("index_topk_pattern", str)
+        kinds = config.listed("indexer_types", str) or kinds
+        if not kinds:
+            every = max(1, config.number("index_topk_freq", default=1))
+            offset = config.number("index_skip_topk_offset", default=2)
+            return frozenset(at for at in range(layers) if max(at - offset + 1, 0) % every)
+        if len(kinds) != layers or not set(kinds) <= {"full", "shared", "F", "S"}:
+            raise config.wrong("indexer_types", f"full or shared for {layers} layers", kinds)
+        return frozenset(at for at, kind in enumerate(kinds) if kind in ("shared", "S"))
 
     def _dense(self, config: Config) -> int:
         """The leading dense layers, where ``first_k_dense_replace`` does not say."""

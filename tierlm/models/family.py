@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tierlm.models.config_reader import Config
-from tierlm.spec import Dense, ExpertKey, Grouped, Latent, ModelSpec, Moe, TrunkKey
+from tierlm.spec import Dense, ExpertKey, Grouped, Indexer, Latent, ModelSpec, Moe, TrunkKey
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # role -> (tensor name, shape)
 
@@ -64,6 +64,8 @@ class Names:
             found |= _grouped(prefix + "self_attn.", spec.hidden, layer.attention)
         else:
             found |= _latent(prefix + "self_attn.", spec.hidden, layer.attention)
+            if (indexer := layer.attention.indexer) is not None and indexer.own(key.layer):
+                found |= _indexer(prefix + "self_attn.indexer.", spec.hidden, layer.attention.q_rank or 0, indexer)
         if isinstance(layer.feed_forward, Dense):
             found |= mlp(prefix + "mlp.", spec.hidden, layer.feed_forward.width)
         elif layer.feed_forward.shared_width:
@@ -109,7 +111,8 @@ def _stacked(prefix: str, hidden: int, moe: Moe) -> Shapes:
     found: Shapes = {}
     for name, (outs, ins) in {"gate_up": (2 * moe.width, hidden), "down": (hidden, moe.width)}.items():
         found[f"{name}_proj"] = (f"{prefix}{name}_proj", (ins, outs) if moe.transposed else (outs, ins))
-        found[f"{name}_bias"] = (f"{prefix}{name}_proj_bias", (outs,))
+        if moe.clamped:
+            found[f"{name}_bias"] = (f"{prefix}{name}_proj_bias", (outs,))
     return found
 
 
@@ -135,10 +138,21 @@ def _latent(prefix: str, hidden: int, spec: Latent) -> Shapes:
     }
 
 
+def _indexer(prefix: str, hidden: int, q_rank: int, spec: Indexer) -> Shapes:
+    return {
+        "index_q_proj": (prefix + "wq_b.weight", (spec.heads * spec.dim, q_rank)),
+        "index_k_proj": (prefix + "wk.weight", (spec.dim, hidden)),
+        "index_k_norm": (prefix + "k_norm.weight", (spec.dim,)),
+        "index_k_norm_bias": (prefix + "k_norm.bias", (spec.dim,)),
+        "index_weights": (prefix + "weights_proj.weight", (spec.heads, hidden)),
+    }
+
+
 def _grouped(prefix: str, hidden: int, spec: Grouped) -> Shapes:
     keys = spec.kv_heads * spec.head_dim
     rows = {"q": spec.query_width, "k": keys, "v": keys, "o": hidden}
-    found: Shapes = {f"{name}_proj": (f"{prefix}{name}_proj.weight", (rows[name], hidden)) for name in "qkv"}
+    inputs = "qk" if spec.keys_as_values else "qkv"
+    found: Shapes = {f"{name}_proj": (f"{prefix}{name}_proj.weight", (rows[name], hidden)) for name in inputs}
     found["o_proj"] = (prefix + "o_proj.weight", (hidden, spec.query_width))
     if spec.qk_norm:
         sizes = {"q": spec.head_dim, "k": spec.head_dim} if spec.qk_norm == "head" else rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tierlm.models.config_reader import Config
+from collections.abc import Sequence
+
+from tierlm.models.config_reader import GLOBAL, LOCAL, Config
 from tierlm.models.family import Names
 from tierlm.spec import Dense, LayerSpec, ModelSpec, Rope
 
@@ -16,7 +18,13 @@ UNSTATED = {  # what the configs of multi-modal checkpoints leave out
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def usual_layers(config: Config) -> Sequence[str]:
+    """Five local layers, then a global one."""
+    period = config.number("sliding_window_pattern", default=6)
+    layers = range(1, config.number("num_hidden_layers") + 1)
+    return [GLOBAL if period and layer % period == 0 else LOCAL for layer in layers]
 
 
 class Gemma3(Names):
@@ -32,21 +40,14 @@ class Gemma3(Names):
             attn_logit_softcapping=(None,),
             use_bidirectional_attention=(False,),
         )
-        layers = config.number("num_hidden_layers")
-        period = config.number("sliding_window_pattern", default=6)
-        usual = [GLOBAL if period and (layer + 1) % period == 0 else LOCAL for layer in range(layers)]
-        kinds = config.listed("layer_types", str, usual)
-        if len(kinds) != layers or not set(kinds) <= {LOCAL, GLOBAL}:
-            raise config.wrong("layer_types", f"{LOCAL} or {GLOBAL} for {layers} layers", kinds)
-        attention = {
-            kind: config.grouped(
-                self._rope(config, kind), qk_norm="head", window=window, scalar=config.number("query_pre_attn_scalar")
-            )
-            for kind, window in ((LOCAL, config.number("sliding_window")), (GLOBAL, None))
-        }
+        divisor = config.number("query_pre_attn_scalar")
+        attention = [
+            config.grouped(self._rope(config, kind), qk_norm="head", window=window, scalar=divisor)
+            for kind, window in ((GLOBAL, None), (LOCAL, config.number("sliding_window")))
+        ]
         mlp = Dense(config.number("intermediate_size"), gelu=True)
         return config.model(
-            tuple(LayerSpec(attention[kind], mlp) for kind in kinds),
+            tuple(LayerSpec(attention[local], mlp) for local in config.windowed(usual_layers(config))),
             1e-6,
             sandwich=True,
             zero_centred=config.flag("zero_centred_norms", True),  # false in GGUF

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierlm.models.config_reader import Config
+from tierlm.models.config_reader import GLOBAL, LOCAL, Config
 from tierlm.models.family import Names
 from tierlm.spec import LayerSpec, ModelSpec, Moe, RouterSpec
 
@@ -42,8 +42,6 @@ class GptOss(Names):
             transposed=stacked and config.flag("experts_transposed", plain),  # packing.py
         )
         layers = config.number("num_hidden_layers")
-        kinds = config.listed("layer_types", str, (["sliding_attention", "full_attention"] * layers)[:layers])
-        if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
-            raise config.wrong("layer_types", f"sliding_attention or full_attention for {layers} layers", kinds)
-        stack = (LayerSpec(windowed if kind == "sliding_attention" else full, moe) for kind in kinds)
+        usual = ([LOCAL, GLOBAL] * layers)[:layers]
+        stack = (LayerSpec(windowed if local else full, moe) for local in config.windowed(usual))
         return config.model(tuple(stack), 1e-5)

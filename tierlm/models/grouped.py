@@ -22,7 +22,7 @@ class GroupedHeads:
     def __init__(
         self, spec: Grouped, norm_eps: float, cache: KvCache, device: torch.device, zero_centred: bool = False
     ):
-        self.spec, self.cache = spec, cache
+        self.spec, self.norm_eps, self.cache = spec, norm_eps, cache
         self._normed = partial(rms_norm, eps=norm_eps, zero_centred=zero_centred)
         self._rotary = Rotary(spec.rope, spec.rotated, device)
         self._scale = softmax_scale(spec.rope, spec.scalar or spec.head_dim)
@@ -38,8 +38,12 @@ class GroupedHeads:
         spec, tokens = self.spec, len(hidden)
         x = self._normed(hidden, trunk["input_layernorm"])
         queries = self._rotated(_projected(x, trunk, "q"), trunk.get("q_norm"), positions)  # [T, heads, dim]
-        keys = self._rotated(_projected(x, trunk, "k"), trunk.get("k_norm"), positions)  # [T, kv_heads, dim]
-        step = torch.cat((keys.flatten(1), _projected(x, trunk, "v")), dim=-1)  # [T, 2 * kv_heads * dim]
+        plain = _projected(x, trunk, "k")
+        keys = self._rotated(plain, trunk.get("k_norm"), positions)  # [T, kv_heads, dim]
+        values = plain if spec.keys_as_values else _projected(x, trunk, "v")
+        if spec.value_norm:
+            values = rms_norm(values.view_as(keys), None, self.norm_eps).flatten(1)
+        step = torch.cat((keys.flatten(1), values), dim=-1)  # [T, 2 * kv_heads * dim]
         sinks = trunk["sinks"].data.float() if spec.sinks else None
         out = torch.empty_like(queries)
         for segment in positions.segments:

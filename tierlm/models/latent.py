@@ -21,6 +21,7 @@ from tierlm.kernels import (
 )
 from tierlm.memory.kvcache import KvCache
 from tierlm.models.attention import Positions, Rotary, Rows, causal_softmax
+from tierlm.models.indexer import KeyChooser
 from tierlm.models.layers import rms_norm, rotate, softmax_scale
 from tierlm.spec import EXPANDED_VALUES, SCORE_VALUES, Latent
 
@@ -96,6 +97,7 @@ class LatentHeads:
         self._rotary = Rotary(spec.rope, spec.rope_dim, device)
         self._scale = softmax_scale(spec.rope, spec.nope_dim + spec.rope_dim)
         dims = spec.heads, spec.nope_dim, spec.rope_dim, spec.value_dim
+        self._chooser = None if spec.indexer is None else KeyChooser(spec.indexer, spec.rope_dim, cache)
         self._shape = LatentAttention(*dims, spec.rope.interleaved, norm_eps, LATENT_NORM_EPS, self._scale)
 
     def positions(self, segments: Sequence[Rows]) -> Positions:
@@ -111,11 +113,14 @@ class LatentHeads:
         matrices = *queries, trunk["kv_a_proj"], *map(trunk.get, names), trunk["o_proj"]
         norms = trunk["input_layernorm"], trunk.get("q_a_layernorm"), trunk["kv_a_layernorm"], next_norm
         where = self.cache.layer(layer), positions.places, positions.angles
-        done = fused_mla_decode(self._shape, hidden, matrices, norms, *where)
+        sparse = self._chooser is not None and self._chooser.needed(positions.segments)
+        done = None if sparse else fused_mla_decode(self._shape, hidden, matrices, norms, *where)
         if done is None:
             x = rms_norm(hidden, trunk["input_layernorm"], self.norm_eps)
             total = hidden + self._attend(x, layer, trunk, positions)
             done = total, rms_norm(total, next_norm, self.norm_eps)
+        elif self._chooser is not None:
+            self._chooser.append(rms_norm(hidden, trunk["input_layernorm"], self.norm_eps), layer, trunk, positions)
         return done
 
     def _attend(self, x: Tensor, layer: int, trunk: Weights, positions: Positions) -> Tensor:
@@ -127,6 +132,8 @@ class LatentHeads:
         else:
             low = rms_norm(linear(x, trunk["q_a_proj"]), trunk["q_a_layernorm"], LATENT_NORM_EPS)
             queries = linear(low, trunk["q_b_proj"])
+            if self._chooser is not None:
+                self._chooser.choose(x, low, layer, trunk, positions)
         queries = queries.view(len(x), heads, nope + spec.rope_dim)
         q_rope = rotate(queries[..., nope:], *angles, spec.rope.interleaved)  # [T, heads, rope]
         q_nope = queries[..., :nope]
@@ -143,6 +150,11 @@ class LatentHeads:
         for segment in segments:
             rows, tokens = slice(segment.start, segment.stop), segment.stop - segment.start
             past = self.cache.append(layer, segment.span, step[rows])  # [S, rank + rope]
+            chosen, unseen = positions.chosen.get(segment.start), None
+            if chosen is not None and tokens == 1:
+                past = past[chosen[0]]
+            elif chosen is not None:
+                unseen = torch.ones(tokens, len(past), dtype=torch.bool, device=x.device).scatter_(1, chosen, False)
             attend = self._absorbed if tokens < EXPAND_FROM else self._expanded
             group = SCORE_VALUES // (tokens * len(past))
             if not up.stays(tokens):
@@ -150,21 +162,27 @@ class LatentHeads:
             group = max(1, min(heads, group))
             for first in range(0, heads, group):
                 mine = slice(first, first + group)
-                out[rows, mine] = attend(q_nope[rows, mine], q_rope[rows, mine], past, up, first)
+                out[rows, mine] = attend(q_nope[rows, mine], q_rope[rows, mine], past, unseen, up, first)
         return linear(out.view(len(x), heads * spec.value_dim), trunk["o_proj"])
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, up: Up, first: int) -> Tensor:
-        """q [T, g, .] of the g heads starting at ``first``, past [S, rank + rope] -> [T, g, value]."""
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, past: Tensor, unseen: Tensor | None, up: Up, first: int
+    ) -> Tensor:
+        """q [T, g, .] of the g heads starting at ``first``, past [S, rank + rope] -> [T, g, value]. ``unseen`` [T, S]:
+        keys that a query does not attend to."""
         q_latent = up.into_latent(q_nope, first)
         query = torch.cat((q_latent, q_rope.transpose(0, 1)), dim=-1)  # [g, T, rank + rope]
-        mixed = causal_softmax(query @ past.t(), self._scale) @ past[:, : self.spec.kv_rank]  # [g, T, rank]
+        shares = causal_softmax(query @ past.t(), self._scale, unseen=unseen)
+        mixed = shares @ past[:, : self.spec.kv_rank]  # [g, T, rank]
         return up.from_latent(mixed, first)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, past: Tensor, up: Up, first: int) -> Tensor:
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, past: Tensor, unseen: Tensor | None, up: Up, first: int
+    ) -> Tensor:
         """Same result as ``_absorbed``, with expanded keys and values."""
         to_keys, to_values = up.widened(first, q_nope.shape[1])
         latents, shared_key = past[:, : self.spec.kv_rank], past[:, self.spec.kv_rank :]
         keys = latents @ to_keys  # [g, S, nope]
         values = latents @ to_values  # [g, S, value]
         scores = torch.bmm(q_nope.transpose(0, 1), keys.transpose(1, 2)) + q_rope.transpose(0, 1) @ shared_key.t()
-        return torch.bmm(causal_softmax(scores, self._scale), values).transpose(0, 1)
+        return torch.bmm(causal_softmax(scores, self._scale, unseen=unseen), values).transpose(0, 1)

@@ -11,10 +11,12 @@ from tierlm.kernels import Weight
 from tierlm.spec import Rope, Yarn
 
 
-def rms_norm(x: Tensor, weight: Weight, eps: float, zero_centred: bool = False) -> Tensor:
+def rms_norm(x: Tensor, weight: Weight | None, eps: float, zero_centred: bool = False) -> Tensor:
     """Root mean square norm (Zhang and Sennrich, arXiv 1910.07467). float32 [..., n] -> float32 [..., n].
 
-    ``zero_centred``: ``weight`` is stored less one."""
+    ``weight``: None if the norm has none. ``zero_centred``: it is stored less one."""
+    if weight is None:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     scale = weight.data.float() + 1.0 if zero_centred else weight.data.float()
     return scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
-from tierlm.kernels import RouterCall, Rules, linear, route_few
+from tierlm.kernels import RouterCall, Rules, Weight, linear, route_few
 from tierlm.models.layers import rms_norm
 from tierlm.spec import ModelSpec, RouterSpec
 
@@ -26,6 +26,16 @@ class Router:
             for layer in spec.moe_layers
         }
         self._biases = {layer: resident[f"{layer}.router_bias"] for layer in spec.moe_layers} if rule.bias else {}
+        self._scales: dict[int, Tensor] = {}  # of each expert, by layer
+        if rule.own_norm:
+            for layer, (matrix, correction, _) in self._layers.items():
+                norm = resident[f"{layer}.router_norm"].data.float() * spec.hidden**-0.5
+                self._layers[layer] = matrix, correction, Weight(norm, "f32", None, tuple(norm.shape))
+                self._scales[layer] = resident[f"{layer}.expert_scale"].data.float()
+
+    def normed(self, hidden: Tensor, x: Tensor, layer: int) -> Tensor:
+        """The input of the router of ``layer``: ``x``, the norm of ``hidden``, unless the router has its own norm."""
+        return rms_norm(hidden, self._layers[layer][2], self.spec.norm_eps) if self._scales else x
 
     def score(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Normed ``x`` [T, hidden] -> the scores of all experts, and the same corrected for selection, both float32
@@ -50,9 +60,14 @@ class Router:
         calls = [RouterCall(x, matrix, correction, None), *(RouterCall(hidden, *self._layers[at]) for at in ahead)]
         found = None if self._biases else route_few(calls, self._rules, chosen)
         if found is None:
-            return *self._choose(x, layer, chosen), [self.rank(hidden, later, chosen) for later in ahead]
-        (weights, experts), *others = found
-        return weights, experts, [ranked for _, ranked in others]
+            weights, experts = self._choose(x, layer, chosen)
+            rankings = [self.rank(hidden, later, chosen) for later in ahead]
+        else:
+            (weights, experts), *others = found
+            rankings = [ranked for _, ranked in others]
+        if self._scales:
+            weights = weights * self._scales[layer][experts]
+        return weights, experts, rankings
 
     def rank(self, hidden: Tensor, layer: int, chosen: int) -> Tensor:
         """The top ``chosen`` experts of ``layer`` for ``hidden`` [T, hidden], not normed: int64 [T, chosen]."""

@@ -69,8 +69,8 @@ class Plan(Table):
 def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:
     """Peak bytes of activations for a step of ``chunk`` tokens: the largest of attention and feed-forward, float32.
 
-    Attention: from its spec. MoE: one output per token and choice, a weighted copy, the rows of one expert. Both: a few
-    [chunk, hidden].
+    Attention: from its spec. MoE: one output per token and choice, a weighted copy, the rows of one expert, and the
+    norms of ``Moe.beside``. Both: a few [chunk, hidden].
     """
     common = 6 * chunk * spec.hidden
     attention = max(kind.workspace(chunk, context) for kind in {layer.attention for layer in spec.layers})
@@ -80,6 +80,7 @@ def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:
     feed_forward = chunk * 3 * max(widths)
     if moe is not None:
         feed_forward += chunk * (2 * moe.experts_per_token * spec.hidden + 3 * moe.width + 4 * moe.experts)
+        feed_forward += chunk * 6 * spec.hidden * moe.beside
     return 4 * (common + max(attention, feed_forward) + 4 * spec.vocab + 2**21)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import COMMON, GLM4, edit_config
+from toys import COMMON, DELTA, GLM4, edit_config
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tierlm import LLM, CheckpointError, UnsupportedModelError
@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {  # model_type -> its config, without visio
         "mm_tokens_per_image": 1,
     },
     "glm4v_moe": {"text_config": {**GLM4, "rope_parameters": MROPE}},
+    "qwen3_5_moe": {"text_config": {**DELTA, "rope_parameters": MROPE}},
 }
 IDS = [(7 * i) % 129 + 2 for i in range(40)]
 

@@ -116,7 +116,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             hottest = heat.hottest()
             store.warm(hottest + sorted(set(catalog.experts()) - set(hottest)))
         widths = [layer.attention.cache_width for layer in spec.layers]
-        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device)
+        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device, spec.state_widths)
         embedded = catalog.embedding
         rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file), reader)
         undo.callback(rows.close)

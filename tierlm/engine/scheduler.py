@@ -115,9 +115,9 @@ class Scheduler:
                 sequence.span = self.cache.reserve(sequence.capacity)
             else:
                 self._kept.remove(own)
+                self.cache.cut(own.span, _common(own.ids, sequence.prompt[:-1]))
                 self.cache.resize(own.span, sequence.capacity)
-                sequence.span, sequence.done = own.span, _common(own.ids, sequence.prompt[:-1])
-                sequence.span.length = sequence.done
+                sequence.span, sequence.done = own.span, own.span.length
             sequence.state = State.PREFILL
             self._running.append(sequence)
 

@@ -19,6 +19,7 @@ from tierlm.models.olmoe import Olmoe
 from tierlm.models.quantization import published
 from tierlm.models.qwen2_moe import Qwen2Moe
 from tierlm.models.qwen3_moe import Qwen3Moe
+from tierlm.models.qwen3_next import Qwen3Next
 from tierlm.spec import ModelSpec
 
 FAMILIES: dict[str, Family] = {  # by model_type
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     ),
     "qwen3_moe": Qwen3Moe(),
     "qwen2_moe": Qwen2Moe(),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text"), Qwen3Next()),
     "mixtral": Mixtral(),
     "olmoe": Olmoe(),
     **dict.fromkeys(("glm4_moe", "glm4v_moe_text"), Glm4Moe()),

@@ -28,7 +28,8 @@ class Rows:
 @dataclass(frozen=True, slots=True)
 class Positions:
     """``places``: int64 [T, 2], the cache row where each token's sequence begins, and the token's position in it.
-    ``angles``: cosine and sine of the rotary embedding at that position, float32 [T, dim / 2]."""
+    ``angles``: cosine and sine of the rotary embedding at that position, float32 [T, dim / 2]. Both empty without
+    rotary embedding."""
 
     segments: Sequence[Rows]
     places: Tensor

@@ -65,6 +65,8 @@ class GgufCheckpoint:
             found = self.tensors.get(self._translated(name))
             if found is not None and name.endswith("shared_expert_gate.weight"):  # a vector in GGUF
                 return replace(found, shape=(1, *found.shape))
+            if found is not None and name.endswith("conv1d.weight") and len(found.shape) == 2:
+                return replace(found, shape=(found.shape[0], 1, found.shape[1]))
             return found
         stack = self._translated(f"{expert[1]}.{expert[3]}")
         found, number = self.tensors.get(stack), int(expert[2])
@@ -85,11 +87,12 @@ class GgufCheckpoint:
 
     def _translated(self, name: str) -> str:
         """GGUF's name of a tensor; of the stack, for an expert's tensor without its number."""
-        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("dt_bias", "dt_proj.bias")
         stem, _, ending = name.rpartition(".")
         if (known := self._names.get_name(stem)) is not None:
             return f"{known}.{ending}"
-        return f"{self._names.get_name(name) or name}.weight"
+        known = self._names.get_name(name) or name
+        return known if ending == "A_log" else f"{known}.weight"
 
 
 def _parts(file: Path, header: GgufHeader) -> list[tuple[Path, GgufHeader]]:

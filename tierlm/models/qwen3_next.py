@@ -28,7 +28,7 @@ class Qwen3Next(Names):
         kinds = config.listed("layer_types", str, usual)
         if len(kinds) != count or not set(kinds) <= {LINEAR, FULL}:
             raise config.wrong("layer_types", f"{LINEAR} or {FULL} for {count} layers", kinds)
-        if "num_experts" in config.fields:
+        if config.number("num_experts", default=0):
             layers = config.sparse(full, self._moe(config))
         else:
             layers = (LayerSpec(full, Dense(config.number("intermediate_size"))),) * count

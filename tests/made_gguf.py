@@ -59,17 +59,26 @@ DELTA = ("qwen3next", "qwen35", "qwen35moe")
 
 
 def write_gguf(
-    folder: Path, file: Path, kind: Type = Type.F32, split_kv_b: bool = True, extra: Any = None, **metadata: Any
+    folder: Path,
+    file: Path,
+    kind: Type = Type.F32,
+    split_kv_b: bool = True,
+    extra: Any = None,
+    merges: list[str] | None = None,
+    **metadata: Any,
 ) -> None:
     """Write the model in ``folder`` to ``file``. Matrices are of type ``kind`` where their rows allow it.
 
-    ``extra``: more vectors, by their names. ``metadata``: more, for the architecture; keys with ``__`` for ``.``.
+    ``extra``: more vectors, by their names. ``merges``: of the tokenizer, which llama.cpp cannot do without.
+    ``metadata``: more, for the architecture; keys with ``__`` for ``.``.
     """
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(file, architecture)
     _describe(writer, architecture, config, split_kv_b, metadata)
+    if merges is not None:
+        writer.add_token_merges(merges)
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config["num_hidden_layers"]
     )
@@ -232,6 +241,7 @@ def _describe(
         add("rope.dimension_count", int(config["head_dim"] * rope["partial_rotary_factor"]))
         add("ssm.inner_size", config["linear_num_value_heads"] * config["linear_value_head_dim"])
         add("full_attention_interval", config["layer_types"].index("full_attention") + 1)
+        writer.add_rope_dimension_sections([2, 1, 1, 0])  # of text, images, videos
     if architecture in ("minimax-m2", "gpt-oss"):
         add("expert_feed_forward_length", config["intermediate_size"])
     if architecture != "deepseek2" and "head_dim" in config:

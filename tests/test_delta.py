@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toys import make_toy, settings_of
 
 from tests.test_oracle import assert_close, reference
@@ -197,7 +198,16 @@ def test_tokens_are_the_same_at_every_budget(
         assert torch.equal(other.logits(given[2]), llm.logits(given[2]))
 
 
-# --- sizes, and configs
+# --- tensors, sizes and configs
+
+
+def test_layers_for_multi_token_prediction_are_not_used(tmp_path: Path) -> None:
+    """They have names of their own."""
+    make_toy("qwen35", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "mtp.fc.weight": torch.ones(2, 2), "mtp.norm.weight": torch.ones(2)}, file)
+    with LLM.load(tmp_path, budget=RAM) as llm:
+        assert "2 tensors of multi-token prediction layers are not used" in llm.stats().notes
 
 
 def test_the_plan_counts_two_copies_of_each_state(llm: LLM) -> None:

@@ -104,13 +104,6 @@ def _converted(
     stacks: dict[str, dict[int, Array]] = {}
     heads = config["num_attention_heads"]
     for name, tensor in tensors.items():
-        if ".experts.gate_up_proj" in name and architecture == "qwen35moe":
-            for part, half in zip(("gate_proj", "up_proj"), np.split(tensor, 2, axis=1), strict=True):
-                found[name.replace("gate_up_proj", part) + ".weight"] = np.ascontiguousarray(half)
-            continue
-        if ".experts.down_proj" in name and architecture == "qwen35moe":
-            found[f"{name}.weight"] = tensor
-            continue
         if ".experts." in name and architecture != "gpt-oss":
             before, after = name.split(".experts.")
             number, _, rest = after.partition(".")
@@ -123,8 +116,7 @@ def _converted(
         if architecture == "gemma3" and name.endswith("norm.weight"):
             tensor = tensor + 1
         if architecture in DELTA:
-            parts = _delta(name, tensor, config, tiled=architecture != "qwen3next")
-            found |= dict(parts)
+            found |= _delta(name, tensor, config, tiled=architecture != "qwen3next")
             continue
         if name.endswith(".sinks"):
             name += ".weight"

@@ -222,6 +222,34 @@ def test_the_plan_counts_two_copies_of_each_state(llm: LLM) -> None:
     assert sizes_of(Outline(config, "here"), 64, 16, 4).states == 2 * STATES * 4 * 4 * (6 * 80 * 12 + 3 * (320 + 72))
 
 
+def test_routers_that_look_ahead_add_one_to_the_norm(llm: LLM) -> None:
+    decoder = llm._loaded().decoder
+    hidden = torch.randn(5, 48, generator=torch.Generator().manual_seed(2))
+    for rows in (hidden[:1], hidden):
+        for key, _, norm, _ in decoder._layers:
+            ranked = decoder.moe.router.rank(rows, key.layer, 4)
+            assert torch.equal(ranked, decoder.moe.router.route(decoder._normed(rows, norm), key.layer)[1])
+
+
+def test_stacks_of_gate_above_up(tmp_path: Path, ids: list[int]) -> None:
+    """As Qwen3.5 is published: both in one matrix of an expert, all experts in one tensor."""
+    make_toy("qwen35", tmp_path)
+    file = tmp_path / "model.safetensors"
+    with LLM.load(tmp_path, budget=RAM) as llm:
+        expected = llm.logits(ids)
+    tensors = load_file(file)  # transformers writes them one by one
+    for layer in range(4):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gates, ups, downs = (
+            torch.stack([tensors.pop(f"{prefix}{expert}.{part}_proj.weight") for expert in range(16)])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{prefix}gate_up_proj": torch.cat((gates, ups), 1), f"{prefix}down_proj": downs}
+    save_file(tensors, file)
+    with LLM.load(tmp_path, budget=RAM) as llm:
+        assert torch.equal(llm.logits(ids), expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

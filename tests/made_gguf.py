@@ -1,5 +1,6 @@
 """GGUF twins of toy models, written with the `gguf` library as convert_hf_to_gguf.py writes them: experts stacked, the
-rows of q and k of Llama and Mixtral reordered, kv_b_proj of DeepSeek in one piece or in two."""
+rows of q and k of Llama and Mixtral reordered, kv_b_proj of DeepSeek in one piece or in two, value heads of Qwen3.5
+reordered."""
 
 from __future__ import annotations
 
@@ -31,6 +32,9 @@ ARCHITECTURES = {
     "gpt_oss": "gpt-oss",
     "gemma3_text": "gemma3",
     "gemma4_text": "gemma4",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_text": "qwen35",
 }
 SHORT = {  # config.json -> key of the metadata
     "max_position_embeddings": "context_length",
@@ -54,7 +58,12 @@ SHORT = {  # config.json -> key of the metadata
     "index_topk": "attention.indexer.top_k",
     "top_k_experts": "expert_used_count",
     "final_logit_softcapping": "final_logit_softcapping",
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
 }
+DELTA = ("qwen3next", "qwen35", "qwen35moe")
 
 
 def write_gguf(
@@ -64,25 +73,28 @@ def write_gguf(
     split_kv_b: bool = True,
     extra: Any = None,
     architecture: str = "",
+    merges: list[str] | None = None,
     **metadata: Any,
 ) -> None:
     """Write the model in ``folder`` to ``file``. Matrices are of type ``kind`` where their rows allow it.
 
-    ``extra``: more vectors, by their names. ``architecture``: another than its model_type's. ``metadata``: more, for
-    the architecture; keys with ``__`` for ``.``.
+    ``extra``: more vectors, by their names. ``architecture``: another than its model_type's. ``merges``: of the
+    tokenizer, which llama.cpp cannot do without. ``metadata``: more, for the architecture; keys with ``__`` for ``.``.
     """
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: tensor.float().numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
     architecture = architecture or ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(file, architecture)
     _describe(writer, architecture, config, split_kv_b, metadata)
+    if merges is not None:
+        writer.add_token_merges(merges)
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config["num_hidden_layers"]
     )
     for name, tensor in _converted(tensors, config, architecture, split_kv_b):
         found = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
         assert found is not None, name
-        own = Type.F32 if tensor.ndim == 1 or "ffn_gate_inp" in found else kind
+        own = Type.F32 if tensor.ndim == 1 or "ffn_gate_inp" in found or "ssm_conv1d" in found else kind
         if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[own][0]:
             own = Type.F16
         writer.add_tensor(found, gguf.quants.quantize(tensor, own), raw_dtype=own)
@@ -117,6 +129,9 @@ def _converted(
             tensor = tensor.reshape(own, 2, rows // own // 2, columns).swapaxes(1, 2).reshape(rows, columns)
         if architecture == "gemma3" and name.endswith("norm.weight"):
             tensor = tensor + 1
+        if architecture in DELTA:
+            found |= _delta(name, tensor, config, tiled=architecture != "qwen3next")
+            continue
         if name.endswith(".sinks"):
             name += ".weight"
         if name.endswith("shared_expert_gate.weight"):
@@ -143,6 +158,34 @@ def _converted(
         found[name.replace("e_score_correction_bias", "e_score_correction.bias")] = tensor
     found |= {name: np.stack([parts[at] for at in range(len(parts))]) for name, parts in stacks.items()}
     return list(found.items())
+
+
+def _delta(name: str, tensor: Array, config: dict[str, Any], tiled: bool) -> list[tuple[str, Array]]:
+    """A tensor of Qwen3-Next or Qwen3.5. ``tiled``: value heads go from "by key head" to "by turns"."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    key_rows, share = keys * config["linear_key_head_dim"], values // keys
+    if name.endswith("shared_expert_gate.weight"):
+        tensor = tensor[0]
+    if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        tensor = tensor + 1
+    if "linear_attn" not in name or name.endswith("norm.weight"):
+        return [(name, tensor)]
+    if name.endswith("A_log"):
+        tensor = -np.exp(tensor)
+    if name.endswith("conv1d.weight"):
+        tensor = tensor[:, 0]
+    if "in_proj_qkvz" in name:
+        by_head = tensor.reshape(keys, -1, tensor.shape[1])
+        sizes = np.cumsum([config["linear_key_head_dim"]] * 2 + [share * config["linear_value_head_dim"]])
+        *mixed, gate = (part.reshape(-1, tensor.shape[1]) for part in np.split(by_head, sizes, axis=1))
+        return [(name.replace("qkvz", "qkv"), np.concatenate(mixed)), (name.replace("qkvz", "z"), gate)]
+    if tiled:
+        first = 2 * key_rows if "qkv" in name or "conv1d" in name else 0
+        rows = tensor.T if "out_proj" in name else tensor
+        heads = rows[first:].reshape(keys, share, -1, *rows.shape[1:])
+        rows = np.concatenate((rows[:first], heads.swapaxes(0, 1).reshape(rows[first:].shape)))
+        tensor = np.ascontiguousarray(rows.T if "out_proj" in name else rows)
+    return [(name.replace("dt_bias", "dt_proj.bias"), tensor)]
 
 
 def _describe(
@@ -200,6 +243,11 @@ def _describe(
         add("expert_weights_scale", float(config.get("routed_scaling_factor", 1.0)))
         add("expert_weights_norm", True)
         add("expert_gating_func", 2)
+    elif architecture in DELTA:
+        add("rope.dimension_count", int(config["head_dim"] * rope["partial_rotary_factor"]))
+        add("ssm.inner_size", config["linear_num_value_heads"] * config["linear_value_head_dim"])
+        add("full_attention_interval", config["layer_types"].index("full_attention") + 1)
+        writer.add_rope_dimension_sections([2, 1, 1, 0])  # of text, images, videos
     if architecture in ("minimax-m2", "gpt-oss"):
         add("expert_feed_forward_length", config["intermediate_size"])
     if architecture == "gemma4":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from toys import load_toy
+from toys import load_toy, make_toy
 
 from tierlm import LLM, Budget, SamplingParams
 from tierlm.models import read_spec
@@ -213,6 +213,30 @@ def compare_with_llamacpp(model: Path, file: Path) -> None:
         same.append(step["id"] == ids[at])
     assert sorted(far)[count // 2] < 0.2  # logits spread over 2.4
     assert same.count(True) > count // 2
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "qwen35"])
+def test_llama_cpp_reads_twins_of_gated_deltanet(tmp_path: Path, name: str) -> None:
+    """And computes the same from them, so they are what its converter writes. It needs heads of equal dimensions."""
+    pytest.importorskip("gguf", reason="needs gguf: pip install tierlm[peers]")
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install tierlm[peers]")
+    import llamacpp
+    from made_gguf import write_gguf
+
+    sizes = {"hidden_size": 64, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    more = {"num_hidden_layers": 4, "num_attention_heads": 4, "linear_num_value_heads": 4}
+    make_toy(name, tmp_path, **sizes, **more)
+    write_gguf(tmp_path, tmp_path / "model.gguf", merges=["a b"])
+    ids = [(7 * i) % 129 + 2 for i in range(90)]
+    with LLM.load(tmp_path / "model.gguf", budget=BUDGET, probe="off") as llm:
+        expected = llm.logits(ids).log_softmax(-1)
+    server = llamacpp.open_server(tmp_path / "model.gguf", context=256, threads=1)
+    for tokens in (2, 31, 90):
+        replies: list[dict[str, Any]] = []
+        server.handle_completions(llamacpp.request_of(ids[:tokens], 1, n_probs=20), replies.append)
+        found = replies[0]["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        assert len(found) == 20
+        assert all(abs(top["logprob"] - float(expected[tokens - 1, top["id"]])) < 0.02 for top in found)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])

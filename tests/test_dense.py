@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -64,6 +66,15 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**GEMMA, "rope_parameters": GEMMA_ROPE}),
     "gemma4": (Gemma4ForCausalLM, Gemma4TextConfig, GEMMA4),
 }
+DELTA: dict[str, Any] = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+KINDS["qwen35"] = (Qwen3_5ForCausalLM, Qwen3_5TextConfig, DELTA)
 PROMPTS = [[3, 5, 7, 100, 4] * 9, [9, 8, 7], [2] * 20]
 
 

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from tierlm import LLM, Budget, CheckpointError, UnsupportedModelError, UsageError
+from tierlm.checkpoints.gguf_config import config_of
 from tierlm.checkpoints.gguf_header import read_gguf_header
 from tierlm.checkpoints.gguf_tokenizer import tokenizer_config_of, tokenizer_of
 from tierlm.checkpoints.hub import DEMO
@@ -47,6 +48,7 @@ NO_TWIN = {
     "qwen3-every-other",
     "gpt-oss",
 }
+NO_TWIN |= {"qwen3-next", "qwen35"}
 
 
 def logits(path: Path, ids: list[int] = IDS) -> torch.Tensor:
@@ -130,6 +132,21 @@ def test_gemma_3(tmp_path: Path) -> None:
     Gemma3ForCausalLM(config).eval().save_pretrained(tmp_path)
     write_gguf(tmp_path, tmp_path / "model.gguf")
     assert torch.allclose(logits(tmp_path / "model.gguf", IDS * 2), logits(tmp_path, IDS * 2), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "qwen35"])
+def test_gated_deltanet(originals: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Norms, the decay and the order of value heads differ from safetensors, so the last bits do."""
+    write_gguf(originals(name), tmp_path / "model.gguf")
+    found, expected = logits(tmp_path / "model.gguf", IDS * 9), logits(originals(name), IDS * 9)
+    assert torch.allclose(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("key", ["block_count", "ssm.inner_size", "rope.dimension_count"])
+def test_metadata_of_other_types(key: str) -> None:
+    metadata = {"general.architecture": "qwen35moe", f"qwen35moe.{key}": "many"}
+    with pytest.raises(CheckpointError, match="here: expected numbers in the metadata"):
+        config_of(metadata, {}, "here")
 
 
 def test_rope_divisors_of_llama_3(llama: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import COMMON, GEMMA4, GEMMA4_MOE, GLM4, QWEN3, edit_config
+from toys import COMMON, DELTA, GEMMA4, GEMMA4_MOE, GLM4, QWEN3, edit_config
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tierlm import LLM, CheckpointError, UnsupportedModelError
@@ -60,6 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {  # model_type -> its config, without visio
         "text_config": {**GEMMA4, **GEMMA4_MOE},
         "vision_config": {**VISION, "head_dim": 8, "num_key_value_heads": 2},
     },
+    "qwen3_5_moe": {"text_config": {**DELTA, "rope_parameters": MROPE}},
 }
 IDS = [(7 * i) % 129 + 2 for i in range(40)]
 

@@ -21,7 +21,8 @@ from tierlm.planning.plan import SLACK, make_plan
 from tierlm.spec import ResidentKey
 
 # Billions of parameters, total and active, from the models' cards. (Publishers count active ones with or without
-# embedding and head, and round them, hence the loose bounds. Those of GLM count the prediction layer and no embedding.)
+# embedding and head, and round them, hence the loose bounds. Those of GLM count the prediction layer and no embedding.
+# Qwen3-Next's says 79 without embedding and head, Qwen3.5's 35.)
 PUBLISHED = {
     "DeepSeek-V2-Lite": (15.7, 2.4),
     "DeepSeek-V2": (236, 21),
@@ -44,6 +45,8 @@ PUBLISHED = {
     "OLMoE-1B-7B": (6.92, 1.3),
     "Qwen1.5-MoE-A2.7B": (14.3, 2.7),
     "Gemma-4-26B-A4B": (25.2, 3.8),
+    "Qwen3-Next-80B-A3B": (79.6, 3.3),
+    "Qwen3.5-35B-A3B": (35, 3),
 }
 
 
@@ -60,7 +63,7 @@ def test_known_models_have_as_many_parameters_as_published(name: str) -> None:
     total = experts + work.shared_weights + work.trunk_weights
     total += (1 if spec.tied_head else 2) * spec.vocab * spec.hidden
     billions, active = PUBLISHED[name]
-    assert total / 1e9 == pytest.approx(billions, rel=0.01 if name.startswith("GLM") else 0.005)
+    assert total / 1e9 == pytest.approx(billions, rel=0.01 if name.startswith(("GLM", "Qwen3.5")) else 0.005)
     assert work.active_weights / 1e9 == pytest.approx(active, rel=0.1, abs=0.6)
 
 

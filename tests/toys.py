@@ -33,8 +33,12 @@ from transformers import (
     OlmoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 COMMON: dict[str, Any] = {
@@ -113,6 +117,17 @@ GEMMA4_MOE: dict[str, Any] = {
     "attention_k_eq_v": True,
     "num_global_key_value_heads": 1,
 }
+DELTA = {
+    **GQA,
+    "num_experts": 16,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+}
 QWEN3_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 # For each kind of toy: its transformers classes, its model_type, and its common settings.
 KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
@@ -129,6 +144,8 @@ KINDS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "gpt-oss": (GptOssConfig, GptOssForCausalLM, "gpt_oss", {**GQA, "num_local_experts": 8, "sliding_window": 4}),
     "qwen2": (Qwen2MoeConfig, Qwen2MoeForCausalLM, "qwen2_moe", QWEN2),
     "gemma4": (Gemma4TextConfig, Gemma4ForCausalLM, "gemma4_text", GEMMA4),
+    "qwen3-next": (Qwen3NextConfig, Qwen3NextForCausalLM, "qwen3_next", DELTA),
+    "qwen35": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM, "qwen3_5_moe_text", DELTA),
 }
 TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2": ("v2", {"topk_method": "greedy"}),
@@ -154,6 +171,8 @@ TOYS: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("minimax", {"rotary_dim": 8}),
     "olmoe": ("olmoe", {}),
     "qwen2": ("qwen2", {}),
+    "qwen3-next": ("qwen3-next", {"num_hidden_layers": 5}),
+    "qwen35": ("qwen35", {}),
     "gpt-oss": ("gpt-oss", {"rope_parameters": {**QWEN3_YARN, "truncate": False}}),
     "gemma4": ("gemma4", GEMMA4_MOE),
 }
@@ -176,6 +195,8 @@ def make_toy(toy: str, folder: Path, dtype: torch.dtype = torch.float32, **chang
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or name.endswith("bias"):  # norms start at one, biases at zero
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            if name.endswith("A_log"):  # else states forget within a few tokens
+                parameter.sub_(4)
         for layer in model.model.layers:
             if hasattr(layer, "layer_scalar"):
                 layer.layer_scalar.fill_(0.8)

@@ -16,8 +16,8 @@ from tierlm.templates.template import Message
 class Conversation:
     """Messages to and from a model, and the KV values of the turns so far.
 
-    Each prompt is computed from the first token that differs from the one before. Kept values give way to other
-    requests that wait for room, and are then computed again.
+    Each prompt is computed from the first token that differs from the one before; with gated DeltaNet, from its start
+    if any token differs. Kept values give way to other requests that wait for room, and are then computed again.
 
     A prompt that leaves less than ``max_new_tokens`` and less than a quarter of the context for its answer loses the
     oldest turns until half of the context is free. The system message stays.

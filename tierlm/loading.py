@@ -71,7 +71,8 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         trunks = _load_trunks(request, trunk_tiers, progress)
         store, heat_file = open_store(catalog, options, experts[0], Lookahead(request.predictor, spec.moe_layers))
         widths = [layer.attention.cache_width for layer in spec.layers]
-        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device, spec.index_widths)
+        cache = spec.index_widths, spec.state_widths
+        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device, *cache)
         embedded = catalog.embedding
         rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file), reader)
         undo.callback(rows.close)

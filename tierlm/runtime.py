@@ -69,11 +69,11 @@ class Runtime:
 
     @property
     def held(self) -> int:
-        """Bytes of ram in use: filled slots, KV cache and resident tensors."""
+        """Bytes of ram in use: filled slots, KV cache, states and resident tensors."""
         tiers = [tier for tier in (*self.experts, *self.trunk_tiers) if tier.name == "ram"]
         parts = self.plan.ram.parts
         slots = sum(slot.size for tier in tiers for slot in list(tier.slots) if slot.filled)
-        return slots + parts.get("KV cache", 0) + parts.get("routers and norms", 0)
+        return slots + sum(parts.get(name, 0) for name in ("KV cache", "states", "routers and norms"))
 
     def close(self) -> None:
         """Stop the threads, close the files, and write heat, trace and timeline. If a thread is stuck in a read, its

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 SCORE_VALUES = 2**23  # float32 scores held at a time by attention, unless one head has more
 EXPANDED_VALUES = 2**18  # float32 values of kv_b_proj widened at a time by latent attention
+DELTA_TOKENS = 64  # tokens of a prefill computed at a time by the gated delta rule
+STATES = 4  # sequences that have a state at a time
 
 
 class ExpertKey(NamedTuple):
@@ -172,6 +174,7 @@ class Grouped:
     ``window``: tokens visible to a query; None: all. ``scalar``: scores are divided by its square root; 0: head_dim's.
     ``keys_as_values``: values are the keys before norm and rotation. ``value_norm``: RMSNorm of values, head by head,
     without a weight.
+    ``gated``: q_proj also gives a gate, head by head after the query; outputs are multiplied by its sigmoid.
     """
 
     heads: int
@@ -187,6 +190,7 @@ class Grouped:
     scalar: int = 0
     keys_as_values: bool = False
     value_norm: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "heads", "kv_heads", "head_dim")
@@ -221,11 +225,75 @@ class Grouped:
     def workspace(self, chunk: int, context: int) -> int:
         """Peak float32 values for a step of ``chunk`` tokens: queries and outputs with one copy of each, new keys and
         values with one copy, the sequence's keys and values, and the scores of one group of heads."""
-        per_token = 4 * self.query_width + 2 * self.cache_width
+        per_token = (6 if self.gated else 4) * self.query_width + 2 * self.cache_width
         return chunk * per_token + _scores(self.heads, chunk, context) + context * self.cache_width
 
 
-AttentionSpec = Latent | Grouped
+@dataclass(frozen=True)
+class Delta:
+    """Gated DeltaNet (Yang et al., arXiv 2412.06464): a sequence has a state of constant size, and no cache of tokens.
+
+    ``kernel``: tokens of the convolution before queries (q), keys (k) and values (v). ``projections``: the matrices as
+    stored, named by what their rows give, with output gate (z), beta (b) and decay (a); "qkvz" and "ba" go key head by
+    key head. ``tiled``: value head i belongs to key head i modulo ``key_heads``; else neighbours share a key head.
+    ``log_decay``: the base of the decay, A, is stored as the logarithm of -A.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    projections: tuple[str, ...]
+    tiled: bool = False
+    log_decay: bool = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "key_heads", "value_heads", "key_dim", "value_dim")
+        if self.kernel < 2:
+            raise ValueError(f"the convolution's kernel must be at least 2, found {self.kernel}")
+        if self.value_heads % self.key_heads:
+            raise ValueError(f"{self.value_heads} value heads cannot share {self.key_heads} key heads evenly")
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Values per token of each part of the projections."""
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        return {"q": keys, "k": keys, "v": values, "z": values, "b": self.value_heads, "a": self.value_heads}
+
+    @property
+    def mixed_width(self) -> int:
+        """Values per token that go through the convolution."""
+        return sum(self.widths[part] for part in "qkv")
+
+    @property
+    def cache_width(self) -> int:
+        return 0
+
+    @property
+    def expanded_width(self) -> int:
+        return 0
+
+    @property
+    def state_width(self) -> int:
+        """Values of a sequence's state: the matrix of each value head, and the convolution's last inputs."""
+        return self.value_heads * self.key_dim * self.value_dim + (self.kernel - 1) * self.mixed_width
+
+    @property
+    def multiply_adds(self) -> int:
+        """Per new token and token of context."""
+        return 0
+
+    def workspace(self, chunk: int, context: int) -> int:
+        """Peak float32 values for a step of ``chunk`` tokens: the projections with one copy, the convolution, outputs
+        with their gates; and for DELTA_TOKENS: queries, keys and values by value head with two copies, and products of
+        all pairs of tokens; two matrices of each value head."""
+        per_token = 2 * sum(self.widths.values()) + 3 * self.mixed_width + 3 * self.widths["v"]
+        per_head = 6 * (self.key_dim + self.value_dim) + 4 * DELTA_TOKENS
+        return chunk * per_token + self.value_heads * (DELTA_TOKENS * per_head + 2 * self.key_dim * self.value_dim)
+
+
+AttentionSpec = Latent | Grouped | Delta
 
 
 @dataclass(frozen=True)
@@ -311,7 +379,8 @@ class ModelSpec:
 
     Derived: ``moe``, the spec of the MoE layers, or None; ``moe_layers``, their numbers; ``experts`` and
     ``experts_per_token`` of one MoE layer; ``index_widths``, values of the index key cached per token, by layer;
-    ``cache_width`` and ``expanded_width``, sums over all layers.
+    ``cache_width`` and ``expanded_width``, sums over all layers; ``state_widths``, float32 values of a sequence's
+    state, by layer.
     """
 
     model_type: str
@@ -335,6 +404,7 @@ class ModelSpec:
     index_widths: tuple[int, ...] = field(init=False, repr=False, compare=False)
     cache_width: int = field(init=False, repr=False, compare=False)
     expanded_width: int = field(init=False, repr=False, compare=False)
+    state_widths: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError for impossible sizes."""
@@ -355,6 +425,9 @@ class ModelSpec:
             "index_widths": index_widths,
             "cache_width": sum(layer.attention.cache_width for layer in self.layers) + sum(index_widths),
             "expanded_width": sum(layer.attention.expanded_width for layer in self.layers),
+            "state_widths": tuple(
+                layer.attention.state_width if isinstance(layer.attention, Delta) else 0 for layer in self.layers
+            ),
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)

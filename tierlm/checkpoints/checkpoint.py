@@ -29,6 +29,11 @@ MAX_VALUES = 2**21
 INSIDE = "tierlm.zstd"  # metadata key: the tensors inside each compressed record
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")  # its number follows the name of its layer's stack
 STACK = re.compile(r".*\.experts\.[a-z_]+")
+FUSED = {  # an expert's matrix -> stack, place and number of such matrices in it, one above the other
+    "gate_proj.weight": ("gate_up_proj", 0, 2),
+    "up_proj.weight": ("gate_up_proj", 1, 2),
+    "down_proj.weight": ("down_proj", 0, 1),
+}
 ITEM_SIZE = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 ITEM_SIZE |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
@@ -137,9 +142,17 @@ class Checkpoint:
         if found is not None or (expert := EXPERT.fullmatch(name)) is None:
             return found
         stack, number = self.tensors.get(f"{expert[1]}.{expert[3]}"), int(expert[2])
+        place, count = 0, 1
+        if stack is None and expert[3] in FUSED:
+            name, place, count = FUSED[expert[3]]
+            stack = self.tensors.get(f"{expert[1]}.{name}")
         if stack is None or stack.inside is not None or not stack.shape or number >= stack.shape[0]:
             return None
-        return replace(stack.rows(number, number + 1), shape=stack.shape[1:])
+        whole = replace(stack.rows(number, number + 1), shape=stack.shape[1:])
+        if count == 1 or len(whole.shape) != 2:
+            return whole
+        rows = whole.shape[0] // count
+        return whole.rows(place * rows, (place + 1) * rows)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo:
         """The tensor ``name``. Raises CheckpointError if it is missing or its shape is not ``shape``."""

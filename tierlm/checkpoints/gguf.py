@@ -22,6 +22,7 @@ SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 MAX_SPLITS = 1000
 SUFFIXED = {  # vectors that GGUF names after a matrix
     "e_score_correction_bias": "e_score_correction.bias",
+    "dt_bias": "dt_proj.bias",
     ".router.scale": ".router.proj.scale",
     ".router.per_expert_scale": ".experts.down_proj.scale",
 }
@@ -74,6 +75,8 @@ class GgufCheckpoint:
             found = self.tensors.get(self._translated(name))
             if found is not None and name.endswith("shared_expert_gate.weight"):  # a vector in GGUF
                 return replace(found, shape=(1, *found.shape))
+            if found is not None and name.endswith("conv1d.weight") and len(found.shape) == 2:
+                return replace(found, shape=(found.shape[0], 1, found.shape[1]))
             return found
         stack = self._translated(f"{expert[1]}.{expert[3]}")
         found, number = self.tensors.get(stack), int(expert[2])
@@ -99,7 +102,8 @@ class GgufCheckpoint:
         stem, _, ending = name.rpartition(".")
         if (known := self._names.get_name(stem)) is not None:
             return f"{known}.{ending}"
-        return f"{self._names.get_name(name) or name}.weight"
+        known = self._names.get_name(name) or name
+        return known if ending == "A_log" else f"{known}.weight"
 
 
 def _parts(file: Path, header: GgufHeader) -> list[tuple[Path, GgufHeader]]:

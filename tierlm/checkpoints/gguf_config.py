@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tierlm.checkpoints.gguf_header import GgufTensor
-from tierlm.errors import UnsupportedModelError
+from tierlm.errors import CheckpointError, UnsupportedModelError
 
 FIELDS = {  # field of config.json -> key of the metadata, after the architecture's name
     "num_hidden_layers": "block_count",
@@ -39,7 +39,14 @@ Lookup = Callable[..., Any]  # key after the architecture's name, default -> val
 
 
 def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], where: str) -> dict[str, Any]:
-    """The ``config.json`` of a GGUF file's model. Raises UnsupportedModelError."""
+    """The ``config.json`` of a GGUF file's model. Raises UnsupportedModelError, CheckpointError."""
+    try:
+        return _config_of(metadata, tensors, where)
+    except TypeError as error:
+        raise CheckpointError(f"{where}: expected numbers in the metadata, found something else: {error}") from error
+
+
+def _config_of(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], where: str) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     known = ARCHITECTURES.get(architecture) if isinstance(architecture, str) else None
     if known is None:
@@ -61,6 +68,7 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], wh
     config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
     keys, values = (sum(name.endswith(f".attn_{kind}.weight") for name in tensors) for kind in "kv")
     config["attention_k_eq_v"] = values < keys
+    config["linear_qkvz_joined"] = "blk.0.ssm_in.weight" in tensors
     if get("rope.scaling.type", "none") != "none":
         config["rope_scaling"] = _scaling(get)
     config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
@@ -138,6 +146,31 @@ def _qwen2_moe(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
         "norm_topk_prob": False,
         "shared_expert_intermediate_size": get("expert_shared_feed_forward_length"),
     }
+
+
+def _qwen3_next(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    """One is added to the norms, and the decay's base is not a logarithm. Newer files have qkvz in two matrices."""
+    heads = get("ssm.time_step_rank", 0)
+    return {
+        "model_type": "qwen3_next",
+        "norm_topk_prob": True,
+        "shared_expert_intermediate_size": get("expert_shared_feed_forward_length"),
+        "partial_rotary_factor": get("rope.dimension_count", 0) / max(1, config.get("head_dim", 1)),
+        "full_attention_interval": get("full_attention_interval"),
+        "linear_num_key_heads": get("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": get("ssm.state_size"),
+        "linear_value_head_dim": get("ssm.inner_size", 0) // max(1, heads),
+        "linear_conv_kernel_dim": get("ssm.conv_kernel"),
+        "linear_decay_log": False,
+        "zero_centred_norms": False,
+    }
+
+
+def _qwen35(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
+    """Value heads are ordered otherwise: neighbours have different key heads."""
+    kind = "qwen3_5_moe_text" if config.get("num_experts") else "qwen3_5_text"
+    return _qwen3_next(config, get) | {"model_type": kind, "linear_heads_tiled": True}
 
 
 def _olmoe(config: Mapping[str, Any], get: Lookup) -> dict[str, Any]:
@@ -223,6 +256,9 @@ ARCHITECTURES = {
     "qwen3moe": _qwen3_moe,
     "qwen3vlmoe": _qwen3_moe,
     "qwen2moe": _qwen2_moe,
+    "qwen3next": _qwen3_next,
+    "qwen35": _qwen35,
+    "qwen35moe": _qwen35,
     "olmoe": _olmoe,
     "glm4moe": _glm4_moe,
     "minimax-m2": _minimax,

@@ -132,7 +132,7 @@ class _Answer:
     def expanded_kv(self) -> int:
         """Bytes of the KV cache with expanded keys and values."""
         spec = self.records.spec
-        return self.sizes.kv * spec.expanded_width // spec.cache_width
+        return self.sizes.kv * spec.expanded_width // max(1, spec.cache_width)
 
     def bytes(self) -> Iterator[tuple[str, str]]:
         """Sizes of the model."""

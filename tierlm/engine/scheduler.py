@@ -30,8 +30,8 @@ class Scheduler:
     pause while a request waits for room, they all run.
 
     A sequence with ``keep`` leaves its KV values in the cache when it ends. The next one with the same ``keep``
-    computes only what follows the tokens that both begin with. Kept values give way to sequences that wait for room,
-    the longest idle first.
+    computes only what follows the tokens that both begin with, or all if the model has states and the kept one is past
+    them. Kept values give way to sequences that wait for room, the longest idle first.
 
     ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it.
     """
@@ -115,9 +115,9 @@ class Scheduler:
                 sequence.span = self.cache.reserve(sequence.capacity)
             else:
                 self._kept.remove(own)
+                self.cache.cut(own.span, _common(own.ids, sequence.prompt[:-1]))
                 self.cache.resize(own.span, sequence.capacity)
-                sequence.span, sequence.done = own.span, _common(own.ids, sequence.prompt[:-1])
-                sequence.span.length = sequence.done
+                sequence.span, sequence.done = own.span, own.span.length
             sequence.state = State.PREFILL
             self._running.append(sequence)
 

@@ -1,4 +1,4 @@
-"""The KV cache: values per token and layer, in one contiguous span per sequence."""
+"""The KV cache: values per token and layer, in one contiguous span per sequence, and the states of sequences."""
 
 from __future__ import annotations
 
@@ -9,22 +9,37 @@ import torch
 from torch import Tensor
 
 from tierlm.errors import PromptError
+from tierlm.spec import STATES
 
 MOVED = 256  # tokens copied at a time
 
 
 @dataclass(slots=True, eq=False)
 class Span:
-    """One sequence's part of the cache. All fields are in tokens."""
+    """One sequence's part of the cache. ``start``, ``capacity`` and ``length`` are in tokens.
+
+    ``place``: of its state, -1 if the model has none. ``turn``: which of the state's two copies is the present one.
+    """
 
     start: int
     capacity: int
     length: int = 0
+    place: int = -1
+    turn: int = 0
+
+    def advance(self, tokens: int) -> None:
+        """Accept what a step has appended, and the state that it has written."""
+        self.length += tokens
+        self.turn = 1 - self.turn
 
 
 class KvCache:
     """Holds ``capacity`` tokens over all sequences. ``widths``: values per token, by layer; ``index_widths``: of the
-    index keys of sparse attention, if any."""
+    index keys of sparse attention, if any.
+
+    ``states``: float32 values of a sequence's state, by layer; 0: none. Then there are STATES sequences at most. A step
+    reads one copy of a state and writes the other, so it may be abandoned or run again.
+    """
 
     def __init__(
         self,
@@ -33,14 +48,19 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
         index_widths: Sequence[int] = (),
+        states: Sequence[int] = (),
     ):
         self.capacity = capacity
         self._layers = [torch.empty(capacity, width, dtype=dtype, device=device) for width in widths]
         self._index = [torch.empty(capacity, width, dtype=dtype, device=device) for width in index_widths]
+        self._states = [torch.empty(STATES, 2, width, device=device) for width in states]
+        self._places = list(range(STATES)) if any(states) else None  # the free ones
         self._spans: list[Span] = []  # sorted by start
 
     def can_reserve(self, tokens: int, instead_of: Span | None = None) -> bool:
-        """Whether a contiguous gap of ``tokens`` is free, or would be without ``instead_of``."""
+        """Whether a contiguous gap of ``tokens`` and a state are free, or would be without ``instead_of``."""
+        if self._places == [] and instead_of is None:
+            return False
         return self._gap([span for span in self._spans if span is not instead_of], tokens) is not None
 
     def reserve(self, tokens: int) -> Span:
@@ -51,6 +71,10 @@ class KvCache:
             raise PromptError(f"{tokens} tokens do not fit the context: {free} of {self.capacity} are free")
         index, start = place
         span = Span(start, tokens)
+        if self._places is not None:
+            if not self._places:
+                raise PromptError(f"at most {STATES} sequences at a time have a state")
+            span.place = self._places.pop()
         self._spans.insert(index, span)
         return span
 
@@ -71,15 +95,28 @@ class KvCache:
     def release(self, span: Span) -> None:
         """Free ``span``."""
         self._spans.remove(span)
+        if self._places is not None:
+            self._places.append(span.place)
+
+    def cut(self, span: Span, length: int) -> None:
+        """Keep at most the first ``length`` tokens of ``span``. A state cannot go back: then none is kept."""
+        if length < span.length:
+            span.length = length if self._places is None else 0
 
     def layer(self, layer: int) -> Tensor:
         """One layer's values of all spans, [capacity, width], for kernels that write spans directly."""
         return self._layers[layer]
 
+    def state(self, layer: int, span: Span) -> tuple[Tensor, Tensor]:
+        """The state of ``span`` at this layer, zero before its first token, and where a step writes the next one: both
+        float32 [width]."""
+        now, later = self._states[layer][span.place, span.turn], self._states[layer][span.place, 1 - span.turn]
+        return (now if span.length else now.zero_()), later
+
     def append(self, layer: int, span: Span, values: Tensor) -> Tensor:
         """Append ``values`` [T, width] to the span. Returns all its values, float32 [S, width].
 
-        The decoder advances ``span.length`` once, after all layers.
+        The decoder advances the span once, after all layers.
         """
         return _append(self._layers[layer], span, values)
 

@@ -20,6 +20,7 @@ from tierlm.models.olmoe import Olmoe
 from tierlm.models.quantization import published
 from tierlm.models.qwen2_moe import Qwen2Moe
 from tierlm.models.qwen3_moe import Qwen3Moe
+from tierlm.models.qwen3_next import Qwen3Next
 from tierlm.spec import ModelSpec
 
 FAMILIES: dict[str, Family] = {  # by model_type
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     ),
     **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe_text"), Qwen3Moe()),
     "qwen2_moe": Qwen2Moe(),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text"), Qwen3Next()),
     "mixtral": Mixtral(),
     "olmoe": Olmoe(),
     **dict.fromkeys(("glm4_moe", "glm4v_moe_text"), Glm4Moe()),

@@ -28,9 +28,9 @@ class Rows:
 @dataclass(frozen=True, slots=True)
 class Positions:
     """``places``: int64 [T, 2], the cache row where each token's sequence begins, and the token's position in it.
-    ``angles``: cosine and sine of the rotary embedding at that position, float32 [T, dim / 2]. ``chosen``: of each
-    sequence, by its first row, the keys that sparse attention chose in the last layer that did: int64 [T, chosen]; none
-    if it attends to all."""
+    ``angles``: cosine and sine of the rotary embedding at that position, float32 [T, dim / 2]. Both empty without
+    rotary embedding. ``chosen``: of each sequence, by its first row, the keys that sparse attention chose in the last
+    layer that did: int64 [T, chosen]; none if it attends to all."""
 
     segments: Sequence[Rows]
     places: Tensor

@@ -58,7 +58,8 @@ class Catalog:
         self._layouts: dict[tuple[tuple[str, Place], ...], Mapping[str, Place]] = {}
         self._records = {key: self._build(key) for key in keys}
         self.compressed = any(record.inside is not None for record in self._records.values())
-        self.ignored = [name for name in self.checkpoint.tensors if _layer(name) >= len(spec.layers)]
+        last, names = len(spec.layers) - 1, self.checkpoint.tensors
+        self.ignored = [name for name in names if _layer(name) > last or name.startswith("mtp.")]
         self.vision = others(self.checkpoint.tensors)
 
     @property

@@ -17,12 +17,13 @@ from tierlm.kernels import gated_mlp, glu_mlp, linear
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.memory.trunks import Trunks
 from tierlm.models.attention import Attention, Rows
+from tierlm.models.delta import DeltaHeads
 from tierlm.models.embedding import Embedding
 from tierlm.models.grouped import GroupedHeads
 from tierlm.models.latent import LatentHeads
 from tierlm.models.layers import rms_norm
 from tierlm.models.moe import MixtureOfExperts
-from tierlm.spec import AttentionSpec, Dense, Grouped, HeadKey, ModelSpec, Moe, TrunkKey
+from tierlm.spec import AttentionSpec, Delta, Dense, Grouped, HeadKey, ModelSpec, Moe, TrunkKey
 from tierlm.timeline import Timeline, span
 
 
@@ -89,7 +90,7 @@ class Decoder:
         if recorder is not None:
             recorder.end()
         for step in steps:
-            step.span.length += len(step.ids)
+            step.span.advance(len(step.ids))
         return out
 
     def _layers_of(
@@ -159,7 +160,9 @@ def _not_finite(where: str, layer: int | None = None) -> NumericsError:
 def attention_of(
     spec: AttentionSpec, norm_eps: float, cache: KvCache, device: torch.device, zero_centred: bool = False
 ) -> Attention:
-    """The implementation of one kind of attention. ``zero_centred``: see ModelSpec; grouped attention only."""
+    """The implementation of one kind of attention. ``zero_centred``: see ModelSpec; not for latent attention."""
     if isinstance(spec, Grouped):
         return GroupedHeads(spec, norm_eps, cache, device, zero_centred)
+    if isinstance(spec, Delta):
+        return DeltaHeads(spec, norm_eps, cache, zero_centred)
     return LatentHeads(spec, norm_eps, cache, device)

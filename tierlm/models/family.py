@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from tierlm.models.config_reader import Config
-from tierlm.spec import Dense, ExpertKey, Grouped, Indexer, Latent, ModelSpec, Moe, TrunkKey
+from tierlm.spec import Delta, Dense, ExpertKey, Grouped, Indexer, Latent, ModelSpec, Moe, TrunkKey
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # role -> (tensor name, shape)
 
@@ -62,6 +62,8 @@ class Names:
             found["feed_forward_norm"] = (prefix + "post_feedforward_layernorm.weight", (spec.hidden,))
         if isinstance(layer.attention, Grouped):
             found |= _grouped(prefix + "self_attn.", spec.hidden, layer.attention)
+        elif isinstance(layer.attention, Delta):
+            found |= _delta(prefix + "linear_attn.", spec.hidden, layer.attention)
         else:
             found |= _latent(prefix + "self_attn.", spec.hidden, layer.attention)
             if (indexer := layer.attention.indexer) is not None and indexer.own(key.layer):
@@ -150,7 +152,7 @@ def _indexer(prefix: str, hidden: int, q_rank: int, spec: Indexer) -> Shapes:
 
 def _grouped(prefix: str, hidden: int, spec: Grouped) -> Shapes:
     keys = spec.kv_heads * spec.head_dim
-    rows = {"q": spec.query_width, "k": keys, "v": keys, "o": hidden}
+    rows = {"q": spec.query_width * (1 + spec.gated), "k": keys, "v": keys, "o": hidden}
     inputs = "qk" if spec.keys_as_values else "qkv"
     found: Shapes = {f"{name}_proj": (f"{prefix}{name}_proj.weight", (rows[name], hidden)) for name in inputs}
     found["o_proj"] = (prefix + "o_proj.weight", (hidden, spec.query_width))
@@ -162,3 +164,16 @@ def _grouped(prefix: str, hidden: int, spec: Grouped) -> Shapes:
     biased = "qkv" * spec.bias + "o" * spec.output_bias
     found |= {f"{name}_bias": (f"{prefix}{name}_proj.bias", (rows[name],)) for name in biased}
     return found
+
+
+def _delta(prefix: str, hidden: int, spec: Delta) -> Shapes:
+    widths, values = spec.widths, spec.widths["v"]
+    rows = {name: sum(widths[part] for part in name) for name in spec.projections}
+    found: Shapes = {f"in_proj_{name}": (f"{prefix}in_proj_{name}.weight", (rows[name], hidden)) for name in rows}
+    return found | {
+        "convolution": (prefix + "conv1d.weight", (spec.mixed_width, 1, spec.kernel)),
+        "decay": (prefix + "A_log", (spec.value_heads,)),
+        "decay_bias": (prefix + "dt_bias", (spec.value_heads,)),
+        "output_norm": (prefix + "norm.weight", (spec.value_dim,)),
+        "o_proj": (prefix + "out_proj.weight", (hidden, values)),
+    }

@@ -37,7 +37,11 @@ class GroupedHeads:
         """Query heads that share keys and values are multiplied with them in one product, directly in the cache."""
         spec, tokens = self.spec, len(hidden)
         x = self._normed(hidden, trunk["input_layernorm"])
-        queries = self._rotated(_projected(x, trunk, "q"), trunk.get("q_norm"), positions)  # [T, heads, dim]
+        queries, gates = _projected(x, trunk, "q"), None
+        if spec.gated:
+            queries, gates = queries.view(tokens, spec.heads, 2, -1).unbind(2)  # [T, heads, dim] both
+            queries = queries.flatten(1)
+        queries = self._rotated(queries, trunk.get("q_norm"), positions)  # [T, heads, dim]
         plain = _projected(x, trunk, "k")
         keys = self._rotated(plain, trunk.get("k_norm"), positions)  # [T, kv_heads, dim]
         values = plain if spec.keys_as_values else _projected(x, trunk, "v")
@@ -52,6 +56,8 @@ class GroupedHeads:
             if spec.window is not None:  # what the first query sees, and on
                 past = past[-(spec.window + segment.stop - segment.start - 1) :]
             self._attend(queries[rows], past, sinks, out[rows])
+        if gates is not None:
+            out *= gates.sigmoid()
         added = _projected(out.view(tokens, spec.query_width), trunk, "o")
         if (norm := trunk.get("attention_norm")) is not None:
             added = self._normed(added, norm)

@@ -20,7 +20,7 @@ from tierlm.models.quantization import published
 from tierlm.planning.cost import Formats, Work
 from tierlm.planning.mixtures import MIXTURES, bits_of
 from tierlm.planning.plan import MAX_LOGITS, Sizes, workspace_bytes
-from tierlm.spec import ExpertKey, HeadKey, Key, ModelSpec, ResidentKey, TrunkKey, UnitKey
+from tierlm.spec import STATES, ExpertKey, HeadKey, Key, ModelSpec, ResidentKey, TrunkKey, UnitKey
 
 
 class Records(Protocol):
@@ -127,6 +127,7 @@ def sizes_of(records: Records, context: int, chunk: int, kv_item: int, logits_to
         experts=len(experts),
         resident=records.size(ResidentKey()),
         kv=context * spec.cache_width * kv_item,
+        states=2 * STATES * 4 * sum(spec.state_widths),
         workspace=workspace_bytes(spec, min(chunk, context), context),
         logits=min(chunk * spec.vocab * 4, MAX_LOGITS) if logits_tokens is None else logits_tokens * spec.vocab * 4,
     )

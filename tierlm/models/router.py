@@ -57,7 +57,7 @@ class Router:
         """``route``, and ``rank`` of ``hidden`` for each layer in ``ahead``."""
         chosen = self.spec.experts_per_token
         matrix, correction, _ = self._layers[layer]
-        calls = [RouterCall(x, matrix, correction, None), *(RouterCall(hidden, *self._layers[at]) for at in ahead)]
+        calls = [RouterCall(x, matrix, correction, None), *(self._call(hidden, later) for later in ahead)]
         found = None if self._biases else route_few(calls, self._rules, chosen)
         if found is None:
             weights, experts = self._choose(x, layer, chosen)
@@ -71,11 +71,20 @@ class Router:
 
     def rank(self, hidden: Tensor, layer: int, chosen: int) -> Tensor:
         """The top ``chosen`` experts of ``layer`` for ``hidden`` [T, hidden], not normed: int64 [T, chosen]."""
-        own = self._layers[layer]
-        found = None if self._biases else route_few([RouterCall(hidden, *own)], self._rules, chosen)
+        found = None if self._biases else route_few([self._call(hidden, layer)], self._rules, chosen)
         if found is not None:
             return found[0][1]
-        return self._choose(rms_norm(hidden, own[2], self.spec.norm_eps), layer, chosen)[1]
+        return self._choose(self._normed(hidden, layer), layer, chosen)[1]
+
+    def _call(self, hidden: Tensor, layer: int) -> RouterCall:
+        """The router of ``layer`` on ``hidden``, which the kernel norms, unless norms are stored less one."""
+        matrix, correction, norm = self._layers[layer]
+        if self.spec.zero_centred:
+            return RouterCall(self._normed(hidden, layer), matrix, correction, None)
+        return RouterCall(hidden, matrix, correction, norm)
+
+    def _normed(self, hidden: Tensor, layer: int) -> Tensor:
+        return rms_norm(hidden, self._layers[layer][2], self.spec.norm_eps, self.spec.zero_centred)
 
     def _choose(self, x: Tensor, layer: int, chosen: int) -> tuple[Tensor, Tensor]:
         """``route`` in torch, for any number of rows."""

@@ -19,7 +19,8 @@ SLACK = 48 * 2**20  # bytes of ram that cannot be counted: thread stacks, alloca
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of a model's parts. ``trunk``: per streamed unit; ``expert``: the largest expert record; ``resident``:
-    small tensors that never leave; ``kv``, ``workspace``: for this context and prefill chunk."""
+    small tensors that never leave; ``kv``, ``workspace``: for this context and prefill chunk; ``states``: of
+    sequences, two copies of each."""
 
     trunk: Mapping[UnitKey, int]
     expert: int
@@ -28,6 +29,7 @@ class Sizes:
     kv: int
     workspace: int
     logits: int  # the result of one call for logits, in ram
+    states: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def make_plan(
     Raises BudgetError below the floor.
     """
     state = {"KV cache": sizes.kv, "activations": sizes.workspace, "routers and norms": sizes.resident}
+    if sizes.states:
+        state["states"] = sizes.states
     host = {"interpreter and libraries": process, "slack": SLACK, "logits": sizes.logits}
     if others:
         host["other loaded models"] = others

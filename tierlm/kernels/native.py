@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -123,6 +124,6 @@ def kernels_for(weight: Weight) -> Native | None:
     return load() if weight.plain else None
 
 
-def _words(words: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    """Fields of structs in kernels/structs.py."""
-    return (ctypes.c_int64 * len(words))(*words)
+def _words(words: Sequence[int]) -> bytes:
+    """Fields of structs in kernels/structs.py. A ctypes array would make a type at each call, which takes longer."""
+    return struct.pack(f"{len(words)}q", *words)

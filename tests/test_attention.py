@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from tierlm.memory.kvcache import KvCache, Span
 from tierlm.models import FAMILIES, grouped, latent, read_spec
 from tierlm.models.attention import Rows
 from tierlm.models.decoder import attention_of
-from tierlm.spec import ModelSpec, Rope, TrunkKey
+from tierlm.spec import Grouped, ModelSpec, Rope, TrunkKey
 
 CPU = torch.device("cpu")
 # Products with int8 and int4 round activations; a difference in the last bit may round one to the next number.
@@ -195,6 +195,20 @@ def test_a_grouped_step_is_one_call_for_a_few_rows_of_weights_that_kernels_know(
     run(grouped_spec("llama"), "f32", [(4, 63), (0, 1)], torch.float32)
     run(grouped_spec("llama"), "f32", [(4, 65)], torch.float32)  # too many
     assert calls == [True, False, False, False]
+
+
+def test_grouped_heads_of_a_kind_that_the_kernel_does_not_know_are_left_to_torch(monkeypatch: Any) -> None:
+    @dataclass(frozen=True)
+    class Other(Grouped):
+        more: bool = True
+
+    calls: list[Any] = []
+    monkeypatch.setattr(grouped, "fused_gqa_decode", lambda *arguments: calls.append(arguments))
+    spec = grouped_spec("llama")
+    run(spec, "f32", [(4, 1)], torch.float32)
+    kind = Other(**{field.name: getattr(spec.layers[0].attention, field.name) for field in fields(Grouped)})
+    run(replace(spec, layers=(replace(spec.layers[0], attention=kind),)), "f32", [(4, 1)], torch.float32)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,8 @@
 
 namespace {
 
+typedef float Quad __attribute__((vector_size(LANES * 2)));
+
 struct Float32 {
     static constexpr int size = 4;
     static INLINE Floats load(const uint8_t* p) { return *reinterpret_cast<const Floats*>(p); }
@@ -35,6 +37,14 @@ struct BFloat16 {
     }
 };
 
+// In pairs: a chain of LANES sums would take longer than the product of a short head.
+INLINE float sum(Floats v) {
+    Quad halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    const Quad quad = halves[0] + halves[1];
+    return (quad[0] + quad[2]) + (quad[1] + quad[3]);
+}
+
 template <class Stored, int HEADS>
 struct Scores {
     static INLINE void run(const SharedHead& a, int64_t head, float* scores) {
@@ -56,10 +66,7 @@ struct Scores {
             for (; i < a.dim; ++i)
                 for (int h = 0; h < HEADS; ++h) rest[h] += Stored::one(key + i * Stored::size) * queries[h * a.dim + i];
             for (int h = 0; h < HEADS; ++h) {
-                const Floats both = even[h] + odd[h];
-                float sum = rest[h];
-                for (int lane = 0; lane < LANES; ++lane) sum += both[lane];
-                scores[(head + h) * a.tokens + t] = sum;
+                scores[(head + h) * a.tokens + t] = sum(even[h] + odd[h]) + rest[h];
             }
         }
     }
@@ -104,7 +111,8 @@ template <template <class, int> class Work, class Stored, class... Rest>
 INLINE void each_head(const SharedHead& a, Rest... rest) {
     int64_t head = 0;
     for (; head + 4 <= a.heads; head += 4) Work<Stored, 4>::run(a, head, rest...);
-    for (; head < a.heads; ++head) Work<Stored, 1>::run(a, head, rest...);
+    for (; head + 2 <= a.heads; head += 2) Work<Stored, 2>::run(a, head, rest...);
+    if (head < a.heads) Work<Stored, 1>::run(a, head, rest...);
 }
 
 CLONES void scores_float32(const SharedHead& a, float* scores) { each_head<Scores, Float32>(a, scores); }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from struct import pack
 
 import torch
 from torch import Tensor
@@ -126,4 +126,4 @@ def kernels_for(weight: Weight) -> Native | None:
 
 def _words(words: Sequence[int]) -> bytes:
     """Fields of structs in kernels/structs.py. A ctypes array would make a type at each call, which takes longer."""
-    return struct.pack(f"{len(words)}q", *words)
+    return pack(f"{len(words)}q", *words)

@@ -15,6 +15,10 @@ from tierlm.models.attention import Positions, Rotary, Rows, causal_softmax
 from tierlm.models.layers import rms_norm, rotate, softmax_scale
 from tierlm.spec import SCORE_VALUES, Grouped
 
+# What the kernel computes of a spec. Torch computes layers with anything else.
+FUSED = ("heads", "kv_heads", "head_dim", "rope", "rope_dim", "qk_norm")
+FUSED += ("bias", "output_bias", "sinks", "window", "scalar")
+
 
 class GroupedHeads:
     """``Attention`` for layers with this ``spec``; ``norm_eps`` and ``zero_centred`` apply to all norms."""
@@ -30,6 +34,7 @@ class GroupedHeads:
         dims = spec.heads, spec.kv_heads, spec.head_dim, spec.rotated
         rules = spec.rope.interleaved, spec.qk_norm == "all", zero_centred, spec.window or 0
         self._shape = GroupedAttention(*dims, *rules, norm_eps, self._scale)
+        self._fused = spec == Grouped(**{name: getattr(spec, name) for name in FUSED})
 
     def positions(self, segments: Sequence[Rows]) -> Positions:
         return self._rotary.positions(segments)
@@ -39,8 +44,10 @@ class GroupedHeads:
     ) -> tuple[Tensor, Tensor]:
         """Few tokens: one kernel call if possible. Else query heads that share keys and values are multiplied with them
         in one product."""
-        where = self.cache.layer(layer), positions.places, positions.angles
-        done = fused_gqa_decode(self._shape, hidden, trunk, next_norm, *where)
+        done = None
+        if self._fused:
+            where = self.cache.layer(layer), positions.places, positions.angles
+            done = fused_gqa_decode(self._shape, hidden, trunk, next_norm, *where)
         return self._in_torch(hidden, layer, trunk, next_norm, positions) if done is None else done
 
     def _in_torch(

@@ -16,7 +16,7 @@ from tierlm.models.layers import rms_norm, rotate, softmax_scale
 from tierlm.spec import SCORE_VALUES, Grouped
 
 # What the kernel computes of a spec. Torch computes layers with anything else.
-FUSED = ("heads", "kv_heads", "head_dim", "rope", "rope_dim", "qk_norm")
+FUSED: tuple[str, ...] = ("heads", "kv_heads", "head_dim", "rope", "rope_dim", "qk_norm")
 FUSED += ("bias", "output_bias", "sinks", "window", "scalar")
 
 

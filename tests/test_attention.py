@@ -1,21 +1,22 @@
-"""Latent attention of a few tokens in the kernels, against torch."""
+"""Attention of a few tokens in the kernels, against torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.toys import COMMON
+from tests.toys import COMMON, GQA
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import Weight, quantise
 from tierlm.memory.kvcache import KvCache, Span
-from tierlm.models import FAMILIES, latent, read_spec
+from tierlm.models import FAMILIES, grouped, latent, read_spec
 from tierlm.models.attention import Rows
 from tierlm.models.decoder import attention_of
-from tierlm.spec import ModelSpec, TrunkKey
+from tierlm.spec import Grouped, ModelSpec, Rope, TrunkKey
 
 CPU = torch.device("cpu")
 # Products with int8 and int4 round activations; a difference in the last bit may round one to the next number.
@@ -54,10 +55,25 @@ def run(spec: ModelSpec, format: str, lengths: list[tuple[int, int]], dtype: tor
         start = segments[-1].stop if segments else 0
         segments.append(Rows(start, start + new, span))
     hidden = torch.randn(segments[-1].stop, spec.hidden)
-    made = attention_of(kind, spec.norm_eps, cache, CPU)
+    made = attention_of(kind, spec.norm_eps, cache, CPU, spec.zero_centred)
     with torch.inference_mode():
         total, normed = made.forward(hidden, 1, trunk, norm, made.positions(segments))
     return total - hidden, normed, cache.layer(1).float()
+
+
+def compare(spec: ModelSpec, format: str, lengths: list[tuple[int, int]], dtype: torch.dtype, monkeypatch: Any) -> None:
+    """The kernels with torch, which replaces a kernel that declines."""
+    found = run(spec, format, lengths, dtype)
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(latent, "fused_mla_decode", lambda *arguments: asked.append(arguments))
+        patch.setattr(grouped, "fused_gqa_decode", lambda *arguments: asked.append(arguments))
+        expected = run(spec, format, lengths, dtype)
+    assert asked
+    for mine, reference in zip(found, expected, strict=True):
+        rounding = 8e-3 if dtype is torch.bfloat16 else 0  # of one cached value to the next bfloat16
+        close = CLOSE[format] * reference.abs().max().item()
+        assert (mine - reference).abs().max().item() <= close + rounding * reference.abs().max().item()
 
 
 @pytest.mark.parametrize("format", CLOSE)
@@ -75,16 +91,7 @@ def test_the_kernels_attend_as_torch_does(
     format: str, changes: dict[str, Any], lengths: list[tuple[int, int]], dtype: torch.dtype, monkeypatch: Any
 ) -> None:
     spec = spec_of(**changes)
-    found = run(spec, format, lengths, dtype)
-    asked = []
-    with monkeypatch.context() as patch:
-        patch.setattr(latent, "fused_mla_decode", lambda *arguments: asked.append(arguments))
-        expected = run(spec, format, lengths, dtype)
-    assert asked
-    for mine, reference in zip(found, expected, strict=True):
-        rounding = 8e-3 if dtype is torch.bfloat16 else 0  # of one latent to the next bfloat16
-        close = CLOSE[format] * reference.abs().max().item()
-        assert (mine - reference).abs().max().item() <= close + rounding * reference.abs().max().item()
+    compare(spec, format, lengths, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("format", ["bf16", "int4"])
@@ -130,6 +137,92 @@ GROUPED = {
     "head_dim": 10,
     "model_type": "qwen3_moe",
 }
+
+
+def grouped_spec(family: str, **changes: Any) -> ModelSpec:
+    counts = {"num_local_experts": 8, "num_experts": 8, "n_routed_experts": 8, "n_group": 1, "topk_group": 1}
+    settings = {**GQA, **counts, "moe_intermediate_size": 24, **changes, "model_type": family}
+    return read_spec(settings, "here")
+
+
+@pytest.mark.parametrize("format", CLOSE)
+@pytest.mark.parametrize(
+    ("family", "changes", "lengths", "dtype"),
+    [
+        ("llama", {}, [(0, 1), (3, 1)], torch.float32),
+        ("llama", {"num_attention_heads": 9, "num_key_value_heads": 1, "head_dim": 18}, [(300, 1)], torch.bfloat16),
+        ("qwen3_moe", {}, [(70, 1), (3, 1), (0, 1), (4500, 1)], torch.float32),  # up to nine ranges of 512 tokens
+        ("qwen3_moe", {"head_dim": 10, "num_key_value_heads": 6}, [(5, 5), (254, 3)], torch.bfloat16),
+        ("olmoe", {"head_dim": 8}, [(9, 2), (0, 4)], torch.float32),  # all heads normed together
+        ("minimax_m2", {"rotary_dim": 6}, [(9, 2)], torch.float32),
+        ("gpt_oss", {"sliding_window": 4}, [(9, 2), (1, 1)], torch.float32),  # sinks and biases
+        ("gpt_oss", {"sliding_window": 300}, [(600, 3), (0, 2)], torch.bfloat16),
+        ("gemma3_text", {"sliding_window": 5, "query_pre_attn_scalar": 9}, [(9, 3), (2, 1)], torch.float32),
+        ("glm4_moe", {"partial_rotary_factor": 0.5, "attention_bias": True}, [(40, 20), (0, 44)], torch.float32),
+    ],
+)
+def test_the_kernels_group_heads_as_torch_does(
+    family: str,
+    format: str,
+    changes: dict[str, Any],
+    lengths: list[tuple[int, int]],
+    dtype: torch.dtype,
+    monkeypatch: Any,
+) -> None:
+    compare(grouped_spec(family, **changes), format, lengths, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_grouped_heads_rotate_both_kinds_of_pairs(interleaved: bool, monkeypatch: Any) -> None:
+    spec = grouped_spec("llama")
+    kind = replace(spec.layers[0].attention, rope=Rope(1e4, interleaved), rope_dim=6)
+    compare(
+        replace(spec, layers=(replace(spec.layers[0], attention=kind),)), "f32", [(9, 2)], torch.float32, monkeypatch
+    )
+
+
+def test_a_grouped_step_is_one_call_for_a_few_rows_of_weights_that_kernels_know(monkeypatch: Any) -> None:
+    calls: list[bool] = []
+    real = grouped.fused_gqa_decode
+
+    def count(shape: Any, hidden: Tensor, trunk: Weights, *rest: Any) -> Any:
+        strided = Weight(trunk["o_proj"].data.t().contiguous().t(), "f32")
+        for weights in (trunk, {**trunk, "o_proj": strided}):
+            calls.append((done := real(shape, hidden, weights, *rest)) is not None)
+        return done
+
+    monkeypatch.setattr(grouped, "fused_gqa_decode", count)
+    run(grouped_spec("llama"), "f32", [(4, 63), (0, 1)], torch.float32)
+    run(grouped_spec("llama"), "f32", [(4, 65)], torch.float32)  # too many
+    assert calls == [True, False, False, False]
+
+
+def test_grouped_heads_of_a_kind_that_the_kernel_does_not_know_are_left_to_torch(monkeypatch: Any) -> None:
+    @dataclass(frozen=True)
+    class Other(Grouped):
+        more: bool = True
+
+    calls: list[Any] = []
+    monkeypatch.setattr(grouped, "fused_gqa_decode", lambda *arguments: calls.append(arguments))
+    spec = grouped_spec("llama")
+    run(spec, "f32", [(4, 1)], torch.float32)
+    kind = Other(**{field.name: getattr(spec.layers[0].attention, field.name) for field in fields(Grouped)})
+    run(replace(spec, layers=(replace(spec.layers[0], attention=kind),)), "f32", [(4, 1)], torch.float32)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_threads_nor_neighbours_reach_grouped_heads(dtype: torch.dtype) -> None:
+    spec, lengths = grouped_spec("gpt_oss", sliding_window=700), [(900, 2), (9, 1)]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(run(spec, "int4", lengths, dtype))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["latent", "grouped"])

@@ -1,6 +1,7 @@
 """Arithmetic on weights in their stored formats: compiled kernels, each with a torch reference."""
 
 from tierlm.kernels.attention import LatentAttention, fused_mla_decode
+from tierlm.kernels.grouped_attention import GroupedAttention, fused_gqa_decode
 from tierlm.kernels.linear import (
     can_absorb,
     clamped_mlp,
@@ -17,6 +18,7 @@ from tierlm.kernels.routing import Groups, RouterCall, Rules, combined, grouped,
 from tierlm.kernels.weight import Weight
 
 __all__ = [
+    "GroupedAttention",
     "Groups",
     "LatentAttention",
     "RouterCall",
@@ -26,6 +28,7 @@ __all__ = [
     "clamped_mlp",
     "combined",
     "from_latent",
+    "fused_gqa_decode",
     "fused_mla_decode",
     "gated_mlp",
     "gated_mlps",

@@ -62,22 +62,31 @@ CLONES void normalised(const float* x, const float* weight, float* y, int64_t co
         store(y, i, count, vector_of(x, i, count, 0) * factor * vector_of(weight, i, count, 0));
 }
 
-CLONES void softmax(float* x, int64_t count, float scale) {
+CLONES float largest(const float* x, int64_t count) {
     Floats most = Floats{} - INFINITY;
     for (int64_t i = 0; i < count; i += LANES) {
         const Floats v = vector_of(x, i, count, -INFINITY);
         most = v > most ? v : most;
     }
-    float largest = most[0];
-    for (int lane = 1; lane < LANES; ++lane) largest = std::max(largest, most[lane]);
+    float found = most[0];
+    for (int lane = 1; lane < LANES; ++lane) found = std::max(found, most[lane]);
+    return found;
+}
+
+CLONES float exponentials(float* x, int64_t count, float peak, float scale) {
     Floats sums = {};
     for (int64_t i = 0; i < count; i += LANES) {
-        const Floats e = exponential((vector_of(x, i, count, largest) - largest) * scale);
+        const Floats e = exponential((vector_of(x, i, count, peak) - peak) * scale);
         sums += vector_of(reinterpret_cast<const float*>(&e), 0, count - i, 0);
         store(x, i, count, e);
     }
     float sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
+    return sum;
+}
+
+CLONES void softmax(float* x, int64_t count, float scale) {
+    const float sum = exponentials(x, count, largest(x, count), scale);
     for (int64_t i = 0; i < count; i += LANES) store(x, i, count, vector_of(x, i, count, 0) / sum);
 }
 

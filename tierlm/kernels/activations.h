@@ -9,6 +9,12 @@ void gated(float* gate, const float* up, int64_t count);
 // y = weight * x / root mean square of x, for `count` values.
 void normalised(const float* x, const float* weight, float* y, int64_t count, float eps);
 
+// The largest of `count` values; NaN counts as smallest.
+float largest(const float* x, int64_t count);
+
+// x = e^(scale * (x - peak)), for `count` values. Returns their sum.
+float exponentials(float* x, int64_t count, float peak, float scale);
+
 // x = softmax(scale * x), for `count` values; `scale` is positive.
 void softmax(float* x, int64_t count, float scale);
 

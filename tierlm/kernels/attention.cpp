@@ -2,11 +2,9 @@
 // Projections are absorbed: queries in the latent space are multiplied with the cache directly (DeepSeek-V2,
 // arXiv 2405.04434, section 2.1). models/latent.py does the same in torch.
 
-#include <cstring>
+#include "attention.h"
 
 #include "../layout.h"
-#include "activations.h"
-#include "team.h"
 
 namespace {
 
@@ -24,33 +22,6 @@ struct Attention {
     float *sum, *normed;         // [rows, hidden] hidden + attention, and its norm
     int64_t rows;
 };
-
-// Activations, float32 and rounded, as operands of products.
-class Input {
-   public:
-    Input(int64_t rows, int64_t ins)
-        : ins_(ins), values_(room<float>(rows * ins)), rounded_(room<Rounded>(rows * groups_of(ins))) {}
-    float* row(int64_t row) { return values_.get() + row * ins_; }
-    void round(int64_t row) {
-        round_activations(this->row(row), rounded_.get() + row * groups_of(ins_), 1, ins_, 0, ins_);
-    }
-    Job times(const Matrix& matrix, float* y, int64_t rows) {
-        return {&matrix, matrix.times(values_.get(), rounded_.get(), y, rows)};
-    }
-
-   private:
-    int64_t ins_;
-    std::unique_ptr<float[]> values_;
-    std::unique_ptr<Rounded[]> rounded_;
-};
-
-// Rounds half to even; NaN stays NaN.
-uint16_t to_bfloat16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40u);
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 }  // namespace
 
@@ -107,14 +78,7 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
             const int64_t angle = row * a.rope / 2;
             rotated(raw + rank, a.cosine + angle, a.sine + angle, step + rank, a.rope / 2, a.interleaved);
             uint8_t* to = a.cache + (a.places[2 * row] + a.places[2 * row + 1]) * latent * item;
-            if (item == 4) {
-                std::memcpy(to, step, latent * item);
-            } else {
-                for (int64_t i = 0; i < latent; ++i) {
-                    const uint16_t half = to_bfloat16(step[i]);
-                    std::memcpy(to + 2 * i, &half, 2);
-                }
-            }
+            append(step, to, latent, item);
         }
         if (low_rank) compute({low_x.times(a.query_b, queries.get(), rows)});
         const auto query = room<float>(group * latent), mixed = room<float>(group * latent);

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from struct import pack
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Native:
 
     def __init__(self, file: Path):
         library = ctypes.CDLL(str(file))
-        for struct in (structs.Matrix, structs.Expert, structs.Attention, structs.Router):
+        for struct in (structs.Matrix, structs.Expert, structs.Attention, structs.Grouped, structs.Router):
             check_layout(library, struct)
         self._library, pointer, size = library, ctypes.c_void_p, ctypes.c_int64
         library.tierlm_linear.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 2]
@@ -32,6 +33,7 @@ class Native:
         library.tierlm_into_latent.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 7]
         library.tierlm_from_latent.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 5]
         library.tierlm_attention.argtypes = [ctypes.c_int, pointer, *[ctypes.c_double] * 3]
+        library.tierlm_grouped_attention.argtypes = [ctypes.c_int, pointer, *[ctypes.c_double] * 2]
         library.tierlm_route.argtypes = [pointer, size, *[ctypes.c_double] * 2]
         library.tierlm_grouped.argtypes = [*[pointer] * 3, *[size] * 2, pointer]
         library.tierlm_grouped.restype = size
@@ -90,6 +92,10 @@ class Native:
         """``words``: a structs.Attention, packed by kernels/attention.py."""
         self._library.tierlm_attention(torch.get_num_threads(), _words(words), eps, inner_eps, scale)
 
+    def grouped_attention(self, words: Sequence[int], eps: float, scale: float) -> None:
+        """``words``: a structs.Grouped, packed by kernels/grouped_attention.py."""
+        self._library.tierlm_grouped_attention(torch.get_num_threads(), _words(words), eps, scale)
+
     def route(self, words: Sequence[int], count: int, eps: float, scale: float) -> None:
         """``words``: ``count`` structs.Router, packed by kernels/routing.py."""
         self._library.tierlm_route(_words(words), count, eps, scale)
@@ -118,6 +124,6 @@ def kernels_for(weight: Weight) -> Native | None:
     return load() if weight.plain else None
 
 
-def _words(words: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    """Fields of structs in kernels/structs.py."""
-    return (ctypes.c_int64 * len(words))(*words)
+def _words(words: Sequence[int]) -> bytes:
+    """Fields of structs in kernels/structs.py. A ctypes array would make a type at each call, which takes longer."""
+    return pack(f"{len(words)}q", *words)

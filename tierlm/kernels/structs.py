@@ -35,6 +35,17 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Grouped(ctypes.Structure):
+    """Packed by kernels/grouped_attention.py."""
+
+    _fields_ = [
+        *fields("query key value output norm query_norm key_norm output_norm next_norm", Matrix),
+        *fields("query_bias key_bias value_bias output_bias sinks", Matrix),
+        *fields("heads kv_heads dim rotated interleaved whole_norm zero_centred window cache_format"),
+        *fields("cache places cosine sine hidden sum normed rows"),
+    ]
+
+
 class Router(ctypes.Structure):
     """Packed by kernels/routing.py."""
 

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
-from tierlm.kernels import Weight, linear
+from tierlm.kernels import GroupedAttention, Weight, fused_gqa_decode, linear
 from tierlm.memory.kvcache import KvCache
 from tierlm.models.attention import Positions, Rotary, Rows, causal_softmax
 from tierlm.models.layers import rms_norm, rotate, softmax_scale
 from tierlm.spec import SCORE_VALUES, Grouped
+
+# What the kernel computes of a spec. Torch computes layers with anything else.
+FUSED: tuple[str, ...] = ("heads", "kv_heads", "head_dim", "rope", "rope_dim", "qk_norm")
+FUSED += ("bias", "output_bias", "sinks", "window", "scalar")
 
 
 class GroupedHeads:
@@ -27,6 +31,10 @@ class GroupedHeads:
         self._rotary = Rotary(spec.rope, spec.rotated, device)
         self._scale = softmax_scale(spec.rope, spec.scalar or spec.head_dim)
         self._sharing = spec.heads // spec.kv_heads  # query heads per head of keys and values
+        dims = spec.heads, spec.kv_heads, spec.head_dim, spec.rotated
+        rules = spec.rope.interleaved, spec.qk_norm == "all", zero_centred, spec.window or 0
+        self._shape = GroupedAttention(*dims, *rules, norm_eps, self._scale)
+        self._fused = spec == Grouped(**{name: getattr(spec, name) for name in FUSED})
 
     def positions(self, segments: Sequence[Rows]) -> Positions:
         return self._rotary.positions(segments)
@@ -34,7 +42,17 @@ class GroupedHeads:
     def forward(
         self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
     ) -> tuple[Tensor, Tensor]:
-        """Query heads that share keys and values are multiplied with them in one product, directly in the cache."""
+        """Few tokens: one kernel call if possible. Else query heads that share keys and values are multiplied with them
+        in one product."""
+        done = None
+        if self._fused:
+            where = self.cache.layer(layer), positions.places, positions.angles
+            done = fused_gqa_decode(self._shape, hidden, trunk, next_norm, *where)
+        return self._in_torch(hidden, layer, trunk, next_norm, positions) if done is None else done
+
+    def _in_torch(
+        self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
+    ) -> tuple[Tensor, Tensor]:
         spec, tokens = self.spec, len(hidden)
         x = self._normed(hidden, trunk["input_layernorm"])
         queries, gates = _projected(x, trunk, "q"), None

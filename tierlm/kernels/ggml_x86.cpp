@@ -9,19 +9,33 @@
 
 namespace {
 
+// A group of each row. `quads[q]`: columns 4 q to 4 q + 3 of each row, in lanes.
+template <class Stored>
+struct Group {
+    Codes quads[GROUP / 4];
+    Factors<Stored> factors;
+};
+
+// Keeps what is unpacked.
+template <class Stored>
+struct Kept {
+    Group<Stored>* groups;
+    INLINED void quad(int64_t g, int64_t q, Codes codes) { groups[g].quads[q] = codes; }
+    INLINED void end(int64_t g, const Factors<Stored>& factors) { groups[g].factors = factors; }
+};
+
 // Adds the products of a tile and ROWS rows of activations, `groups` apart, to their totals.
 template <class Stored, class Isa, int ROWS>
-STEP void multiply(const Tile<Stored>& tile, const Rounded* x, int64_t groups, __m256* totals) {
+STEP void multiply(const Group<Stored>* group, const Rounded* x, int64_t groups, __m256* totals) {
     constexpr int64_t QUADS = GROUP / 4 / Stored::parts;
-    for (int64_t g = 0; g < Tile<Stored>::groups; ++g, ++x) {
-        const auto& group = tile.group[g];
+    for (int64_t g = 0; g < GROUPS<Stored>; ++g, ++x, ++group) {
         __m256 products[ROWS];
 #pragma GCC unroll 2
         for (int64_t part = 0; part < Stored::parts; ++part) {
             __m256i dots[ROWS];
             for (int r = 0; r < ROWS; ++r) dots[r] = _mm256_setzero_si256();
             for (int64_t q = part * QUADS; q < (part + 1) * QUADS; q += 2) {
-                const __m256i w = group.quads[q], w2 = group.quads[q + 1];
+                const __m256i w = raw(group->quads[q]), w2 = raw(group->quads[q + 1]);
                 for (int r = 0; r < ROWS; ++r) {
                     const int8_t* numbers = x[r * groups].numbers + 4 * q;
                     if (SIGNED<Stored>) {
@@ -36,7 +50,7 @@ STEP void multiply(const Tile<Stored>& tile, const Rounded* x, int64_t groups, _
                 const int32_t of_x = sum_of<Stored>(x[r * groups], part);
                 if (SIGNED<Stored>) dots[r] = Isa::end8(dots[r], of_x);
                 if (BIAS<Stored>) dots[r] = _mm256_sub_epi32(dots[r], _mm256_set1_epi32(BIAS<Stored> * of_x));
-                const __m256 product = _mm256_mul_ps(as_floats(dots[r]), group.scales[part]);
+                const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[r]), reinterpret_cast<__m256>(group->factors.scales[part]));
                 products[r] = part ? _mm256_add_ps(products[r], product) : product;
             }
         }
@@ -44,7 +58,7 @@ STEP void multiply(const Tile<Stored>& tile, const Rounded* x, int64_t groups, _
             const Rounded& of_row = x[r * groups];
             for (int64_t part = 0; Stored::minima && part < Stored::parts; ++part) {
                 const __m256 sum = _mm256_set1_ps(static_cast<float>(sum_of<Stored>(of_row, part)));
-                products[r] = _mm256_sub_ps(products[r], _mm256_mul_ps(sum, group.minima[part]));
+                products[r] = _mm256_sub_ps(products[r], _mm256_mul_ps(sum, reinterpret_cast<__m256>(group->factors.minima[part])));
             }
             totals[r] = _mm256_add_ps(totals[r], _mm256_mul_ps(products[r], _mm256_set1_ps(of_row.scale)));
         }
@@ -52,7 +66,7 @@ STEP void multiply(const Tile<Stored>& tile, const Rounded* x, int64_t groups, _
 }
 
 template <class Stored, class Isa>
-AVX2 void outputs(const Product& p, int64_t first, int64_t last) {
+TARGET void outputs(const Product& p, int64_t first, int64_t last) {
     constexpr int64_t MANY = 32;  // rows that share a tile
     const int64_t groups = groups_of(p.ins), blocks = p.ins / Stored::columns, size = blocks * Stored::bytes;
     for (int64_t row = 0; row < p.rows; row += MANY) {
@@ -68,10 +82,11 @@ AVX2 void outputs(const Product& p, int64_t first, int64_t last) {
                 // nothing.
                 for (int64_t i = 0; i < LANES * Stored::bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
                 next += LANES * Stored::bytes;
-                Tile<Stored> tile;
+                Group<Stored> tile[GROUPS<Stored>];
                 weights.block = b * Stored::bytes;
-                unpack(weights, tile);
-                const Rounded* x = p.rounded + row * groups + b * Tile<Stored>::groups;
+                Kept<Stored> kept = {tile};
+                unpack(Stored(), weights, kept);
+                const Rounded* x = p.rounded + row * groups + b * GROUPS<Stored>;
                 int64_t r = 0;
                 for (; r + 4 <= rows; r += 4) multiply<Stored, Isa, 4>(tile, x + r * groups, groups, totals + r);
                 if (rows - r == 3) multiply<Stored, Isa, 3>(tile, x + r * groups, groups, totals + r);

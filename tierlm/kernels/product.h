@@ -47,6 +47,8 @@ extern const Format NIBBLE_FORMATS[NIBBLES];  // mxfp4, and int4 in groups of 32
 // The fastest x86 kernels for rounded activations times int8 and int4 on this processor; null: use the portable ones.
 Work int8_outputs_x86();
 Work int4_outputs_x86();
+Work int8_outputs_avx512();
+Work int4_outputs_avx512();
 
 // Rounds columns `first` to `last` of x [rows, ins]; `first` begins a group.
 void round_activations(const float* x, Rounded* rounded, int64_t rows, int64_t ins, int64_t first, int64_t last);

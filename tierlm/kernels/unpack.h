@@ -8,9 +8,6 @@
 namespace {
 
 template <class Stored>
-constexpr int64_t GROUPS = Stored::columns / GROUP;
-
-template <class Stored>
 struct Block {
     int8_t numbers[Stored::columns];
     float scales[GROUPS<Stored> * Stored::parts];

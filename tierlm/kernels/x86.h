@@ -1,4 +1,4 @@
-// Byte products of x86: AVX2, or AVX-512 VNNI on 256-bit vectors. Both give the same integer sums.
+// Vectors of x86 processors, whose lanes are rows of a weight: 8 with AVX2, or 16 in files that define TIERLM_AVX512.
 #pragma once
 
 #include "product.h"
@@ -10,10 +10,32 @@
 
 #include <cstring>
 
-#define AVX2 __attribute__((target("avx2")))
-#define STEP AVX2 __attribute__((always_inline)) static inline
+#ifdef TIERLM_AVX512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#else
+#define TARGET __attribute__((target("avx2")))
+#endif
+#define INLINED TARGET __attribute__((always_inline))  // methods and lambdas
+#define STEP INLINED static inline
 
 namespace {
+
+#ifdef TIERLM_AVX512
+constexpr int WIDTH = 16;
+typedef __m512i Raw;
+#else
+constexpr int WIDTH = 8;
+typedef __m256i Raw;
+#endif
+
+typedef uint32_t Codes __attribute__((vector_size(WIDTH * 4)));  // often four bytes in each lane
+typedef int32_t Sums __attribute__((vector_size(WIDTH * 4)));
+typedef float Values __attribute__((vector_size(WIDTH * 4)));
+
+STEP Raw raw(Codes x) { return reinterpret_cast<Raw>(x); }
+STEP Codes codes(Raw x) { return reinterpret_cast<Codes>(x); }
+
+#ifndef TIERLM_AVX512
 
 // add4, add6 and add8 add columns of 8 rows, `w`, times the activations in each lane of `x`, to `sum`: four columns, or
 // eight in add6. Numbers are unsigned, below 16 in add4 and below 64 in add6; end4 subtracts 8 times the sum of the
@@ -64,12 +86,19 @@ STEP __m256i four(const int8_t* x) {
 // Keeps a sum in its register: if the compiler reordered the sums of several rows, they would spill.
 STEP void settle(__m256i& sum) { __asm__("" : "+x"(sum)); }
 
+#endif
+
 inline bool has_avx2() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
 inline bool has_vnni() { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl"); }
+
+inline bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
 
 }  // namespace
 

@@ -1,0 +1,264 @@
+// Rounded activations times int8, int4 and the blocks of GGUF files by AVX-512 VNNI, sixteen weight rows at a time. They
+// give the same bits as other processors: sums of integers are exact, and those of floats have the same order.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+#define TIERLM_AVX512
+
+#include "unpack_k_x86.h"
+
+#ifdef TIERLM_X86
+
+#include <algorithm>
+#include <type_traits>
+
+namespace {
+
+// The formats of formats/tiles.py, and where two of their blocks of eight rows are.
+struct Int8 : Blocks<32, 256> {};
+struct Int4 : Blocks<32, 128> {};
+template <>
+constexpr bool SIGNED<Int8> = true;
+template <>
+constexpr int32_t BIAS<Int4> = 8;
+template <class Stored>
+constexpr bool TILED = std::is_same<Stored, Int8>::value || std::is_same<Stored, Int4>::value;
+
+struct Tiles {
+    const uint8_t* tiles[2];
+    const uint16_t* scales[2];
+    int64_t group;
+
+    INLINED Codes eight(int64_t size, int64_t at) const {
+        const auto* low = reinterpret_cast<const __m256i*>(tiles[0] + group * size + at);
+        const auto* high = reinterpret_cast<const __m256i*>(tiles[1] + group * size + at);
+        const __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256(low));
+        return codes(_mm512_inserti64x4(first, _mm256_loadu_si256(high), 1));
+    }
+    INLINED Values scale() const {
+        const auto* low = reinterpret_cast<const __m128i*>(scales[0] + group * LANES);
+        const auto* high = reinterpret_cast<const __m128i*>(scales[1] + group * LANES);
+        const __m256i first = _mm256_castsi128_si256(_mm_loadu_si128(low));
+        return reinterpret_cast<Values>(_mm512_cvtph_ps(_mm256_inserti128_si256(first, _mm_loadu_si128(high), 1)));
+    }
+};
+
+template <class To>
+STEP void unpack(Int8, const Tiles& tiles, To& to) {
+#pragma GCC unroll 8
+    for (int64_t q = 0; q < 8; ++q) to.quad(0, q, tiles.eight(Int8::bytes, 32 * q));
+    to.end(0, only<Int8>(tiles.scale()));
+}
+
+template <class To>
+STEP void unpack(Int4, const Tiles& tiles, To& to) {
+#pragma GCC unroll 4
+    for (int64_t q = 0; q < 4; ++q) {
+        const Codes both = tiles.eight(Int4::bytes, 32 * q);
+        to.quad(0, q, low_nibbles(both));
+        to.quad(0, q + 4, high_nibbles(both));
+    }
+    to.end(0, only<Int4>(tiles.scale()));
+}
+
+// Adds to each lane the products of its four bytes, unsigned, with the same four activations.
+STEP Sums plus_products(Sums sum, Codes w, const int8_t* x) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+    return sum;
+}
+
+// Adds to each lane the sum of a part of a group's activations, times a factor.
+template <class Stored>
+STEP Sums plus_sum(Sums sum, const Rounded& x, int64_t part, int32_t factor) {
+    const uint32_t first = Stored::parts == 1 || part == 0 ? factor & 0xffff : 0;
+    const uint32_t second = Stored::parts == 1 || part == 1 ? factor & 0xffff : 0;
+    const Codes factors = codes(_mm512_set1_epi32(static_cast<int32_t>(first | second << 16)));
+    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(factors), "m"(*reinterpret_cast<const int16_t(*)[2]>(x.sums)));
+    return sum;
+}
+
+STEP Values spread(float x) { return reinterpret_cast<Values>(_mm512_set1_ps(x)); }
+STEP Values as_floats(Sums x) { return __builtin_convertvector(x, Values); }
+
+// Numbers as unsigned bytes: those that are SIGNED, plus 128.
+template <class Stored>
+STEP Codes as_unsigned(Codes codes) { return SIGNED<Stored> ? codes ^ 0x80808080u : codes; }
+
+// Adds a group's product to a total. `dots` are sums of products with the numbers as_unsigned, for each part.
+template <class Stored>
+STEP Values plus_group(Values total, const Sums* dots, const Factors<Stored>& factors, const Rounded& x) {
+    constexpr int32_t bias = SIGNED<Stored> ? 128 : BIAS<Stored>;
+    Values product = {};
+#pragma GCC unroll 2
+    for (int64_t part = 0; part < Stored::parts; ++part) {
+        const Values dot = as_floats(bias ? plus_sum<Stored>(dots[part], x, part, -bias) : dots[part]);
+        if (TILED<Stored>) {
+            const Values factor = factors.scales[0] * spread(x.scale);
+            return reinterpret_cast<Values>(_mm512_fmadd_ps(reinterpret_cast<__m512>(dot), reinterpret_cast<__m512>(factor),
+                                                            reinterpret_cast<__m512>(total)));
+        }
+        product = part ? product + dot * factors.scales[part] : dot * factors.scales[part];
+    }
+#pragma GCC unroll 2
+    for (int64_t part = 0; Stored::minima && part < Stored::parts; ++part)
+        product -= as_floats(plus_sum<Stored>(Sums{}, x, part, 1)) * factors.minima[part];
+    return total + product * spread(x.scale);
+}
+
+// Multiplies what is unpacked with one row of activations.
+template <class Stored>
+struct Multiplied {
+    const Rounded* x;
+    Values total;
+    Sums dots[GROUPS<Stored>][Stored::parts];
+
+    INLINED void quad(int64_t g, int64_t q, Codes codes) {
+        Sums& dot = dots[g][q * Stored::parts / 8];
+        dot = plus_products(dot, as_unsigned<Stored>(codes), x[g].numbers + 4 * q);
+    }
+    INLINED void end(int64_t g, const Factors<Stored>& factors) {
+        total = plus_group(total, dots[g], factors, x[g]);
+    }
+};
+
+// Keeps what is unpacked for many rows of activations.
+template <class Stored>
+struct Group {
+    Codes quads[GROUP / 4];
+    Factors<Stored> factors;
+};
+
+template <class Stored>
+struct Kept {
+    Group<Stored>* groups;
+    INLINED void quad(int64_t g, int64_t q, Codes codes) { groups[g].quads[q] = as_unsigned<Stored>(codes); }
+    INLINED void end(int64_t g, const Factors<Stored>& factors) { groups[g].factors = factors; }
+};
+
+// Adds the products of `count` groups and ROWS rows of activations, `stride` groups apart, to their totals.
+template <class Stored, int ROWS>
+STEP void multiply(const Group<Stored>* group, int64_t count, const Rounded* x, int64_t stride, Values* totals) {
+    Values total[ROWS];
+    for (int r = 0; r < ROWS; ++r) total[r] = totals[r];
+    for (int64_t g = 0; g < count; ++g, ++x, ++group) {
+        Sums dots[ROWS][Stored::parts] = {};
+#pragma GCC unroll 8
+        for (int64_t q = 0; q < 8; ++q) {
+            const Codes w = group->quads[q];
+            for (int r = 0; r < ROWS; ++r) {
+                Sums& dot = dots[r][q * Stored::parts / 8];
+                dot = plus_products(dot, w, x[r * stride].numbers + 4 * q);
+            }
+        }
+        for (int r = 0; r < ROWS; ++r) total[r] = plus_group(total[r], dots[r], group->factors, x[r * stride]);
+    }
+    for (int r = 0; r < ROWS; ++r) totals[r] = total[r];
+}
+
+// Sixteen weight rows from `out` on. Lanes past the last row repeat it.
+template <class Stored>
+struct Source {
+    Rows rows;
+    Tiles tiles;
+    const uint8_t* next;  // the following weight rows, block by block
+
+    INLINED Source(const Product& p, int64_t out, int64_t last) {
+        const int64_t groups = groups_of(p.ins), size = groups / GROUPS<Stored> * Stored::bytes;
+        if (TILED<Stored>) {
+            const auto* scales = static_cast<const uint16_t*>(p.scale);
+            for (int64_t i = 0; i < 2; ++i) {
+                const int64_t block = std::min(out / LANES + i, (last - 1) / LANES);
+                tiles.tiles[i] = p.w + block * size;
+                tiles.scales[i] = scales + block * groups * LANES;
+            }
+            tiles.group = 0;
+            next = tiles.tiles[0] + 2 * size;
+        } else {
+            for (int64_t r = 0; r < WIDTH; ++r) rows.row[r] = p.w + std::min(out + r, last - 1) * size;
+            rows.block = 0;
+            next = rows.row[0] + WIDTH * size;
+        }
+    }
+
+    template <class To>
+    INLINED void block(To& to) {
+        constexpr int64_t bytes = (TILED<Stored> ? 2 : WIDTH) * Stored::bytes;
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
+        next += bytes;
+        if constexpr (TILED<Stored>) {
+            unpack(Stored(), tiles, to);
+            ++tiles.group;
+        } else {
+            unpack(Stored(), rows, to);
+            rows.block += Stored::bytes;
+        }
+    }
+};
+
+STEP void store(const Product& p, int64_t row, int64_t out, int64_t last, Values total) {
+    const auto lanes = static_cast<__mmask16>((1u << std::min<int64_t>(WIDTH, last - out)) - 1);
+    _mm512_mask_storeu_ps(p.y + row * p.stride + out - p.origin, lanes, reinterpret_cast<__m512>(total));
+}
+
+template <class Stored>
+TARGET void outputs_of_row(const Product& p, int64_t first, int64_t last) {
+    for (int64_t out = first; out < last; out += WIDTH) {
+        Source<Stored> weights(p, out, last);
+        Values total = {};
+        for (int64_t g = 0; g < groups_of(p.ins); g += GROUPS<Stored>) {
+            Multiplied<Stored> product = {p.rounded + g, total, {}};
+            weights.block(product);
+            total = product.total;
+        }
+        store(p, 0, out, last, total);
+    }
+}
+
+template <class Stored>
+TARGET void outputs(const Product& p, int64_t first, int64_t last) {
+    constexpr int64_t MANY = 64, AT_ONCE = 8;  // rows that share groups in cache, and the number of groups
+    if (p.rows == 1) return outputs_of_row<Stored>(p, first, last);
+    const int64_t groups = groups_of(p.ins);
+    for (int64_t row = 0; row < p.rows; row += MANY) {
+        const int64_t rows = std::min(MANY, p.rows - row);
+        for (int64_t out = first; out < last; out += WIDTH) {
+            Source<Stored> weights(p, out, last);
+            Values totals[MANY];
+            for (int64_t r = 0; r < rows; ++r) totals[r] = Values{};
+            for (int64_t g = 0; g < groups; g += AT_ONCE) {
+                Group<Stored> cached[AT_ONCE];
+                const int64_t count = std::min(AT_ONCE, groups - g);
+                for (int64_t i = 0; i < count; i += GROUPS<Stored>) {
+                    Kept<Stored> kept = {cached + i};
+                    weights.block(kept);
+                }
+                const Rounded* x = p.rounded + row * groups + g;
+                int64_t r = 0;
+                for (; r + 8 <= rows; r += 8) multiply<Stored, 8>(cached, count, x + r * groups, groups, totals + r);
+                for (; r + 4 <= rows; r += 4) multiply<Stored, 4>(cached, count, x + r * groups, groups, totals + r);
+                for (; r + 2 <= rows; r += 2) multiply<Stored, 2>(cached, count, x + r * groups, groups, totals + r);
+                for (; r < rows; ++r) multiply<Stored, 1>(cached, count, x + r * groups, groups, totals + r);
+            }
+            for (int64_t r = 0; r < rows; ++r) store(p, row + r, out, last, totals[r]);
+        }
+    }
+}
+
+#define OUTPUTS_OF(Stored) outputs<Stored>,
+const Work OUTPUTS[] = {EACH_BLOCKS(OUTPUTS_OF)};
+
+}  // namespace
+
+const Work* ggml_outputs_avx512() { return has_avx512() ? OUTPUTS : nullptr; }
+Work int8_outputs_avx512() { return has_avx512() ? outputs<Int8> : nullptr; }
+Work int4_outputs_avx512() { return has_avx512() ? outputs<Int4> : nullptr; }
+
+#else
+
+const Work* ggml_outputs_avx512() { return nullptr; }
+Work int8_outputs_avx512() { return nullptr; }
+Work int4_outputs_avx512() { return nullptr; }
+
+#endif

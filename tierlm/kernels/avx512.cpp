@@ -81,6 +81,10 @@ STEP Sums plus_sum(Sums sum, const Rounded& x, int64_t part, int32_t factor) {
 
 STEP Values spread(float x) { return reinterpret_cast<Values>(_mm512_set1_ps(x)); }
 STEP Values as_floats(Sums x) { return __builtin_convertvector(x, Values); }
+STEP Values fused(Values a, Values b, Values c) {
+    const auto same = [](Values x) INLINED { return reinterpret_cast<__m512>(x); };
+    return reinterpret_cast<Values>(_mm512_fmadd_ps(same(a), same(b), same(c)));
+}
 
 // Numbers as unsigned bytes: those that are SIGNED, plus 128.
 template <class Stored>
@@ -91,17 +95,11 @@ template <class Stored>
 STEP Values plus_group(Values total, const Sums* dots, const Factors<Stored>& factors, const Rounded& x) {
     constexpr int32_t bias = SIGNED<Stored> ? 128 : BIAS<Stored>;
     Values product = {};
-#pragma GCC unroll 2
     for (int64_t part = 0; part < Stored::parts; ++part) {
         const Values dot = as_floats(bias ? plus_sum<Stored>(dots[part], x, part, -bias) : dots[part]);
-        if (TILED<Stored>) {
-            const Values factor = factors.scales[0] * spread(x.scale);
-            return reinterpret_cast<Values>(_mm512_fmadd_ps(reinterpret_cast<__m512>(dot), reinterpret_cast<__m512>(factor),
-                                                            reinterpret_cast<__m512>(total)));
-        }
+        if (TILED<Stored>) return fused(dot, factors.scales[0] * spread(x.scale), total);
         product = part ? product + dot * factors.scales[part] : dot * factors.scales[part];
     }
-#pragma GCC unroll 2
     for (int64_t part = 0; Stored::minima && part < Stored::parts; ++part)
         product -= as_floats(plus_sum<Stored>(Sums{}, x, part, 1)) * factors.minima[part];
     return total + product * spread(x.scale);
@@ -185,6 +183,7 @@ struct Source {
     template <class To>
     INLINED void block(To& to) {
         constexpr int64_t bytes = (TILED<Stored> ? 2 : WIDTH) * Stored::bytes;
+#pragma GCC unroll 8
         for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
         next += bytes;
         if constexpr (TILED<Stored>) {

@@ -11,9 +11,9 @@
 #include <cstring>
 
 #ifdef TIERLM_AVX512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,f16c")))
 #else
-#define TARGET __attribute__((target("avx2")))
+#define TARGET __attribute__((target("avx2,f16c")))
 #endif
 #define INLINED TARGET __attribute__((always_inline))  // methods and lambdas
 #define STEP INLINED static inline

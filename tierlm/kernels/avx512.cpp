@@ -16,6 +16,8 @@
 
 namespace {
 
+constexpr int64_t MANY = 36, AT_ONCE = 8;  // rows that share groups in cache, and the number of groups
+
 // The formats of formats/tiles.py, and where two of their blocks of eight rows are.
 struct Int8 : Blocks<32, 256> {};
 struct Int4 : Blocks<32, 128> {};
@@ -63,9 +65,16 @@ STEP void unpack(Int4, const Tiles& tiles, To& to) {
     to.end(0, only<Int4>(tiles.scale()));
 }
 
-// Adds to each lane the products of its four bytes, unsigned, with the same four activations.
-STEP Sums plus_products(Sums sum, Codes w, const int8_t* x) {
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+// Four activations in each lane.
+STEP Codes spread(const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, sizeof quad);
+    return codes(_mm512_set1_epi32(quad));
+}
+
+// Adds to each lane the products of its four bytes, unsigned, with those of `x`, signed.
+STEP Sums plus_products(Sums sum, Codes w, Codes x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
 }
 
@@ -100,8 +109,10 @@ STEP Values plus_group(Values total, const Sums* dots, const Factors<Stored>& fa
         if (TILED<Stored>) return fused(dot, factors.scales[0] * spread(x.scale), total);
         product = part ? product + dot * factors.scales[part] : dot * factors.scales[part];
     }
-    for (int64_t part = 0; Stored::minima && part < Stored::parts; ++part)
-        product -= as_floats(plus_sum<Stored>(Sums{}, x, part, 1)) * factors.minima[part];
+    for (int64_t part = 0; Stored::minima && part < Stored::parts; ++part) {
+        const Values sum = Stored::parts == 1 ? spread(x.total) : as_floats(plus_sum<Stored>(Sums{}, x, part, 1));
+        product -= sum * factors.minima[part];
+    }
     return total + product * spread(x.scale);
 }
 
@@ -114,7 +125,7 @@ struct Multiplied {
 
     INLINED void quad(int64_t g, int64_t q, Codes codes) {
         Sums& dot = dots[g][q * Stored::parts / 8];
-        dot = plus_products(dot, as_unsigned<Stored>(codes), x[g].numbers + 4 * q);
+        dot = plus_products(dot, as_unsigned<Stored>(codes), spread(x[g].numbers + 4 * q));
     }
     INLINED void end(int64_t g, const Factors<Stored>& factors) {
         total = plus_group(total, dots[g], factors, x[g]);
@@ -135,24 +146,30 @@ struct Kept {
     INLINED void end(int64_t g, const Factors<Stored>& factors) { groups[g].factors = factors; }
 };
 
-// Adds the products of `count` groups and ROWS rows of activations, `stride` groups apart, to their totals.
+// Adds the products of `count` groups of twice sixteen weight rows and ROWS rows of activations, `stride` groups apart, to
+// their totals.
 template <class Stored, int ROWS>
 STEP void multiply(const Group<Stored>* group, int64_t count, const Rounded* x, int64_t stride, Values* totals) {
-    Values total[ROWS];
-    for (int r = 0; r < ROWS; ++r) total[r] = totals[r];
+    Values total[2 * ROWS];
+    for (int r = 0; r < 2 * ROWS; ++r) total[r] = totals[r];
     for (int64_t g = 0; g < count; ++g, ++x, ++group) {
-        Sums dots[ROWS][Stored::parts] = {};
+        Sums dots[2 * ROWS][Stored::parts] = {};
 #pragma GCC unroll 8
         for (int64_t q = 0; q < 8; ++q) {
-            const Codes w = group->quads[q];
+            const Codes low = group->quads[q], high = group[AT_ONCE].quads[q];
             for (int r = 0; r < ROWS; ++r) {
-                Sums& dot = dots[r][q * Stored::parts / 8];
-                dot = plus_products(dot, w, x[r * stride].numbers + 4 * q);
+                const Codes four = spread(x[r * stride].numbers + 4 * q);
+                Sums* dot = &dots[2 * r][q * Stored::parts / 8];
+                dot[0] = plus_products(dot[0], low, four);
+                dot[Stored::parts] = plus_products(dot[Stored::parts], high, four);
             }
         }
-        for (int r = 0; r < ROWS; ++r) total[r] = plus_group(total[r], dots[r], group->factors, x[r * stride]);
+        for (int r = 0; r < ROWS; ++r) {
+            total[2 * r] = plus_group(total[2 * r], dots[2 * r], group->factors, x[r * stride]);
+            total[2 * r + 1] = plus_group(total[2 * r + 1], dots[2 * r + 1], group[AT_ONCE].factors, x[r * stride]);
+        }
     }
-    for (int r = 0; r < ROWS; ++r) totals[r] = total[r];
+    for (int r = 0; r < 2 * ROWS; ++r) totals[r] = total[r];
 }
 
 // Sixteen weight rows from `out` on. Lanes past the last row repeat it.
@@ -160,9 +177,10 @@ template <class Stored>
 struct Source {
     Rows rows;
     Tiles tiles;
-    const uint8_t* next;  // the following weight rows, block by block
+    const uint8_t* next;  // fetched ahead, so that reads overlap computation; past a piece's end, another thread's or nothing
 
-    INLINED Source(const Product& p, int64_t out, int64_t last) {
+    // `ahead`: how many weight rows further on `next` begins.
+    INLINED Source(const Product& p, int64_t out, int64_t last, int64_t ahead) {
         const int64_t groups = groups_of(p.ins), size = groups / GROUPS<Stored> * Stored::bytes;
         if (TILED<Stored>) {
             const auto* scales = static_cast<const uint16_t*>(p.scale);
@@ -172,11 +190,11 @@ struct Source {
                 tiles.scales[i] = scales + block * groups * LANES;
             }
             tiles.group = 0;
-            next = tiles.tiles[0] + 2 * size;
+            next = tiles.tiles[0] + ahead / LANES * size;
         } else {
             for (int64_t r = 0; r < WIDTH; ++r) rows.row[r] = p.w + std::min(out + r, last - 1) * size;
             rows.block = 0;
-            next = rows.row[0] + WIDTH * size;
+            next = rows.row[0] + ahead * size;
         }
     }
 
@@ -204,7 +222,7 @@ STEP void store(const Product& p, int64_t row, int64_t out, int64_t last, Values
 template <class Stored>
 TARGET void outputs_of_row(const Product& p, int64_t first, int64_t last) {
     for (int64_t out = first; out < last; out += WIDTH) {
-        Source<Stored> weights(p, out, last);
+        Source<Stored> weights(p, out, last, WIDTH);
         Values total = {};
         for (int64_t g = 0; g < groups_of(p.ins); g += GROUPS<Stored>) {
             Multiplied<Stored> product = {p.rounded + g, total, {}};
@@ -217,30 +235,31 @@ TARGET void outputs_of_row(const Product& p, int64_t first, int64_t last) {
 
 template <class Stored>
 TARGET void outputs(const Product& p, int64_t first, int64_t last) {
-    constexpr int64_t MANY = 64, AT_ONCE = 8;  // rows that share groups in cache, and the number of groups
     if (p.rows == 1) return outputs_of_row<Stored>(p, first, last);
     const int64_t groups = groups_of(p.ins);
     for (int64_t row = 0; row < p.rows; row += MANY) {
         const int64_t rows = std::min(MANY, p.rows - row);
-        for (int64_t out = first; out < last; out += WIDTH) {
-            Source<Stored> weights(p, out, last);
-            Values totals[MANY];
-            for (int64_t r = 0; r < rows; ++r) totals[r] = Values{};
+        for (int64_t out = first; out < last; out += 2 * WIDTH) {
+            Source<Stored> low(p, out, last, 2 * WIDTH), high(p, std::min(out + WIDTH, last - 1), last, 2 * WIDTH);
+            Values totals[2 * MANY] = {};
             for (int64_t g = 0; g < groups; g += AT_ONCE) {
-                Group<Stored> cached[AT_ONCE];
+                Group<Stored> cached[2 * AT_ONCE];
                 const int64_t count = std::min(AT_ONCE, groups - g);
                 for (int64_t i = 0; i < count; i += GROUPS<Stored>) {
-                    Kept<Stored> kept = {cached + i};
-                    weights.block(kept);
+                    Kept<Stored> first_half = {cached + i}, second_half = {cached + AT_ONCE + i};
+                    low.block(first_half);
+                    high.block(second_half);
                 }
                 const Rounded* x = p.rounded + row * groups + g;
                 int64_t r = 0;
-                for (; r + 8 <= rows; r += 8) multiply<Stored, 8>(cached, count, x + r * groups, groups, totals + r);
-                for (; r + 4 <= rows; r += 4) multiply<Stored, 4>(cached, count, x + r * groups, groups, totals + r);
-                for (; r + 2 <= rows; r += 2) multiply<Stored, 2>(cached, count, x + r * groups, groups, totals + r);
-                for (; r < rows; ++r) multiply<Stored, 1>(cached, count, x + r * groups, groups, totals + r);
+                for (; r + 6 <= rows; r += 6) multiply<Stored, 6>(cached, count, x + r * groups, groups, totals + 2 * r);
+                for (; r + 2 <= rows; r += 2) multiply<Stored, 2>(cached, count, x + r * groups, groups, totals + 2 * r);
+                if (r < rows) multiply<Stored, 1>(cached, count, x + r * groups, groups, totals + 2 * r);
             }
-            for (int64_t r = 0; r < rows; ++r) store(p, row + r, out, last, totals[r]);
+            for (int64_t r = 0; r < rows; ++r) {
+                store(p, row + r, out, last, totals[2 * r]);
+                if (out + WIDTH < last) store(p, row + r, out + WIDTH, last, totals[2 * r + 1]);
+            }
         }
     }
 }

@@ -12,10 +12,11 @@ INLINE int64_t groups_of(int64_t ins) { return (ins + GROUP - 1) / GROUP; }
 struct Rounded {
     float scale;
     int16_t sums[2];  // of the numbers in each half
+    float total;      // of all numbers
     int8_t numbers[GROUP];
     int32_t sum() const { return sums[0] + sums[1]; }
 };
-static_assert(sizeof(Rounded) == 40, "no padding");
+static_assert(sizeof(Rounded) == 44, "no padding");
 
 struct Product {
     const float* x;          // [rows, ins]

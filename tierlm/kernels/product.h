@@ -51,6 +51,9 @@ Work int4_outputs_x86();
 Work int8_outputs_avx512();
 Work int4_outputs_avx512();
 
+// `outputs` of FLOAT_FORMATS by AVX-512, with the bits of AVX2; null: this processor has none.
+const Work* float_outputs_avx512();
+
 // Rounds columns `first` to `last` of x [rows, ins]; `first` begins a group.
 void round_activations(const float* x, Rounded* rounded, int64_t rows, int64_t ins, int64_t first, int64_t last);
 

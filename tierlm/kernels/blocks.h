@@ -50,4 +50,4 @@ INLINE int32_t sum_of(const Rounded& x, int64_t part) {
 
 // The fastest x86 kernels for rounded activations on this processor, in the same order; null: use the portable ones.
 const Work* ggml_outputs_avx512();
-const Work* ggml_outputs_x86();
+const Work* ggml_outputs_avx2();

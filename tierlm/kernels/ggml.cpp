@@ -130,7 +130,7 @@ static_assert(GGML == 2 * COUNT, "all, each with rounded and unrounded activatio
 
 Work best(int number, Work plain) {
     const Work* x86 = ggml_outputs_avx512();
-    if (!x86) x86 = ggml_outputs_x86();
+    if (!x86) x86 = ggml_outputs_avx2();
     return x86 ? x86[number] : plain;
 }
 

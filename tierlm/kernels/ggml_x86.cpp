@@ -1,4 +1,4 @@
-// Rounded activations times the blocks of GGUF files by x86 byte products, eight weight rows at a time. The target has
+// Rounded activations times the blocks of GGUF files by the byte products of AVX2, eight weight rows at a time. The target has
 // no FMA, see blocks.h.
 
 #include "unpack_k_x86.h"
@@ -25,7 +25,7 @@ struct Kept {
 };
 
 // Adds the products of a tile and ROWS rows of activations, `groups` apart, to their totals.
-template <class Stored, class Isa, int ROWS>
+template <class Stored, int ROWS>
 STEP void multiply(const Group<Stored>* group, const Rounded* x, int64_t groups, __m256* totals) {
     constexpr int64_t QUADS = GROUP / 4 / Stored::parts;
     for (int64_t g = 0; g < GROUPS<Stored>; ++g, ++x, ++group) {
@@ -39,16 +39,15 @@ STEP void multiply(const Group<Stored>* group, const Rounded* x, int64_t groups,
                 for (int r = 0; r < ROWS; ++r) {
                     const int8_t* numbers = x[r * groups].numbers + 4 * q;
                     if (SIGNED<Stored>) {
-                        dots[r] = Isa::add8(Isa::add8(dots[r], w, four(numbers)), w2, four(numbers + 4));
+                        dots[r] = add8(add8(dots[r], w, four(numbers)), w2, four(numbers + 4));
                     } else {
-                        dots[r] = Isa::add6(dots[r], w, four(numbers), w2, four(numbers + 4));
+                        dots[r] = add6(dots[r], w, four(numbers), w2, four(numbers + 4));
                     }
                     if (ROWS > 1) settle(dots[r]);
                 }
             }
             for (int r = 0; r < ROWS; ++r) {
                 const int32_t of_x = sum_of<Stored>(x[r * groups], part);
-                if (SIGNED<Stored>) dots[r] = Isa::end8(dots[r], of_x);
                 if (BIAS<Stored>) dots[r] = _mm256_sub_epi32(dots[r], _mm256_set1_epi32(BIAS<Stored> * of_x));
                 const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[r]), reinterpret_cast<__m256>(group->factors.scales[part]));
                 products[r] = part ? _mm256_add_ps(products[r], product) : product;
@@ -65,7 +64,7 @@ STEP void multiply(const Group<Stored>* group, const Rounded* x, int64_t groups,
     }
 }
 
-template <class Stored, class Isa>
+template <class Stored>
 TARGET void outputs(const Product& p, int64_t first, int64_t last) {
     constexpr int64_t MANY = 32;  // rows that share a tile
     const int64_t groups = groups_of(p.ins), blocks = p.ins / Stored::columns, size = blocks * Stored::bytes;
@@ -88,10 +87,10 @@ TARGET void outputs(const Product& p, int64_t first, int64_t last) {
                 unpack(Stored(), weights, kept);
                 const Rounded* x = p.rounded + row * groups + b * GROUPS<Stored>;
                 int64_t r = 0;
-                for (; r + 4 <= rows; r += 4) multiply<Stored, Isa, 4>(tile, x + r * groups, groups, totals + r);
-                if (rows - r == 3) multiply<Stored, Isa, 3>(tile, x + r * groups, groups, totals + r);
-                if (rows - r == 2) multiply<Stored, Isa, 2>(tile, x + r * groups, groups, totals + r);
-                if (rows - r == 1) multiply<Stored, Isa, 1>(tile, x + r * groups, groups, totals + r);
+                for (; r + 4 <= rows; r += 4) multiply<Stored, 4>(tile, x + r * groups, groups, totals + r);
+                if (rows - r == 3) multiply<Stored, 3>(tile, x + r * groups, groups, totals + r);
+                if (rows - r == 2) multiply<Stored, 2>(tile, x + r * groups, groups, totals + r);
+                if (rows - r == 1) multiply<Stored, 1>(tile, x + r * groups, groups, totals + r);
             }
             const size_t count = std::min<int64_t>(LANES, last - out) * sizeof(float);
             float* y = p.y + row * p.stride + out - p.origin;
@@ -100,16 +99,15 @@ TARGET void outputs(const Product& p, int64_t first, int64_t last) {
     }
 }
 
-#define OUTPUTS_OF(Stored) outputs<Stored, Isa>,
-template <class Isa>
+#define OUTPUTS_OF(Stored) outputs<Stored>,
 const Work OUTPUTS[] = {EACH_BLOCKS(OUTPUTS_OF)};
 
 }  // namespace
 
-const Work* ggml_outputs_x86() { return !has_avx2() ? nullptr : has_vnni() ? OUTPUTS<Vnni> : OUTPUTS<Maddubs>; }
+const Work* ggml_outputs_avx2() { return has_avx2() ? OUTPUTS : nullptr; }
 
 #else
 
-const Work* ggml_outputs_x86() { return nullptr; }
+const Work* ggml_outputs_avx2() { return nullptr; }
 
 #endif

@@ -46,8 +46,8 @@ extern const Format GGML_FORMATS[GGML];     // those of blocks.h, and all with u
 extern const Format NIBBLE_FORMATS[NIBBLES];  // mxfp4, and int4 in groups of 32, 64 and 128
 
 // The fastest x86 kernels for rounded activations times int8 and int4 on this processor; null: use the portable ones.
-Work int8_outputs_x86();
-Work int4_outputs_x86();
+Work int8_outputs_avx2();
+Work int4_outputs_avx2();
 Work int8_outputs_avx512();
 Work int4_outputs_avx512();
 

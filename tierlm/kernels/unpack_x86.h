@@ -49,7 +49,7 @@ constexpr bool SIGNED<IQ4_XS> = true;
 STEP __m128i sixteen(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
 // of_rows: sixteen bytes of rows `r`, `r` + 4 and so on. looked_up: bytes of a table. half: float16 in the low 16 bits of
-// each lane; the conversion is as fast for subnormal numbers, which scales often are.
+// each lane.
 #ifdef TIERLM_AVX512
 STEP Raw joined(__m128i a, __m128i b, __m128i c, __m128i d) {
     const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1);

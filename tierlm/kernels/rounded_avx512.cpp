@@ -116,14 +116,25 @@ STEP Values plus_group(Values total, const Sums* dots, const Factors<Stored>& fa
     return total + product * spread(x.scale);
 }
 
+// Fetches a part of sixteen rows of a later block, so that reads overlap computation. In small parts: a processor has few
+// reads in flight, and loads would wait for them. Past a piece's end lie another thread's weights, or nothing.
+template <class Stored>
+STEP void fetch_ahead(const uint8_t* next, int64_t g, int64_t q) {
+    constexpr int64_t lines = ((TILED<Stored> ? 2 : WIDTH) * Stored::bytes + 63) / 64, parts = GROUPS<Stored> * 8;
+    for (int64_t i = (8 * g + q) * lines / parts; i < (8 * g + q + 1) * lines / parts; ++i)
+        _mm_prefetch(next + 64 * i, _MM_HINT_T0);
+}
+
 // Multiplies what is unpacked with one row of activations.
 template <class Stored>
 struct Multiplied {
+    const uint8_t* next;
     const Rounded* x;
     Values total;
     Sums dots[GROUPS<Stored>][Stored::parts];
 
     INLINED void quad(int64_t g, int64_t q, Codes codes) {
+        fetch_ahead<Stored>(next, g, q);
         Sums& dot = dots[g][q * Stored::parts / 8];
         dot = plus_products(dot, as_unsigned<Stored>(codes), spread(x[g].numbers + 4 * q));
     }
@@ -141,8 +152,12 @@ struct Group {
 
 template <class Stored>
 struct Kept {
+    const uint8_t* next;
     Group<Stored>* groups;
-    INLINED void quad(int64_t g, int64_t q, Codes codes) { groups[g].quads[q] = as_unsigned<Stored>(codes); }
+    INLINED void quad(int64_t g, int64_t q, Codes codes) {
+        fetch_ahead<Stored>(next, g, q);
+        groups[g].quads[q] = as_unsigned<Stored>(codes);
+    }
     INLINED void end(int64_t g, const Factors<Stored>& factors) { groups[g].factors = factors; }
 };
 
@@ -177,7 +192,7 @@ template <class Stored>
 struct Source {
     Rows rows;
     Tiles tiles;
-    const uint8_t* next;  // fetched ahead, so that reads overlap computation; past a piece's end, another thread's or nothing
+    const uint8_t* next;  // fetched ahead
 
     // `ahead`: how many weight rows further on `next` begins.
     INLINED Source(const Product& p, int64_t out, int64_t last, int64_t ahead) {
@@ -200,10 +215,8 @@ struct Source {
 
     template <class To>
     INLINED void block(To& to) {
-        constexpr int64_t bytes = (TILED<Stored> ? 2 : WIDTH) * Stored::bytes;
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
-        next += bytes;
+        to.next = next;
+        next += (TILED<Stored> ? 2 : WIDTH) * Stored::bytes;
         if constexpr (TILED<Stored>) {
             unpack(Stored(), tiles, to);
             ++tiles.group;
@@ -225,7 +238,7 @@ TARGET void outputs_of_row(const Product& p, int64_t first, int64_t last) {
         Source<Stored> weights(p, out, last, WIDTH);
         Values total = {};
         for (int64_t g = 0; g < groups_of(p.ins); g += GROUPS<Stored>) {
-            Multiplied<Stored> product = {p.rounded + g, total, {}};
+            Multiplied<Stored> product = {nullptr, p.rounded + g, total, {}};
             weights.block(product);
             total = product.total;
         }
@@ -246,7 +259,7 @@ TARGET void outputs(const Product& p, int64_t first, int64_t last) {
                 Group<Stored> cached[2 * AT_ONCE];
                 const int64_t count = std::min(AT_ONCE, groups - g);
                 for (int64_t i = 0; i < count; i += GROUPS<Stored>) {
-                    Kept<Stored> first_half = {cached + i}, second_half = {cached + AT_ONCE + i};
+                    Kept<Stored> first_half = {nullptr, cached + i}, second_half = {nullptr, cached + AT_ONCE + i};
                     low.block(first_half);
                     high.block(second_half);
                 }

@@ -38,6 +38,7 @@ STEP void two_bits(const Rows& rows, int64_t at, int64_t g, To& to, Number numbe
     more_words(rows, at + 8 * g, four);
 #pragma GCC unroll 8
     for (int64_t q = 0; q < 8; ++q)
+#pragma GCC unroll 4
         for (int64_t i = g; i < g + 4; ++i) to.quad(i, q, number(four[q] >> 2 * (i - g) & 0x03030303u, i, q));
 }
 
@@ -59,6 +60,7 @@ STEP void unpack(Q2_K, const Rows& rows, To& to) {
 #pragma GCC unroll 8
     for (int64_t g = 0; g < 8; g += 4) {
         two_bits(rows, 16, g, to, [](Codes codes, int64_t, int64_t) INLINED { return codes; });
+#pragma GCC unroll 4
         for (int64_t i = g; i < g + 4; ++i) to.end(i, factors(i));
     }
 }
@@ -78,6 +80,7 @@ STEP void unpack(Q3_K, const Rows& rows, To& to) {
         two_bits(rows, 32, g, to, [&](Codes codes, int64_t i, int64_t q) INLINED {
             return codes | one_bit<2>(eight[q], i);
         });
+#pragma GCC unroll 4
         for (int64_t i = g; i < g + 4; ++i) to.end(i, both<Q3_K>(scale_at(2 * i), scale_at(2 * i + 1)));
     }
 }
@@ -115,6 +118,7 @@ STEP void four_bits(const Rows& rows, int64_t at, To& to, Number number) {
         for (int64_t part = 0; part < 8; part += 4) {
             Codes both[4];
             words(rows, at + 16 * g + 4 * part, both);
+#pragma GCC unroll 4
             for (int64_t q = part; q < part + 4; ++q) {
                 to.quad(g, q, number(low_nibbles(both[q - part]), g, q));
                 to.quad(g + 1, q, number(high_nibbles(both[q - part]), g + 1, q));
@@ -158,6 +162,7 @@ STEP void unpack(Q6_K, const Rows& rows, To& to) {
             words(rows, 16 * g + 16 * part, first);
             words(rows, 16 * g + 16 * part + 32, second);
             words(rows, 128 + 8 * g + 16 * part, high);
+#pragma GCC unroll 4
             for (int64_t i = 0; i < 4; ++i) {
                 const int64_t q = 4 * part + i;
                 to.quad(g, q, six_bits(low_nibbles(first[i]), high[i] << 4));
@@ -166,6 +171,7 @@ STEP void unpack(Q6_K, const Rows& rows, To& to) {
                 to.quad(g + 3, q, six_bits(high_nibbles(second[i]), high[i] >> 2));
             }
         }
+#pragma GCC unroll 4
         for (int64_t i = g; i < g + 4; ++i) to.end(i, both<Q6_K>(scale_at(2 * i), scale_at(2 * i + 1)));
     }
 }

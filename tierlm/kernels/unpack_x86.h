@@ -125,6 +125,7 @@ template <class To, class Number>
 STEP void nibbles(const Rows& rows, int64_t at, int64_t g, To& to, Number number) {
     Codes both[4];
     words(rows, at, both);
+#pragma GCC unroll 4
     for (int64_t q = 0; q < 4; ++q) {
         to.quad(g, q, number(low_nibbles(both[q]), q));
         to.quad(g, q + 4, number(high_nibbles(both[q]), q + 4));

@@ -1,5 +1,5 @@
-// The products of floats.cpp by AVX-512. A vector holds both of its accumulators, so sums have the same order, and the same
-// bits as with AVX2.
+// The products of floats.cpp by AVX-512. A vector holds both of its accumulators, so sums have the same order and the
+// same bits as with AVX2.
 
 #define TIERLM_AVX512
 
@@ -11,7 +11,7 @@ namespace {
 
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 
-// Each struct loads sixteen stored values as float32; or one.
+// Each struct loads sixteen stored values as float32.
 struct Float32 {
     static constexpr int size = 4;
     STEP Values load(const uint8_t* p) { return *reinterpret_cast<const Sixteen*>(p); }
@@ -49,7 +49,7 @@ STEP float one(const uint8_t* p) {
     return Stored::load(padded)[0];
 }
 
-// OUTS weight rows times ROWS activation rows, as `tile` in floats.cpp.
+// OUTS weight rows times ROWS activation rows, with the sums of `tile` in floats.cpp.
 template <class Stored, int OUTS, int ROWS>
 STEP void tile(const Product& p, int64_t out, int64_t row) {
     const auto* scales = static_cast<const float*>(p.scale);

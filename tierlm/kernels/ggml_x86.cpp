@@ -1,5 +1,5 @@
-// Rounded activations times the blocks of GGUF files by the byte products of AVX2, eight weight rows at a time. The target has
-// no FMA, see blocks.h.
+// Rounded activations times the blocks of GGUF files by the byte products of AVX2, eight weight rows at a time. The
+// target has no FMA, see blocks.h.
 
 #include "unpack_k_x86.h"
 
@@ -9,7 +9,7 @@
 
 namespace {
 
-// A group of each row. `quads[q]`: columns 4 q to 4 q + 3 of each row, in lanes.
+// A group of each row.
 template <class Stored>
 struct Group {
     Codes quads[GROUP / 4];
@@ -49,7 +49,7 @@ STEP void multiply(const Group<Stored>* group, const Rounded* x, int64_t groups,
             for (int r = 0; r < ROWS; ++r) {
                 const int32_t of_x = sum_of<Stored>(x[r * groups], part);
                 if (BIAS<Stored>) dots[r] = _mm256_sub_epi32(dots[r], _mm256_set1_epi32(BIAS<Stored> * of_x));
-                const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[r]), reinterpret_cast<__m256>(group->factors.scales[part]));
+                const Values product = as_floats(codes(dots[r])) * group->factors.scales[part];
                 products[r] = part ? _mm256_add_ps(products[r], product) : product;
             }
         }
@@ -57,7 +57,7 @@ STEP void multiply(const Group<Stored>* group, const Rounded* x, int64_t groups,
             const Rounded& of_row = x[r * groups];
             for (int64_t part = 0; Stored::minima && part < Stored::parts; ++part) {
                 const __m256 sum = _mm256_set1_ps(static_cast<float>(sum_of<Stored>(of_row, part)));
-                products[r] = _mm256_sub_ps(products[r], _mm256_mul_ps(sum, reinterpret_cast<__m256>(group->factors.minima[part])));
+                products[r] -= sum * group->factors.minima[part];
             }
             totals[r] = _mm256_add_ps(totals[r], _mm256_mul_ps(products[r], _mm256_set1_ps(of_row.scale)));
         }

@@ -1,5 +1,5 @@
-// Rounded activations times int8, int4 and the blocks of GGUF files by AVX-512 VNNI, sixteen weight rows at a time. They
-// give the same bits as other processors: sums of integers are exact, and those of floats have the same order.
+// Rounded activations times int8, int4 and the blocks of GGUF files by AVX-512 VNNI, sixteen weight rows at a time. The
+// same bits as on other processors: sums of integers are exact, and those of floats have the same order.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #else
@@ -84,7 +84,7 @@ STEP Sums plus_sum(Sums sum, const Rounded& x, int64_t part, int32_t factor) {
     const uint32_t first = Stored::parts == 1 || part == 0 ? factor & 0xffff : 0;
     const uint32_t second = Stored::parts == 1 || part == 1 ? factor & 0xffff : 0;
     const Codes factors = codes(_mm512_set1_epi32(static_cast<int32_t>(first | second << 16)));
-    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(factors), "m"(*reinterpret_cast<const int16_t(*)[2]>(x.sums)));
+    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(factors), "m"(x.sums));
     return sum;
 }
 
@@ -116,8 +116,8 @@ STEP Values plus_group(Values total, const Sums* dots, const Factors<Stored>& fa
     return total + product * spread(x.scale);
 }
 
-// Fetches a part of sixteen rows of a later block, so that reads overlap computation. In small parts: a processor has few
-// reads in flight, and loads would wait for them. Past a piece's end lie another thread's weights, or nothing.
+// Fetches a part of sixteen rows of a later block, so that reads overlap computation. In small parts, since a processor
+// has few reads in flight, and loads wait for one. Past a piece's end lie another thread's weights, or nothing.
 template <class Stored>
 STEP void fetch_ahead(const uint8_t* next, int64_t g, int64_t q) {
     constexpr int64_t lines = ((TILED<Stored> ? 2 : WIDTH) * Stored::bytes + 63) / 64, parts = GROUPS<Stored> * 8;
@@ -161,8 +161,8 @@ struct Kept {
     INLINED void end(int64_t g, const Factors<Stored>& factors) { groups[g].factors = factors; }
 };
 
-// Adds the products of `count` groups of twice sixteen weight rows and ROWS rows of activations, `stride` groups apart, to
-// their totals.
+// Adds the products of `count` groups of twice sixteen weight rows and ROWS rows of activations, `stride` groups apart,
+// to their totals.
 template <class Stored, int ROWS>
 STEP void multiply(const Group<Stored>* group, int64_t count, const Rounded* x, int64_t stride, Values* totals) {
     Values total[2 * ROWS];
@@ -174,9 +174,9 @@ STEP void multiply(const Group<Stored>* group, int64_t count, const Rounded* x, 
             const Codes low = group->quads[q], high = group[AT_ONCE].quads[q];
             for (int r = 0; r < ROWS; ++r) {
                 const Codes four = spread(x[r * stride].numbers + 4 * q);
-                Sums* dot = &dots[2 * r][q * Stored::parts / 8];
-                dot[0] = plus_products(dot[0], low, four);
-                dot[Stored::parts] = plus_products(dot[Stored::parts], high, four);
+                Sums &of_low = dots[2 * r][q * Stored::parts / 8], &of_high = dots[2 * r + 1][q * Stored::parts / 8];
+                of_low = plus_products(of_low, low, four);
+                of_high = plus_products(of_high, high, four);
             }
         }
         for (int r = 0; r < ROWS; ++r) {
@@ -265,8 +265,10 @@ TARGET void outputs(const Product& p, int64_t first, int64_t last) {
                 }
                 const Rounded* x = p.rounded + row * groups + g;
                 int64_t r = 0;
-                for (; r + 6 <= rows; r += 6) multiply<Stored, 6>(cached, count, x + r * groups, groups, totals + 2 * r);
-                for (; r + 2 <= rows; r += 2) multiply<Stored, 2>(cached, count, x + r * groups, groups, totals + 2 * r);
+                for (; r + 6 <= rows; r += 6)
+                    multiply<Stored, 6>(cached, count, x + r * groups, groups, totals + 2 * r);
+                for (; r + 2 <= rows; r += 2)
+                    multiply<Stored, 2>(cached, count, x + r * groups, groups, totals + 2 * r);
                 if (r < rows) multiply<Stored, 1>(cached, count, x + r * groups, groups, totals + 2 * r);
             }
             for (int64_t r = 0; r < rows; ++r) {

@@ -31,9 +31,9 @@ struct Matrix {
     Product times(const float* x, const Rounded* rounded, float* y, int64_t rows) const {
         return {x, rounded, data, scale, y, rows, ins, outs, outs};
     }
-    // Rows per unit of work, about 256 Ki weights: enough that kernels seldom fetch ahead what another thread will compute,
-    // few enough to balance threads. A multiple of GROUP: whole tiles, and whole groups when an expert's inner values
-    // are rounded for `down`.
+    // Rows per unit of work, about 256 Ki weights: enough that kernels seldom fetch ahead what another thread will
+    // compute, few enough to balance threads. A multiple of GROUP: whole tiles, and whole groups when an expert's inner
+    // values are rounded for `down`.
     int64_t piece() const { return std::max<int64_t>(GROUP, 262144 / std::max<int64_t>(ins, 1) / GROUP * GROUP); }
     int64_t pieces() const { return (outs + piece() - 1) / piece(); }
 };

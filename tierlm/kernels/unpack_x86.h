@@ -22,8 +22,8 @@ struct Factors {
     Values scales[Stored::parts], minima[Stored::parts];
 };
 
-// A quad is columns 4 q to 4 q + 3 of each row, in lanes. They are bytes: the numbers, SIGNED, or the numbers plus BIAS,
-// from 0 to 63.
+// Quad q of a group is columns 4 q to 4 q + 3 of each row, in lanes. They are bytes: the numbers, SIGNED, or the
+// numbers plus BIAS, from 0 to 63.
 template <class Stored>
 constexpr int32_t BIAS = 0;
 template <>
@@ -48,8 +48,8 @@ constexpr bool SIGNED<IQ4_XS> = true;
 
 STEP __m128i sixteen(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
-// of_rows: sixteen bytes of rows `r`, `r` + 4 and so on. looked_up: bytes of a table. half: float16 in the low 16 bits of
-// each lane.
+// of_rows: sixteen bytes of rows `r`, `r` + 4 and so on. looked_up: bytes of a table. half: float16 in the low 16 bits
+// of each lane.
 #ifdef TIERLM_AVX512
 STEP Raw joined(__m128i a, __m128i b, __m128i c, __m128i d) {
     const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1);
@@ -120,7 +120,7 @@ STEP Codes number_of(const int8_t* numbers, int32_t bias, Codes at) {
     return looked_up(_mm_add_epi8(table, _mm_set1_epi8(static_cast<char>(bias))), at);
 }
 
-// Two codes a byte, as in unpack.h, of group `g`, whose bytes begin at `at`; `number` of a quad's codes is what is stored.
+// Two codes a byte, as in unpack.h, of group `g`, whose bytes begin at `at`. `number` makes a quad of its codes.
 template <class To, class Number>
 STEP void nibbles(const Rows& rows, int64_t at, int64_t g, To& to, Number number) {
     Codes both[4];

@@ -16,6 +16,9 @@ struct Blocks {
     static constexpr bool minima = MINIMA;
 };
 
+template <class Stored>
+constexpr int64_t GROUPS = Stored::columns / GROUP;
+
 struct Q8_0 : Blocks<32, 34> {};
 struct Q4_0 : Blocks<32, 18> {};
 struct Q4_1 : Blocks<32, 20, 1, true> {};
@@ -46,4 +49,5 @@ INLINE int32_t sum_of(const Rounded& x, int64_t part) {
 }
 
 // The fastest x86 kernels for rounded activations on this processor, in the same order; null: use the portable ones.
-const Work* ggml_outputs_x86();
+const Work* ggml_outputs_avx512();
+const Work* ggml_outputs_avx2();

@@ -165,11 +165,16 @@ CLONES void widened_float8(const Product& p, int64_t first, int64_t last) {
     }
 }
 
+Work best(int number, Work plain) {
+    const Work* avx512 = float_outputs_avx512();
+    return avx512 ? avx512[number] : plain;
+}
+
 }  // namespace
 
 const Format FLOAT_FORMATS[FLOATS] = {
-    {outputs_float32, rows_float32, nullptr, false},
-    {outputs_bfloat16, rows_bfloat16, nullptr, false},
-    {outputs_float16, rows_float16, nullptr, false},
-    {outputs_float8, rows_float8, widened_float8, false},
+    {best(0, outputs_float32), rows_float32, nullptr, false},
+    {best(1, outputs_bfloat16), rows_bfloat16, nullptr, false},
+    {best(2, outputs_float16), rows_float16, nullptr, false},
+    {best(3, outputs_float8), rows_float8, widened_float8, false},
 };

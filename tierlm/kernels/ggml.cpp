@@ -129,7 +129,8 @@ enum { EACH_BLOCKS(NUMBER) COUNT };
 static_assert(GGML == 2 * COUNT, "all, each with rounded and unrounded activations");
 
 Work best(int number, Work plain) {
-    const Work* x86 = ggml_outputs_x86();
+    const Work* x86 = ggml_outputs_avx512();
+    if (!x86) x86 = ggml_outputs_avx2();
     return x86 ? x86[number] : plain;
 }
 

@@ -12,10 +12,11 @@ INLINE int64_t groups_of(int64_t ins) { return (ins + GROUP - 1) / GROUP; }
 struct Rounded {
     float scale;
     int16_t sums[2];  // of the numbers in each half
+    float total;      // of all numbers
     int8_t numbers[GROUP];
     int32_t sum() const { return sums[0] + sums[1]; }
 };
-static_assert(sizeof(Rounded) == 40, "no padding");
+static_assert(sizeof(Rounded) == 44, "no padding");
 
 struct Product {
     const float* x;          // [rows, ins]
@@ -49,8 +50,13 @@ extern const Format FLOAT8_FORMATS[FLOAT8];    // scales of blocks in bfloat16; 
 extern const Format TRANSPOSED_FORMATS[TRANSPOSED];  // those of transposed.h, and all with unrounded activations
 
 // The fastest x86 kernels for rounded activations times int8 and int4 on this processor; null: use the portable ones.
-Work int8_outputs_x86();
-Work int4_outputs_x86();
+Work int8_outputs_avx2();
+Work int4_outputs_avx2();
+Work int8_outputs_avx512();
+Work int4_outputs_avx512();
+
+// `outputs` of FLOAT_FORMATS by AVX-512, with the bits of AVX2; null: this processor has none.
+const Work* float_outputs_avx512();
 
 // Rounds columns `first` to `last` of x [rows, ins]; `first` begins a group.
 void round_activations(const float* x, Rounded* rounded, int64_t rows, int64_t ins, int64_t first, int64_t last);

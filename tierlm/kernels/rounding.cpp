@@ -48,6 +48,7 @@ INLINE void round_group(const float* x, int64_t count, Rounded* to) {
         to->sums[half] = 0;
         for (int i = 0; i < LANES; ++i) to->sums[half] += static_cast<int16_t>(sums[half][i]);
     }
+    to->total = static_cast<float>(to->sum());
 }
 
 // The bits of the nearest float16, clamped to its finite range.

@@ -35,11 +35,12 @@ struct Matrix {
     Product times(const float* x, const Rounded* rounded, float* y, int64_t rows) const {
         return {x, rounded, data, scale, y, rows, ins, outs, outs, 0, extra};
     }
-    // Rows per unit of work, about 64 Ki weights: large enough to amortise scheduling, small enough to balance threads.
-    // A multiple of GROUP: whole tiles, and whole groups when an expert's inner values are rounded for `down`.
+    // Rows per unit of work, about 256 Ki weights: enough that kernels seldom fetch ahead what another thread will
+    // compute, few enough to balance threads. A multiple of GROUP: whole tiles, and whole groups when an expert's inner
+    // values are rounded for `down`.
     int64_t piece() const {
         const int64_t least = as().least;
-        return std::max(least, 65536 / std::max<int64_t>(ins, 1) / least * least);
+        return std::max(least, 262144 / std::max<int64_t>(ins, 1) / least * least);
     }
     int64_t pieces() const { return (outs + piece() - 1) / piece(); }
 };

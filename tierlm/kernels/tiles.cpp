@@ -149,8 +149,8 @@ Work either(Work best, Work plain) { return best ? best : plain; }
 }  // namespace
 
 const Format TILE_FORMATS[TILES] = {
-    {either(int8_outputs_x86(), plain_int8), rows_int8, widened_int8, true},
-    {either(int4_outputs_x86(), plain_int4), rows_int4, widened_int4, true},
+    {either(int8_outputs_avx512(), either(int8_outputs_avx2(), plain_int8)), rows_int8, widened_int8, true},
+    {either(int4_outputs_avx512(), either(int4_outputs_avx2(), plain_int4)), rows_int4, widened_int4, true},
     {exact_int8, rows_int8, widened_int8, false},
     {exact_int4, rows_int4, widened_int4, false},
 };

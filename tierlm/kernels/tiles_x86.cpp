@@ -1,5 +1,4 @@
-// Rounded activations times tiles of int8 and int4 by x86 byte products: AVX2, or AVX-512 VNNI on 256-bit vectors. Both
-// give the same integer sums, and so the same bits.
+// Rounded activations times tiles of int8 and int4 by the byte products of AVX2.
 
 #include "x86.h"
 
@@ -15,7 +14,7 @@ STEP __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast
 
 struct Int4 {
     static constexpr int64_t tile = 128;
-    template <class Isa, int ROWS>
+    template <int ROWS>
     STEP void add(__m256i* sums, const uint8_t* w, const Rounded* x, int64_t groups) {
         const __m256i low = _mm256_set1_epi8(15);
         for (int v = 0; v < 4; ++v) {
@@ -24,27 +23,26 @@ struct Int4 {
             const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
             for (int r = 0; r < ROWS; ++r) {
                 const int8_t* numbers = x[r * groups].numbers + 4 * v;
-                sums[r] = Isa::add4(sums[r], lower, four(numbers));
-                sums[r] = Isa::add4(sums[r], upper, four(numbers + 16));
+                sums[r] = add4(sums[r], lower, four(numbers));
+                sums[r] = add4(sums[r], upper, four(numbers + 16));
                 if (ROWS > 1) settle(sums[r]);
             }
         }
-        for (int r = 0; r < ROWS; ++r) sums[r] = Isa::end4(sums[r], x[r * groups].sum());
+        for (int r = 0; r < ROWS; ++r) sums[r] = end4(sums[r], x[r * groups].sum());
     }
 };
 
 struct Int8 {
     static constexpr int64_t tile = 256;
-    template <class Isa, int ROWS>
+    template <int ROWS>
     STEP void add(__m256i* sums, const uint8_t* w, const Rounded* x, int64_t groups) {
         for (int q = 0; q < 8; ++q) {
             const __m256i quad = load(w + 32 * q);
             for (int r = 0; r < ROWS; ++r) {
-                sums[r] = Isa::add8(sums[r], quad, four(x[r * groups].numbers + 4 * q));
+                sums[r] = add8(sums[r], quad, four(x[r * groups].numbers + 4 * q));
                 if (ROWS > 1) settle(sums[r]);
             }
         }
-        for (int r = 0; r < ROWS; ++r) sums[r] = Isa::end8(sums[r], x[r * groups].sum());
     }
 };
 
@@ -53,7 +51,7 @@ struct Int8 {
 constexpr int64_t AHEAD = 2048;
 
 // Unpacks each tile once for ROWS rows of activations.
-template <class Stored, class Isa, int ROWS>
+template <class Stored, int ROWS>
 FMA void outputs_of_rows(const Product& p, int64_t first, int64_t last, int64_t row) {
     const int64_t groups = groups_of(p.ins);
     const Rounded* x = p.rounded + row * groups;
@@ -67,7 +65,7 @@ FMA void outputs_of_rows(const Product& p, int64_t first, int64_t last, int64_t 
             for (int64_t i = 0; i < Stored::tile; i += 64) _mm_prefetch(tile + AHEAD + i, _MM_HINT_T0);
             __m256i sums[ROWS];
             for (int r = 0; r < ROWS; ++r) sums[r] = _mm256_setzero_si256();
-            Stored::template add<Isa, ROWS>(sums, tile, x + g, groups);
+            Stored::template add<ROWS>(sums, tile, x + g, groups);
             const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + g * LANES)));
             for (int r = 0; r < ROWS; ++r) {
                 const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(x[r * groups + g].scale));
@@ -86,29 +84,28 @@ FMA void outputs_of_rows(const Product& p, int64_t first, int64_t last, int64_t 
     }
 }
 
-template <class Stored, class Isa>
+template <class Stored>
 void outputs(const Product& p, int64_t first, int64_t last) {
     int64_t row = 0;
-    for (; row + 4 <= p.rows; row += 4) outputs_of_rows<Stored, Isa, 4>(p, first, last, row);
-    if (p.rows - row == 3) outputs_of_rows<Stored, Isa, 3>(p, first, last, row);
-    if (p.rows - row == 2) outputs_of_rows<Stored, Isa, 2>(p, first, last, row);
-    if (p.rows - row == 1) outputs_of_rows<Stored, Isa, 1>(p, first, last, row);
+    for (; row + 4 <= p.rows; row += 4) outputs_of_rows<Stored, 4>(p, first, last, row);
+    if (p.rows - row == 3) outputs_of_rows<Stored, 3>(p, first, last, row);
+    if (p.rows - row == 2) outputs_of_rows<Stored, 2>(p, first, last, row);
+    if (p.rows - row == 1) outputs_of_rows<Stored, 1>(p, first, last, row);
 }
 
 template <class Stored>
 Work best() {
-    if (!has_avx2()) return nullptr;
-    return has_vnni() ? outputs<Stored, Vnni> : outputs<Stored, Maddubs>;
+    return has_avx2() ? outputs<Stored> : nullptr;
 }
 
 }  // namespace
 
-Work int8_outputs_x86() { return best<Int8>(); }
-Work int4_outputs_x86() { return best<Int4>(); }
+Work int8_outputs_avx2() { return best<Int8>(); }
+Work int4_outputs_avx2() { return best<Int4>(); }
 
 #else
 
-Work int8_outputs_x86() { return nullptr; }
-Work int4_outputs_x86() { return nullptr; }
+Work int8_outputs_avx2() { return nullptr; }
+Work int4_outputs_avx2() { return nullptr; }
 
 #endif

@@ -11,6 +11,20 @@
 
 namespace {
 
+// Sums of products as in x86.h: of AVX2, or of AVX-512 VNNI on 256-bit vectors, which gives the same sums.
+struct Maddubs {
+    STEP __m256i add(__m256i sum, __m256i w, __m256i x) { return add4(sum, w, x); }
+    STEP __m256i end(__m256i sum) { return wide(sum); }
+};
+
+struct Vnni {
+    STEP __m256i add(__m256i sum, __m256i w, __m256i x) {  // inline assembly, since the target is AVX2
+        __asm__("vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+        return sum;
+    }
+    STEP __m256i end(__m256i sum) { return sum; }
+};
+
 constexpr int VECTORS = TILE / LANES;
 constexpr int64_t STRIP = 4;  // tiles side by side: what is read of a column is then long enough for hardware to prefetch
 
@@ -124,7 +138,7 @@ STEP void multiply(const Tile& tile, const Scales& scales, const Rounded* x, int
             for (int r = 0; r < ROWS; ++r) {
                 const __m256i numbers = four(x[r * groups].numbers + 4 * q);
                 for (int v = 0; v < SOME; ++v) {
-                    dots[v][r] = Isa::add4(dots[v][r], tile.quads[q][start + v], numbers);
+                    dots[v][r] = Isa::add(dots[v][r], tile.quads[q][start + v], numbers);
                     settle(dots[v][r]);
                 }
             }
@@ -135,7 +149,7 @@ STEP void multiply(const Tile& tile, const Scales& scales, const Rounded* x, int
             const __m256 scale = _mm256_set1_ps(of_row.scale);
             for (int v = 0; v < SOME; ++v) {
                 const __m256i less = _mm256_madd_epi16(scales.zeros[start + v], sum);
-                const __m256i whole = _mm256_sub_epi32(Isa::end4(dots[v][r], 0), less);
+                const __m256i whole = _mm256_sub_epi32(Isa::end(dots[v][r]), less);
                 const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), scales.scales[start + v]);
                 totals[r][start + v] = _mm256_add_ps(totals[r][start + v], _mm256_mul_ps(product, scale));
             }
@@ -197,7 +211,7 @@ STEP void strip(const Product& p, int64_t out, int64_t tiles, int64_t row, int64
 }
 
 template <class Stored, class Isa>
-AVX2 void outputs(const Product& p, int64_t first, int64_t last) {
+TARGET void outputs(const Product& p, int64_t first, int64_t last) {
     constexpr int MANY = 16;  // rows that share a tile
     for (int64_t row = 0; row < p.rows; row += MANY) {
         const int64_t rows = std::min<int64_t>(MANY, p.rows - row);
@@ -212,7 +226,7 @@ const Work OUTPUTS[] = {EACH_TRANSPOSED(OUTPUTS_OF)};
 
 }  // namespace
 
-const Work* transposed_outputs_x86() { return !has_avx2() ? nullptr : has_vnni() ? OUTPUTS<Vnni> : OUTPUTS<Maddubs>; }
+const Work* transposed_outputs_x86() { return !has_avx2() ? nullptr : has_avx512() ? OUTPUTS<Vnni> : OUTPUTS<Maddubs>; }
 
 #else
 

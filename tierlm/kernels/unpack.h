@@ -8,9 +8,6 @@
 namespace {
 
 template <class Stored>
-constexpr int64_t GROUPS = Stored::columns / GROUP;
-
-template <class Stored>
 struct Block {
     int8_t numbers[Stored::columns];
     float scales[GROUPS<Stored> * Stored::parts];
@@ -24,8 +21,9 @@ INLINE float as_float(uint32_t bits) {
 }
 
 INLINE float half(const uint8_t* p) {  // as from_half in vectors.h
-    const uint32_t raw = p[0] | p[1] << 8;
-    return as_float((raw & 0x8000u) << 16 | (raw & 0x7fffu) << 13) * 0x1p112f;
+    const uint32_t raw = p[0] | p[1] << 8, size = (raw & 0x7fffu) << 13;
+    const float value = size < 0x800000u ? as_float(size | 0x38800000u) - 0x1p-14f : as_float(size + 0x38000000u);
+    return raw & 0x8000u ? -value : value;
 }
 
 INLINE void unpack(const uint8_t* p, Block<Q8_0>& to) {

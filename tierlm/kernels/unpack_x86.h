@@ -1,5 +1,5 @@
-// Blocks of GGUF files unpacked as tiles in cache, eight weight rows at a time. The rows are the lanes of vectors, as
-// in formats/tiles.py.
+// Blocks of GGUF files unpacked in cache, several weight rows at a time. The rows are the lanes of vectors, as in
+// formats/tiles.py.
 #pragma once
 
 #include "blocks.h"
@@ -9,24 +9,21 @@
 
 namespace {
 
-// The same block of eight weight rows: at byte `block` of each.
+// The same block of several weight rows: at byte `block` of each.
 struct Rows {
-    const uint8_t* row[LANES];
+    const uint8_t* row[WIDTH];
     int64_t block;
     INLINE const uint8_t* at(int r, int64_t byte) const { return row[r] + block + byte; }
 };
 
-// Groups of eight rows. `quads[q]`: columns 4 q to 4 q + 3 of each row, in lanes. They are bytes: the numbers,
-// SIGNED, or the numbers plus BIAS, from 0 to 63.
+// The scales and minima of a group of each row.
 template <class Stored>
-struct Tile {
-    static constexpr int64_t groups = Stored::columns / GROUP;
-    struct {
-        __m256i quads[GROUP / 4];
-        __m256 scales[Stored::parts], minima[Stored::parts];
-    } group[groups];
+struct Factors {
+    Values scales[Stored::parts], minima[Stored::parts];
 };
 
+// Quad q of a group is columns 4 q to 4 q + 3 of each row, in lanes. They are bytes: the numbers, SIGNED, or the
+// numbers plus BIAS, from 0 to 63.
 template <class Stored>
 constexpr int32_t BIAS = 0;
 template <>
@@ -49,128 +46,159 @@ constexpr bool SIGNED<IQ4_NL> = true;
 template <>
 constexpr bool SIGNED<IQ4_XS> = true;
 
+STEP __m128i sixteen(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+
+// of_rows: sixteen bytes of rows `r`, `r` + 4 and so on. looked_up: bytes of a table. half: float16 in the low 16 bits
+// of each lane.
+#ifdef TIERLM_AVX512
+STEP Raw joined(__m128i a, __m128i b, __m128i c, __m128i d) {
+    const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(low, c, 2), d, 3);
+}
+STEP Raw of_rows(const Rows& rows, int r, int64_t at) {
+    return joined(sixteen(rows.at(r, at)), sixteen(rows.at(r + 4, at)), sixteen(rows.at(r + 8, at)),
+                  sixteen(rows.at(r + 12, at)));
+}
+STEP Raw low_words(Raw a, Raw b) { return _mm512_unpacklo_epi32(a, b); }
+STEP Raw high_words(Raw a, Raw b) { return _mm512_unpackhi_epi32(a, b); }
+STEP Codes low_pairs(Raw a, Raw b) { return codes(_mm512_unpacklo_epi64(a, b)); }
+STEP Codes high_pairs(Raw a, Raw b) { return codes(_mm512_unpackhi_epi64(a, b)); }
+STEP Codes looked_up(__m128i table, Codes at) {
+    return codes(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), raw(at)));
+}
+STEP Values half(Codes x) { return reinterpret_cast<Values>(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(raw(x)))); }
+#else
+STEP Raw of_rows(const Rows& rows, int r, int64_t at) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(rows.at(r, at))), sixteen(rows.at(r + 4, at)), 1);
+}
+STEP Raw low_words(Raw a, Raw b) { return _mm256_unpacklo_epi32(a, b); }
+STEP Raw high_words(Raw a, Raw b) { return _mm256_unpackhi_epi32(a, b); }
+STEP Codes low_pairs(Raw a, Raw b) { return codes(_mm256_unpacklo_epi64(a, b)); }
+STEP Codes high_pairs(Raw a, Raw b) { return codes(_mm256_unpackhi_epi64(a, b)); }
+STEP Codes looked_up(__m128i table, Codes at) {
+    return codes(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), raw(at)));
+}
+STEP Values half(Codes x) {
+    const __m256i low = _mm256_permute4x64_epi64(_mm256_packus_epi32(raw(x & 0xffffu), _mm256_setzero_si256()), 0xd8);
+    return reinterpret_cast<Values>(_mm256_cvtph_ps(_mm256_castsi256_si128(low)));
+}
+#endif
+
+// `unpack` hands the groups of a block to a sink: quad(g, q, codes) of all quads in any order, and after them end(g,
+// factors) in order.
+
 // Sixteen bytes of each row: word i of all rows is `to[i]`.
-STEP void words(const Rows& rows, int64_t at, __m256i* to) {
-    __m256i pairs[4];
-    for (int r = 0; r < 4; ++r) {
-        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.at(r, at)));
-        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows.at(r + 4, at)));
-        pairs[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-    }
-    const __m256i low01 = _mm256_unpacklo_epi32(pairs[0], pairs[1]);
-    const __m256i low23 = _mm256_unpacklo_epi32(pairs[2], pairs[3]);
-    const __m256i high01 = _mm256_unpackhi_epi32(pairs[0], pairs[1]);
-    const __m256i high23 = _mm256_unpackhi_epi32(pairs[2], pairs[3]);
-    to[0] = _mm256_unpacklo_epi64(low01, low23);
-    to[1] = _mm256_unpackhi_epi64(low01, low23);
-    to[2] = _mm256_unpacklo_epi64(high01, high23);
-    to[3] = _mm256_unpackhi_epi64(high01, high23);
+STEP void words(const Rows& rows, int64_t at, Codes* to) {
+    const Raw a = of_rows(rows, 0, at), b = of_rows(rows, 1, at), c = of_rows(rows, 2, at), d = of_rows(rows, 3, at);
+    const Raw low01 = low_words(a, b), low23 = low_words(c, d), high01 = high_words(a, b), high23 = high_words(c, d);
+    to[0] = low_pairs(low01, low23);
+    to[1] = high_pairs(low01, low23);
+    to[2] = low_pairs(high01, high23);
+    to[3] = high_pairs(high01, high23);
 }
 
 // Four bytes of each row.
-STEP __m256i word(const Rows& rows, int64_t at) {
-    __m128i half[2];
-    for (int i = 0; i < 2; ++i) {
-        int32_t found[4];
-        for (int r = 0; r < 4; ++r) std::memcpy(found + r, rows.at(4 * i + r, at), sizeof *found);
-        half[i] = _mm_cvtsi32_si128(found[0]);
-        half[i] = _mm_insert_epi32(half[i], found[1], 1);
-        half[i] = _mm_insert_epi32(half[i], found[2], 2);
-        half[i] = _mm_insert_epi32(half[i], found[3], 3);
+STEP Codes word(const Rows& rows, int64_t at) {
+    Codes found;
+    for (int r = 0; r < WIDTH; ++r) {
+        uint32_t one;
+        std::memcpy(&one, rows.at(r, at), sizeof one);
+        found[r] = one;
     }
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(half[0]), half[1], 1);
+    return found;
 }
 
-// The low 16 bits of each lane, as from_half in vectors.h.
-STEP __m256 half(__m256i raw) {
-    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(raw, _mm256_set1_epi32(0x8000)), 16);
-    const __m256i size = _mm256_slli_epi32(_mm256_and_si256(raw, _mm256_set1_epi32(0x7fff)), 13);
-    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, size)), _mm256_set1_ps(0x1p112f));
+STEP Values as_floats(Codes whole) { return __builtin_convertvector(reinterpret_cast<Sums>(whole), Values); }
+STEP Values bits(Codes x) { return reinterpret_cast<Values>(x); }
+
+STEP Codes low_nibbles(Codes bytes) { return bytes & 0x0f0f0f0fu; }
+STEP Codes high_nibbles(Codes bytes) { return bytes >> 4 & 0x0f0f0f0fu; }
+
+// Numbers of four-bit codes plus a bias.
+STEP Codes number_of(const int8_t* numbers, int32_t bias, Codes at) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers));
+    return looked_up(_mm_add_epi8(table, _mm_set1_epi8(static_cast<char>(bias))), at);
 }
 
-STEP __m256i low_nibbles(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
-STEP __m256i high_nibbles(__m256i bytes) { return low_nibbles(_mm256_srli_epi16(bytes, 4)); }
-STEP __m256 as_floats(__m256i whole) { return _mm256_cvtepi32_ps(whole); }
-
-STEP void unpack(const Rows& rows, Tile<Q8_0>& to) {
-    to.group[0].scales[0] = half(word(rows, 0));
-    words(rows, 2, to.group[0].quads);
-    words(rows, 18, to.group[0].quads + 4);
-}
-
-// Two codes a byte, as in unpack.h, of one group whose bytes begin at `at`.
-STEP void nibbles(const Rows& rows, int64_t at, __m256i* quads) {
-    words(rows, at, quads);
-    for (int q = 0; q < 4; ++q) {
-        quads[q + 4] = high_nibbles(quads[q]);
-        quads[q] = low_nibbles(quads[q]);
+// Two codes a byte, as in unpack.h, of group `g`, whose bytes begin at `at`. `number` makes a quad of its codes.
+template <class To, class Number>
+STEP void nibbles(const Rows& rows, int64_t at, int64_t g, To& to, Number number) {
+    Codes both[4];
+    words(rows, at, both);
+#pragma GCC unroll 4
+    for (int64_t q = 0; q < 4; ++q) {
+        to.quad(g, q, number(low_nibbles(both[q]), q));
+        to.quad(g, q + 4, number(high_nibbles(both[q]), q + 4));
     }
 }
 
-STEP void unpack(const Rows& rows, Tile<Q4_0>& to) {
-    to.group[0].scales[0] = half(word(rows, 0));
-    nibbles(rows, 2, to.group[0].quads);
+template <class Stored>
+STEP Factors<Stored> only(Values scale) {
+    Factors<Stored> found;
+    found.scales[0] = scale;
+    return found;
 }
 
 // A scale, and what is added to the numbers.
 template <class Stored>
-STEP void scale_and_offset(const Rows& rows, Tile<Stored>& to) {
-    const __m256i header = word(rows, 0);
-    to.group[0].scales[0] = half(header);
-    to.group[0].minima[0] = _mm256_xor_ps(half(_mm256_srli_epi32(header, 16)), _mm256_set1_ps(-0.0f));
+STEP Factors<Stored> scale_and_offset(Codes header) {
+    Factors<Stored> found = only<Stored>(half(header));
+    found.minima[0] = -half(header >> 16);
+    return found;
 }
 
-STEP void unpack(const Rows& rows, Tile<Q4_1>& to) {
-    scale_and_offset(rows, to);
-    nibbles(rows, 4, to.group[0].quads);
-}
-
-// Adds a fifth bit to each of 32 numbers, lowest first.
-STEP void fifth_bits(const Rows& rows, int64_t at, __m256i* quads) {
-    const __m256i bits = word(rows, at);
-    const __m256i first = _mm256_broadcastsi128_si256(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-    for (int i = 0; i < 4; ++i) {  // byte i of each lane, four times
-        const __m256i byte = _mm256_shuffle_epi8(bits, _mm256_add_epi8(first, _mm256_set1_epi8(static_cast<char>(i))));
-        for (int q = 2 * i; q < 2 * i + 2; ++q) {
-            const __m256i own = _mm256_set1_epi32(q % 2 ? static_cast<int32_t>(0x80402010) : 0x08040201);
-            const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(byte, own), own);
-            quads[q] = _mm256_or_si256(quads[q], _mm256_and_si256(set, _mm256_set1_epi8(16)));
-        }
+template <class To>
+STEP void unpack(Q8_0, const Rows& rows, To& to) {
+#pragma GCC unroll 2
+    for (int64_t part = 0; part < 2; ++part) {
+        Codes four[4];
+        words(rows, 2 + 16 * part, four);
+        for (int64_t q = 0; q < 4; ++q) to.quad(0, 4 * part + q, four[q]);
     }
+    to.end(0, only<Q8_0>(half(word(rows, 0))));
 }
 
-STEP void unpack(const Rows& rows, Tile<Q5_0>& to) {
-    to.group[0].scales[0] = half(word(rows, 0));
-    nibbles(rows, 6, to.group[0].quads);
-    fifth_bits(rows, 2, to.group[0].quads);
+template <class To>
+STEP void unpack(Q4_0, const Rows& rows, To& to) {
+    nibbles(rows, 2, 0, to, [](Codes codes, int64_t) INLINED { return codes; });
+    to.end(0, only<Q4_0>(half(word(rows, 0))));
 }
 
-STEP void unpack(const Rows& rows, Tile<Q5_1>& to) {
-    scale_and_offset(rows, to);
-    nibbles(rows, 8, to.group[0].quads);
-    fifth_bits(rows, 4, to.group[0].quads);
+template <class To>
+STEP void unpack(Q4_1, const Rows& rows, To& to) {
+    nibbles(rows, 4, 0, to, [](Codes codes, int64_t) INLINED { return codes; });
+    to.end(0, scale_and_offset<Q4_1>(word(rows, 0)));
 }
 
-// Replaces four-bit codes by their numbers plus a bias.
-STEP void look_up(const int8_t* numbers, int32_t bias, __m256i* quads) {
-    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers));
-    const __m128i sums = _mm_add_epi8(table, _mm_set1_epi8(static_cast<char>(bias)));
-    for (int q = 0; q < 8; ++q) quads[q] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sums), quads[q]);
+// The fifth bits, lowest first, of quad `q`: a product puts four bits in four bytes.
+STEP Codes fifth_bits(Codes all, int64_t q) { return ((all >> 4 * q & 15u) * 0x00204081u & 0x01010101u) << 4; }
+
+template <class To>
+STEP void unpack(Q5_0, const Rows& rows, To& to) {
+    const Codes bits = word(rows, 2);
+    nibbles(rows, 6, 0, to, [=](Codes codes, int64_t q) INLINED { return codes | fifth_bits(bits, q); });
+    to.end(0, only<Q5_0>(half(word(rows, 0))));
 }
 
-STEP void unpack(const Rows& rows, Tile<IQ4_NL>& to) {
-    to.group[0].scales[0] = half(word(rows, 0));
-    nibbles(rows, 2, to.group[0].quads);
-    look_up(CURVE, 0, to.group[0].quads);
+template <class To>
+STEP void unpack(Q5_1, const Rows& rows, To& to) {
+    const Codes bits = word(rows, 4);
+    nibbles(rows, 8, 0, to, [=](Codes codes, int64_t q) INLINED { return codes | fifth_bits(bits, q); });
+    to.end(0, scale_and_offset<Q5_1>(word(rows, 0)));
 }
 
-STEP void unpack(const Rows& rows, Tile<MXFP4>& to) {
-    const __m256i one = _mm256_set1_epi32(1), byte = _mm256_and_si256(word(rows, 0), _mm256_set1_epi32(255));
-    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(byte, one), 23);
-    const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), byte);
-    to.group[0].scales[0] = _mm256_castsi256_ps(_mm256_blendv_epi8(small, normal, _mm256_cmpgt_epi32(byte, one)));
-    nibbles(rows, 1, to.group[0].quads);
-    look_up(E2M1, BIAS<MXFP4>, to.group[0].quads);
+template <class To>
+STEP void unpack(IQ4_NL, const Rows& rows, To& to) {
+    nibbles(rows, 2, 0, to, [](Codes codes, int64_t) INLINED { return number_of(CURVE, 0, codes); });
+    to.end(0, only<IQ4_NL>(half(word(rows, 0))));
+}
+
+template <class To>
+STEP void unpack(MXFP4, const Rows& rows, To& to) {
+    nibbles(rows, 1, 0, to, [](Codes codes, int64_t) INLINED { return number_of(E2M1, BIAS<MXFP4>, codes); });
+    const Codes byte = word(rows, 0) & 255u;
+    const Codes scale = byte < 2u ? 0x200000u << byte : (byte - 1u) << 23;
+    to.end(0, only<MXFP4>(bits(scale)));
 }
 
 }  // namespace

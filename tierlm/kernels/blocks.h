@@ -48,6 +48,6 @@ INLINE int32_t sum_of(const Rounded& x, int64_t part) {
     return Stored::parts > 1 ? x.sums[part] : x.sum();
 }
 
-// The fastest x86 kernels for rounded activations on this processor, in the same order; null: use the portable ones.
+// x86 kernels for rounded activations in the same order, then for unrounded ones; null: not for this processor.
 const Work* ggml_outputs_avx512();
 const Work* ggml_outputs_avx2();

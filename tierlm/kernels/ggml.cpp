@@ -116,10 +116,10 @@ INLINE void widened(const Product& p, int64_t first, int64_t last) {
 
 #define KERNEL(name, work, Stored) \
     void name##_##Stored(const Product& p, int64_t first, int64_t last) { work<Stored>(p, first, last); }
-// Processors with clones use x86 kernels for rounded activations.
+// Processors with clones use x86 kernels for products of whole rows.
 #define KERNELS(Stored)                        \
     KERNEL(outputs, outputs, Stored)           \
-    CLONES KERNEL(exact, exact, Stored)        \
+    KERNEL(exact, exact, Stored)               \
     CLONES KERNEL(rows, weighted_rows, Stored) \
     CLONES KERNEL(widened, widened, Stored)
 EACH_BLOCKS(KERNELS)
@@ -137,5 +137,5 @@ Work best(int number, Work plain) {
 }  // namespace
 
 #define ROUNDED(Stored) {best(NUMBER_##Stored, outputs_##Stored), rows_##Stored, widened_##Stored, true},
-#define UNROUNDED(Stored) {exact_##Stored, rows_##Stored, widened_##Stored, false},
+#define UNROUNDED(Stored) {best(COUNT + NUMBER_##Stored, exact_##Stored), rows_##Stored, widened_##Stored, false},
 const Format GGML_FORMATS[GGML] = {EACH_BLOCKS(ROUNDED) EACH_BLOCKS(UNROUNDED)};

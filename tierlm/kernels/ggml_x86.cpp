@@ -1,7 +1,7 @@
 // Rounded activations times the blocks of GGUF files by the byte products of AVX2, eight weight rows at a time. The
 // target has no FMA, see blocks.h.
 
-#include "unpack_k_x86.h"
+#include "exact_x86.h"
 
 #ifdef TIERLM_X86
 
@@ -100,7 +100,8 @@ TARGET void outputs(const Product& p, int64_t first, int64_t last) {
 }
 
 #define OUTPUTS_OF(Stored) outputs<Stored>,
-const Work OUTPUTS[] = {EACH_BLOCKS(OUTPUTS_OF)};
+#define EXACT_OF(Stored) exact<Stored>,
+const Work OUTPUTS[] = {EACH_BLOCKS(OUTPUTS_OF) EACH_BLOCKS(EXACT_OF)};
 
 }  // namespace
 

@@ -7,7 +7,7 @@
 #endif
 #define TIERLM_AVX512
 
-#include "unpack_k_x86.h"
+#include "exact_x86.h"
 
 #ifdef TIERLM_X86
 
@@ -280,7 +280,8 @@ TARGET void outputs(const Product& p, int64_t first, int64_t last) {
 }
 
 #define OUTPUTS_OF(Stored) outputs<Stored>,
-const Work OUTPUTS[] = {EACH_BLOCKS(OUTPUTS_OF)};
+#define EXACT_OF(Stored) exact<Stored>,
+const Work OUTPUTS[] = {EACH_BLOCKS(OUTPUTS_OF) EACH_BLOCKS(EXACT_OF)};
 
 }  // namespace
 

@@ -19,9 +19,10 @@ LETTERS = {name: letter for letter, name in LEGEND.items()}
 @dataclass(frozen=True)
 class Live:
     """A picture of the moment. ``running``, ``waiting``: sequences. ``kv_tokens``, ``kv_reserved``: of ``context``
-    tokens of the KV cache, those that are held and those that live requests may fill.
+    tokens of the KV cache, those that hold values, and those that are taken, with values or to be filled.
 
-    ``experts``: by layer, a letter of LEGEND for each expert: the tier nearest to the computation that holds it.
+    ``experts``: by layer, a letter for each expert, for the tier nearest to the computation that holds it: "v", vram;
+    "r", ram; "a", none, but it is on its way; "d", none, so it is on the disk only.
     """
 
     running: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from json import load
 from typing import Annotated, Any
@@ -133,21 +133,24 @@ class Frame:
             return
         told = Text("experts: ", style="dim")
         for letter, name in legend.items():
-            told.append(f"{LOOKS[name][0]} ", LOOKS[name][1]).append(f"{name} {total[letter]}  ")
+            told.append(LOOKS[name][0], LOOKS[name][1]).append(f" {name} {total[letter]}  ")
         yield told
         numbers, rows = list(layers), list(layers.values())
-        step, across = -(-len(rows) // height), -(-len(rows[0]) // max(1, width - MARGIN))
+        step = -(-len(rows) // height)
         for at in range(0, len(rows), step):
             line = Text(f"{numbers[at]:>{MARGIN - 1}} ", style="dim", no_wrap=True)
-            for letter in grouped(rows[at : at + step], across):
+            for letter in fitted("".join(rows[at : at + step]), max(1, width - MARGIN), "".join(legend)):
                 line.append(*LOOKS[legend[letter]])
             yield line
 
 
-def grouped(rows: Sequence[str], across: int) -> str:
-    """One line for several ``rows``: the most frequent letter of each ``across`` columns."""
-    columns = range(0, len(rows[0]), across)
-    return "".join(Counter("".join(row[at : at + across] for row in rows)).most_common(1)[0][0] for at in columns)
+def fitted(letters: str, width: int, order: str) -> str:
+    """One line of ``letters``. Where they are too many, as many as fit, sorted from the end of ``order``: their shares
+    are right, their places are lost."""
+    if len(letters) <= width:
+        return letters
+    found = sorted(letters, key=order.index, reverse=True)
+    return "".join(found[place * len(found) // width] for place in range(width))
 
 
 def _times(found: Mapping[str, float] | None) -> str:

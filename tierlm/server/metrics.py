@@ -29,7 +29,7 @@ class Times:
         """The 50th, 95th and 99th of the latest, and how many these are; None before the first."""
         if not (found := sorted(self._latest)):
             return None
-        return {f"p{part}": found[(len(found) - 1) * part // 100] for part in (50, 95, 99)} | {"of": len(found)}
+        return {f"p{part}": found[-(-len(found) * part // 100) - 1] for part in (50, 95, 99)} | {"of": len(found)}
 
 
 class Metrics:

@@ -30,6 +30,7 @@ setup(
         "tierlm": ["py.typed"],
         "tierlm.planning": ["*.json"],
         "tierlm.profiling": ["*.json"],
+        "tierlm.server": ["page.html"],
         "tierlm.demo": ["*.json", "*.safetensors", "*.txt", "*.md"],
     },
     install_requires=[

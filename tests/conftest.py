@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from toys import make_toy
 from transformers.utils import logging
 
+from tierlm import cli
 from tierlm.checkpoints.record import ALIGNMENT
 from tierlm.models.packing import pack_model
 
@@ -88,3 +90,17 @@ def squeezed(toy_v3: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory)
 def ids() -> list[int]:
     """A prompt of 45 tokens for the toys."""
     return torch.randint(2, 131, (45,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+@pytest.fixture
+def tierlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command line as the console script does, in this process: exit code, output, errors."""
+
+    def run(*words: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tierlm", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run

@@ -20,7 +20,7 @@ ROOT = Path(tierlm.__file__).parent
 FLOORS: list[list[set[str]]] = [
     [{"cli", "__main__"}, {"integrations"}],
     [{"server"}, {"conversation"}, {"progress"}],
-    [{"llm", "async_llm", "stats"}],
+    [{"llm", "async_llm", "live", "stats"}],
     [{"answer"}],
     [{"client", "worker"}],
     [{"loading"}],

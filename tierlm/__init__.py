@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tierlm.async_llm import AsyncLLM
     from tierlm.conversation import Conversation
     from tierlm.engine.sampler import TokenLogprob
+    from tierlm.live import Live
     from tierlm.llm import LLM
     from tierlm.stats import Stats
 
@@ -41,6 +42,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "Conversation",
+    "Live",
     "ModelNotFoundError",
     "NumericsError",
     "Piece",
@@ -61,6 +63,7 @@ _NEEDS_TORCH = {
     "AsyncLLM": "tierlm.async_llm",
     "Conversation": "tierlm.conversation",
     "LLM": "tierlm.llm",
+    "Live": "tierlm.live",
     "Piece": "tierlm.answer",
     "Result": "tierlm.answer",
     "Stats": "tierlm.stats",

@@ -17,6 +17,7 @@ from tierlm.checkpoints.hub import find_model
 from tierlm.client import Client, Request
 from tierlm.config import Budget, LoadOptions, SamplingParams
 from tierlm.engine.sequence import Progress
+from tierlm.live import Live
 from tierlm.llm import LLM, checked
 from tierlm.prompt import Prompt, Prompts
 from tierlm.stats import Stats
@@ -132,6 +133,9 @@ class AsyncLLM:
 
     def stats(self) -> Stats:
         return self._llm.stats()
+
+    def live(self) -> Live:
+        return self._llm.live()
 
     def ids(self, prompt: Prompt) -> list[int]:
         return self._llm.ids(prompt)

@@ -20,6 +20,7 @@ from tierlm.client import Box, Client, OnPrefill, Request
 from tierlm.config import Budget, LoadOptions, RuntimeOptions, SamplingParams, format_size
 from tierlm.engine.sequence import Keep, Pace, Progress
 from tierlm.errors import BudgetError, CheckpointError, PromptError, StorageError, UsageError
+from tierlm.live import Live, look
 from tierlm.prompt import Prompt, Prompts, ids_of, several
 from tierlm.runtime import Runtime
 from tierlm.stats import Stats, collect
@@ -152,6 +153,11 @@ class LLM:
         """Counters since the model was loaded, until it was closed."""
         runtime = self._runtime
         return collect(runtime) if runtime is not None else self._stats  # type: ignore[return-value]
+
+    def live(self) -> Live:
+        """What is where at this moment: sequences, the KV cache, experts by tier. Cheap; does not disturb the engine.
+        Raises UsageError once the model is closed."""
+        return look(self._loaded())
 
     @property
     def context(self) -> int:

@@ -24,6 +24,7 @@ with importing():
     from tierlm.cli.run import run
     from tierlm.cli.serve import serve
     from tierlm.cli.settings import PREFIX, read_config
+    from tierlm.cli.top import top
     from tierlm.cli.tracing import simulate, trace
     from tierlm.errors import TierlmError, UsageError
 
@@ -40,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for panel, commands in {
-    "Text": (run, chat, serve),
+    "Text": (run, chat, serve, top),
     "Models and machines": (plan, profile, doctor, pack, verify),
     "Caching and prefetching": (simulate,),
 }.items():

@@ -57,6 +57,11 @@ class Scheduler:
         """Whether there is a step to run."""
         return any(sequence.wanted for sequence in itertools.chain(self._waiting, self._running))
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that run, and that wait. Any thread may read it."""
+        return len(self._running), len(self._waiting)
+
     def submit(self, sequences: abc.Iterable[Sequence]) -> None:
         """Queue sequences whose prompts fit the context."""
         for sequence in sequences:

@@ -57,6 +57,12 @@ class KvCache:
         self._places = list(range(STATES)) if any(states) else None  # the free ones
         self._spans: list[Span] = []  # sorted by start
 
+    @property
+    def usage(self) -> tuple[int, int]:
+        """Tokens held, and tokens reserved. Any thread may read it."""
+        spans = list(self._spans)
+        return sum(span.length for span in spans), sum(span.capacity for span in spans)
+
     def can_reserve(self, tokens: int, instead_of: Span | None = None) -> bool:
         """Whether a contiguous gap of ``tokens`` and a state are free, or would be without ``instead_of``."""
         if self._places == [] and instead_of is None:

@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 from tierlm.errors import PromptError, TierlmError, UsageError, shown
 from tierlm.server import anthropic, openai
 from tierlm.server.connection import Gone
+from tierlm.server.figures import Figures
+from tierlm.server.page import page
 from tierlm.server.replies import error
 from tierlm.server.service import Busy, NotReady, Service, TimedOut, UnknownModel
 
@@ -37,6 +39,7 @@ def application(service: Service, load: Callable[[], Coroutine[Any, Any, None]])
             await service.close()
 
     app = FastAPI(title="tierlm", lifespan=life, docs_url=None, redoc_url=None)
+    figures = Figures(service)
     app.include_router(openai.routes(service))
     app.include_router(anthropic.routes(service))
 
@@ -52,6 +55,15 @@ def application(service: Service, load: Callable[[], Coroutine[Any, Any, None]])
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/live")
+    async def live() -> dict[str, Any]:
+        """The figures of the page: rates of the last seconds, and which experts are where."""
+        return figures.now()
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return page()
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tierlm.server.replies import error
 
 Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
-OPEN = ("/health",)  # needs no key, so that a load balancer can ask
+OPEN = ("/", "/health")  # need no key: the page has nothing to hide and asks for one; a load balancer has none
 
 
 class TooLarge(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,6 +12,24 @@ from tierlm.async_llm import AsyncLLM
 
 FIRST = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)  # seconds to the first token
 NEXT = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds between tokens
+LATEST = 1000  # times that percentiles are taken of
+
+
+class Times:
+    """Seconds that were measured: all of them as a ``histogram``, the latest as percentiles."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram, self._latest = histogram, deque[float](maxlen=LATEST)
+
+    def observe(self, seconds: float) -> None:
+        self._histogram.observe(seconds)
+        self._latest.append(seconds)
+
+    def percentiles(self) -> dict[str, float] | None:
+        """The 50th, 95th and 99th of the latest, and how many these are; None before the first."""
+        if not (found := sorted(self._latest)):
+            return None
+        return {f"p{part}": found[-(-len(found) * part // 100) - 1] for part in (50, 95, 99)} | {"of": len(found)}
 
 
 class Metrics:
@@ -24,12 +43,9 @@ class Metrics:
         Gauge("tierlm_requests_live", "Requests that run or wait.", registry=own).set_function(live)
         self.prompt_tokens = Counter("tierlm_prompt_tokens", "Tokens of the prompts of ended requests.", registry=own)
         self.new_tokens = Counter("tierlm_new_tokens", "Tokens sent.", registry=own)
-        self.first_token = Histogram(
-            "tierlm_time_to_first_token_seconds", "From the request to its first text.", buckets=FIRST, registry=own
-        )
-        self.next_token = Histogram(
-            "tierlm_time_per_output_token_seconds", "From one text to the next, a token.", buckets=NEXT, registry=own
-        )
+        first, following = "tierlm_time_to_first_token_seconds", "tierlm_time_per_output_token_seconds"
+        self.first_token = Times(Histogram(first, "From the request to its first text.", buckets=FIRST, registry=own))
+        self.next_token = Times(Histogram(following, "From one text to the next, a token.", buckets=NEXT, registry=own))
 
     def watch(self, llm: AsyncLLM) -> None:
         """Add what the model counts itself."""

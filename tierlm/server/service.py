@@ -68,7 +68,7 @@ class Service:
     """A model behind HTTP. ``name``: its id in the API."""
 
     def __init__(self, name: str, limits: Limits):
-        self.name, self.limits, self.metrics = name, limits, Metrics(lambda: len(self._live))
+        self.name, self.limits, self.metrics = name, limits, Metrics(lambda: self.live)
         self.created = int(time.time())
         self.loading: tuple[int, int] = (0, 0)
         self.failure: BaseException | None = None
@@ -103,6 +103,11 @@ class Service:
     @property
     def ready(self) -> bool:
         return self._llm is not None
+
+    @property
+    def live(self) -> int:
+        """Requests that run or wait."""
+        return len(self._live)
 
     async def close(self) -> None:
         if self._llm is not None:

@@ -164,7 +164,7 @@ def test_kept_states_give_way(llm: LLM) -> None:
 
 
 def test_a_place_for_a_state_is_taken_and_given_back() -> None:
-    cache = KvCache([4, 0], 100, torch.float32, torch.device("cpu"), [0, 6])
+    cache = KvCache([4, 0], 100, torch.float32, torch.device("cpu"), states=[0, 6])
     spans = [cache.reserve(1) for _ in range(STATES)]
     assert sorted(span.place for span in spans) == list(range(STATES))
     assert not cache.can_reserve(1) and cache.can_reserve(50, spans[0])

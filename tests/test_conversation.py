@@ -197,7 +197,8 @@ def test_a_traced_run_numbers_a_continued_sequence_as_one(folder: Path, tmp_path
         first = ids_of(llm.stream([5, 6, 7], params(2), keep=keep))
         ids_of(llm.stream([5, 6, 7], params(2), keep=beside))
         ids_of(llm.stream([5, 6, 7, first[0], 8], params(2), keep=keep))  # has to move
-    assert read_trace(file).sequences.tolist() == [0] * 4 + [1] * 4 + [0] * 2
+        ids_of(llm.stream([5, 6, 9], params(2), keep=keep))  # copies two tokens
+    assert read_trace(file).sequences.tolist() == [0] * 4 + [1] * 4 + [0] * 2 + [2] * 2
 
 
 @given(data=st.data())

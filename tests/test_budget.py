@@ -14,7 +14,7 @@ import pytest
 import torch
 from toys import make_toy
 
-from tierlm import LLM, Budget, BudgetError, SamplingParams, loading
+from tierlm import LLM, Budget, BudgetError, SamplingParams, load_request
 
 BENCH = Path(__file__).parent.parent / "bench"
 LIMIT = 480 * 2**20
@@ -125,17 +125,17 @@ def test_more_than_this_process_can_have_is_refused(toy_v3: tuple[Path, Any], mo
     """By what is planned: a budget may be larger than the machine, if the model is not."""
     with LLM.load(toy_v3[0], budget=Budget("8GiB")) as llm:
         planned = sum(llm.stats().plan.ram.parts.values())
-    monkeypatch.setattr(loading, "total_ram", lambda: planned // 2)
+    monkeypatch.setattr(load_request, "total_ram", lambda: planned // 2)
     with pytest.raises(BudgetError, match=r"ram budget of 8\.00 GiB leads to a plan of .* would be killed") as caught:
         LLM.load(toy_v3[0], budget=Budget("8GiB"))
     assert caught.value.given == 8 * 2**30
-    monkeypatch.setattr(loading, "total_ram", lambda: 2 * planned)
+    monkeypatch.setattr(load_request, "total_ram", lambda: 2 * planned)
     with LLM.load(toy_v3[0], budget=Budget("8GiB")) as llm:
         assert llm._runtime.logits_room < 2 * planned
 
 
 def test_more_than_is_free_is_warned_of(toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_ram", lambda: -(2**30))
+    monkeypatch.setattr(load_request, "available_ram", lambda: -(2**30))
     with pytest.warns(UserWarning, match="of host memory and .* are free"):
         LLM.load(toy_v3[0], budget=Budget("8GiB")).close()
 

@@ -333,7 +333,7 @@ def test_metrics_and_stats(served: Running) -> None:
 def test_the_page_about_it(served: Running, expected: dict[str, Any]) -> None:
     """The example of docs/server.md, and each route that it names."""
     page = (Path(__file__).parent.parent / "docs" / "server.md").read_text()
-    example = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    example = re.search(r"```py\n(.*?)```", page, re.DOTALL)
     assert example is not None
     namespace: dict[str, Any] = {}
     exec(example[1].replace("http://127.0.0.1:8000", served.url), namespace)

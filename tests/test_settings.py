@@ -144,7 +144,7 @@ def test_a_command_of_commands_alone_is_its_help(tierlm: Any, words: tuple[str, 
     assert (code, err) == (0, "") and "Usage:" in out and command in out
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("chat", "trace convert")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("chat", "serve", "trace convert")])
 def test_json_is_a_file_or_standard_output_everywhere(name: str) -> None:
     (option,) = (param for param in COMMANDS[name].params if param.name == "json")
     assert option.opts == ["--json"] and not option.is_flag and option.metavar == "FILE"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tierlm.kernels import native
 from tierlm.kernels.attention import CACHES
-from tierlm.kernels.weight import VECTORS, Weight
+from tierlm.kernels.weight import ABSENT, VECTORS, Weight
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("input_layernorm", "q_norm", "k_norm", "attention_norm")
@@ -63,7 +63,7 @@ def fused_gqa_decode(
     total, normed = torch.empty_like(hidden), torch.empty_like(hidden)
     words: list[int] = []
     for weight in (*matrices, *vectors):
-        words += (0,) * 5 if weight is None else weight.operand
+        words += ABSENT if weight is None else weight.operand
     words += (shape.heads, shape.kv_heads, shape.dim, shape.rotated, shape.interleaved, shape.whole_norm)
     words += (shape.zero_centred, shape.window, CACHES[cache.dtype])
     words += [tensor.data_ptr() for tensor in (cache, places, *angles, hidden, total, normed)]

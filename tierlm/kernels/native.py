@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from struct import pack
+from struct import Struct, pack
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from tierlm.kernels import structs
 from tierlm.kernels.weight import Weight
 from tierlm.library import check_layout, find_library
 
+# These structs have many fields: too few words are an error, not reads past their end.
+_ATTENTION, _GROUPED = (Struct(f"{ctypes.sizeof(kind) // 8}q") for kind in (structs.Attention, structs.Grouped))
 MAX_ROWS = 64  # with more rows of float32 activations, torch is faster on a widened tile
 
 
@@ -90,11 +92,11 @@ class Native:
 
     def attention(self, words: Sequence[int], eps: float, inner_eps: float, scale: float) -> None:
         """``words``: a structs.Attention, packed by kernels/attention.py."""
-        self._library.tierlm_attention(torch.get_num_threads(), _words(words), eps, inner_eps, scale)
+        self._library.tierlm_attention(torch.get_num_threads(), _ATTENTION.pack(*words), eps, inner_eps, scale)
 
     def grouped_attention(self, words: Sequence[int], eps: float, scale: float) -> None:
         """``words``: a structs.Grouped, packed by kernels/grouped_attention.py."""
-        self._library.tierlm_grouped_attention(torch.get_num_threads(), _words(words), eps, scale)
+        self._library.tierlm_grouped_attention(torch.get_num_threads(), _GROUPED.pack(*words), eps, scale)
 
     def route(self, words: Sequence[int], count: int, eps: float, scale: float) -> None:
         """``words``: ``count`` structs.Router, packed by kernels/routing.py."""

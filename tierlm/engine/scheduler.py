@@ -106,7 +106,7 @@ class Scheduler:
         began = time.perf_counter()
         if prompts and not (held_up and self._owed > 0):
             self._prefill(prompts, watch)
-            self._owed += time.perf_counter() - began if held_up else 0.0
+            self._owed = time.perf_counter() - began if held_up else 0.0
         else:
             self._decode(answers or list(self._running), watch)
             self._owed = max(0.0, self._owed - (time.perf_counter() - began))

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from test_text import make_codec
 from toys import make_toy
 
 from tierlm import LLM, Budget, CheckpointError, Conversation, PromptError, SamplingParams, UsageError
-from tierlm.engine.sequence import Keep
+from tierlm.client import Request
+from tierlm.engine.sequence import Keep, Pace, Progress
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.templates.template import ChatTemplate
 from tierlm.text import default_params
@@ -64,14 +66,15 @@ def ids_of(pieces: Iterator[Any]) -> list[int]:
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
 def test_tokens_are_those_of_requests_from_scratch(data: st.DataObject, llm: LLM) -> None:
-    """Three conversations and plain requests by turns, in a context for about two, some dropped before their end."""
-    keeps, histories = [Keep() for _ in range(3)], [[5 + i] for i in range(3)]
+    """Three conversations and plain requests by turns, in a context for about two, some dropped before their end. Each
+    turn goes on from any conversation with its keep."""
+    keeps, histories = [Keep() for _ in range(2)], [[5, 6, 7] for _ in range(3)]
     for _ in range(8):
         which = data.draw(st.integers(0, 2))
         ids = histories[which][: data.draw(st.integers(1, 200))]
         ids = [*ids, *data.draw(st.lists(st.integers(2, 329), min_size=1, max_size=60))]
         expected = llm.generate(ids, params(6))[0].ids
-        stream = llm.stream(ids, params(6), keep=keeps[which])
+        stream = llm.stream(ids, params(6), keep=data.draw(st.sampled_from(keeps)))
         pieces = data.draw(st.integers(0, 7))
         found = [token for _, piece in zip(range(pieces), stream, strict=False) for token in piece.ids]
         stream.close()  # type: ignore[attr-defined]
@@ -163,13 +166,39 @@ def test_two_live_requests_with_one_keep(llm: LLM) -> None:
     assert ids_of(llm.stream(prompt, params(), keep=keep)) == expected and computed(llm) - before == 1
 
 
+def test_a_beginning_is_copied_from_a_request_that_runs(llm: LLM) -> None:
+    keep, prompt = Keep(), list(range(2, 102))
+    expected = llm.generate(prompt, params())[0].ids
+    stream = llm.stream(prompt, params(), keep=keep)
+    found = list(next(stream).ids)
+    before, other = computed(llm), [*prompt[:50], 3]
+    assert ids_of(llm.stream(other, params(), keep=keep)) == llm.generate(other, params())[0].ids
+    assert computed(llm) - before == 1 + len(other)
+    assert found + ids_of(stream) == expected
+    before = computed(llm)
+    pieces = list(llm.stream([*prompt, *expected, 7], params(), keep=keep))
+    assert computed(llm) - before == 2 and {piece.cached for piece in pieces} == {len(prompt) + 7}
+
+
+def test_what_another_request_is_computing_is_waited_for(llm: LLM) -> None:
+    """Three of one prompt at once, of three chunks and 4 tokens: the others begin after the chunks."""
+    prompt = list(range(2, 102))
+    expected, before = llm.generate(prompt, params())[0].ids, computed(llm)
+    request = Request(llm._client, SimpleQueue[Progress](), [(prompt, params())] * 3, Pace.END, keep=Keep())
+    request.submit()
+    found = sorted((request.next() for _ in range(3)), key=lambda progress: progress.place)
+    assert [progress.ids for progress in found] == [expected] * 3
+    assert [progress.cached for progress in found] == [0, 96, 96] and computed(llm) - before == 108
+
+
 def test_a_traced_run_numbers_a_continued_sequence_as_one(folder: Path, tmp_path: Path) -> None:
     keep, beside, file = Keep(), Keep(), tmp_path / "trace"
     with LLM.load(folder, budget=RAM, context=400, trace=file) as llm:
         first = ids_of(llm.stream([5, 6, 7], params(2), keep=keep))
         ids_of(llm.stream([5, 6, 7], params(2), keep=beside))
         ids_of(llm.stream([5, 6, 7, first[0], 8], params(2), keep=keep))  # has to move
-    assert read_trace(file).sequences.tolist() == [0] * 4 + [1] * 4 + [0] * 2
+        ids_of(llm.stream([5, 6, 9], params(2), keep=keep))  # copies two tokens
+    assert read_trace(file).sequences.tolist() == [0] * 4 + [1] * 4 + [0] * 2 + [2] * 2
 
 
 @given(data=st.data())

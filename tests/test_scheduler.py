@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from test_llm import faulty, is_expert
 
 from tierlm import LLM, Budget, PromptError, SamplingParams, StorageError, UsageError
 from tierlm.checkpoints.reader import Request, failure
+from tierlm.engine.sequence import Pace, Sequence
 from tierlm.memory.kvcache import KvCache, Span
 
 RAM = Budget("8GiB")
@@ -147,6 +150,42 @@ def test_prompts_share_the_chunks_of_a_prefill(toy_v3: tuple[Path, Any]) -> None
     with LLM.load(toy_v3[0], budget=RAM, ram_slots=4, prefill_chunk=20) as llm:
         together = [result.ids for result in llm.generate(prompts, params())]
         assert together == [llm.generate([prompt], params())[0].ids for prompt in prompts]
+
+
+def test_prompts_and_answers_of_others_share_the_time(
+    toy_v3: tuple[Path, Any], alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prefill step takes 3 s and a decode step 1 s, in the time that the scheduler sees."""
+    now, steps = 0.0, ""
+    with LLM.load(toy_v3[0], budget=RAM, prefill_chunk=16) as llm:
+        runtime = llm._loaded()
+        forward = runtime.decoder.forward
+
+        def timed(*given: Any, prefill: bool, **named: Any) -> Any:
+            nonlocal now, steps
+            now, steps = now + (3 if prefill else 1), steps + ("p" if prefill else "d")
+            return forward(*given, prefill=prefill, **named)
+
+        monkeypatch.setattr(runtime.decoder, "forward", timed)
+        monkeypatch.setattr("tierlm.engine.scheduler.time", SimpleNamespace(perf_counter=lambda: now))
+
+        def run(box: SimpleQueue[Any], other: SimpleQueue[Any]) -> tuple[list[int], str]:
+            """A long prompt that comes while a short one is answered: the short one's answer, and the steps."""
+            nonlocal steps
+            steps = ""
+            short = Sequence(PROMPTS[0], params(max_new_tokens=30), box, pace=Pace.END)
+            long = Sequence([7] * 80, params(max_new_tokens=1), other, pace=Pace.END)
+            runtime.scheduler.submit([short])
+            runtime.scheduler.step(lambda batch: None)
+            runtime.scheduler.submit([long])
+            while not (short.ended and long.ended):
+                runtime.scheduler.step(lambda batch: None)
+            return short.ids, steps
+
+        ids, found = run(SimpleQueue(), SimpleQueue())
+        assert ids[:LENGTH] == alone[0] and found == "p" + "pddd" * 5 + "d" * 14
+        box = SimpleQueue[Any]()
+        assert run(box, box) == (ids, "p" + "p" * 5 + "d" * 29)  # one request ends when both have ended
 
 
 def test_a_failure_is_its_own(toy_v3: tuple[Path, Any], alone: list[list[int]]) -> None:

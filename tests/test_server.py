@@ -138,7 +138,9 @@ def test_completions(client: Any, expected: dict[str, Any]) -> None:
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text.text
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * 11 + ["length"]
-    assert chunks[-1].choices == [] and chunks[-1].usage == reply.usage
+    usage = chunks[-1].usage
+    assert chunks[-1].choices == [] and (usage.prompt_tokens, usage.completion_tokens) == (len(text.prompt_ids), 12)
+    assert usage.prompt_tokens_details.cached_tokens == len(text.prompt_ids) - 1  # of the request before
     by_ids = client.completions.create(**{**asked, "prompt": [text.prompt_ids, text.prompt_ids[:3]]})
     assert by_ids.choices[0].text == text.text and by_ids.choices[1].index == 1
     assert client.completions.create(model="demo", prompt=PROMPT).usage.completion_tokens == 16
@@ -172,15 +174,51 @@ def test_samples_and_stop(client: Any, expected: dict[str, Any]) -> None:
     assert stopped.choices[0].text == whole[:10] and stopped.choices[0].finish_reason == "stop"
 
 
+def test_the_next_turn_of_a_chat_computes_what_it_adds(served: Running, client: Any) -> None:
+    """With the text of a server that has kept nothing. Another chat that begins alike is not in its way."""
+    asked = {"model": "demo", "max_completion_tokens": 12, "temperature": 0}
+    messages, before = list(MESSAGES), prompt_tokens(served)
+    for text in ("And what is a tier?", "Say it again."):
+        reply = client.chat.completions.create(**asked, messages=messages)
+        messages += [
+            {"role": "assistant", "content": reply.choices[0].message.content},
+            {"role": "user", "content": text},
+        ]
+        client.chat.completions.create(**asked, messages=[{"role": "user", "content": f"Who are they, {text}"}])
+    codec = served.service.llm.codec
+    known = len(codec.chat(messages[:-2]))
+    turn = client.chat.completions.create(**asked, messages=messages)
+    usage = turn.usage
+    assert known <= usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+    computed, cached = (b - a for a, b in zip(before, prompt_tokens(served), strict=True))
+    assert cached > computed
+    with running(Limits()) as fresh:
+        body = {**asked, "messages": messages}
+        content = fresh.post("/v1/chat/completions", body)[2]
+    assert content["choices"][0]["message"]["content"] == turn.choices[0].message.content
+    assert content["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def prompt_tokens(served: Running) -> tuple[float, float]:
+    """Prompt tokens that the model computed, and those that it had."""
+    cached = re.search(r"^tierlm_prompt_tokens_cached_total (.*)", served.get("/metrics")[1], re.MULTILINE)
+    assert cached is not None
+    return json.loads(served.get("/stats")[1])["prompt_tokens"], float(cached[1])
+
+
 def test_the_messages_api(served: Running, expected: dict[str, Any]) -> None:
     with anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0) as client:
         asked = {"model": "demo", "max_tokens": 12, "messages": MESSAGES}
         reply = client.messages.create(**asked)
         assert reply.content[0].text == expected["chat"].text and reply.stop_reason == "max_tokens"
-        assert (reply.usage.input_tokens, reply.usage.output_tokens) == (expected["chat_prompt"], 12)
+        usage = reply.usage
+        assert usage.input_tokens + usage.cache_read_input_tokens == expected["chat_prompt"]
+        assert usage.output_tokens == 12
         with client.messages.stream(**asked) as stream:
             assert "".join(stream.text_stream) == expected["chat"].text
-            assert stream.get_final_message().usage.output_tokens == 12
+            usage = stream.get_final_message().usage
+            assert (usage.input_tokens, usage.output_tokens) == (1, 12)
+            assert usage.cache_read_input_tokens == expected["chat_prompt"] - 1
         counted = client.messages.count_tokens(model="demo", messages=MESSAGES)
         assert counted.input_tokens == expected["chat_prompt"]
         with pytest.raises(anthropic.BadRequestError, match="text-only"):
@@ -248,7 +286,6 @@ def test_requests_run_together(served: Running, expected: dict[str, Any]) -> Non
 def test_clients_that_vanish(served: Running) -> None:
     """Streaming or not, before and after the first token: the cache is free within steps, and the server lives."""
     body = {"model": "demo", "prompt": PROMPT, "max_tokens": 390, "ignore_eos": True}
-    cache = served.service.llm._llm._runtime.scheduler.cache  # type: ignore[union-attr]
     for count in range(12):
         data = json.dumps({**body, "stream": count % 2 == 0}).encode()
         request = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -257,8 +294,9 @@ def test_clients_that_vanish(served: Running) -> None:
             if count % 4 == 0:
                 assert b"200 OK" in connection.recv(1000)
     wait_for(lambda: "tierlm_requests_live 0.0" in served.get("/metrics")[1])
-    wait_for(lambda: cache.can_reserve(400))
     assert served.post("/v1/completions", {**body, "max_tokens": 2})[0] == 200
+    scheduler = served.service.llm._llm._runtime.scheduler  # type: ignore[union-attr]
+    wait_for(lambda: not scheduler._running and not scheduler._waiting)
 
 
 def test_full_and_too_slow() -> None:

@@ -14,12 +14,14 @@ from tierlm.text import TextStream
 
 @dataclass(frozen=True)
 class Piece:
-    """New text and its ids. ``finish_reason`` is set on the last piece. ``logprobs``: of each id, if asked for."""
+    """New text and its ids. ``finish_reason`` is set on the last piece. ``logprobs``: of each id, if asked for.
+    ``cached``: prompt tokens that were not computed, since their KV values were kept."""
 
     text: str
     ids: list[int]
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Answer:
         if not text and self.finish is None and self.text is not None:
             return None
         ids, logprobs, self._shown = self.ids[self._shown :], self._logprobs_from(self._shown), len(self.ids)
-        return Piece(text, ids, self.finish, logprobs)
+        return Piece(text, ids, self.finish, logprobs, new.cached)
 
     def result(self) -> Result:
         text = None if self.text is None else self.text.text

@@ -16,7 +16,7 @@ from tierlm.answer import Piece, Result, add, results, unfinished
 from tierlm.checkpoints.hub import find_model
 from tierlm.client import Client, Request
 from tierlm.config import Budget, LoadOptions, SamplingParams
-from tierlm.engine.sequence import Progress
+from tierlm.engine.sequence import Keep, Pace, Progress
 from tierlm.live import Live
 from tierlm.llm import LLM, checked
 from tierlm.prompt import Prompt, Prompts
@@ -99,8 +99,16 @@ class AsyncLLM:
             request.cancel()
         return results(answers)
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Piece]:
-        answer, request = self._llm._stream(Mailbox[Progress](), prompt, params)
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        keep: Keep | None = None,
+        pace: Pace = Pace.ASKED,
+    ) -> AsyncIterator[Piece]:
+        """As ``LLM.stream``. ``pace``: EACH generates ahead of the reader."""
+        answer, request = self._llm._stream(Mailbox[Progress](), prompt, params, keep, pace)
         try:
             request.submit()
             while answer.finish is None:

@@ -103,7 +103,7 @@ class LLM:
         """Generate for one prompt and yield text as it arrives: whole characters, without stop texts.
 
         Texts are empty for a prompt of ids without a tokenizer. Closing the stream cancels the request. ``keep``: the
-        tokens that the prompt begins with as the last request of this ``keep`` did are not computed again.
+        tokens that the prompt begins with as another request of this ``keep`` did are not computed again.
         ``on_prefill`` and errors: as for ``generate``.
         """
         answer, request = self._stream(SimpleQueue[Progress](), prompt, params, keep)
@@ -233,6 +233,7 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams | None,
         keep: Keep | None = None,
+        pace: Pace = Pace.ASKED,
     ) -> tuple[Answer, Request[Box]]:
         """The answer of ``stream``, still empty, and the request that fills it."""
         ((_, params),) = paired([prompt], params)
@@ -240,7 +241,7 @@ class LLM:
             raise UsageError(f"n: a stream has one sample, found {params.n}; use generate, or several streams")
         answer = Answer(*self._prepare(prompt, params))
         queued = [(answer.prompt, params)]
-        return answer, Request(self._client, mailbox, queued, Pace.ASKED, keep=keep)
+        return answer, Request(self._client, mailbox, queued, pace, keep=keep)
 
     def _logits(self, mailbox: Box, prompt: Prompt) -> tuple[Tensor, Request[Box]]:
         """The result of ``logits``, still empty, and the request that fills it."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-import weakref
 from collections import abc, deque
 
 from torch import Tensor
 
 from tierlm.engine.counters import Counters
+from tierlm.engine.prefixes import Prefixes
 from tierlm.engine.sampler import logprob_of
-from tierlm.engine.sequence import Kept, Sequence, State
+from tierlm.engine.sequence import Sequence, State
 from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
@@ -29,9 +29,11 @@ class Scheduler:
     its client has yet to take a token, so a stream is at most one token ahead of its reader. If all running sequences
     pause while a request waits for room, they all run.
 
-    A sequence with ``keep`` leaves its KV values in the cache when it ends. The next one with the same ``keep``
-    computes only what follows the tokens that both begin with, or all if the model has states and the kept one is past
-    them. Kept values give way to sequences that wait for room, the longest idle first.
+    A step computes prompts, the first come first, or one token of each answer. Prompts and the answers of other
+    requests each get half of the time: the seconds of a prefill step are owed to the answers that it holds up, and the
+    next prefill step runs when they are paid back.
+
+    A sequence with ``keep`` leaves its KV values in the cache when it ends, and goes on from those of others: Prefixes.
 
     ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it.
     """
@@ -50,7 +52,8 @@ class Scheduler:
         self.counters = Counters()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._kept: list[Kept] = []  # the longest idle first
+        self._prefixes = Prefixes(cache)
+        self._owed = 0.0  # seconds, to answers
 
     @property
     def wanted(self) -> bool:
@@ -101,51 +104,34 @@ class Scheduler:
         self._admit()
         if self.relief is not None:
             self.relief.follow()
-        prefilling = [sequence for sequence in self._running if sequence.state is State.PREFILL]
-        if prefilling:
-            self._prefill(prefilling, watch)
+        prompts = [sequence for sequence in self._running if sequence.state is State.PREFILL]
+        answers = [sequence for sequence in self._running if sequence.state is State.DECODE and not sequence.paused]
+        requests = {sequence.mailbox for sequence in prompts}
+        held_up = any(sequence.mailbox not in requests for sequence in answers)
+        began = time.perf_counter()
+        if prompts and not (held_up and self._owed > 0):
+            self._prefill(prompts, watch)
+            self._owed = time.perf_counter() - began if held_up else 0.0
         else:
-            free = [sequence for sequence in self._running if not sequence.paused]
-            self._decode(free or list(self._running), watch)
+            self._decode(answers or list(self._running), watch)
+            self._owed = max(0.0, self._owed - (time.perf_counter() - began))
 
     def _admit(self) -> None:
-        """Reserve KV cache for waiting sequences, in order."""
+        """Reserve KV cache for waiting sequences, in order.
+
+        A sequence waits while a running one computes a chunk or more of its prompt, instead of computing that too.
+        """
         while self._waiting:
             sequence = self._waiting[0]
-            own = self._kept_for(sequence)
-            if not self._make_room(sequence.capacity, own):
+            if self._prefixes.coming(sequence, self._running) >= self.chunk:
+                return
+            span = self._prefixes.reserve(sequence, self._running)
+            if span is None:
                 return
             self._waiting.popleft()
-            if own is None:
-                sequence.span = self.cache.reserve(sequence.capacity)
-            else:
-                self._kept.remove(own)
-                self.cache.cut(own.span, _common(own.ids, sequence.prompt[:-1]))
-                self.cache.resize(own.span, sequence.capacity)
-                sequence.span, sequence.done = own.span, own.span.length
-            sequence.state = State.PREFILL
+            sequence.span, sequence.state = span, State.PREFILL
+            sequence.done = sequence.prefilled = sequence.cached = span.length
             self._running.append(sequence)
-
-    def _make_room(self, tokens: int, own: Kept | None) -> bool:
-        """Whether a span of ``tokens``, or ``own`` with as many, has room once others' kept values have given way."""
-        others = [kept for kept in self._kept if kept is not own]
-        for kept in [kept for kept in others if kept.owner() is None]:
-            others.remove(kept)
-            self._drop(kept)
-        while not self.cache.can_reserve(tokens, None if own is None else own.span):
-            if not others:
-                return False
-            self._drop(others.pop(0))
-        return True
-
-    def _kept_for(self, sequence: Sequence) -> Kept | None:
-        if sequence.keep is None:
-            return None
-        return next((kept for kept in self._kept if kept.owner() is sequence.keep), None)
-
-    def _drop(self, kept: Kept) -> None:
-        self._kept.remove(kept)
-        self.cache.release(kept.span)
 
     def _prefill(self, sequences: list[Sequence], watch: Watch) -> None:
         """One prefill step. It takes a whole chunk of a prompt, the rest, or nothing, so the cuts in a prompt do not
@@ -236,20 +222,6 @@ class Scheduler:
             self._end(sequence, "length")
 
     def _end(self, sequence: Sequence, finish: str | None) -> None:
-        span = sequence.span
-        assert span is not None
-        if sequence.keep is not None and span.length:
-            if (old := self._kept_for(sequence)) is not None:  # of a request that ran beside this one
-                self._drop(old)
-            self.cache.resize(span, span.length)
-            ids = [*sequence.prompt, *sequence.ids][: span.length]
-            self._kept.append(Kept(weakref.ref(sequence.keep), ids, span))
-        else:
-            self.cache.release(span)
+        self._prefixes.keep(sequence)
         self._running.remove(sequence)
         sequence.span, sequence.finish, sequence.state, sequence.request = None, finish, State.ENDED, None
-
-
-def _common(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:
-    """The number of ids that both begin with."""
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

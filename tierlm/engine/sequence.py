@@ -31,7 +31,7 @@ class Progress:
     """New ``ids`` of the sequence at ``place`` of its request, including a stop id.
 
     ``finish``: None until it ends, then "stop", "length" or "error". ``error``: the failed read; None if the model was
-    closed. ``logprobs``: of each new id; None if not asked for.
+    closed. ``logprobs``: of each new id; None if not asked for. ``cached``: see Sequence.
     """
 
     place: int
@@ -39,6 +39,7 @@ class Progress:
     finish: str | None
     error: TierlmError | None
     logprobs: list[TokenLogprob] | None = None
+    cached: int = 0
 
 
 class Mailbox(Protocol):
@@ -62,16 +63,7 @@ class Pace(Enum):
 
 
 class Keep:
-    """Names the KV values that requests of one conversation leave for the next one. They go with this object."""
-
-
-@dataclass(slots=True, eq=False)
-class Kept:
-    """KV values that stay in the cache: ``span.length`` tokens, those of ``ids``, for requests with ``owner``."""
-
-    owner: weakref.ref[Keep]
-    ids: list[int]
-    span: Span
+    """Names the KV values that requests with this object leave for each other. They go with it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,10 +72,10 @@ class Sequence:
 
     ``place``: its index in the request that ``mailbox`` belongs to. ``logits``: float32 [T, vocab]; if set, filled for
     every prompt token, and nothing is generated. ``keep``: whose KV values it takes up and leaves. ``capacity``: tokens
-    reserved in the KV cache. ``limit``: maximum of new tokens. ``done``: prompt tokens that have run. ``prefilled``:
-    the same, with a share for the layers that have run of the present step; the client may read it. ``told``: new
-    tokens that were put into the mailbox. ``asked``: the client waits for the next token. ``request``: cancels the
-    sequence when the client drops its request.
+    reserved in the KV cache. ``limit``: maximum of new tokens. ``cached``: prompt tokens whose KV values were there.
+    ``done``: prompt tokens that have run, those included. ``prefilled``: the same, with a share for the layers that
+    have run of the present step; the client may read it. ``told``: new tokens that were put into the mailbox.
+    ``asked``: the client waits for the next token. ``request``: cancels the sequence when the client drops its request.
     """
 
     prompt: abc.Sequence[int]
@@ -97,6 +89,7 @@ class Sequence:
     capacity: int = 0
     limit: int = 0
     span: Span | None = None
+    cached: int = 0
     done: int = 0
     prefilled: int = 0
     ids: list[int] = field(default_factory=list)
@@ -126,10 +119,15 @@ class Sequence:
     def ended(self) -> bool:
         return self.state is State.ENDED
 
+    @property
+    def computed(self) -> list[int]:
+        """The ids whose KV values are in its span."""
+        return [] if self.span is None else [*self.prompt, *self.ids][: self.span.length]
+
     def tell(self) -> None:
         """Put what is new into the mailbox."""
         if self.ended or (len(self.ids) > self.told and self.pace is not Pace.END):
             new, logprobs = self.ids[self.told :], self.logprobs[self.told :]
             self.told, self.asked = len(self.ids), False
             reported = None if self.params.logprobs is None else logprobs
-            self.mailbox.put(Progress(self.place, new, self.finish, self.error, reported))
+            self.mailbox.put(Progress(self.place, new, self.finish, self.error, reported, self.cached))

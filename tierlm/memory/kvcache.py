@@ -63,11 +63,12 @@ class KvCache:
         spans = list(self._spans)
         return sum(span.length for span in spans), sum(span.capacity for span in spans)
 
-    def can_reserve(self, tokens: int, instead_of: Span | None = None) -> bool:
-        """Whether a contiguous gap of ``tokens`` and a state are free, or would be without ``instead_of``."""
-        if self._places == [] and instead_of is None:
+    def can_reserve(self, tokens: int, *instead_of: Span) -> bool:
+        """Whether a contiguous gap of ``tokens`` and a state are free, or would be without the spans ``instead_of``."""
+        if self._places == [] and not instead_of:
             return False
-        return self._gap([span for span in self._spans if span is not instead_of], tokens) is not None
+        without = set(instead_of)
+        return self._gap([span for span in self._spans if span not in without], tokens) is not None
 
     def reserve(self, tokens: int) -> Span:
         """Reserve a span until ``release``. Raises PromptError if ``can_reserve`` is False."""
@@ -104,10 +105,16 @@ class KvCache:
         if self._places is not None:
             self._places.append(span.place)
 
-    def cut(self, span: Span, length: int) -> None:
-        """Keep at most the first ``length`` tokens of ``span``. A state cannot go back: then none is kept."""
-        if length < span.length:
-            span.length = length if self._places is None else 0
+    @property
+    def can_cut(self) -> bool:
+        """Whether the first tokens of a span are of use without the others. A state cannot go back."""
+        return self._places is None
+
+    def copy(self, source: Span, span: Span, length: int) -> None:
+        """Fill the empty ``span`` with the first ``length`` tokens of ``source``. ``can_cut`` must hold."""
+        for values in (*self._layers, *self._index):
+            values[span.start :][:length] = values[source.start :][:length]
+        span.length = length
 
     def layer(self, layer: int) -> Tensor:
         """One layer's values of all spans, [capacity, width], for kernels that write spans directly."""

@@ -78,7 +78,7 @@ class Decoder:
         """
         recorder = self.moe.recorder
         if recorder is not None:
-            recorder.begin([(id(step.span), step.span.length, len(step.ids)) for step in steps], prefill)
+            recorder.begin([(step.span, step.span.length, len(step.ids)) for step in steps], prefill)
         hidden = self._layers_of(steps, prefill, watch)
         if out is None:
             out = torch.empty(len(steps), self.spec.vocab)

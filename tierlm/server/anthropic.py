@@ -82,7 +82,7 @@ def routes(service: Service) -> APIRouter:
     async def messages(asked: Messages, request: Request) -> Response:
         ids = await prompt(asked)
         work = Work([ids], asked.sampling(service.llm.default_params))
-        reply = Reply(service.name, len(ids))
+        reply = Reply(service.name, work)
         pieces = attended(request, service.admit(work))
         if asked.stream:
             return StreamingResponse(reply.events(pieces), media_type="text/event-stream")
@@ -97,9 +97,9 @@ def routes(service: Service) -> APIRouter:
 class Reply:
     """The reply to one request."""
 
-    def __init__(self, model: str, prompt: int):
+    def __init__(self, model: str, work: Work):
         self._fixed = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
-        self._prompt, self._new, self._text = prompt, 0, ""
+        self._work, self._new, self._text = work, 0, ""
         self._reason: str | None = None
 
     def add(self, text: str, tokens: int, finish: str | None) -> None:
@@ -130,12 +130,17 @@ class Reply:
             return
         yield _named("content_block_stop", index=0)
         delta = {"stop_reason": self._reason, "stop_sequence": None}
-        yield _named("message_delta", delta=delta, usage={"output_tokens": self._new})
+        yield _named("message_delta", delta=delta, usage=self._usage())
         yield _named("message_stop")
 
     def _message(self, content: list[dict[str, str]]) -> dict[str, Any]:
-        usage = {"input_tokens": self._prompt, "output_tokens": self._new}
-        return {**self._fixed, "content": content, "stop_reason": self._reason, "stop_sequence": None, "usage": usage}
+        ended = {"stop_reason": self._reason, "stop_sequence": None, "usage": self._usage()}
+        return {**self._fixed, "content": content, **ended}
+
+    def _usage(self) -> dict[str, int]:
+        """As Anthropic counts: tokens that were not computed are none of the input."""
+        prompt, cached = self._work.prompt_tokens, self._work.cached
+        return {"input_tokens": prompt - cached, "cache_read_input_tokens": cached, "output_tokens": self._new}
 
 
 def _named(kind: str, **fields: Any) -> str:

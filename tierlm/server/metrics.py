@@ -42,6 +42,9 @@ class Metrics:
         self.refused = Counter("tierlm_requests_refused", "Requests refused for lack of a place.", registry=own)
         Gauge("tierlm_requests_live", "Requests that run or wait.", registry=own).set_function(live)
         self.prompt_tokens = Counter("tierlm_prompt_tokens", "Tokens of the prompts of ended requests.", registry=own)
+        self.cached_tokens = Counter(
+            "tierlm_prompt_tokens_cached", "Those of them that were not computed, but kept.", registry=own
+        )
         self.new_tokens = Counter("tierlm_new_tokens", "Tokens sent.", registry=own)
         first, following = "tierlm_time_to_first_token_seconds", "tierlm_time_per_output_token_seconds"
         self.first_token = Times(Histogram(first, "From the request to its first text.", buckets=FIRST, registry=own))

@@ -67,7 +67,7 @@ async def _answer(service: Service, asked: Asked, work: Work, replies: Replies, 
     async for item in attended(request, pieces):
         if item is not None:
             replies.add(*item)
-    return JSONResponse(replies.whole(work.prompt_tokens))
+    return JSONResponse(replies.whole(work.prompt_tokens, work.cached))
 
 
 async def _events(pieces: Any, replies: Replies, work: Work, usage: bool) -> AsyncGenerator[str, None]:
@@ -87,5 +87,5 @@ async def _events(pieces: Any, replies: Replies, work: Work, usage: bool) -> Asy
         yield event(error(str(failure), "server_error"))
         return
     if usage:
-        yield event(replies.usage_chunk(work.prompt_tokens))
+        yield event(replies.usage_chunk(work.prompt_tokens, work.cached))
     yield event("[DONE]")

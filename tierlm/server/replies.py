@@ -12,8 +12,13 @@ from tierlm.engine.sampler import TokenLogprob
 from tierlm.text import TextCodec
 
 
-def usage(prompt: int, new: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+def usage(prompt: int, cached: int, new: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
@@ -52,10 +57,15 @@ class Replies:
         choice["logprobs"] = None if piece.logprobs is None else self._table(piece.logprobs, offset)
         return {**self._fixed, "object": self.chunk_kind, "choices": [choice]}
 
-    def usage_chunk(self, prompt: int) -> dict[str, Any]:
-        return {**self._fixed, "object": self.chunk_kind, "choices": [], "usage": usage(prompt, self.new_tokens)}
+    def usage_chunk(self, prompt: int, cached: int) -> dict[str, Any]:
+        return {
+            **self._fixed,
+            "object": self.chunk_kind,
+            "choices": [],
+            "usage": usage(prompt, cached, self.new_tokens),
+        }
 
-    def whole(self, prompt: int) -> dict[str, Any]:
+    def whole(self, prompt: int, cached: int) -> dict[str, Any]:
         choices = []
         for place, text in enumerate(self._texts):
             logprobs = self._logprobs[place]
@@ -63,7 +73,7 @@ class Replies:
                 {"index": place, **self._content(text), "finish_reason": self._finish[place]}
                 | {"logprobs": None if logprobs is None else self._table(logprobs, 0)}
             )
-        return {**self._fixed, "object": self.kind, "choices": choices, "usage": usage(prompt, self.new_tokens)}
+        return {**self._fixed, "object": self.kind, "choices": choices, "usage": usage(prompt, cached, self.new_tokens)}
 
     def _delta(self, text: str) -> dict[str, Any]:
         raise NotImplementedError

@@ -14,6 +14,7 @@ from weakref import WeakSet
 from tierlm.answer import Piece
 from tierlm.async_llm import AsyncLLM
 from tierlm.config import Budget, LoadOptions, SamplingParams
+from tierlm.engine.sequence import Keep, Pace
 from tierlm.errors import TierlmError
 from tierlm.server.metrics import Metrics
 
@@ -50,11 +51,13 @@ class TimedOut(Exception):
 
 @dataclass(eq=False)
 class Work:
-    """What a request is for: prompts of ids, and the parameters of their sequences."""
+    """What a request is for: prompts of ids, and the parameters of their sequences. ``cached``: prompt tokens that were
+    not computed, known with the first tokens of the answers."""
 
     prompts: Sequence[list[int]]
     params: SamplingParams
     began: float = field(default_factory=time.monotonic)
+    cached: int = 0
 
     def sequences(self) -> list[tuple[list[int], SamplingParams]]:
         return [(ids, one) for ids in self.prompts for one in self.params.samples()]
@@ -73,6 +76,7 @@ class Service:
         self.loading: tuple[int, int] = (0, 0)
         self.failure: BaseException | None = None
         self._llm: AsyncLLM | None = None
+        self._keep = Keep()
         self._live = WeakSet[Work]()  # weak, since a client may be gone before its work begins
         self._durations: deque[float] = deque(maxlen=32)  # seconds of the latest requests
 
@@ -143,6 +147,7 @@ class Service:
             self._durations.append(time.monotonic() - work.began)
             self.metrics.requests.labels(outcome).inc()
             self.metrics.prompt_tokens.inc(work.prompt_tokens)
+            self.metrics.cached_tokens.inc(work.cached)
 
     def _wait(self) -> int:
         """Seconds until a request of average length ends, if they end evenly."""
@@ -154,7 +159,7 @@ class Service:
 
         async def follow(place: int, ids: list[int], params: SamplingParams) -> None:
             try:
-                async with aclosing(self.llm.stream(ids, params)) as pieces:  # type: ignore[type-var]
+                async with aclosing(self.llm.stream(ids, params, keep=self._keep, pace=Pace.EACH)) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         arrived.put_nowait((place, piece))
             except Exception as error:
@@ -172,8 +177,11 @@ class Service:
                     raise TimedOut(f"not done after {self.limits.seconds:g} s") from None
                 if isinstance(item, BaseException):
                     raise item
-                clocks[item[0]].count(len(item[1].ids))
-                left -= item[1].finish_reason is not None
+                place, piece = item
+                if clocks[place].first and place % work.params.n == 0:  # of the samples of a prompt, the first counts
+                    work.cached += piece.cached
+                clocks[place].count(len(piece.ids))
+                left -= piece.finish_reason is not None
                 yield item
         finally:
             for task in tasks:

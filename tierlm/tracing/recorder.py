@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,16 @@ class Recorder:
         self._shape = (len(info.moe_layers), chosen)
         self._place = {layer: at for at, layer in enumerate(info.moe_layers)}
         self._writer = TraceWriter(file, info)
-        self._sequences: dict[int, int] = {}  # by the identity of its KV span: the sequence's number
+        self._sequences: dict[Hashable, int] = {}  # by its KV span: the sequence's number
         self._count = self._step = 0
         self._rows: dict[str, Array] = {}
 
-    def begin(self, sequences: Sequence[tuple[int, int, int]], prefill: bool) -> None:
-        """Begin a step. ``sequences``: (identity of its KV span, tokens already cached, new tokens) of each."""
+    def begin(self, sequences: Sequence[tuple[Hashable, int, int]], prefill: bool) -> None:
+        """Begin a step. ``sequences``: (its KV span, tokens already cached, new tokens) of each. One that begins with
+        copied tokens is a new one."""
         numbers: list[int] = []
         for span, cached, new in sequences:
-            if not cached:
+            if not cached or span not in self._sequences:
                 self._sequences[span] = self._count
                 self._count += 1
             numbers += [self._sequences[span]] * new

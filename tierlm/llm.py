@@ -277,7 +277,7 @@ class LLM:
         if wrong := [token for token in params.logit_bias if token >= vocab]:
             raise UsageError(f"logit_bias: token id {wrong[0]} is not in the vocabulary of {vocab}")
         try:
-            return ids, TextStream(self.codec, tuple(params.stop))
+            return ids, TextStream(self.codec, tuple(params.stop), special=not params.skip_special_tokens)
         except CheckpointError:
             if isinstance(prompt, str) or params.stop:
                 raise

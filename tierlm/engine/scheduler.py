@@ -13,7 +13,7 @@ from torch import Tensor
 from tierlm.engine.counters import Counters
 from tierlm.engine.sampler import logprob_of
 from tierlm.engine.sequence import Kept, Sequence, State
-from tierlm.errors import NumericsError, StorageError, TierlmError
+from tierlm.errors import NumericsError, StorageError, TierlmError, UsageError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import PressureRelief
@@ -217,7 +217,12 @@ class Scheduler:
             self._end(sequence, "length")
             return
         params = sequence.params
-        token = sequence.sampler.choose(logits, sequence.prompt, sequence.ids)
+        try:
+            token = sequence.sampler.choose(logits, sequence.prompt, sequence.ids)
+        except UsageError as error:  # of its constraint
+            sequence.error = error
+            self._end(sequence, "error")
+            return
         if not sequence.ids:
             self.counters.first_tokens += 1
             self.counters.first_token = time.perf_counter() - sequence.submitted

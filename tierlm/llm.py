@@ -158,6 +158,16 @@ class LLM:
         """Tokens that fit the KV cache: those of all live requests, prompts and answers."""
         return self._loaded().context
 
+    @property
+    def vocab(self) -> int:
+        """The number of the model's token ids."""
+        return self._loaded().catalog.spec.vocab
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """The ids that end an answer."""
+        return self._loaded().scheduler.eos
+
     @cached_property
     def default_params(self) -> SamplingParams:
         """The sampling that the model's authors recommend in ``generation_config.json``; greedy if they do not.

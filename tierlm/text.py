@@ -157,13 +157,13 @@ class TextStream:
             self.stopped = True
             piece, self._held = self._held[: min(found)], ""
         else:
-            keep = 0 if final else max((_overlap(self._held, stop) for stop in self._stop), default=0)
+            keep = 0 if final else max((overlap(self._held, stop) for stop in self._stop), default=0)
             cut = len(self._held) - keep
             piece, self._held = self._held[:cut], self._held[cut:]
         self.text += piece
         return piece
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tierlm.engine.counters import Counters
 from tierlm.engine.sampler import logprob_of
 from tierlm.engine.sequence import Kept, Sequence, State
-from tierlm.errors import NumericsError, StorageError, TierlmError, UsageError
+from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import PressureRelief
@@ -219,7 +219,7 @@ class Scheduler:
         params = sequence.params
         try:
             token = sequence.sampler.choose(logits, sequence.prompt, sequence.ids)
-        except UsageError as error:  # of its constraint
+        except TierlmError as error:  # of its constraint
             sequence.error = error
             self._end(sequence, "error")
             return

@@ -16,7 +16,6 @@ from tierlm.errors import UsageError
 from tierlm.text import TextCodec
 
 SPACES = r"[ \n\t]{1,32}"  # between two tokens of JSON; without a limit, a model may write nothing else
-OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 class Grammars:
@@ -41,9 +40,12 @@ class Grammars:
 
     def json(self, schema: Mapping[str, Any]) -> Callable[[], Constraint]:
         """Allows the texts that are JSON after ``schema``. Raises UsageError if it is wrong or uses too much."""
-        grammar = self._library.LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides={"whitespace_pattern": SPACES}
-        )
+        try:
+            grammar = self._library.LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), overrides={"whitespace_pattern": SPACES}
+            )
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"response_format: the schema is not valid JSON: {error}") from error
         matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise UsageError(f"response_format: the schema is not supported: {_first_line(matcher)}")

@@ -50,7 +50,7 @@ setup(
         "transformers": ["safetensors>=0.4.5", "transformers>=5.20"],
         "peers": ["accelerate>=1.10", "safetensors>=0.4.5", "transformers>=5.20", "xllamacpp>=2026.10"],
         "zstd": ["zstandard>=0.22"],
-        "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.30"],
+        "serve": ["fastapi>=0.115", "llguidance>=1.9", "prometheus-client>=0.20", "uvicorn>=0.30"],
         "plot": ["matplotlib>=3.8"],
         "tune": ["optuna>=4"],
         "test": [

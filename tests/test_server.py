@@ -43,12 +43,12 @@ GREEDY = SamplingParams(max_new_tokens=12)
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, limits: Limits, key: str | None = None, options: LoadOptions = OPTIONS):
+    def __init__(self, limits: Limits, key: str | None = None, options: LoadOptions = OPTIONS, model: str = "demo"):
         self.service = Service("demo", limits)
 
         async def load() -> None:
             try:
-                await self.service.load("demo", Budget("2GiB"), options)
+                await self.service.load(model, Budget("2GiB"), options)
             except TierlmError:
                 self.server.should_exit = True
 
@@ -245,9 +245,9 @@ def test_the_messages_api(served: Running, expected: dict[str, Any]) -> None:
         ("/v1/chat/completions", {"model": "demo", "messages": [{}], "tools": [{}]}, 400, "tools"),
         (
             "/v1/chat/completions",
-            {"model": "demo", "messages": MESSAGES, "response_format": {"type": "json_object"}},
+            {"model": "demo", "messages": MESSAGES, "response_format": {"type": "xml"}},
             400,
-            "JSON is not enforced",
+            "expected text, json_object or json_schema, found 'xml'",
         ),
         (
             "/v1/chat/completions",

@@ -113,6 +113,8 @@ def test_special_tokens_are_not_text(codec: TextCodec) -> None:
     ids = [bos, *codec.encode("a🦖"), bos, eos, *codec.encode("b")]
     pieces, _ = pieces_of(codec, ids)
     assert "".join(pieces) == "a🦖b"
+    stream = TextStream(codec, (), special=True)
+    assert "".join(map(stream.push, ids)) + stream.flush() == f"{BOS}a🦖{BOS}{EOS}b"
 
 
 def test_flush_twice_shows_nothing_twice(codec: TextCodec) -> None:

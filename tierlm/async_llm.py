@@ -157,6 +157,14 @@ class AsyncLLM:
         return self._llm.context
 
     @property
+    def vocab(self) -> int:
+        return self._llm.vocab
+
+    @property
+    def eos(self) -> frozenset[int]:
+        return self._llm.eos
+
+    @property
     def default_params(self) -> SamplingParams:
         return self._llm.default_params
 

@@ -7,9 +7,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from tierlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_CONTEXT = 4096  # tokens, if the model allows as many
 MAX_LOGPROBS = 100  # most likely tokens reported for each token
@@ -63,6 +66,15 @@ class Budget:
         object.__setattr__(self, "vram", None if vram is None else parse_size(vram, "budget vram"))
 
 
+class Constraint(Protocol):
+    """Decides which tokens one sequence may have next, such as those of a grammar."""
+
+    def mask(self, ids: Sequence[int], /) -> Tensor | None:
+        """The tokens that may follow ``ids``, the generated ones so far: bool [vocab]; None: all. At least one is
+        allowed, and ``ids`` only grow from call to call. Raises UsageError to end the sequence."""
+        ...
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling and stop conditions. ``temperature`` 0 is greedy. Each prompt restarts from ``seed``.
@@ -73,6 +85,7 @@ class SamplingParams:
 
     ``n``: samples of each prompt; sample i has the seed ``seed + i``. Each computes the prompt again.
     ``logprobs``: how many of the most likely tokens to report for each token; 0: only the token itself.
+    ``skip_special_tokens``: leave special tokens out of the text. ``constraint``: makes the constraint of a sequence.
     """
 
     max_new_tokens: int = 128
@@ -90,6 +103,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     n: int = 1
     logprobs: int | None = None
+    skip_special_tokens: bool = True
+    constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_ids"):
@@ -198,7 +213,8 @@ _SAMPLING: _Checks = (
     ("seed", "a 64-bit integer or None", lambda v: v is None or (_is_int(v) and -(2**63) <= v < 2**64)),
     ("stop", "non-empty strings", lambda v: all(isinstance(text, str) and text for text in v)),
     ("stop_ids", "token ids", lambda v: all(_is_int(token) and token >= 0 for token in v)),
-    ("ignore_eos", "True or False", lambda v: isinstance(v, bool)),
+    ("ignore_eos skip_special_tokens", "True or False", lambda v: isinstance(v, bool)),
+    ("constraint", "a callable or None", lambda v: v is None or callable(v)),
     ("frequency_penalty presence_penalty", "a number from -2 to 2", lambda v: _finite(v) and -2 <= v <= 2),
     ("logit_bias", "token ids with numbers from -100 to 100", lambda v: isinstance(v, Mapping) and _is_bias(v)),
     ("n", "an integer >= 1", lambda v: _is_int(v) and v >= 1),

@@ -164,6 +164,16 @@ class LLM:
         """Tokens that fit the KV cache: those of all live requests, prompts and answers."""
         return self._loaded().context
 
+    @property
+    def vocab(self) -> int:
+        """The number of the model's token ids."""
+        return self._loaded().catalog.spec.vocab
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """The ids that end an answer."""
+        return self._loaded().scheduler.eos
+
     @cached_property
     def default_params(self) -> SamplingParams:
         """The sampling that the model's authors recommend in ``generation_config.json``; greedy if they do not.
@@ -284,7 +294,7 @@ class LLM:
         if wrong := [token for token in params.logit_bias if token >= vocab]:
             raise UsageError(f"logit_bias: token id {wrong[0]} is not in the vocabulary of {vocab}")
         try:
-            return ids, TextStream(self.codec, tuple(params.stop))
+            return ids, TextStream(self.codec, tuple(params.stop), special=not params.skip_special_tokens)
         except CheckpointError:
             if isinstance(prompt, str) or params.stop:
                 raise

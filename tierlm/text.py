@@ -63,9 +63,10 @@ class TextCodec:
             return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of ``ids``, with special tokens or without."""
         with _readable(self.folder):
-            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
         return text
 
     def token_text(self, token: int) -> str:
@@ -117,11 +118,12 @@ def _readable(file: Path) -> Iterator[None]:
 class TextStream:
     """Decodes ids one by one into final text: no partial UTF-8 characters, no possible start of a stop text.
 
-    Every decode includes a few tokens of context, since the text of a token may depend on the one before.
+    Every decode includes a few tokens of context, since the text of a token may depend on the one before. ``special``:
+    keep special tokens.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str]):
-        self._codec, self._stop = codec, stop
+    def __init__(self, codec: TextCodec, stop: Sequence[str], *, special: bool = False):
+        self._codec, self._stop, self._special = codec, stop, special
         self._ids: list[int] = []
         self._before = 0  # ids[before:after]: context, already released
         self._after = 0
@@ -139,8 +141,8 @@ class TextStream:
         return self._decode(final=True)
 
     def _decode(self, final: bool) -> str:
-        known = self._codec.decode(self._ids[self._before : self._after])
-        text = self._codec.decode(self._ids[self._before :])
+        known = self._codec.decode(self._ids[self._before : self._after], special=self._special)
+        text = self._codec.decode(self._ids[self._before :], special=self._special)
         if not final and (len(text) <= len(known) or text.endswith("\ufffd")):
             return ""
         self._before, self._after = self._after, len(self._ids)
@@ -155,13 +157,13 @@ class TextStream:
             self.stopped = True
             piece, self._held = self._held[: min(found)], ""
         else:
-            keep = 0 if final else max((_overlap(self._held, stop) for stop in self._stop), default=0)
+            keep = 0 if final else max((overlap(self._held, stop) for stop in self._stop), default=0)
             cut = len(self._held) - keep
             piece, self._held = self._held[:cut], self._held[cut:]
         self.text += piece
         return piece
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

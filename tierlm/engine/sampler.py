@@ -32,6 +32,7 @@ class Sampler:
         self.params = params
         self._biased = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        self._constraint = None if params.constraint is None else params.constraint()
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -41,7 +42,8 @@ class Sampler:
     def choose(self, logits: Tensor, prompt: Sequence[int], generated: Sequence[int]) -> int:
         """The next token from ``logits``, float32 [vocab]. The penalties use the ids so far.
 
-        The order is: bias, repetition penalty, frequency and presence penalty, temperature, top-k, top-p, min-p.
+        The order is: bias, repetition penalty, frequency and presence penalty, constraint, temperature, top-k, top-p,
+        min-p. Raises UsageError if the constraint cannot go on.
         """
         params, logits = self.params, self._adjusted(logits, prompt, generated)
         if params.temperature < LEAST_TEMPERATURE:
@@ -64,7 +66,7 @@ class Sampler:
         return int(order[torch.multinomial(probabilities, 1, generator=self._generator)])
 
     def _adjusted(self, logits: Tensor, prompt: Sequence[int], generated: Sequence[int]) -> Tensor:
-        """Logits with bias and penalties, in a new tensor if there are any. [vocab]"""
+        """Logits with bias, penalties and constraint, in a new tensor if there are any. [vocab]"""
         params = self.params
         if len(self._biased):
             logits = logits.index_add(0, self._biased, self._bias)
@@ -76,6 +78,8 @@ class Sampler:
         if (params.frequency_penalty or params.presence_penalty) and generated:
             times = torch.tensor(generated).bincount(minlength=len(logits)).to(logits.dtype)
             logits = logits - params.frequency_penalty * times - params.presence_penalty * times.clamp(max=1)
+        if self._constraint is not None and (allowed := self._constraint.mask(generated)) is not None:
+            logits = logits.where(allowed, -torch.inf)
         return logits
 
 

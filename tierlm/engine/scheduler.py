@@ -208,7 +208,12 @@ class Scheduler:
             self._end(sequence, "length")
             return
         params = sequence.params
-        token = sequence.sampler.choose(logits, sequence.prompt, sequence.ids)
+        try:
+            token = sequence.sampler.choose(logits, sequence.prompt, sequence.ids)
+        except TierlmError as error:  # of its constraint
+            sequence.error = error
+            self._end(sequence, "error")
+            return
         if not sequence.ids:
             self.counters.first_tokens += 1
             self.counters.first_token = time.perf_counter() - sequence.submitted

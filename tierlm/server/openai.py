@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,14 +13,20 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from tierlm.errors import TierlmError
 from tierlm.server.connection import COMMENT, Gone, attended, event
+from tierlm.server.grammar import Grammars
 from tierlm.server.replies import ChatReplies, CompletionReplies, Replies, error
 from tierlm.server.service import Service, TimedOut, Work
+from tierlm.server.tools import Tools
 from tierlm.server.wire import Asked, ChatCompletion, Completion
 
 
 def routes(service: Service) -> APIRouter:
     """``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``."""
     router = APIRouter(prefix="/v1")
+
+    @functools.cache
+    def grammars() -> Grammars:
+        return Grammars(service.llm.codec, service.llm.vocab, service.llm.eos)
 
     def card() -> dict[str, Any]:
         return {"id": service.name, "object": "model", "created": service.created, "owned_by": "tierlm"}
@@ -43,11 +51,18 @@ def routes(service: Service) -> APIRouter:
     @router.post("/chat/completions")
     async def chat(asked: ChatCompletion, request: Request) -> Response:
         service.check(asked.model)
-        asked.check()
-        codec = service.llm.codec
-        ids = await asyncio.to_thread(codec.chat, asked.conversation(), None, asked.chat_template_kwargs)
+        codec, schema = service.llm.codec, asked.answer_schema()
+        tools = Tools.of(asked.offered(), codec)
+        given = None if tools is None else tools.given
+        ids = await asyncio.to_thread(codec.chat, asked.conversation(), given, asked.chat_template_kwargs)
         work = _work(service, asked, [service.llm.ids(ids)])
-        return await _answer(service, asked, work, ChatReplies(service.name, codec, len(work.sequences())), request)
+        if tools is not None:
+            work.params = replace(work.params, skip_special_tokens=False)
+        if schema is not None:
+            constraint = await asyncio.to_thread(lambda: grammars().json(schema))
+            work.params = replace(work.params, constraint=constraint)
+        replies = ChatReplies(service.name, codec, len(work.sequences()), tools)
+        return await _answer(service, asked, work, replies, request)
 
     return router
 
@@ -79,8 +94,7 @@ async def _events(pieces: Any, replies: Replies, work: Work, usage: bool) -> Asy
             if item is None:
                 yield COMMENT
                 continue
-            replies.add(*item)
-            yield event(replies.chunk(*item))
+            yield event(replies.chunk(item[0], replies.add(*item)))
     except Gone:
         return
     except (TierlmError, TimedOut) as failure:

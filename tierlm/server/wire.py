@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tierlm.config import MAX_LOGPROBS, SamplingParams
-from tierlm.errors import UsageError
+from tierlm.errors import UsageError, shown
+from tierlm.server.tools import with_calls
 from tierlm.templates.template import Message
 
 MAX_SAMPLES = 128  # sequences of one request
@@ -126,7 +127,9 @@ class ChatCompletion(Asked):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
 
@@ -137,17 +140,34 @@ class ChatCompletion(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self) -> list[Message]:
-        """The messages, with their text in one piece. Raises UsageError."""
+        """The messages, with their text in one piece and arguments of calls as objects. Raises UsageError."""
         return [
-            {**message, "content": text_of(message.get("content"), f"messages[{at}].content")}
-            for at, message in enumerate(self.messages)
+            with_calls({**message, "content": text_of(message.get("content"), f"{where}.content")}, where)
+            for where, message in ((f"messages[{at}]", message) for at, message in enumerate(self.messages))
         ]
 
-    def check(self) -> None:
-        """Raises UsageError for what is not supported."""
-        kind = (self.response_format or {"type": "text"}).get("type")
-        if kind != "text":
-            raise UsageError(f"response_format: expected the type text, found {kind!r}: JSON is not enforced")
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def answer_schema(self) -> Mapping[str, Any] | None:
+        """The JSON schema that the answer must follow; None: it is text. Raises UsageError."""
+        asked = self.response_format or {"type": "text"}
+        match asked.get("type"):
+            case "text":
+                return None
+            case _ if self.offered():
+                raise UsageError("response_format: expected the type text beside tools")
+            case "json_object":
+                return {"type": "object"}
+            case "json_schema":
+                found = asked.get("json_schema")
+                schema = found.get("schema") if isinstance(found, dict) else None
+                if not isinstance(schema, dict):
+                    raise UsageError("response_format.json_schema.schema: expected a JSON schema")
+                return schema
+            case kind:
+                raise UsageError(f"response_format: expected text, json_object or json_schema, found {shown(kind)}")
 
 
 def text_of(content: Any, where: str) -> str | None:

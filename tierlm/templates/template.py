@@ -50,7 +50,7 @@ class ChatTemplate:
         ``documents`` or ``add_generation_prompt``. Raises UsageError if there is no template or it rejects the
         messages, CheckpointError if the template is wrong or exceeds a limit of the worker.
         """
-        template = self._choose(tools is not None)
+        template = self.source(tools=tools is not None)
         if isinstance(messages, (str, Mapping)) or not all(isinstance(message, Mapping) for message in messages):
             raise UsageError('messages: expected a list such as [{"role": "user", "content": "Hello"}]')
         if not messages:
@@ -72,7 +72,8 @@ class ChatTemplate:
             raise CheckpointError(f"{self.folder}: the chat template is not usable{at}: {found['error']}")
         raise UsageError(f"{self.folder}: the chat template rejects these messages{at}: {found['error']}")
 
-    def _choose(self, tools: bool) -> str:
+    def source(self, *, tools: bool) -> str:
+        """The template's text, of the one for tools if there is one. Raises UsageError if the model has none."""
         templates = self._templates
         if not templates:
             raise UsageError(f"{self.folder}: this model has no chat template; use a plain prompt (`run --raw`)")

@@ -391,6 +391,26 @@ def test_a_port_in_use() -> None:
     assert f"cannot listen at 127.0.0.1:{port}" in ended.stderr
 
 
+def test_an_empty_key_is_refused() -> None:
+    """It would let everybody in."""
+    words = [sys.executable, "-m", "tierlm", "serve", "demo", "--port", "0", "--api-key", ""]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2 and "--api-key: expected at least one character" in ended.stderr
+
+
+def test_a_bug_while_loading_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the command does not end as if all were well."""
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("tierlm.server.service.AsyncLLM.load", fail)
+    service = Service("demo", Limits())
+    with pytest.raises(MemoryError):
+        asyncio.run(service.load("demo", Budget("2GiB"), OPTIONS))
+    assert isinstance(service.failure, MemoryError)
+
+
 def test_a_model_that_does_not_load() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "tierlm", "serve", "/nothing/here", "--port", "0"],

@@ -46,6 +46,8 @@ def serve(
         from tierlm.server.guard import Guard, is_loopback
         from tierlm.server.service import Limits, Service
 
+    if api_key == "":
+        raise UsageError("--api-key: expected at least one character; leave it out to serve without a key")
     service = Service(name or model, Limits(requests, time_limit, parse_size(body_limit, "--body-limit")))
     local = is_loopback(host)
     if not local and api_key is None and not quiet:

@@ -34,7 +34,7 @@ def application(service: Service, load: Callable[[], Coroutine[Any, Any, None]])
             yield
         finally:
             loading.cancel()
-            with suppress(asyncio.CancelledError, TierlmError):
+            with suppress(asyncio.CancelledError, Exception):  # kept by the service
                 await loading
             await service.close()
 

@@ -74,18 +74,18 @@ class Service:
         self.name, self.limits, self.metrics = name, limits, Metrics(lambda: self.live)
         self.created = int(time.time())
         self.loading: tuple[int, int] = (0, 0)
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
         self._llm: AsyncLLM | None = None
         self._keep = Keep()
         self._live = WeakSet[Work]()  # weak, since a client may be gone before its work begins
         self._durations: deque[float] = deque(maxlen=32)  # seconds of the latest requests
 
     async def load(self, model: str, budget: Budget, options: LoadOptions) -> None:
-        """Load the model. An error is kept for ``llm`` to raise."""
+        """Load the model. An error is kept as ``failure`` too, for whoever started the server."""
         try:
             self._llm = await AsyncLLM.load(model, budget=budget, progress=self._progress, **options)
             self.metrics.watch(self._llm)
-        except TierlmError as error:
+        except Exception as error:
             self.failure = error
             raise
 

@@ -15,7 +15,7 @@ from tierlm.memory.heat import REMEMBERED, Heat
 from tierlm.spec import ExpertKey
 
 ALL = [ExpertKey(layer, expert) for layer in (1, 2) for expert in range(8)]
-RAM = Budget("900MiB")
+RAM = Budget("2GiB")
 
 
 def test_hottest_are_those_with_the_largest_share_of_their_layers_turns() -> None:

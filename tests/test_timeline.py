@@ -46,7 +46,7 @@ def test_no_timeline_no_cost() -> None:
 
 def test_a_model_writes_reads_waits_and_products(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
-    with LLM.load(toy_v3[0], budget=Budget("900MiB"), ram_slots=5, timeline=file, heat=False) as llm:
+    with LLM.load(toy_v3[0], budget=Budget("2GiB"), ram_slots=5, timeline=file, heat=False) as llm:
         llm.generate([[5, 6]], SamplingParams(max_new_tokens=3, ignore_eos=True))
         moved = llm.stats().links["disk->ram"].bytes
     events = json.loads(file.read_text())["traceEvents"]
@@ -62,4 +62,4 @@ def test_a_model_writes_reads_waits_and_products(toy_v3: tuple[Path, Any], tmp_p
 
 def test_a_folder_that_does_not_exist_is_told_before_loading(toy_v3: tuple[Path, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"timeline: .*no such folder"):
-        LLM.load(toy_v3[0], budget=Budget("900MiB"), timeline=tmp_path / "none" / "trace.json")
+        LLM.load(toy_v3[0], budget=Budget("2GiB"), timeline=tmp_path / "none" / "trace.json")

@@ -27,7 +27,7 @@ demo-real: $(SMOLLM2) $(MIXTURE)/config.json
 	$(BIN)/tierlm run $(MIXTURE) $(QUESTION) --ram 640MiB
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # two processes; each runs whole files
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -59,6 +59,7 @@ setup(
             "hypothesis>=6.100",
             "openai>=1.60",
             "pytest>=8",
+            "pytest-xdist>=3",
             "safetensors>=0.4.5",
             "transformers>=5.20",
             "zstandard>=0.22",

@@ -52,7 +52,7 @@ NO_TWIN |= {"qwen3-next", "qwen35"}
 
 
 def logits(path: Path, ids: list[int] = IDS) -> torch.Tensor:
-    with LLM.load(path, budget=Budget("1GiB"), heat=False, probe="off") as llm:
+    with LLM.load(path, budget=Budget("2GiB"), heat=False, probe="off") as llm:
         return llm.logits(ids)
 
 

@@ -128,13 +128,13 @@ def test_text_begins_while_weights_arrive_and_a_later_run_finds_them(
     originals: Callable[[str], Path], serve: Serve, cache: Path, ids: list[int]
 ) -> None:
     folder = originals("v3")
-    with LLM.load(folder, budget="1GiB", device="cpu") as llm:
+    with LLM.load(folder, budget="2GiB", device="cpu") as llm:
         expected = llm.generate(ids)[0].ids
     hub = serve(MadeHub.of(folder))
     hub.token = ""
     calls = iter(range(10**6))
     hub.allow = lambda name, start, stop: (stop - start) // 2 if next(calls) % 3 == 1 else None  # cut off every third
-    with LLM.load(REPO, budget="1GiB", device="cpu") as llm:
+    with LLM.load(REPO, budget="2GiB", device="cpu") as llm:
         assert llm.generate(ids)[0].ids == expected
         assert any("arrives from the Hub" in note for note in llm.stats().notes)
         for thread in llm._runtime.reader._arrivals._threads:  # type: ignore[union-attr]
@@ -145,7 +145,7 @@ def test_text_begins_while_weights_arrive_and_a_later_run_finds_them(
     for file in folder.glob("*.safetensors"):
         assert (found / file.name).read_bytes() == file.read_bytes()
     assert not list((cache / "models--org--model/arriving").rglob("*.safetensors")), "no second name is left"
-    with LLM.load(REPO, budget="1GiB", device="cpu") as llm:
+    with LLM.load(REPO, budget="2GiB", device="cpu") as llm:
         assert llm.generate(ids)[0].ids == expected
 
 
@@ -153,12 +153,12 @@ def test_only_what_is_needed_is_waited_for_and_the_rest_is_resumed(
     originals: Callable[[str], Path], serve: Serve, cache: Path, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = originals("v3")
-    with LLM.load(folder, budget="1GiB", device="cpu") as llm:
+    with LLM.load(folder, budget="2GiB", device="cpu") as llm:
         expected = llm.generate(ids[:2])[0].ids
     hub = serve(MadeHub.of(folder))
     start = arriving.Arrivals.start
     monkeypatch.setattr(arriving.Arrivals, "start", lambda arrivals: None)
-    with LLM.load(REPO, budget="1GiB", device="cpu") as llm:
+    with LLM.load(REPO, budget="2GiB", device="cpu") as llm:
         assert llm.generate(ids[:2])[0].ids == expected
         here, total = llm.stats().arrived or (0, 0)
     assert 0 < here < total
@@ -187,7 +187,7 @@ def test_a_bar_shows_what_has_arrived_until_the_first_token(
     def shown() -> str:
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
 
-    with LLM.load(REPO, budget="1GiB", device="cpu") as llm:
+    with LLM.load(REPO, budget="2GiB", device="cpu") as llm:
         with prefill_bar(llm) as bar:
             bar(0, 7)
             here, total = map(format_size, llm.stats().arrived or (0, 0))
@@ -210,7 +210,7 @@ def test_a_connection_that_brings_nothing_is_an_error_that_names_file_and_tensor
     staged = find_model(REPO, whole=False)
     hub.allow = lambda name, start, stop: 0
     with pytest.raises(StorageError, match=r"model\.safetensors: reading .* does not arrive from the Hub: .*ended"):
-        LLM.load(staged, budget="1GiB", device="cpu")
+        LLM.load(staged, budget="2GiB", device="cpu")
 
 
 def test_a_file_that_arrives_damaged_is_not_kept(
@@ -238,14 +238,14 @@ def test_a_gguf_model_arrives_too_and_its_plan_needs_the_header_alone(
 ) -> None:
     file = tmp_path / "toy-F32.gguf"
     write_gguf(originals("olmoe"), file)
-    with LLM.load(file, budget="1GiB", device="cpu") as llm:
+    with LLM.load(file, budget="2GiB", device="cpu") as llm:
         expected = llm.generate(ids)[0].ids
     monkeypatch.setattr(arriving, "GGUF_HEADER", 2**16)
     hub = serve(MadeHub({file.name: file.read_bytes(), "README.md": b""}))
     config = find_config(f"{REPO}:F32")
     assert config.config["model_type"] == "olmoe" and config.path is not None
     assert {start for _, start in hub.sent} == {0} and find_config(REPO).config == config.config
-    with LLM.load(f"{REPO}:F32", budget="1GiB", device="cpu") as llm:
+    with LLM.load(f"{REPO}:F32", budget="2GiB", device="cpu") as llm:
         assert llm.generate(ids)[0].ids == expected
 
 
@@ -272,7 +272,7 @@ def test_run_and_plan_by_id(originals: Callable[[str], Path], serve: Serve, cach
         command = [sys.executable, "-m", "tierlm", *words]
         return subprocess.run(command, env={**os.environ, **settings, **more}, capture_output=True, text=True)
 
-    words = ("--ids", "3,4,5", "-n", "4", "--ram", "1GiB", "--device", "cpu", "-q")
+    words = ("--ids", "3,4,5", "-n", "4", "--ram", "2GiB", "--device", "cpu", "-q")
     planned = tierlm("plan", REPO, "--ram", "1GiB", "--prompt", "64")
     assert planned.returncode == 0 and not hub.sent, planned.stderr
     local, remote = tierlm("run", str(folder), *words), tierlm("run", f"{REPO}@v1", *words)
@@ -310,4 +310,4 @@ def test_a_disk_without_room_is_an_error_before_the_download(
     staged = find_model(REPO, whole=False)
     monkeypatch.setattr(arriving.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(StorageError, match="still to arrive from the Hub, 1000 B of the disk are free"):
-        LLM.load(staged, budget="1GiB", device="cpu")
+        LLM.load(staged, budget="2GiB", device="cpu")

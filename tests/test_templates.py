@@ -371,7 +371,7 @@ def test_errors_of_a_template_are_usage_errors(tmp_path: Path, template: str) ->
 
 
 @pytest.mark.parametrize(
-    "messages", [[], "hello", HELLO[0], ["hello"], [{"role": "user", "content": object()}]], ids=str
+    "messages", [[], "hello", HELLO[0], ["hello"], [{"role": "user", "content": object()}]], ids=range(5)
 )
 def test_messages_that_are_none(tmp_path: Path, messages: Any) -> None:
     with pytest.raises(UsageError, match="messages"):

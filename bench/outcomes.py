@@ -39,8 +39,8 @@ class Outcome:
 
 
 def summary(outcomes: Sequence[Outcome], seconds: float, ttft: float, tpot: float) -> dict[str, Any]:
-    """The figures of a run. ``seconds``: from its first arrival to the end of arrivals. ``goodput``: requests a second
-    that met the targets ``ttft`` and ``tpot``; throughputs count until the last answer's end."""
+    """The figures of a run. ``seconds``: in which requests arrive. ``goodput``: requests a second that met the targets
+    ``ttft`` and ``tpot``; throughputs count until the last answer's end."""
     done = [one for one in outcomes if one.status == "ok"]
     good = sum(one.meets(ttft, tpot) for one in outcomes)
     end = max([seconds, *(one.last for one in done)])

@@ -41,7 +41,7 @@ async def measure(args: argparse.Namespace, url: str, arrivals: list[Arrival], s
     """One run: the load, and what the modes add to it."""
     load = Load(url, args.name, args.timeout)
     expected, chance = await probe(load), random.Random(args.seed)
-    seconds = max(1e-9, max(arrival.at for arrival in arrivals))
+    seconds = args.seconds if args.arrivals is None else min(args.seconds, arrivals[-1].at) or args.seconds
     running = asyncio.create_task(load.run(arrivals))
     await asyncio.sleep(0)
     gone = [

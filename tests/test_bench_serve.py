@@ -121,7 +121,7 @@ def test_a_run_counts_answers_refusals_and_clients_that_vanish(
     served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     arrivals = [Arrival(0.1 * at, 8, 6) for at in range(5)] + [Arrival(0.7, 8, 60)] * 12
-    found = measured(served, monkeypatch, "--vanish", "5", arrivals=arrivals)
+    found = measured(served, monkeypatch, "--vanish", "5", "--seconds", "0.7", arrivals=arrivals)
     assert found["statuses"]["ok"] >= 6 and found["statuses"]["429"] > 0
     assert set(found["statuses"]) == {"ok", "429"} and found["vanished"] == 5
     assert found["all_gone"] and found["same_tokens"]
@@ -135,7 +135,7 @@ def test_a_killed_server_starts_again_and_answers_with_the_same_tokens(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrivals = [Arrival(0.05 * at, 8, 40) for at in range(12)]
-    found = measured(served, monkeypatch, "--kill", arrivals=arrivals)
+    found = measured(served, monkeypatch, "--kill", "--seconds", "0.6", arrivals=arrivals)
     assert found["same_tokens"] and found["all_gone"]
     assert any(not status.isdigit() and status != "ok" for status in found["statuses"]), "some were cut off"
     assert served.memory[-1][1] > 2**20
@@ -148,7 +148,7 @@ def test_other_tokens_than_at_rest_are_noticed(served: Served, monkeypatch: pyte
         return next(texts)
 
     monkeypatch.setattr(serve, "probe", probe)
-    assert not measured(served, monkeypatch, arrivals=[Arrival(0.0, 4, 2)])["same_tokens"]
+    assert not measured(served, monkeypatch, "--seconds", "0.1", arrivals=[Arrival(0.0, 4, 2)])["same_tokens"]
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_every_step_has_a_token_of_each_of_its_sequences_in_their_order(lengths:
 def test_the_next_sequence_takes_the_place_of_one_that_ends() -> None:
     found = batched(sequences([4, 2, 3, 9]), 2)
     assert found.sequences.reshape(-1, 2).tolist() == [[0, 1]] * 2 + [[0, 2]] * 2 + [[3, 2]]
+    assert found.experts.ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 9, 8]
 
 
 def test_prefills_are_left_out_and_steps_of_that_size_stay() -> None:

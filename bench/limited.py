@@ -13,7 +13,8 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,29 @@ def available() -> bool:
     return True
 
 
-def run_limited(
-    command: Sequence[str], limit: int, **options: Any
-) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """Run ``command`` within ``limit`` bytes. ``options`` go to subprocess.run. Returns the process and the report."""
+class Cgroup:
+    """A memory cgroup."""
+
+    def __init__(self, folder: Path, limit: int):
+        self.folder, self.limit, self._before = folder, limit, _sectors()
+
+    def command(self, command: Sequence[str]) -> list[str]:
+        """``command`` within it."""
+        return ["/bin/sh", "-c", f'echo $$ > {self.folder}/cgroup.procs && exec "$@"', "sh", *command]
+
+    def report(self) -> dict[str, Any]:
+        """Its limit and peak, whether anything was killed, and bytes read from block devices by all processes."""
+        return {
+            "limit": self.limit,
+            "peak": _number(self.folder, "memory.max_usage_in_bytes", "memory.peak"),
+            "killed": _events(self.folder).get("oom_kill", 0),
+            "disk_bytes": (_sectors() - self._before) * 512,
+        }
+
+
+@contextmanager
+def memory_limit(limit: int) -> Iterator[Cgroup]:
+    """A cgroup of ``limit`` bytes, whose processes must have ended at the end. Raises OSError."""
     folder, version = _make(uuid.uuid4().hex)
     try:
         if version == 1:
@@ -43,19 +63,18 @@ def run_limited(
         else:
             (folder / "memory.max").write_text(str(limit))
             (folder / "memory.swap.max").write_text("0")
-        script = f'echo $$ > {folder}/cgroup.procs && exec "$@"'
-        before = _sectors()
-        process = subprocess.run(["/bin/sh", "-c", script, "sh", *command], text=True, check=False, **options)
-        report = {
-            "exit_code": process.returncode,
-            "limit": limit,
-            "peak": _number(folder, "memory.max_usage_in_bytes", "memory.peak"),
-            "killed": _events(folder).get("oom_kill", 0),
-            "disk_bytes": (_sectors() - before) * 512,
-        }
-        return process, report
+        yield Cgroup(folder, limit)
     finally:
         folder.rmdir()
+
+
+def run_limited(
+    command: Sequence[str], limit: int, **options: Any
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Run ``command`` within ``limit`` bytes. ``options`` go to subprocess.run. Returns the process and the report."""
+    with memory_limit(limit) as cgroup:
+        process = subprocess.run(cgroup.command(command), text=True, check=False, **options)
+        return process, {"exit_code": process.returncode, **cgroup.report()}
 
 
 def run_case(command: Sequence[str], limit: int | None) -> Any:

@@ -7,8 +7,15 @@ from typing import Any
 
 
 def open_server(file: Path, context: int, threads: int, *, repacked: bool = False) -> Any:
-    """An xllamacpp.Server on a GGUF file: mapped, without warm-up, prompt cache or parallel sequences. ``repacked``:
-    quantised weights are copied into the layout of its fastest kernels, which takes memory for all of them."""
+    """An xllamacpp.Server with ``params_of`` a GGUF file, without parallel sequences."""
+    import xllamacpp
+
+    return xllamacpp.Server(params_of(file, context, threads, repacked=repacked))
+
+
+def params_of(file: Path, context: int, threads: int, *, repacked: bool) -> Any:
+    """Its parameters for a GGUF file: mapped, without warm-up or prompt cache. ``repacked``: quantised weights are
+    copied into the layout of its fastest kernels, which takes memory for all of them."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -21,7 +28,7 @@ def open_server(file: Path, context: int, threads: int, *, repacked: bool = Fals
     params.fit_params = False
     params.warmup = False
     params.cache_ram_mib = 0
-    return xllamacpp.Server(params)
+    return params
 
 
 def request_of(prompt: list[int], tokens: int, **options: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tierlm.planning.cost import Work, skewed_hits
+from tierlm.planning.routing import Skewed
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import TierInfo
 from tierlm.spec import ExpertKey
@@ -54,10 +54,10 @@ def main() -> None:
     args = parser.parse_args()
     steps = [json.loads(line)["layers"] for line in args.trace.read_text().splitlines()][: args.tokens]
     layers, chosen = len(steps[0]), len(steps[0][0])
-    work = Work(layers, layers, args.experts, chosen, 1, 1, 0, 0, 0, 0, 0)
+    typical = Skewed(args.experts, chosen)
     table, rows = Table("slots, share of all", "hit rate", "typical", "uniform", title=args.trace.name), []
     for share in SHARES:
-        found, prediction = replayed(steps, int(share * layers * args.experts)), skewed_hits(share, work)
+        found, prediction = replayed(steps, int(share * layers * args.experts)), typical.rate(share)
         rows.append({"share": share, "hit_rate": found, "typical": prediction})
         table.add_row(f"{share:.0%}", f"{found:.1%}", f"{prediction:.1%}", f"{share:.1%}")
     Console().print(table)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,17 +23,16 @@ from tierlm.planning.cost import (
     decode_seconds,
     prefill_seconds,
     side_by_side,
-    skewed_hits,
-    uniform_hits,
 )
 from tierlm.planning.forecast import GIB, Question, forecast
 from tierlm.planning.known import find_config
+from tierlm.planning.routing import Skewed, Uniform
 from tierlm.profiling.profile import KernelRate, Profile, Spread, machine_of, percentiles, read_profile, spread
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 MACHINE = Machine(
     disk=4e9, latency=1e-3, weights={"bf16": 10e9, "f32": 5e9, "int8": 20e9, "int4": 40e9},
-    products={name: {1: 10e9, 64: 40e9} for name in ("bf16", "f32")} | {name: {1: 90e9} for name in ("int8", "int4")},
+    products={name: {1: 10e9, 64: 40e9} for name in ("bf16", "f32")} | {name: {2: 90e9} for name in ("int8", "int4")},
     beside=(0.7, 0.5), beside_many=(0.6, 0.4), layer=1e-3, record=1e-4, touch=(1e-9, 4e-9), start=2.0,
 )  # fmt: skip
 seconds = st.floats(1e-6, 100)
@@ -67,11 +68,69 @@ def test_side_by_side_by_hand() -> None:
 @SETTINGS
 @given(share=st.floats(0, 1), more=st.floats(0, 1))
 def test_hit_rates(share: float, more: float) -> None:
-    for rate in (uniform_hits, lambda part: skewed_hits(part, WORK)):
-        low, high = rate(min(share, more)), rate(max(share, more))
-        assert 0 <= low <= high <= 1
-    assert skewed_hits(1.0, WORK) == pytest.approx(1.0, abs=0.05)
-    assert skewed_hits(0.0, WORK) == 0.0
+    for routing in (Uniform(64, 6), Skewed(64, 6)):
+        for batch in (1, 4, 32):
+            low, high = routing.rate(min(share, more), batch), routing.rate(max(share, more), batch)
+            assert 0 <= low <= high <= 1
+    assert Skewed(64, 6).rate(1.0) == pytest.approx(1.0, abs=0.05)
+    assert Skewed(64, 6).rate(0.0) == 0.0
+
+
+@pytest.mark.parametrize("routing", [Uniform(64, 6), Skewed(64, 6), Skewed(8, 2, skew=2.0)])
+def test_sequences_share_experts(routing: Uniform | Skewed) -> None:
+    """One token uses its own; each further sequence adds fewer; none adds more than its own."""
+    used = [routing.used(batch) for batch in (1, 2, 3, 1000)]
+    assert used[0] == pytest.approx(routing.chosen) and used[3] <= routing.experts
+    assert used[0] > used[1] - used[0] > used[2] - used[1] > 0
+    assert used[1] <= Uniform(routing.experts, routing.chosen).used(2) + 1e-9, "popular experts are shared more often"
+
+
+def test_hit_rates_of_one_sequence_as_documented() -> None:
+    """The row "typical, 64 experts" of docs/planning.md."""
+    rates = [Skewed(64, 8).rate(share) for share in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)]
+    assert rates == pytest.approx([0.08, 0.17, 0.38, 0.56, 0.64, 0.77, 0.90], abs=0.006)
+
+
+def test_hit_rates_of_a_batch_are_those_of_drawn_sequences() -> None:
+    """Each of 8 sequences draws experts by Zipf's law; the popular half is in the slots."""
+    chance, routing = np.random.default_rng(0), Skewed(64, 6, stickiness=0.0)
+    weights = np.arange(1, 65) ** -0.5
+    draws = chance.random((4000, 8, 64)) < 6 * weights / weights.sum()
+    demanded = draws.any(1)
+    assert routing.used(8) == pytest.approx(demanded.sum(1).mean(), rel=0.01)
+    assert routing.rate(0.5, 8) == pytest.approx(demanded[:, :32].sum() / demanded.sum(), abs=0.005)
+
+
+def test_a_batch_reads_each_expert_once_and_computes_each_row() -> None:
+    one = decode_seconds(WORK, MACHINE, (0.5, 0.5), (0, 0), 100)
+    eight = decode_seconds(WORK, MACHINE, (0.5, 0.5), (0, 0), 100, 8, used=24.0)
+    assert eight.disk_bytes == pytest.approx(4 * one.disk_bytes)
+    rate = MACHINE.product_rate("bf16", 2), MACHINE.product_rate("bf16", 8)  # rows of an expert, of the trunk
+    trunk = WORK.trunk_weights + WORK.shared_weights + WORK.head_weights
+    expected = WORK.routed_weights / rate[0] + trunk / rate[1] + WORK.attention * 100 / 5e9
+    assert eight.compute == pytest.approx(8 * expected)
+    assert eight.overhead == pytest.approx(one.overhead + 18 * 11 * MACHINE.record)
+    mixture = 8 * (WORK.routed_weights / rate[0] + WORK.shared_weights / rate[1])
+    beside_reads = side_by_side(mixture + 18 * 11 * MACHINE.record, eight.disk, MACHINE.beside)
+    assert eight.total == pytest.approx(eight.compute - mixture + one.overhead + beside_reads)
+    card = dataclasses.replace(MACHINE, accelerator=Accelerator(memory=500e9, link=5e9, products=1e13))
+    assert decode_seconds(WORK, card, (0.5, 0.5), (0, 0), 0, 8, 24.0).link == pytest.approx(
+        4 * decode_seconds(WORK, card, (0.5, 0.5), (0, 0), 0).link
+    )
+
+
+@pytest.mark.parametrize("accelerator", [None, Accelerator(memory=500e9, link=5e9, products=1e13)])
+def test_more_sequences_are_more_tokens_a_second_and_fewer_bytes_a_token(accelerator: Accelerator | None) -> None:
+    machine = dataclasses.replace(MACHINE, accelerator=accelerator)
+    found = [
+        forecast(SIZES, WORK, machine, dataclasses.replace(ask(6 * GIB, vram=accelerator and 2 * GIB), batch=batch))
+        for batch in (1, 2, 4, 8)
+    ]
+    speeds = [one.worst.decode for one in found]  # few slots may hold what one sticky sequence reuses, and no more
+    assert speeds == sorted(speeds) and all(b < 2 * a for a, b in itertools.pairwise(speeds))
+    read = [one.worst.step.disk_bytes / batch for one, batch in zip(found, (1, 2, 4, 8), strict=True)]
+    assert read == sorted(read, reverse=True)
+    assert all(one.low <= one.worst.decode <= one.typical.decode <= one.high for one in found)
 
 
 def test_a_decode_step_by_hand() -> None:
@@ -199,7 +258,7 @@ def test_a_profile_with_values_that_nothing_measures(change: dict[str, Any], tmp
 
 
 def test_a_model_without_experts_hits_always() -> None:
-    assert skewed_hits(0.0, dataclasses.replace(WORK, moe_layers=0, experts=0, experts_per_token=0)) == 1.0
+    assert Skewed(0, 0).rate(0.0) == 1.0 and Skewed(0, 0).used(4) == Uniform(0, 0).used(4) == 0.0
 
 
 def test_a_format_that_was_not_measured_is_taken_to_be_bound_by_memory() -> None:
@@ -214,12 +273,25 @@ def test_a_format_that_was_not_measured_is_taken_to_be_bound_by_memory() -> None
     assert machine.origins["int4"] == "measured today" and machine.origins["int8"] == "bf16's, by the bytes of a weight"
 
 
+@dataclasses.dataclass(frozen=True)
+class Always:
+    """Routing with one hit rate."""
+
+    hits: float
+
+    def used(self, batch: int) -> float:
+        return Uniform(64, 6).used(batch)
+
+    def rate(self, share: float, batch: int = 1) -> float:
+        return self.hits
+
+
 @pytest.mark.parametrize("vram", [None, 3 * GIB])
 def test_a_recorded_hit_rate_takes_the_place_of_the_assumed_one(vram: int | None) -> None:
     machine = dataclasses.replace(MACHINE, accelerator=None if vram is None else Accelerator(5e11, 5e9, 1e13))
     assumed = forecast(SIZES, WORK, machine, ask(4 * GIB, vram=vram))
-    none = forecast(SIZES, WORK, machine, ask(4 * GIB, vram=vram), recorded=lambda share: 0.0)
-    every = forecast(SIZES, WORK, machine, ask(4 * GIB, vram=vram), recorded=lambda share: 1.0)
+    none = forecast(SIZES, WORK, machine, ask(4 * GIB, vram=vram), recorded=Always(0.0))
+    every = forecast(SIZES, WORK, machine, ask(4 * GIB, vram=vram), recorded=Always(1.0))
     assert (none.typical.hit_rate, every.typical.hit_rate) == (0.0, 1.0)
     assert none.typical.decode < assumed.typical.decode < every.typical.decode
     assert none.worst == assumed.worst == every.worst

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tierlm.planning.cost import Machine, Work
     from tierlm.planning.forecast import Forecast, Question
     from tierlm.planning.plan import Sizes
+    from tierlm.planning.routing import Routing
 
 Model = Annotated[
     str,
@@ -55,6 +56,7 @@ def plan(
         ),
     ] = None,
     prompt: Annotated[int, Option(metavar="N", help="Tokens of the prompt, for the time to the first token.")] = 512,
+    batch: Annotated[int, Option(min=1, metavar="N", help="Sequences that decode together.")] = 1,
     logits_tokens: Annotated[
         int | None, Option(metavar="N", help="Tokens whose logits one call of LLM.logits returns.")
     ] = None,
@@ -77,6 +79,11 @@ def plan(
         raise UsageError(f"context: expected 1 to the model's own {records.spec.max_position}, found {context}")
     if not 1 <= prompt <= tokens:
         raise UsageError(f"prompt: expected 1 to the context of {tokens} tokens, found {prompt}")
+    if batch * prompt > tokens:
+        raise UsageError(
+            f"batch: {batch} sequences of {prompt} tokens need a context of {batch * prompt}, found {tokens}: give "
+            "--context, or a shorter --prompt"
+        )
     options = RuntimeOptions(context=tokens, logits_tokens=logits_tokens)
     free = available_ram()
     question = Question(
@@ -85,6 +92,7 @@ def plan(
         context=tokens,
         prompt=prompt,
         chunk=options.prefill_chunk,
+        batch=batch,
     )
     rates, source = _machine(machine, disk_bandwidth, question.vram is not None)
     sizes, work = sizes_of(records, tokens, options.prefill_chunk, 4, logits_tokens), work_of(records)
@@ -156,12 +164,16 @@ class _Answer:
         """Expected speed, and the rates behind it."""
         found, machine = self.found, self.machine
         worst, typical = found.worst, found.typical
+        batch = self.question.batch
+        if batch > 1:
+            used = f"{typical.used:.0f} of {self.work.experts} experts of a layer in a step"
+            yield f"{batch} sequences", f"{used}; {typical.decode / batch:.2f} tokens/s each"
         yield "hit rate", f"{typical.hit_rate:.0%} with routing {routing}; {worst.hit_rate:.0%} with uniform routing"
         yield (
             "decode",
             f"[bold]{typical.decode:.2f} tokens/s[/bold] ({worst.decode:.2f} with uniform routing; range "
-            f"{found.low:.2f}-{found.high:.2f}), {format_size(typical.step.disk_bytes)} a token from disk; bound by "
-            f"{typical.step.bound}",
+            f"{found.low:.2f}-{found.high:.2f}), {format_size(typical.step.disk_bytes / batch)} a token from disk; "
+            f"bound by {typical.step.bound}",
         )
         prefill = f"{typical.prefill:.1f} tokens/s for {self.question.prompt} tokens"
         yield "prefill", f"{prefill}; bound by {typical.prompt.bound}"
@@ -207,6 +219,7 @@ class _Answer:
             "predicted": {
                 name: {
                     "hit_rate": speed.hit_rate,
+                    "used_experts": speed.used,
                     "decode_tokens_per_second": speed.decode,
                     "step": dataclasses.asdict(speed.step) | {"bound": speed.step.bound},
                     "prefill_tokens_per_second": speed.prefill,
@@ -236,15 +249,15 @@ def _records(model: str, format: str | None) -> tuple[str, Records]:
     return named.name, Outline(named.config, named.where, format)
 
 
-def _recorded(file: Path | None, work: Work) -> tuple[Callable[[float], float] | None, str]:
-    """The hit rates of a trace, if given, and the expected routing in words."""
+def _recorded(file: Path | None, work: Work) -> tuple[Routing | None, str]:
+    """The routing of a trace, if given, and the expected routing in words."""
     if file is None:
         return None, ASSUMED_ROUTING
     from tierlm.planning.recorded import RecordedHits
     from tierlm.tracing.traceforms import read_trace
 
     hits = RecordedHits(read_trace(file))
-    return hits.rate, f"as recorded: {hits.describe(work)}"
+    return hits, f"as recorded: {hits.describe(work)}"
 
 
 def _machine(file: Path | None, bandwidth: str | None, card: bool) -> tuple[Machine, str]:

@@ -116,6 +116,9 @@ def simulate(
     ] = "none",
     cache_fraction: Annotated[float | None, Option(metavar="X", help="Slots, as a share of all experts.")] = None,
     ram: Annotated[str | None, Option(metavar="SIZE", help="Slots, as memory for experts only, e.g. 4GiB.")] = None,
+    batch: Annotated[
+        int | None, Option(min=1, metavar="N", help="Run the trace's sequences N at a time; default: as recorded.")
+    ] = None,
     tune: Annotated[
         int | None, Option(metavar="TRIALS", help="Tune the policy's parameters on the first part of the trace.")
     ] = None,
@@ -148,12 +151,15 @@ def simulate(
     have slots.
     """
     from tierlm.policies.predictors import PREDICTORS, make_predictor
+    from tierlm.tracing.batches import batched
     from tierlm.tracing.replay import open_policy
     from tierlm.tracing.simulate import simulate as run
     from tierlm.tracing.traceforms import read_trace
 
     gates = make_predictor(predictor, 1).gates if predictor in PREDICTORS else True
     found = read_trace(file, scores=gates)
+    if batch is not None:
+        found = batched(found, batch)
     nbytes = parse_size(record_bytes or found.info.record_bytes or RECORD_BYTES, "record-bytes")
     machine = _machine(nbytes, disk_bandwidth, disk_latency, disk_depth, layer_ms, expert_ms)
     slots = _slots(found, cache_fraction, ram, nbytes)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tierlm.formats import FORMATS
 from tierlm.planning.plan import Plan
+from tierlm.planning.routing import Uniform
 from tierlm.spec import UnitKey
 
 
@@ -97,7 +98,7 @@ class Machine:
 
     def product_rate(self, format: str, rows: float) -> float:
         """Multiply-adds a second at ``rows``, interpolated over log(rows)."""
-        known = sorted(self.products[format].items())
+        known = sorted({**self.products[format], 1: self.weights[format]}.items())
         if rows <= known[0][0]:
             return known[0][1]
         for (low, slow), (high, fast) in itertools.pairwise(known):
@@ -147,27 +148,6 @@ def cached_share(plan: Plan, work: Work) -> tuple[float, float]:
     return min(above, 1.0), min(everywhere, 1.0)
 
 
-def uniform_hits(share: float) -> float:
-    """The hit rate of uniform routing: no policy does better on it, and no real model is worse."""
-    return share
-
-
-def skewed_hits(share: float, work: Work, skew: float = 0.5, stickiness: float = 0.3) -> float:
-    """The hit rate of routing like a trained model's, with the most used experts in the slots.
-
-    With probability ``stickiness`` a token reuses an expert of the previous token, else it uses the expert of rank r
-    with probability proportional to r ** -skew. Both are at the cautious end of the figures in bench/synthetic.py."""
-    if not work.experts:
-        return 1.0
-    slots = share * work.experts
-    kept = min(1.0, slots / work.experts_per_token)
-    slots = max(0.0, slots - stickiness * work.experts_per_token)  # the rest holds the previous token's experts
-    popular = sum(math.pow(rank, -skew) for rank in range(1, int(slots) + 1))
-    popular += (slots - int(slots)) * math.pow(int(slots) + 1, -skew)
-    everything = sum(math.pow(rank, -skew) for rank in range(1, work.experts + 1))
-    return min(1.0, max(share, stickiness * kept + (1 - stickiness) * popular / everything))
-
-
 def streamed_bytes(plan: Plan, sizes: Mapping[UnitKey, int]) -> tuple[int, int]:
     """Bytes of trunks that each pass through the model reads from disk and copies over the link."""
     below, above = set(plan.ram.trunk), set() if plan.vram is None else set(plan.vram.trunk)
@@ -177,27 +157,44 @@ def streamed_bytes(plan: Plan, sizes: Mapping[UnitKey, int]) -> tuple[int, int]:
 
 
 def decode_seconds(
-    work: Work, machine: Machine, hits: tuple[float, float], streamed: tuple[int, int], context: int
+    work: Work,
+    machine: Machine,
+    hits: tuple[float, float],
+    streamed: tuple[int, int],
+    context: int,
+    batch: int = 1,
+    used: float | None = None,
 ) -> Seconds:
-    """One decode step. ``hits``: hit rates of the compute tier and of all memory; ``streamed``: see streamed_bytes."""
-    missed = [work.moe_layers * work.experts_per_token * (1 - rate) for rate in hits]
+    """One decode step of ``batch`` sequences, each after ``context`` tokens. ``used``: distinct experts of a layer, by
+    default those of one token. ``hits``: hit rates of these in the compute tier and in all memory; ``streamed``: see
+    streamed_bytes."""
+    used = work.experts_per_token if used is None else used
+    missed = [work.moe_layers * used * (1 - rate) for rate in hits]
     disk_bytes = missed[1] * work.expert_bytes * work.stored[0] + streamed[0] * work.stored[1]
     disk = disk_bytes / machine.disk + min(missed[1], work.moe_layers) * machine.latency
     stored = work.formats
     card = machine.accelerator
+    attention = batch * work.attention * context
     if card is None:
-        rates = machine.weights
+        together = batch * work.experts_per_token / used if used else 1.0  # rows of an expert
+        trunk = batch / machine.product_rate(stored.trunk, batch)
         # A layer's reads start after its router, so they overlap the experts' arithmetic only.
-        mixture = work.routed_weights / rates[stored.experts] + work.shared_weights / rates[stored.trunk]
-        other = work.trunk_weights / rates[stored.trunk] + work.head_weights / rates[stored.head]
-        other += work.attention * context / rates["f32"]
+        mixture = batch * work.routed_weights / machine.product_rate(stored.experts, together)
+        mixture += work.shared_weights * trunk
+        other = work.trunk_weights * trunk + attention / machine.weights["f32"]
+        other += batch * work.head_weights / machine.product_rate(stored.head, batch)
         overhead = work.layers * machine.layer
-        total = other + overhead + side_by_side(mixture, disk, machine.beside)
+        handling = max(0.0, used - work.experts_per_token) * work.moe_layers * machine.record  # of records as they come
+        total = other + overhead + side_by_side(mixture + handling, disk, machine.beside)
+        overhead += handling
         return Seconds(total, mixture + other, overhead, disk, 0.0, disk_bytes)
     bits = [FORMATS[name].bits for name in stored]
-    mixture = (work.routed_weights * bits[0] + work.shared_weights * bits[1]) / 8 / card.memory
+    routed = used * work.moe_layers * work.expert_weights  # read once for all sequences
+    mixture = (routed * bits[0] + work.shared_weights * bits[1]) / 8 / card.memory
+    mixture = max(mixture, batch * (work.routed_weights + work.shared_weights) / card.products)
     other = (work.trunk_weights * bits[1] + work.head_weights * bits[2]) / 8 / card.memory
-    other += work.attention * context * FORMATS["f32"].bits / 8 / card.memory
+    other = max(other, batch * (work.trunk_weights + work.head_weights) / card.products)
+    other += attention * FORMATS["f32"].bits / 8 / card.memory
     link = (missed[0] * work.expert_bytes + streamed[1]) / card.link
     overhead = work.layers * card.launch
     total = other + overhead + max(mixture, disk, link)  # the host does not slow the card down
@@ -220,7 +217,7 @@ def prefill_seconds(
     total = Seconds(fresh, 0.0, fresh, 0.0, 0.0, 0.0)
     for start in range(0, tokens, chunk):
         rows = min(chunk, tokens - start)
-        used = work.experts * (1 - (1 - work.experts_per_token / work.experts) ** rows) if work.experts else 0.0
+        used = Uniform(work.experts, work.experts_per_token).used(rows)
         together = rows * work.experts_per_token / used if used else 1.0
         experts_read = used * work.moe_layers * work.expert_bytes * (1 - resident)
         disk_bytes = experts_read * work.stored[0] + streamed[0] * work.stored[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tierlm.config import format_size
@@ -16,11 +16,10 @@ from tierlm.planning.cost import (
     decode_seconds,
     load_seconds,
     prefill_seconds,
-    skewed_hits,
     streamed_bytes,
-    uniform_hits,
 )
 from tierlm.planning.plan import Plan, Sizes, TierPlan, make_plan
+from tierlm.planning.routing import Routing, Skewed, Uniform
 
 GIB = 2**30
 PROCESS = 256 * 2**20  # bytes of interpreter and libraries: the engine measures 242 MiB with torch 2.13 for CPUs
@@ -29,7 +28,7 @@ OS_SHARE = 0.9  # of a machine's memory; the system and other programs need the 
 
 @dataclass(frozen=True)
 class Question:
-    """The inputs of a forecast: budgets in bytes, lengths in tokens."""
+    """The inputs of a forecast: budgets in bytes, lengths in tokens. ``batch``: sequences that decode together."""
 
     ram: int
     vram: int | None
@@ -37,13 +36,16 @@ class Question:
     prompt: int
     chunk: int
     process: int = PROCESS
+    batch: int = 1
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Expected speed under one assumption about routing. Rates in tokens a second, times in seconds."""
+    """Expected speed under one assumption about routing. Rates in tokens a second, those of ``decode`` of all sequences
+    together; times in seconds. ``used``: distinct experts of a layer that a decode step uses."""
 
     hit_rate: float
+    used: float
     decode: float
     step: Seconds
     prefill: float
@@ -56,7 +58,7 @@ class Forecast:
     tokens/s, from the slower of both without overlap to the typical one with perfect overlap.
 
     ``first_token``: seconds from the request; ``load``, ``start``: once, before it. ``streamed``: trunk bytes read for
-    each token. ``more``: decode tokens/s with more of a resource. ``warnings``: cliffs nearby.
+    each step. ``more``: decode tokens/s with more of a resource. ``warnings``: cliffs nearby.
     """
 
     plan: Plan
@@ -78,20 +80,17 @@ def forecast(
     machine: Machine,
     question: Question,
     ram_free: int | None = None,
-    recorded: Callable[[float], float] | None = None,
+    recorded: Routing | None = None,
 ) -> Forecast:
-    """Answer ``question``. ``ram_free``: free memory, if the budget is for this machine. ``recorded``: share of experts
-    with slots -> typical hit rate, instead of the assumed one. Raises BudgetError."""
+    """Answer ``question``. ``ram_free``: free memory, if the budget is for this machine. ``recorded``: the typical
+    routing, instead of the assumed one. Raises BudgetError."""
 
     def plan_for(ram: int, vram: int | None) -> Plan:
         return make_plan(sizes, ram=ram, vram=vram, process=question.process, min_slots=work.experts_per_token or 1)
 
-    def skewed(share: float) -> float:
-        return skewed_hits(share, work)
-
-    usual = recorded or skewed
+    usual = recorded or Skewed(work.experts, work.experts_per_token)
     plan = plan_for(question.ram, question.vram)
-    worst = _speed(plan, sizes, work, machine, question, uniform_hits)
+    worst = _speed(plan, sizes, work, machine, question, Uniform(work.experts, work.experts_per_token))
     typical = _speed(plan, sizes, work, machine, question, usual)
     streamed = streamed_bytes(plan, sizes.trunk)
     load = load_seconds(machine, sum(sizes.trunk[key] for tier in _tiers(plan) for key in tier.trunk), work.stored[1])
@@ -122,8 +121,8 @@ def forecast(
         plan=plan,
         worst=worst,
         typical=typical,
-        low=1 / max(_serial(worst.step), _serial(alone)),
-        high=1 / max(alone.compute + alone.overhead, alone.disk, alone.link),
+        low=question.batch / max(_serial(worst.step), _serial(alone)),
+        high=question.batch / max(alone.compute + alone.overhead, alone.disk, alone.link),
         load=load,
         start=machine.start,
         first_token=typical.prompt.total,
@@ -133,18 +132,17 @@ def forecast(
     )
 
 
-def _speed(
-    plan: Plan, sizes: Sizes, work: Work, machine: Machine, question: Question, hit_rate: Callable[[float], float]
-) -> Speed:
+def _speed(plan: Plan, sizes: Sizes, work: Work, machine: Machine, question: Question, routing: Routing) -> Speed:
     above, everywhere = cached_share(plan, work)
-    hits = hit_rate(above), hit_rate(everywhere)
+    batch, used = question.batch, routing.used(question.batch)
+    hits = routing.rate(above, batch), routing.rate(everywhere, batch)
     streamed = streamed_bytes(plan, sizes.trunk)
-    step = decode_seconds(work, machine, hits, streamed, question.prompt)
+    step = decode_seconds(work, machine, hits, streamed, question.prompt, batch, used)
     slot_bytes = plan.ram.expert_slots * sizes.expert
     # For the first prompt, all slots and activations are memory that has never been written.
     workspace = sizes.workspace * min(1.0, question.prompt / min(question.chunk, question.context))
     prompt = prefill_seconds(work, machine, 0.0, streamed, question.prompt, question.chunk, slot_bytes, workspace)
-    return Speed(hits[1], 1 / step.total, step, question.prompt / prompt.total, prompt)
+    return Speed(hits[1], used, batch / step.total, step, question.prompt / prompt.total, prompt)
 
 
 def _serial(step: Seconds) -> float:

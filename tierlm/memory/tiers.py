@@ -48,6 +48,9 @@ class Source(Protocol):
         """Fill free slots with ``keys``, hottest first; the rest goes to the source. ``shares``: for policies, the
         share of tokens that used each record in earlier runs."""
 
+    def populate(self) -> None:
+        """Have the memory of free slots committed ahead of need, also below."""
+
     def in_flight(self) -> list[Ticket]:
         """Transfers to this tier and to those below."""
 
@@ -199,6 +202,14 @@ class Tier:
                 return self.source.warm(keys[at:], shares)
         return self.source.warm((), shares)
 
+    def populate(self) -> None:
+        """In the background, in the order of use, so that no demand waits for the system to find memory."""
+        self.source.populate()
+        empty = [self._slots[index] for index in self.residency.free]
+        self.transfer.populate(slot for slot in empty if slot.memory is not None and not slot.filled)
+        for slot in empty:
+            slot.filled = True
+
     def in_flight(self) -> list[Ticket]:
         here = [entry.ticket for entry in self.residency.loading.values() if entry.ticket is not None]
         return self.source.in_flight() + here
@@ -254,6 +265,7 @@ class Tier:
         self.residency.retire(index)
         slot = self._slots[index]
         slot.wait()
+        self.transfer.leave(slot)
         self.slots.remove(slot)
         return slot.decommit()
 

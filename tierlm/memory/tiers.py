@@ -233,8 +233,13 @@ class Tier:
 
     def shrink(self, nbytes: int, least: int) -> int:
         """Return ``nbytes`` of memory to the system by retiring unpinned slots, but keep ``least`` slots. Returns the
-        bytes freed. Slots never filled free nothing; they are retired first, so that they are not filled now."""
+        bytes freed. Slots never filled free nothing; they are retired first, so that they are not filled now. Warm-ups
+        whose reads have not begun are dropped, and nothing is populated any more."""
         self.settle()
+        for entry in self.residency.warm_ups():
+            self._cancel(entry)
+        for slot in self.slots:
+            self.transfer.leave(slot)
         freed = 0
         for index in sorted(self.residency.free, key=lambda free: self._slots[free].filled):
             if len(self.slots) > least and (freed < nbytes or not self._slots[index].filled):

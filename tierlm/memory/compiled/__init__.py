@@ -37,8 +37,8 @@ class Reads(Executor):
     At most ``spare`` threads prefetch and warm up; where no demand was recent, all of them warm up. A warm-up begins
     when no demand is queued or in progress, after one of ``touching`` threads has populated its memory. These run only
     where processors idle. Adjacent reads of a file, up to ``merged_bytes`` in total, are done as one. A thread calls
-    ``announce`` when a ticket marked for it ends. ``wait`` and ``close`` release the GIL; other calls return at once and
-    keep it. Raises TierlmError if the system refuses a thread.
+    ``announce`` when a ticket marked for it ends. ``wait`` and ``close`` release the GIL; other calls return at once
+    and keep it. Raises TierlmError if the system refuses a thread.
     """
 
     def __init__(

@@ -618,7 +618,7 @@ def test_a_machine_short_of_memory_is_not_warmed_up() -> None:
     bench.shelf.wait_for_reads(1)
     bench.top.shrink(SIZE, least=2)
     begun = set(bench.top.entries)
-    assert 1 <= len(begun) <= 2 and len(bench.top.slots) == 7
+    assert 1 <= len(begun) <= 2 and bench.top.retired >= 1
     bench.check()
     bench.drain()
     assert set(bench.top.entries) == begun and bench.top.stats.warmed == len(begun)

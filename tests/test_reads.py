@@ -248,16 +248,17 @@ def test_memory_that_is_returned_is_not_populated_again() -> None:
         transfer.leave(slot)  # again
     assert transfer.close(WAIT)  # no thread is left
     huge = 2 * 2**20
-    assert sum(map(resident, slots)) <= huge * touch_lanes(), "one page for each thread"
+    assert all(resident(slot) <= huge for slot in slots), "at most the page that was being touched"
 
 
 def test_close_leaves_no_thread_that_populates() -> None:
+    gc.collect()  # transfers of other tests
     before, transfer = touchers(), Transfer(1)
     slots = [Slot(allocate(64 * 2**20, torch.device("cpu"))) for _ in range(4)]
     transfer.populate(slots)
     assert touchers() == before + touch_lanes()
     assert transfer.close(WAIT)
-    assert touchers() == before
+    until(lambda: touchers() == before)  # the system forgets a thread a little later
 
 
 def test_warm_up_keeps_its_order_whatever_is_populated_first(watched: tuple[Shelf, Timeline]) -> None:

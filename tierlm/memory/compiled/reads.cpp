@@ -258,7 +258,7 @@ class Reads {
         if (ticket.cold) {
             ticket.cold = false;
             cold.erase(std::remove(cold.begin(), cold.end(), &ticket), cold.end());
-            populator->stop(ticket.number);
+            if (populator) populator->stop(ticket.number);
             for (Read& read : ticket.reads) found.push_back(&read);
             return found;
         }

@@ -5,8 +5,10 @@ Every engine gets the same ids, ignores the end of text, and is timed at the sam
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,11 +87,13 @@ class Clock:
 
 
 def run_tierlm_cold(request: Request) -> dict[str, Any]:
-    """Without anything remembered from earlier runs."""
-    return run_tierlm(request, heat=False)
+    """A first start: the cache folder is empty, so the disk is probed, and warm-up knows no heat."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        return run_tierlm(request)
 
 
-def run_tierlm(request: Request, heat: bool = True) -> dict[str, Any]:
+def run_tierlm(request: Request) -> dict[str, Any]:
     """Below the text layer, which would hold back tokens that end within a character."""
     from tierlm import LLM, Budget, SamplingParams
     from tierlm.client import Request as Tokens
@@ -97,7 +101,7 @@ def run_tierlm(request: Request, heat: bool = True) -> dict[str, Any]:
 
     clock = Clock(request.model, request.started)
     params = SamplingParams(max_new_tokens=request.tokens, ignore_eos=True)
-    with LLM.load(request.model, budget=Budget(request.ram), context=CONTEXT, heat=heat) as llm:
+    with LLM.load(request.model, budget=Budget(request.ram), context=CONTEXT) as llm:
         clock.loaded(request.pause)
         tokens = Tokens(llm._client, SimpleQueue[Progress](), [(request.prompt, params)], Pace.ASKED)
         tokens.submit()

@@ -101,6 +101,21 @@ def test_the_next_run_begins_with_the_hottest(
         assert (hits or 0) > (llm.stats().hit_rate or 1)
 
 
+def test_a_first_start_fills_its_slots_in_the_order_of_the_checkpoint(
+    toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with LLM.load(toy_v3[0], budget=RAM, ram_slots=20) as llm:
+        assert list(llm._runtime.experts[0].entries) == sorted(llm._runtime.catalog.experts())[:20]
+
+
+def test_without_warm_up_the_memory_of_slots_is_populated(toy_v3: tuple[Path, Any]) -> None:
+    with LLM.load(toy_v3[0], budget=RAM, ram_slots=20, heat=False) as llm:
+        tier = llm._runtime.experts[0]
+        assert tier.entries == {} and all(slot.filled for slot in tier.slots)
+        assert len(tier.slots) == 20  # and no more than planned
+
+
 def test_a_cache_folder_that_cannot_be_written_is_an_error_after_the_run(
     toy_v3: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

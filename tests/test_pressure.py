@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,19 @@ def test_slots_are_given_up_and_taken_back_and_the_tokens_stay_the_same(toy_v3: 
         assert llm.generate([[5, 6, 7]], params)[0].ids == expected
         assert len(tier.slots) == whole and tier.retired == 0
         assert llm.generate([[5, 6, 7]], params)[0].ids == expected
+
+
+def test_a_model_that_waits_for_requests_gives_memory_back(toy_v3: tuple[Path, Any]) -> None:
+    with LLM.load(toy_v3[0], budget=Budget("auto"), context=256, heat=False) as llm:
+        relief, tier, machine = llm._runtime.relief, llm._runtime.experts[-1], Machine()
+        assert relief is not None
+        machine.available = 0
+        relief.pressure = Pressure(RESERVE * tier.slots[0].size, machine.read, machine.clock)
+        deadline = time.monotonic() + 20
+        while not tier.retired:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(llm.generate([[5, 6, 7]], SamplingParams(max_new_tokens=4, ignore_eos=True))[0].ids) == 4
 
 
 def test_memory_goes_back_to_the_system() -> None:

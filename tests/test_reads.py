@@ -5,6 +5,7 @@ A thread is held in the announcement of a small read, which calls Python, while 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import os
@@ -14,11 +15,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_files import PROFILE, SIDE_BY_SIDE, content, edges_of
@@ -30,7 +32,10 @@ from tierlm.errors import StorageError
 from tierlm.memory import compiled
 from tierlm.memory.compiled import Reads
 from tierlm.memory.jobs import Read
+from tierlm.memory.slots import Slot, allocate
 from tierlm.memory.ticket import Ticket
+from tierlm.memory.transfer import Transfer
+from tierlm.policies.limits import touch_lanes
 from tierlm.policies.residency import Purpose
 from tierlm.spec import ExpertKey
 from tierlm.timeline import Timeline
@@ -178,10 +183,109 @@ def test_predictions_leave_threads_to_demands(tmp_path: Path) -> None:
     file, timeline = tmp_path / "f", Timeline()
     file.write_bytes(content(32 * 2**20))
     shelf = Shelf(file, range(0, 32 * 2**20 + 1, 2**20), Held(8, timeline))
-    shelf.finish(*[shelf.fetch(i, PREFETCH if i % 2 else WARM_UP) for i in range(32)])
+    shelf.finish(*[shelf.fetch(i, PREFETCH) for i in range(32)])
     spans = [(began, ended) for track, _, _, began, ended, _ in timeline._spans if track == "disk->ram"]
     assert len(spans) == 32
     assert max(sum(began <= at < ended for began, ended in spans) for at, _ in spans) <= 2
+    shelf.close()
+
+
+def test_warm_up_begins_between_demands(tmp_path: Path) -> None:
+    file, timeline = tmp_path / "f", Timeline()
+    file.write_bytes(content(32 * 2**20))
+    shelf = Shelf(file, range(0, 32 * 2**20 + 1, 2**20), Held(8, timeline))
+    shelf.finish(*[shelf.fetch(i, DEMAND if i % 2 else WARM_UP) for i in range(32)])
+    spans = [(began, ended, details["priority"]) for _, _, _, began, ended, details in timeline._spans]
+    demands = [(began, ended) for began, ended, priority in spans if priority == "demand"]
+    warm_ups = [began for began, _, priority in spans if priority == "warm_up"]
+    assert len(demands) == len(warm_ups) == 16
+    assert not any(began <= at < ended for began, ended in demands for at in warm_ups)
+    shelf.close()
+
+
+# --- memory populated ahead of need
+
+
+def resident(slot: Slot) -> int:
+    """Bytes of ``slot`` that are in memory."""
+    pages = -(-slot.size // ALIGNMENT)
+    found = (ctypes.c_ubyte * pages)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(slot.buffer.data_ptr()), ctypes.c_size_t(slot.size), found) == 0
+    return ALIGNMENT * sum(page & 1 for page in found)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def touchers() -> int:
+    return sum(
+        (task / "comm").read_text() == "tierlm-touch\n" for task in Path("/proc/self/task").iterdir() if task.exists()
+    )
+
+
+def test_memory_is_there_before_it_is_used_and_keeps_its_bytes() -> None:
+    slots = [Slot(allocate(4 * 2**20, torch.device("cpu"))) for _ in range(5)]
+    slots[3].buffer[-1] = 7
+    transfer = Transfer(1)
+    transfer.populate(slots)
+    until(lambda: all(resident(slot) == slot.size for slot in slots))
+    assert [int(slot.buffer.sum()) for slot in slots] == [0, 0, 0, 7, 0]
+    assert transfer.close(WAIT)
+
+
+def test_memory_that_is_returned_is_not_populated_again() -> None:
+    size, transfer = 64 * 2**20, Transfer(1)
+    slots = [Slot(allocate(size, torch.device("cpu")), filled=True) for _ in range(4)]
+    transfer.populate(slots)
+    until(lambda: resident(slots[0]) > 0)
+    for slot in slots:
+        transfer.leave(slot)
+        slot.decommit()
+        transfer.leave(slot)  # again
+    assert transfer.close(WAIT)  # no thread is left
+    huge = 2 * 2**20
+    assert all(resident(slot) <= huge for slot in slots), "at most the page that was being touched"
+
+
+def test_close_leaves_no_thread_that_populates() -> None:
+    gc.collect()  # transfers of other tests
+    before, transfer = touchers(), Transfer(1)
+    slots = [Slot(allocate(64 * 2**20, torch.device("cpu"))) for _ in range(4)]
+    transfer.populate(slots)
+    assert touchers() == before + touch_lanes()
+    assert transfer.close(WAIT)
+    until(lambda: touchers() == before)  # the system forgets a thread a little later
+
+
+def test_warm_up_keeps_its_order_whatever_is_populated_first(watched: tuple[Shelf, Timeline]) -> None:
+    shelf, timeline = watched
+    tickets = [shelf.fetch(i, WARM_UP) for i in range(8)]
+    shelf.finish(*tickets)
+    assert order_of(dict(enumerate("abcdefgh")), timeline) == list("abcdefgh")
+    assert all(shelf.bytes_of(i) == shelf.expected(i) for i in range(8))
+
+
+@PROFILE
+@given(fates=st.lists(st.sampled_from(["promote", "cancel", "leave"]), min_size=20, max_size=20))
+def test_a_warm_up_ends_in_one_way(tmp_path_factory: pytest.TempPathFactory, fates: list[str]) -> None:
+    """Whether its memory waits, is being populated or was populated, and whether its read has begun."""
+    file = tmp_path_factory.mktemp("reads") / "f"
+    file.write_bytes(content(20 * 10_000))
+    shelf = Shelf(file, range(0, 20 * 10_000 + 1, 10_000), Held(2))
+    tickets = [shelf.fetch(i, WARM_UP) for i in range(20)]
+    gone = set()
+    for i, (ticket, fate) in enumerate(zip(tickets, fates, strict=True)):
+        if fate == "promote":
+            shelf.transfer.promote(ticket)
+        elif fate == "cancel" and shelf.transfer.cancel(ticket):
+            gone.add(i)
+    shelf.finish(*tickets)
+    assert {i for i, ticket in enumerate(tickets) if ticket.cancelled} == gone
+    assert all(shelf.bytes_of(i) == shelf.expected(i) for i in range(20) if i not in gone)
     shelf.close()
 
 

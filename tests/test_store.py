@@ -611,6 +611,21 @@ def test_predictions_of_a_prefill_leave_slots_to_its_demands(slots: tuple[int, .
             bench.check()
 
 
+def test_a_machine_short_of_memory_is_not_warmed_up() -> None:
+    bench = Bench((8,), threads=2)
+    bench.shelf.pause()
+    bench.store.warm([ExpertKey(0, expert) for expert in range(8)])
+    bench.shelf.wait_for_reads(1)
+    bench.top.shrink(SIZE, least=2)
+    begun = set(bench.top.entries)
+    assert 1 <= len(begun) <= 2 and bench.top.retired >= 1
+    bench.check()
+    bench.drain()
+    assert set(bench.top.entries) == begun and bench.top.stats.warmed == len(begun)
+    bench.check()
+    bench.close()
+
+
 @pytest.mark.parametrize("slots", [(4,), (7,), (16,), (4, 7), (2, 7), (1, 16)], ids=str)
 def test_predictions_leave_warm_records_alone(slots: tuple[int, ...]) -> None:
     """All slots are warm; predictions get at most an eighth of them, however many there are."""

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import abc, deque
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import torch
@@ -20,6 +20,7 @@ from tierlm.engine.sequence import Sequence
 from tierlm.errors import TierlmError, UsageError, forget_frames
 from tierlm.host import require_threads
 from tierlm.loading import load_runtime
+from tierlm.memory.pressure import INTERVAL, PressureRelief
 from tierlm.runtime import Runtime
 
 LEAVE = 10.0  # seconds that a model gets to close, when Python exits or another one is loaded
@@ -156,7 +157,7 @@ class Worker(threading.Thread):
         """Take messages, and wait for them, until there is a step to run. False if the model is to be closed."""
         self._gone.clear()
         while self._mail or not self.inbox.empty() or not scheduler.wanted:
-            match self._next():
+            match self._next(scheduler.relief):
                 case Submit(sequences):
                     scheduler.submit(sequences)
                 case Ask(sequences):
@@ -168,8 +169,16 @@ class Worker(threading.Thread):
             sequences = ()  # drop the references while waiting
         return True
 
-    def _next(self) -> Message:
-        return self._mail.popleft() if self._mail else self.inbox.get()
+    def _next(self, relief: PressureRelief | None = None) -> Message:
+        """The next message. A model that waits for it follows the memory pressure on this machine."""
+        if self._mail:
+            return self._mail.popleft()
+        while relief is not None:
+            try:
+                return self.inbox.get(timeout=INTERVAL)
+            except Empty:
+                relief.follow()
+        return self.inbox.get()
 
     def _watch(self, batch: abc.Sequence[Sequence]) -> None:
         """Raises Abandoned if nobody waits for any of ``batch``. The messages are for ``_receive``."""

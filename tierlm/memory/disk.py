@@ -67,5 +67,8 @@ class Disk:
     def warm(self, keys: Sequence[Key], shares: Mapping[Key, float]) -> None:
         """The disk has no free slots."""
 
+    def populate(self) -> None:
+        """The disk has no slots."""
+
     def in_flight(self) -> list[Ticket]:
         return []

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tierlm.memory.slots import Slot
 from tierlm.memory.ticket import Job, Ticket
 
 
@@ -31,6 +32,12 @@ class Executor(ABC):
     @abstractmethod
     def submit(self, ticket: Ticket, *, first: bool) -> None:
         """Queue the jobs of ``ticket`` in order, at the front (``first``) or back of its queue. No-op once closed."""
+
+    def populate(self, slot: Slot) -> None:
+        """Commit the pages of ``slot`` ahead of need, where processors idle. Its bytes do not change. A hint."""
+
+    def leave(self, slot: Slot) -> None:
+        """Stop to populate ``slot``."""
 
     @abstractmethod
     def announce(self, ticket: Ticket) -> None:

@@ -134,8 +134,8 @@ def open_tiers(
 def open_store(
     records: Records, options: RuntimeOptions, tier: Tier, lookahead: Lookahead
 ) -> tuple[Store, Path | None]:
-    """The store of the experts in the compute tier ``tier``, which it begins to fill; and the file of their heat, None
-    if heat is not saved."""
+    """The store of the experts in the compute tier ``tier``, whose slots it begins to fill or populate; and the file of
+    their heat, None if heat is not saved."""
     cache = user_cache()
     heat_file = cache / "heat" / f"{records.fingerprint}.json" if options.heat and cache else None
     heat = Heat() if heat_file is None else Heat.read(heat_file, records.experts())
@@ -144,6 +144,7 @@ def open_store(
     if options.heat and arriving_in(records.checkpoint.path) is None:  # else warm-up reads would wait
         hottest = heat.hottest()
         store.warm(hottest + sorted(set(records.experts()) - set(hottest)))
+    tier.populate()
     return store, heat_file
 
 

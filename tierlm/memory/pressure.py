@@ -72,7 +72,7 @@ class PressureRelief:
         self.shrunk = self.grown = 0  # bytes
 
     def follow(self) -> None:
-        """Adapt ``tier`` to the pressure. Call between steps, when nothing is leased."""
+        """Adapt ``tier`` to the pressure. Call between steps, when nothing is leased, and while there are none."""
         tier = self.tier
         change = self.pressure.change(sum(slot.size for slot in tier.slots if slot.filled))
         if change < 0:

@@ -35,8 +35,9 @@ def can_decommit() -> bool:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """Room for one record. ``guard``: the event that ends the last read of the old content. ``filled``: it was written
-    to, so its pages are committed. ``stream``: runs copies into the slot beside computation; None on the host."""
+    """Room for one record. ``guard``: the event that ends the last read of the old content. ``filled``: its pages are
+    committed, or will be: it was written to, or is populated. ``stream``: runs copies into the slot beside computation;
+    None on the host."""
 
     buffer: Tensor  # uint8 [size]
     guard: torch.Event | None = None

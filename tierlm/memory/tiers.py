@@ -48,6 +48,9 @@ class Source(Protocol):
         """Fill free slots with ``keys``, hottest first; the rest goes to the source. ``shares``: for policies, the
         share of tokens that used each record in earlier runs."""
 
+    def populate(self) -> None:
+        """Have the memory of free slots committed ahead of need, also below."""
+
     def in_flight(self) -> list[Ticket]:
         """Transfers to this tier and to those below."""
 
@@ -199,6 +202,14 @@ class Tier:
                 return self.source.warm(keys[at:], shares)
         return self.source.warm((), shares)
 
+    def populate(self) -> None:
+        """In the background, in the order of use, so that no demand waits for the system to find memory."""
+        self.source.populate()
+        empty = [self._slots[index] for index in self.residency.free]
+        self.transfer.populate(slot for slot in empty if slot.memory is not None and not slot.filled)
+        for slot in empty:
+            slot.filled = True
+
     def in_flight(self) -> list[Ticket]:
         here = [entry.ticket for entry in self.residency.loading.values() if entry.ticket is not None]
         return self.source.in_flight() + here
@@ -222,8 +233,13 @@ class Tier:
 
     def shrink(self, nbytes: int, least: int) -> int:
         """Return ``nbytes`` of memory to the system by retiring unpinned slots, but keep ``least`` slots. Returns the
-        bytes freed. Slots never filled free nothing; they are retired first, so that they are not filled now."""
+        bytes freed. Slots never filled free nothing; they are retired first, so that they are not filled now. Warm-ups
+        whose reads have not begun are dropped, and nothing is populated any more."""
         self.settle()
+        for entry in self.residency.warm_ups():
+            self._cancel(entry)
+        for slot in self.slots:
+            self.transfer.leave(slot)
         freed = 0
         for index in sorted(self.residency.free, key=lambda free: self._slots[free].filled):
             if len(self.slots) > least and (freed < nbytes or not self._slots[index].filled):
@@ -254,6 +270,7 @@ class Tier:
         self.residency.retire(index)
         slot = self._slots[index]
         slot.wait()
+        self.transfer.leave(slot)
         self.slots.remove(slot)
         return slot.decommit()
 

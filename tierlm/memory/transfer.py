@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tierlm.memory import compiled
 from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.jobs import Read
+from tierlm.memory.slots import Slot
 from tierlm.memory.threads import LEAVE, Threads
 from tierlm.memory.ticket import DISK, Job, State, Ticket
-from tierlm.policies.limits import spare_lanes
+from tierlm.policies.limits import spare_lanes, touch_lanes
 from tierlm.policies.residency import Purpose
 from tierlm.timeline import Timeline
 
@@ -48,7 +49,7 @@ class Transfer:
         self.reads = self.threads
         if executor is None and compiled.load() is not None:
             try:
-                self.reads = compiled.Reads(threads, spare, merged_bytes, self.take_ended, timeline)
+                self.reads = compiled.Reads(threads, spare, touch_lanes(), merged_bytes, self.take_ended, timeline)
             except BaseException:
                 self.threads.close(LEAVE)
                 raise
@@ -82,6 +83,17 @@ class Transfer:
                     self._executors[after.executor].announce(after)
                     self._collect()  # it may have ended just before
         return ticket
+
+    def populate(self, slots: Iterable[Slot]) -> None:
+        """Commit the pages of ``slots``, in this order, on processors that idle."""
+        with self._lock:
+            for slot in slots:
+                self.reads.populate(slot)
+
+    def leave(self, slot: Slot) -> None:
+        """Stop to populate ``slot``, whose memory is to be returned to the system."""
+        with self._lock:
+            self.reads.leave(slot)
 
     def collect(self) -> None:
         """Collect ended tickets. Only this makes them ``done``."""

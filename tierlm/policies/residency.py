@@ -250,6 +250,10 @@ class Residency(Generic[E]):
 
     # Number of slots
 
+    def warm_ups(self) -> list[E]:
+        """The warm-ups in flight that may be cancelled, if their reads have not begun."""
+        return [entry for entry in self._warm_ups.values() if not entry.pins]
+
     def expendable(self) -> list[E]:
         """Entries that may leave now, the policy's first victim first."""
         found = [self.entries[key] for key in self.policy.victims()]

@@ -1,4 +1,4 @@
-"""The executor for plain reads: native threads that never take the GIL for a read."""
+"""The executor for plain reads: native threads that never take the GIL for a read; others populate memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tierlm.host import cannot_start
 from tierlm.library import check_layout, find_library
 from tierlm.memory.executor import Executor, LinkStats
 from tierlm.memory.jobs import Read
+from tierlm.memory.slots import Slot
 from tierlm.memory.ticket import DISK, Job, Ticket
 from tierlm.timeline import Timeline
 
@@ -33,26 +34,35 @@ WORDS = len(Request._fields_)
 class Reads(Executor):
     """Runs tickets whose jobs are a ``Read`` with words. Reports that a read failed, but not why.
 
-    Adjacent reads of a file, up to ``merged_bytes`` in total, are done as one. A thread calls ``announce`` when a
-    ticket marked for it ends. ``wait`` and ``close`` release the GIL; other calls return at once and keep it. Raises
-    TierlmError if the system refuses a thread.
+    At most ``spare`` threads prefetch and warm up; where no demand was recent, all of them warm up. A warm-up begins
+    when no demand is queued or in progress, after one of ``touching`` threads has populated its memory. These run only
+    where processors idle. Adjacent reads of a file, up to ``merged_bytes`` in total, are done as one. A thread calls
+    ``announce`` when a ticket marked for it ends. ``wait`` and ``close`` release the GIL; other calls return at once
+    and keep it. Raises TierlmError if the system refuses a thread.
     """
 
     def __init__(
-        self, threads: int, spare: int, merged_bytes: int, announce: Callable[[], None], timeline: Timeline | None
+        self,
+        threads: int,
+        spare: int,
+        touching: int,
+        merged_bytes: int,
+        announce: Callable[[], None],
+        timeline: Timeline | None,
     ):
         libraries = load()
         assert libraries is not None  # checked by the caller
         self._quick, self._slow = libraries
         self._timeline = timeline
         self._tickets: dict[int, Ticket] = {}
+        self._populating: dict[Slot, int] = {}  # numbers, like those of tickets
         self._count = ctypes.c_int64()
         self._announce = ctypes.CFUNCTYPE(None)(announce)
         self._times = (ctypes.c_double * (3 * TIMED))()
         count = ctypes.byref(self._count)
-        self._reads = self._quick.tierlm_reads_open(threads, spare, merged_bytes, count, self._announce)
+        self._reads = self._quick.tierlm_reads_open(threads, spare, touching, merged_bytes, count, self._announce)
         if self._reads is None:
-            raise cannot_start(threads, "reads")
+            raise cannot_start(threads + touching, "reads")
         weakref.finalize(self, _free, self._slow, self._reads, os.getpid())
 
     @property
@@ -68,6 +78,13 @@ class Reads(Executor):
             self._reads, ticket.purpose, address, words // WORDS, base, announced, first
         )
         self._tickets[ticket.number] = ticket
+
+    def populate(self, slot: Slot) -> None:
+        number = self._quick.tierlm_reads_populate(self._reads, slot.buffer.data_ptr(), slot.size)
+        self._populating[slot] = number
+
+    def leave(self, slot: Slot) -> None:
+        self._quick.tierlm_reads_cancel(self._reads, self._populating.pop(slot, 0))
 
     def announce(self, ticket: Ticket) -> None:
         self._quick.tierlm_reads_announce(self._reads, ticket.number)
@@ -142,10 +159,12 @@ def load() -> tuple[ctypes.PyDLL, ctypes.CDLL] | None:
     quick, slow = ctypes.PyDLL(str(file)), ctypes.CDLL(str(file))
     check_layout(slow, Request)
     pointer, number, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    quick.tierlm_reads_open.argtypes = [whole, whole, number, pointer, pointer]
+    quick.tierlm_reads_open.argtypes = [whole, whole, whole, number, pointer, pointer]
     quick.tierlm_reads_open.restype = pointer
     quick.tierlm_reads_submit.argtypes = [pointer, whole, pointer, number, pointer, whole, whole]
     quick.tierlm_reads_submit.restype = number
+    quick.tierlm_reads_populate.argtypes = [pointer, pointer, number]
+    quick.tierlm_reads_populate.restype = number
     quick.tierlm_reads_next_ended.argtypes = [pointer, pointer, number]
     quick.tierlm_reads_next_ended.restype = number
     quick.tierlm_reads_stats.argtypes = [pointer] * 3

@@ -20,11 +20,13 @@
 #include <vector>
 
 #include "../../layout.h"
+#include "populator.h"
 
 namespace {
 
-constexpr int PRIORITIES = 3, DEMAND = 0;
-constexpr int64_t ALIGNMENT = 4096;
+constexpr int PRIORITIES = 3, DEMAND = 0, PREFETCH = 1, WARM_UP = 2;
+constexpr int64_t ALIGNMENT = 4096;  // of direct reads; no page is smaller
+constexpr double RECENT = 0.1;  // seconds after a demand in which warm-up keeps to the spare threads
 constexpr size_t MERGE_WINDOW = 64;  // queued reads to search for adjacent ones
 
 double seconds(clockid_t clock) {
@@ -55,9 +57,11 @@ struct Ticket {
     int64_t number;
     int priority;
     bool announced;  // call Python when it ends
+    char *begin, *end;  // the memory that it fills
+    bool cold = false;  // to be populated before its reads are queued
     bool begun = false, failed = false;
     size_t pending = 0;
-    std::vector<Read> reads;
+    std::vector<Read> reads;  // none: its memory is only populated
 };
 
 bool read_one(const Read& read) {
@@ -96,21 +100,46 @@ class Reads {
     std::mutex mutex;
     std::condition_variable work, changed;
     std::deque<Read*> queues[PRIORITIES];
+    std::deque<Ticket*> cold;  // warm-ups, the most wanted first, and memory to populate: not populated yet
     std::map<int64_t, std::unique_ptr<Ticket>> tickets;  // not yet collected by Python
     std::deque<Ticket*> ended;
     std::vector<std::thread> threads;
+    std::unique_ptr<Populator> populator;
+    std::thread dispatcher;  // gives work to the populator, whose threads take no lock
     int64_t* const over;  // ended tickets plus wakes; Python polls it
     void (*const announce)();
     const int64_t merged_bytes;
     int64_t last_number = 0, bytes = 0;
-    int spare, running, active = 0;  // threads: free for other than demands, alive, in a read
-    double busy = 0, since = 0, cpu = 0;
+    const int spare;
+    int running, active = 0, demands = 0;  // threads: alive, in a read, in the read of a demand
+    double busy = 0, since = 0, cpu = 0, demanded = 0;
     bool closed = false;
 
     std::deque<Read*>* next() {
-        for (int priority = 0; priority < PRIORITIES; ++priority)
-            if (!queues[priority].empty() && (priority == DEMAND || spare)) return &queues[priority];
-        return nullptr;
+        const bool lane = active - demands < spare;
+        if (!queues[DEMAND].empty()) return &queues[DEMAND];
+        if (!queues[PREFETCH].empty() && lane) return &queues[PREFETCH];
+        if (queues[WARM_UP].empty() || demands) return nullptr;
+        if (first_cold() < queues[WARM_UP].front()->ticket->number) return nullptr;
+        return lane || seconds(CLOCK_MONOTONIC) - demanded > RECENT ? &queues[WARM_UP] : nullptr;
+    }
+
+    // The most wanted ticket whose memory is not populated yet.
+    int64_t first_cold() const {
+        const int64_t given = populator ? populator->first() : INT64_MAX;
+        return cold.empty() ? given : std::min(given, cold.front()->number);
+    }
+
+    // Waits for a read. A warm-up may have to wait until the last demand is no longer recent.
+    std::deque<Read*>* await(std::unique_lock<std::mutex>& lock) {
+        std::deque<Read*>* queue = nullptr;
+        while (!closed && !(queue = next())) {
+            if (queues[WARM_UP].empty())
+                work.wait(lock);
+            else
+                work.wait_for(lock, std::chrono::duration<double>(RECENT));
+        }
+        return queue;
     }
 
     bool follows(const Read& first, const Read& last, const Read& read) const {
@@ -145,12 +174,11 @@ class Reads {
     void run(int lane) {
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
-            std::deque<Read*>* queue = nullptr;
-            work.wait(lock, [&] { return closed || (queue = next()); });
+            std::deque<Read*>* queue = await(lock);
             if (closed) break;
             const std::vector<Read*> reads = take(*queue);
-            const bool spared = reads[0]->ticket->priority != DEMAND, skip = reads[0]->ticket->failed;
-            spare -= spared;
+            const bool demand = reads[0]->ticket->priority == DEMAND, skip = reads[0]->ticket->failed;
+            demands += demand;
             const double began = seconds(CLOCK_MONOTONIC), cpu_began = seconds(CLOCK_THREAD_CPUTIME_ID);
             if (!active++) since = began;
             lock.unlock();
@@ -161,10 +189,11 @@ class Reads {
             const double now = seconds(CLOCK_MONOTONIC);
             cpu += seconds(CLOCK_THREAD_CPUTIME_ID) - cpu_began;
             if (!--active) busy += now - since;
-            if (spared) {
-                ++spare;
+            if (demand) demanded = now;
+            if (!demand)
                 work.notify_one();
-            }
+            else if (!--demands)
+                work.notify_all();  // warm-ups may begin
             bool call = false;
             for (size_t i = 0; i < reads.size(); ++i) {
                 Read& read = *reads[i];
@@ -187,15 +216,53 @@ class Reads {
         changed.notify_all();
     }
 
+    // Has the memory of warm-ups populated, which are read afterwards. While demands arrive, the least wanted warm-up
+    // comes first: its slot is the next that a demand takes.
+    void dispatch() {
+        std::unique_lock<std::mutex> lock(mutex);
+        while (!closed) {
+            while (const int64_t number = populator->take_done()) populated(*find(number));
+            while (!cold.empty()) {
+                const bool demanding = demands || !queues[DEMAND].empty();
+                const auto next = demanding && !cold.back()->reads.empty() ? cold.end() - 1 : cold.begin();
+                if (!populator->give((*next)->number, (*next)->begin, (*next)->end)) break;
+                cold.erase(next);
+            }
+            lock.unlock();
+            populator->wait();
+            lock.lock();
+        }
+    }
+
+    void populated(Ticket& ticket) {
+        ticket.cold = false;
+        if (ticket.reads.empty()) {
+            tickets.erase(ticket.number);
+            return;
+        }
+        std::deque<Read*>& queue = queues[WARM_UP];
+        auto place = queue.end();
+        while (place != queue.begin() && (*(place - 1))->ticket->number > ticket.number) --place;
+        for (Read& read : ticket.reads) place = queue.insert(place, &read) + 1;
+        work.notify_all();
+    }
+
     Ticket* find(int64_t number) {
         const auto found = tickets.find(number);
         return found == tickets.end() ? nullptr : found->second.get();
     }
 
-    // Removes and returns the queued reads of a ticket.
-    std::vector<Read*> unqueue(const Ticket& ticket) {
-        std::deque<Read*>& queue = queues[ticket.priority];
+    // Removes and returns the reads of a ticket that have not begun.
+    std::vector<Read*> unqueue(Ticket& ticket) {
         std::vector<Read*> found;
+        if (ticket.cold) {
+            ticket.cold = false;
+            cold.erase(std::remove(cold.begin(), cold.end(), &ticket), cold.end());
+            if (populator) populator->stop(ticket.number);
+            for (Read& read : ticket.reads) found.push_back(&read);
+            return found;
+        }
+        std::deque<Read*>& queue = queues[ticket.priority];
         for (Read* read : queue)
             if (read->ticket == &ticket) found.push_back(read);
         const auto own = [&](const Read* read) { return read->ticket == &ticket; };
@@ -203,9 +270,26 @@ class Reads {
         return found;
     }
 
+    int64_t to_populate(std::unique_ptr<Ticket> ticket) {
+        const int64_t number = ticket->number;
+        cold.push_back(ticket.get());
+        tickets[number] = std::move(ticket);
+        populator->wake();
+        return number;
+    }
+
+    void join() {
+        for (std::thread& thread : threads) thread.join();
+        threads.clear();
+        if (!populator) return;
+        populator->wake();
+        if (dispatcher.joinable()) dispatcher.join();
+        populator.reset();
+    }
+
 public:
     // Throws if the system refuses a thread; no other is left then.
-    Reads(int count, int spare, int64_t merged_bytes, int64_t* over, void (*announce)())
+    Reads(int count, int spare, int touching, int64_t merged_bytes, int64_t* over, void (*announce)())
         : over(over), announce(announce), merged_bytes(merged_bytes), spare(spare), running(count) {
         sigset_t all, before;  // Python handles signals
         sigfillset(&all);
@@ -216,10 +300,15 @@ public:
                 threads.emplace_back([this, i] { run(i); });
                 pthread_setname_np(threads.back().native_handle(), "tierlm-read");
             }
+            if (touching) {
+                populator = std::make_unique<Populator>(touching);
+                dispatcher = std::thread([this] { dispatch(); });
+                pthread_setname_np(dispatcher.native_handle(), "tierlm-populate");
+            }
         } catch (...) {
             closed = true;
             lock.unlock();
-            for (std::thread& thread : threads) thread.join();
+            join();
             pthread_sigmask(SIG_SETMASK, &before, nullptr);
             throw;
         }
@@ -227,11 +316,15 @@ public:
     }
 
     int64_t submit(int priority, const Request* requests, size_t count, char* base, bool announced, bool first) {
-        std::unique_ptr<Ticket> ticket(new Ticket{0, priority, announced});
-        ticket->pending = count;
-        for (size_t i = 0; i < count; ++i) ticket->reads.push_back({requests[i], base + requests[i].at, ticket.get()});
         const std::lock_guard<std::mutex> lock(mutex);
-        ticket->number = ++last_number;
+        std::unique_ptr<Ticket> ticket(new Ticket{++last_number, priority, announced, base, base});
+        ticket->pending = count;
+        ticket->cold = priority == WARM_UP && populator;
+        for (size_t i = 0; i < count; ++i) {
+            ticket->reads.push_back({requests[i], base + requests[i].at, ticket.get()});
+            ticket->end = std::max(ticket->end, ticket->reads.back().target + requests[i].length);
+        }
+        if (ticket->cold) return to_populate(std::move(ticket));
         std::deque<Read*>& queue = queues[priority];
         auto place = first ? queue.begin() : queue.end();
         for (Read& read : ticket->reads) {
@@ -240,6 +333,13 @@ public:
         }
         tickets[last_number] = std::move(ticket);
         return last_number;
+    }
+
+    // Populates memory when processors idle; `cancel` ends it, but for at most one page per thread. Returns its number.
+    int64_t populate_later(char* base, int64_t nbytes) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!populator) return 0;
+        return to_populate(std::unique_ptr<Ticket>(new Ticket{++last_number, WARM_UP, false, base, base + nbytes, true}));
     }
 
     void promote(int64_t number) {
@@ -323,8 +423,7 @@ public:
             const auto through = [&] { return !running; };
             if (!changed.wait_for(lock, std::chrono::duration<double>(timeout), through)) return false;
         }
-        for (std::thread& thread : threads) thread.join();
-        threads.clear();
+        join();
         return true;
     }
 };
@@ -336,9 +435,10 @@ LAYOUT(Request, FIELD(file), FIELD(offset), FIELD(wanted), FIELD(length), FIELD(
 extern "C" {
 
 // Null if the system refuses a thread.
-Reads* tierlm_reads_open(int threads, int spare, int64_t merged_bytes, int64_t* over, void (*announce)()) {
+Reads* tierlm_reads_open(int threads, int spare, int touching, int64_t merged_bytes, int64_t* over,
+                         void (*announce)()) {
     try {
-        return new Reads(threads, spare, merged_bytes, over, announce);
+        return new Reads(threads, spare, touching, merged_bytes, over, announce);
     } catch (...) {
         return nullptr;
     }
@@ -348,6 +448,8 @@ int64_t tierlm_reads_submit(Reads* reads, int priority, const Request* requests,
                             int first) {
     return reads->submit(priority, requests, size_t(count), base, announced, first);
 }
+
+int64_t tierlm_reads_populate(Reads* reads, char* base, int64_t nbytes) { return reads->populate_later(base, nbytes); }
 
 void tierlm_reads_promote(Reads* reads, int64_t number) { reads->promote(number); }
 

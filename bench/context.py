@@ -53,7 +53,7 @@ def whole_prompt(line: Sequence[float], tokens: int, chunk: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model")
     parser.add_argument("--ram", default="16GiB")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 2048, 4096, 8192])
     parser.add_argument("--kv-dtype", default="bfloat16")
@@ -92,7 +92,7 @@ def main() -> None:
         }
         for context in args.contexts
     }
-    table = Table(title=f"{args.model.name}, {args.kv_dtype} cache, chunks of {args.chunk}: tokens/s")
+    table = Table(title=f"{Path(args.model).name}, {args.kv_dtype} cache, chunks of {args.chunk}: tokens/s")
     for name in ("context", "decode", "of the first", "last chunk", "whole prompt", "of the first"):
         table.add_column(name)
     first = rows[args.contexts[0]]

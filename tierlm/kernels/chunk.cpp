@@ -95,8 +95,7 @@ class Expansion {
         alignas(64) float sums[TOKENS * QUERIES];
         for (int64_t first = 0; first < outs_; first += QUERIES) {
             flash_.dots(at(first), latents, pitch, count, ins_, sums);
-            const int64_t some = std::min(QUERIES, outs_ - first);
-            for (int64_t t = 0; t < count; ++t) append(sums + t * QUERIES, y + (t * width + first) * item, some, item);
+            flash_.store(sums, count, std::min(QUERIES, outs_ - first), y + first * item, width * item);
         }
     }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "attention.h"
 #include "exponential.h"
 
 namespace {
@@ -44,6 +45,11 @@ void pack(const float* rows, int64_t count, int64_t row_stride, int64_t stride, 
     std::fill(to, to + dim * QUERIES, 0.0f);
     for (int64_t lane = 0; lane < count; ++lane)
         for (int64_t d = 0; d < dim; ++d) to[d * QUERIES + lane] = rows[lane * row_stride + d * stride] * scale;
+}
+
+template <int64_t ITEM>
+void store(const float* sums, int64_t count, int64_t outs, uint8_t* y, int64_t pitch) {
+    for (int64_t t = 0; t < count; ++t) append(sums + t * QUERIES, y + t * pitch, outs, ITEM);
 }
 
 template <class Stored, int COUNT>
@@ -145,7 +151,8 @@ CLONES void add_bfloat16(float* scores, const uint8_t* values, int64_t pitch, in
     add<BFloat16>(scores, values, pitch, count, dim, seen);
 }
 
-const Flash FLOAT32 = {pack, dots_float32, add_float32}, BFLOAT16 = {pack, dots_bfloat16, add_bfloat16};
+const Flash FLOAT32 = {pack, dots_float32, add_float32, store<4>};
+const Flash BFLOAT16 = {pack, dots_bfloat16, add_bfloat16, store<2>};
 
 }  // namespace
 

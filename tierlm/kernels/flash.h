@@ -46,6 +46,9 @@ struct Flash {
     // Adds one block, of scores [tokens, QUERIES], to what was seen. Overwrites scores.
     void (*add)(float* scores, const uint8_t* values, int64_t pitch, int64_t count, int64_t dim, const Seen& seen);
 
+    // Stores `outs` sums of each of `count` tokens, [count, QUERIES], as float32 or rounded; y rows are `pitch` bytes apart.
+    void (*store)(const float* sums, int64_t count, int64_t outs, uint8_t* y, int64_t pitch);
+
     static int64_t packed_bytes(int64_t dim) { return (dim + 1) / 2 * 2 * QUERIES * 4; }
     // `even`: whether all dimensions of keys are.
     static const Flash& of(bool half, bool even);

@@ -134,7 +134,15 @@ TARGET void add(float* scores, const uint8_t* values, int64_t pitch, int64_t cou
     }
 }
 
-const Flash BFLOAT16 = {pack, dots, add};
+TARGET void store(const float* sums, int64_t count, int64_t outs, uint8_t* y, int64_t pitch) {
+    const __mmask16 some = static_cast<__mmask16>((1u << outs) - 1u);
+    for (int64_t t = 0; t < count; ++t) {
+        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(sums + t * QUERIES));
+        _mm256_mask_storeu_epi16(y + t * pitch, some, reinterpret_cast<__m256i>(rounded));
+    }
+}
+
+const Flash BFLOAT16 = {pack, dots, add, store};
 
 }  // namespace
 

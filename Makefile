@@ -48,7 +48,7 @@ fuzz: $(VENV)/.installed-test
 # processor chooses, then with those for any processor.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g
 NATIVE_TESTS := tests/test_kernels.py tests/test_kernel_edges.py tests/test_quantised.py tests/test_attention.py \
-	tests/test_routing.py tests/test_compiled.py tests/test_reads.py tests/test_ggml.py tests/test_transposed.py
+	tests/test_chunk.py tests/test_routing.py tests/test_compiled.py tests/test_reads.py tests/test_ggml.py tests/test_transposed.py
 
 sanitize: $(VENV)/.installed-test
 	for variant in chosen portable; do \

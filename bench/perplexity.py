@@ -3,7 +3,9 @@
     python bench/perplexity.py [demo] [--formats int8/int8 int4/int8 int4/int4] [--windows N]
 
 A pair is EXPERTS/TRUNK, as `tierlm pack` takes them. The text (default: the demo model's held-out texts) is cut into
-windows. Each is a separate prompt; every next token is scored. The last line is JSON.
+windows. Each is a separate prompt; every next token is scored. The original is also run with a bfloat16 KV cache. The
+error of the logits is their root mean square difference from the original's with a float32 cache, over the spread of
+those, in the first window of each text. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tierlm import LLM, Budget
 from tierlm.checkpoints.hub import DEMO, find_model
@@ -25,16 +28,26 @@ TEXTS = [DEMO / "heldout-python-docs.txt", DEMO / "heldout-sotu.txt"]
 SETTINGS = ["bf16/bf16", "int8/int8", "int4/int8", "int4/int4"]
 
 
-def perplexity(folder: Path, texts: list[Path], window: int, windows: int) -> float:
-    """exp of the mean negative log likelihood of each token after its window's first, over all texts."""
-    losses = []
-    with LLM.load(folder, budget=Budget("4GiB"), heat=False, predictor="none") as llm:
+def perplexity(
+    folder: Path, texts: list[Path], window: int, windows: int, kv_dtype: str = "float32"
+) -> tuple[float, Tensor]:
+    """exp of the mean negative log likelihood of each token after its window's first, over all texts; and the logits of
+    each text's first window [len(texts) * window, vocab]."""
+    losses, first = [], []
+    with LLM.load(folder, budget=Budget("4GiB"), heat=False, predictor="none", kv_dtype=kv_dtype) as llm:
         for text in texts:
             ids = llm.codec.encode(text.read_text(encoding="utf-8"))
             for start in range(0, min(len(ids) - window, windows * window), window):
                 part = ids[start : start + window + 1]
-                losses.append(torch.nn.functional.cross_entropy(llm.logits(part[:-1]), torch.tensor(part[1:])))
-    return math.exp(torch.stack(losses).double().mean())
+                logits = llm.logits(part[:-1])
+                losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(part[1:])))
+                first.extend([logits] * (start == 0))
+    return math.exp(torch.stack(losses).double().mean()), torch.cat(first)
+
+
+def error(logits: Tensor, original: Tensor) -> float:
+    """Root mean square difference, over the spread of a row of ``original``."""
+    return float((logits - original).pow(2).mean().sqrt() / original.std(-1).pow(2).mean().sqrt())
 
 
 def main() -> None:
@@ -46,8 +59,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="of each text, at most")
     arguments = parser.parse_args()
     source = Path(find_model(arguments.model))
-    original = perplexity(source, arguments.text, arguments.window, arguments.windows)
+    amount = arguments.text, arguments.window, arguments.windows
+    original, logits = perplexity(source, *amount)
     print(f"as it is    perplexity {original:.4f}", flush=True)
+    rounded, others = perplexity(source, *amount, kv_dtype="bfloat16")
+    off = error(others, logits)
+    print(f"bf16 cache  perplexity {rounded:.4f}, {rounded / original - 1:+.2%}; error {off:.2%}", flush=True)
+    cache = {"perplexity": rounded, "error": off}
     found = []
     for setting in arguments.formats:
         experts, trunk = setting.split("/")
@@ -57,13 +75,11 @@ def main() -> None:
             pack_model(source, out, experts=experts, trunk=trunk)
             seconds = time.perf_counter() - began
             size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-            value = perplexity(out, arguments.text, arguments.window, arguments.windows)
-        print(
-            f"{setting:12}perplexity {value:.4f}, {value / original - 1:+.2%}; {size / 1e6:.1f} MB in {seconds:.1f} s",
-            flush=True,
-        )
-        found.append({"experts": experts, "trunk": trunk, "perplexity": value, "bytes": size})
-    print(json.dumps({"model": arguments.model, "perplexity": original, "packed": found}))
+            value, others = perplexity(out, *amount)
+        off, cost = error(others, logits), f"{size / 1e6:.1f} MB in {seconds:.1f} s"
+        print(f"{setting:12}perplexity {value:.4f}, {value / original - 1:+.2%}; error {off:.2%}; {cost}", flush=True)
+        found.append({"experts": experts, "trunk": trunk, "perplexity": value, "error": off, "bytes": size})
+    print(json.dumps({"model": arguments.model, "perplexity": original, "bfloat16_cache": cache, "packed": found}))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from limited import available, run_case
 from rich.console import Console
 from rich.table import Table
 
-from tierlm.config import parse_size
+from tierlm.config import RuntimeOptions, parse_size
 from tierlm.models.catalog import Catalog
-from tierlm.models.outline import sizes_of, work_of
+from tierlm.models.outline import KV_BYTES, kv_dtype_of, sizes_of, work_of
 from tierlm.planning.cost import decode_seconds, streamed_bytes
 from tierlm.planning.forecast import Question, forecast
 from tierlm.profiling.profile import Profile, machine_of, read_profile
@@ -73,7 +73,8 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 def predict(case: dict[str, Any], profile: Profile, found: dict[str, float]) -> dict[str, float]:
     """The plan's prediction for a case, and the cost model's at the measured hit rate."""
     catalog = Catalog(Path(case["model"]))
-    sizes, work = sizes_of(catalog, CONTEXT, CHUNK, 4), work_of(catalog)
+    kv_item = KV_BYTES[kv_dtype_of(catalog, RuntimeOptions())]
+    sizes, work = sizes_of(catalog, CONTEXT, CHUNK, kv_item), work_of(catalog)
     machine = machine_of(profile, vram=False)
     ram = parse_size(case["ram"])
     question = Question(ram, None, CONTEXT, case["prompt"], CHUNK, process=int(found["process"]))

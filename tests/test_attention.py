@@ -68,6 +68,9 @@ def compare(spec: ModelSpec, format: str, lengths: list[tuple[int, int]], dtype:
     with monkeypatch.context() as patch:
         patch.setattr(latent, "fused_mla_decode", lambda *arguments: asked.append(arguments))
         patch.setattr(grouped, "fused_gqa_decode", lambda *arguments: asked.append(arguments))
+        patch.setattr(latent, "attend_latents", lambda *arguments: False)
+        for module in (latent, grouped):
+            patch.setattr(module, "attend_chunk", lambda *arguments: None)
         expected = run(spec, format, lengths, dtype)
     assert asked
     for mine, reference in zip(found, expected, strict=True):
@@ -83,6 +86,9 @@ def compare(spec: ModelSpec, format: str, lengths: list[tuple[int, int]], dtype:
         ({}, [(0, 1)], torch.float32),
         ({}, [(301, 1)], torch.bfloat16),
         ({"q_lora_rank": 20}, [(70, 1), (3, 1), (0, 1)], torch.float32),
+        ({"num_attention_heads": 18}, [(4500, 1), (130, 1)], torch.float32),  # two tiles of heads, up to 12 ranges
+        ({}, [(300, 9), (0, 140)], torch.float32),  # more than one call's: absorbed, and expanded
+        ({"q_lora_rank": 20}, [(30, 20), (200, 150)], torch.bfloat16),
         ({"q_lora_rank": 40, "rope_interleave": False}, [(5, 5), (64, 3)], torch.bfloat16),
         ({"qk_rope_head_dim": 6, "kv_lora_rank": 50, "hidden_size": 75}, [(9, 2)], torch.float32),
     ],
@@ -159,6 +165,8 @@ def grouped_spec(family: str, **changes: Any) -> ModelSpec:
         ("gpt_oss", {"sliding_window": 300}, [(600, 3), (0, 2)], torch.bfloat16),
         ("gemma3_text", {"sliding_window": 5, "query_pre_attn_scalar": 9}, [(9, 3), (2, 1)], torch.float32),
         ("glm4_moe", {"partial_rotary_factor": 0.5, "attention_bias": True}, [(40, 20), (0, 44)], torch.float32),
+        ("gpt_oss", {"sliding_window": 30}, [(40, 60), (0, 20)], torch.float32),  # more than one call's
+        ("qwen3_moe", {}, [(140, 90)], torch.bfloat16),
     ],
 )
 def test_the_kernels_group_heads_as_torch_does(

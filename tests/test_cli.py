@@ -257,7 +257,7 @@ def test_grouped_options_become_objects() -> None:
     app.command()(command)
     words = (
         "m --ram 1GiB --top-k 3 --stop x --stop y --mirror one --probe --no-heat --timeline t.json --exact -c 9 "
-        "--threads 3 --temp 0.5 --n-predict 7 --ctx-size 8"
+        "--kv-dtype bfloat16 --threads 3 --temp 0.5 --n-predict 7 --ctx-size 8"
     )
     result = CliRunner().invoke(app, words.split())
     assert result.exit_code == 0, result.output
@@ -265,7 +265,14 @@ def test_grouped_options_become_objects() -> None:
     assert names == ["m", "a"] and budget == Budget("1GiB")
     assert SamplingParams(**params) == SamplingParams(7, temperature=0.5, top_k=3, seed=7, stop=("x", "y"))
     assert RuntimeOptions(**options) == RuntimeOptions(
-        mirrors=("one",), probe="refresh", heat=False, timeline=Path("t.json"), exact=True, context=8, threads=3
+        mirrors=("one",),
+        probe="refresh",
+        heat=False,
+        timeline=Path("t.json"),
+        exact=True,
+        context=8,
+        threads=3,
+        kv_dtype="bfloat16",
     )
 
 

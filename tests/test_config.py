@@ -251,7 +251,7 @@ def test_bad_options_name_the_field(field: str, value: Any) -> None:
     "changes",
     [
         *({"reader": value} for value in ("auto", "direct", "mmap")),
-        *({"kv_dtype": value} for value in ("float32", "bfloat16")),
+        *({"kv_dtype": value} for value in ("auto", "float32", "bfloat16")),
         *({"context": value} for value in (None, 1, 10**7)),
         *({"transfer_threads": value} for value in (None, 1, 256)),
         *({"probe": value} for value in ("auto", "refresh", "off")),

@@ -11,9 +11,10 @@ from toys import make_toy
 
 from tierlm import LLM, Budget, CheckpointError, UnsupportedModelError, UsageError
 from tierlm.checkpoints.hub import DEMO
+from tierlm.config import RuntimeOptions
 from tierlm.host import process_ram
 from tierlm.models.catalog import Catalog
-from tierlm.models.outline import Outline, sizes_of, work_of
+from tierlm.models.outline import Outline, kv_dtype_of, sizes_of, work_of
 from tierlm.models.packing import pack_model
 from tierlm.planning.known import find_config, known_models
 from tierlm.planning.mixtures import MIXTURES, bits_of
@@ -197,3 +198,12 @@ def test_names_of_models(tmp_path: Path) -> None:
     assert find_config(str(tmp_path)).path is None
     for named in (find_config(str(tmp_path)), find_config(str(tmp_path / "config.json"))):
         assert Outline(named.config, named.where).spec.experts == 8
+
+
+@pytest.mark.parametrize(("format", "rounds"), [("bf16", False), ("fp8", False), ("int4", True), ("q4_k_m", True)])
+def test_a_cache_is_bfloat16_where_products_round_anyway(format: str, rounds: bool) -> None:
+    outline = Outline(known_models()["DeepSeek-V2-Lite"]["config"], "here", format)
+    assert kv_dtype_of(outline, RuntimeOptions()) == ("bfloat16" if rounds else "float32")
+    assert kv_dtype_of(outline, RuntimeOptions(exact=True)) == "float32"
+    for dtype in ("float32", "bfloat16"):
+        assert kv_dtype_of(outline, RuntimeOptions(kv_dtype=dtype)) == dtype

@@ -137,7 +137,7 @@ class RuntimeOptions:
     context: int | None = None  # tokens of KV reserved for all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
     logits_tokens: int | None = None  # tokens to reserve the result of a call for logits for; None: up to 64 MiB
-    kv_dtype: str = "float32"
+    kv_dtype: str = "auto"  # of the KV cache; auto: bfloat16 where products round activations to int8, else float32
     threads: int | None = None  # of torch and the kernels, in the whole process; None: as torch chooses
     exact: bool = False  # never round activations to int8, in products with quantised weights: slower
     transfer_threads: int | None = None  # concurrent reads; None: chosen for the disk
@@ -224,7 +224,7 @@ _OPTIONS: _Checks = (
     ("device policy predictor", "a name", lambda v: isinstance(v, str)),
     ("reader", "auto, direct or mmap", ("auto", "direct", "mmap").__contains__),
     ("probe", "auto, refresh or off", ("auto", "refresh", "off").__contains__),
-    ("kv_dtype", "float32 or bfloat16", ("float32", "bfloat16").__contains__),
+    ("kv_dtype", "auto, float32 or bfloat16", ("auto", "float32", "bfloat16").__contains__),
     ("exact heat trace_scores", "True or False", lambda v: isinstance(v, bool)),
     ("prefill_chunk", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
     (

@@ -15,7 +15,7 @@ from tierlm.errors import BudgetError, StorageError, UsageError
 from tierlm.host import available_ram, process_ram, total_ram
 from tierlm.memory.opening import HOST
 from tierlm.models.catalog import Catalog
-from tierlm.models.outline import sizes_of
+from tierlm.models.outline import kv_dtype_of, sizes_of
 from tierlm.planning.plan import AUTO_RAM, SLACK, Plan, make_plan
 from tierlm.policies import make_policy
 from tierlm.policies.eviction import TierInfo
@@ -34,6 +34,7 @@ class LoadRequest:
     options: RuntimeOptions
     device: torch.device
     context: int
+    kv_dtype: torch.dtype
     predictor: Predictor
     plan: Plan
     ram_budget: int
@@ -57,8 +58,8 @@ def check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) ->
             raise UsageError(f"{name}: {folder}: no such folder")
         if file is not None and not os.access(folder, os.W_OK):  # fail now rather than after the run
             raise StorageError(f"{name}: {file}: cannot be written: its folder is read-only", file=str(file))
-    kv_item = KV_DTYPES[options.kv_dtype].itemsize
-    sizes = sizes_of(catalog, context, options.prefill_chunk, kv_item, options.logits_tokens)
+    kv_dtype = KV_DTYPES[kv_dtype_of(catalog, options)]
+    sizes = sizes_of(catalog, context, options.prefill_chunk, kv_dtype.itemsize, options.logits_tokens)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # math libraries allocate before RAM use is measured
     held = process_ram()
     ram = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
@@ -77,7 +78,7 @@ def check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) ->
         resident_trunks=options.resident_trunks,
     )
     ram = min(ram, require_memory(plan, ram, held, device))
-    return LoadRequest(catalog, options, device, context, predictor, plan, ram, budget.ram is None)
+    return LoadRequest(catalog, options, device, context, kv_dtype, predictor, plan, ram, budget.ram is None)
 
 
 def find_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
 from tierlm.errors import StorageError, UsageError
 from tierlm.kernels import native
-from tierlm.load_request import KV_DTYPES, LoadRequest, check
+from tierlm.load_request import LoadRequest, check
 from tierlm.memory.disk import Disk
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
@@ -72,7 +72,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         store, heat_file = open_store(catalog, options, experts[0], Lookahead(request.predictor, spec.moe_layers))
         widths = [layer.attention.cache_width for layer in spec.layers]
         cache = spec.index_widths, spec.state_widths
-        kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device, *cache)
+        kv = KvCache(widths, request.context, request.kv_dtype, request.device, *cache)
         embedded = catalog.embedding
         rows = Rows(embedded, catalog.seals_of(embedded), catalog.stamps.get(embedded.file), reader)
         undo.callback(rows.close)

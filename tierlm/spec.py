@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 SCORE_VALUES = 2**23  # float32 scores held at a time by attention, unless one head has more
-EXPANDED_VALUES = 2**18  # float32 values of kv_b_proj widened at a time by latent attention
+EXPANDED_VALUES = 2**18  # float32 values of kv_b_proj widened at a time by latent attention in torch
+WIDENED_HEADS = 16  # heads of kv_b_proj widened at a time by latent attention in the kernels
 DELTA_TOKENS = 64  # tokens of a prefill computed at a time by the gated delta rule
 STATES = 4  # sequences that have a state at a time
 
@@ -152,7 +153,7 @@ class Latent:
 
     def workspace(self, chunk: int, context: int) -> int:
         """Peak float32 values for a step of ``chunk`` tokens: queries, their rotated copy, outputs, latents, and the
-        scores, keys and values of one group of heads."""
+        scores, keys and values of one group of heads, or the projections of one."""
         per_token = self.heads * (2 * (self.nope_dim + self.rope_dim) + 2 * self.value_dim + self.kv_rank)
         per_token += 2 * self.cache_width
         group = min(self.heads * (self.nope_dim + self.value_dim), EXPANDED_VALUES // self.kv_rank)
@@ -161,7 +162,8 @@ class Latent:
             scores = max(scores, _scores(indexer.heads, chunk, context)) + chunk * (2 * context + 6 * indexer.chosen)
             per_token += 3 * indexer.heads * indexer.dim
             group += indexer.dim
-        return chunk * per_token + scores + context * (self.cache_width + group)
+        widened = min(self.heads, WIDENED_HEADS) * (self.nope_dim + self.value_dim) * self.kv_rank
+        return chunk * per_token + max(widened, scores + context * (self.cache_width + group))
 
 
 @dataclass(frozen=True)

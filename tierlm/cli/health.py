@@ -154,13 +154,14 @@ def _budget(catalog: Catalog) -> Finding:
     """Check that the model runs with --ram auto."""
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
     from tierlm.host import available_ram
-    from tierlm.models.outline import sizes_of
+    from tierlm.models.outline import KV_BYTES, kv_dtype_of, sizes_of
     from tierlm.planning.forecast import PROCESS
     from tierlm.planning.plan import AUTO_RAM, make_plan
     from tierlm.profiling.health import Finding
 
     spec, ram = catalog.spec, int(available_ram() * AUTO_RAM)
-    sizes = sizes_of(catalog, min(spec.max_position, DEFAULT_CONTEXT), RuntimeOptions().prefill_chunk, 4)
+    options, context = RuntimeOptions(), min(spec.max_position, DEFAULT_CONTEXT)
+    sizes = sizes_of(catalog, context, options.prefill_chunk, KV_BYTES[kv_dtype_of(catalog, options)])
     try:
         plan = make_plan(sizes, ram=ram, vram=None, process=PROCESS, min_slots=spec.experts_per_token).ram
     except BudgetError as error:

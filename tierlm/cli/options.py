@@ -125,6 +125,10 @@ class Loading(Group):
     reader: Annotated[
         str, Option(metavar="NAME", help="auto, direct (O_DIRECT) or mmap (the page cache).", autocompletion=readers)
     ] = "auto"
+    kv_dtype: Annotated[
+        str,
+        Option(metavar="NAME", help="KV cache: bfloat16, float32; auto: bfloat16 with int8, int4 and GGUF weights."),
+    ] = "auto"
     mirror: Annotated[
         list[str] | None, Option(metavar="FOLDER", help="Copies of the files on another disk; repeatable.")
     ] = None
@@ -143,6 +147,7 @@ class Loading(Group):
             policy=self.policy,
             predictor=self.predictor,
             reader=self.reader,
+            kv_dtype=self.kv_dtype,
             context=self.context,
             threads=self.threads,
             exact=self.exact,

@@ -69,7 +69,7 @@ def plan(
     """Predict bytes, slots and tokens a second of a model on a machine within a budget. Needs no weights."""
     from tierlm.config import DEFAULT_CONTEXT, RuntimeOptions
     from tierlm.host import available_ram
-    from tierlm.models.outline import sizes_of, work_of
+    from tierlm.models.outline import KV_BYTES, kv_dtype_of, sizes_of, work_of
     from tierlm.planning.forecast import Question, forecast
     from tierlm.planning.plan import AUTO_RAM
 
@@ -95,7 +95,8 @@ def plan(
         batch=batch,
     )
     rates, source = _machine(machine, disk_bandwidth, question.vram is not None)
-    sizes, work = sizes_of(records, tokens, options.prefill_chunk, 4, logits_tokens), work_of(records)
+    kv_item = KV_BYTES[kv_dtype_of(records, options)]
+    sizes, work = sizes_of(records, tokens, options.prefill_chunk, kv_item, logits_tokens), work_of(records)
     recorded, routing = _recorded(trace, work)
     found = forecast(sizes, work, rates, question, free if machine is None else None, recorded)
     answer = _Answer(name, records, sizes, work, question, rates, found)

@@ -1,6 +1,7 @@
 """Arithmetic on weights in their stored formats: compiled kernels, each with a torch reference."""
 
 from tierlm.kernels.attention import LatentAttention, fused_mla_decode
+from tierlm.kernels.chunk import attend_chunk, attend_latents
 from tierlm.kernels.grouped_attention import GroupedAttention, fused_gqa_decode
 from tierlm.kernels.linear import (
     can_absorb,
@@ -24,6 +25,8 @@ __all__ = [
     "RouterCall",
     "Rules",
     "Weight",
+    "attend_chunk",
+    "attend_latents",
     "can_absorb",
     "clamped_mlp",
     "combined",

@@ -1,10 +1,14 @@
 // Multi-head latent attention for a few tokens in one parallel region, including the norms before and after.
 // Projections are absorbed: queries in the latent space are multiplied with the cache directly (DeepSeek-V2,
 // arXiv 2405.04434, section 2.1). models/latent.py does the same in torch.
+//
+// Heads share the latents: they are the queries of a tile (flash.h). A query's tokens are cut into ranges, whose sums are
+// merged in order; the cut depends on their number only.
 
 #include "attention.h"
 
 #include "../layout.h"
+#include "ranges.h"
 
 namespace {
 
@@ -36,7 +40,6 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
     const int64_t rows = a.rows, hidden = a.norm.ins, rank = a.latent_norm.ins, latent = rank + a.rope;
     const int64_t query_width = a.nope + a.rope, per_head = a.nope + a.value;
     const int64_t low_rank = a.query_a.outs;  // 0 if queries have one projection
-    const Format& cached = FLOAT_FORMATS[a.cache_format];
     const int64_t item = a.cache_format == 0 ? 4 : 2;
     const bool split = a.value_b.data != nullptr;
     const Matrix from_latent = (split ? a.value_b : a.key_value_b).exact();
@@ -47,11 +50,13 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
     const auto steps = room<float>(rows * latent), appended = room<float>(rows * latent);
     const auto projected = room<float>(rows * hidden);
     Input x(rows, hidden), low_x(rows, low_rank), attended(rows, a.heads * a.value);
-    int64_t longest = 0;
-    for (int64_t row = 0; row < rows; ++row) longest = std::max(longest, a.places[2 * row + 1] + 1);
-    // Heads per unit of work; they share reads of the cache.
-    const int64_t group = std::max<int64_t>(1, std::min<int64_t>(4, a.heads * rows / threads));
-    const int64_t groups = (a.heads + group - 1) / group;
+    const auto latent_queries = room<float>(rows * a.heads * latent);
+    const Flash& flash = Flash::of(a.cache_format != 0, latent % 2 == 0);
+    const int64_t tiles = (a.heads + QUERIES - 1) / QUERIES, packed_bytes = Flash::packed_bytes(latent);
+    const auto packed = room<uint8_t>(rows * tiles * packed_bytes);
+    int64_t ranges = 0;  // most of a row
+    for (int64_t row = 0; row < rows; ++row) ranges = std::max(ranges, Ranges(a.places[2 * row + 1] + 1).count());
+    Parts parts(rows * tiles, ranges, rank);
 
 #pragma omp parallel num_threads(threads)
     {
@@ -81,38 +86,48 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
             append(step, to, latent, item);
         }
         if (low_rank) compute({low_x.times(a.query_b, queries.get(), rows)});
-        const auto query = room<float>(group * latent), mixed = room<float>(group * latent);
-        const auto scores = room<float>(group * longest);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < rows * groups; ++i) {
-            const int64_t row = i / groups, first = i % groups * group, count = std::min(group, a.heads - first);
-            const int64_t keys = a.places[2 * row + 1] + 1, angle = row * a.rope / 2;
-            const uint8_t* past = a.cache + a.places[2 * row] * latent * item;
+        for (int64_t i = 0; i < rows * a.heads; ++i) {
+            const int64_t row = i / a.heads, head = i % a.heads, angle = row * a.rope / 2;
             const Matrix b = split ? a.key_value_b.exact() : a.key_value_b;
-            for (int64_t h = 0; h < count; ++h) {
-                const float* q = queries.get() + (row * a.heads + first + h) * query_width;
-                float* to = query.get() + h * latent;
-                const int64_t at = (first + h) * (split ? rank : per_head);
-                Product into_latent = b.times(q, nullptr, to, 1);
-                into_latent.origin = at;
-                if (split) {
-                    b.as().outputs(into_latent, at, at + rank);
-                } else {
-                    b.as().weighted_rows(into_latent, at, at + a.nope);
-                }
-                rotated(q + a.nope, a.cosine + angle, a.sine + angle, to + rank, a.rope / 2, a.interleaved);
+            const float* q = queries.get() + i * query_width;
+            float* to = latent_queries.get() + i * latent;
+            const int64_t at = head * (split ? rank : per_head);
+            Product into_latent = b.times(q, nullptr, to, 1);
+            into_latent.origin = at;
+            if (split) {
+                b.as().outputs(into_latent, at, at + rank);
+            } else {
+                b.as().weighted_rows(into_latent, at, at + a.nope);
             }
-            cached.outputs({query.get(), nullptr, past, nullptr, scores.get(), count, latent, keys, keys}, 0, keys);
-            for (int64_t h = 0; h < count; ++h) softmax(scores.get() + h * keys, keys, scale);
-            float* sums = mixed.get();
-            cached.weighted_rows({scores.get(), nullptr, past, nullptr, sums, count, latent, keys, keys}, 0, keys);
-            for (int64_t h = 0; h < count; ++h) {
-                const int64_t last = (first + h + 1) * values_per_head, begin = last - a.value;
-                float* y = attended.row(row) + (first + h) * a.value;
-                Product values = from_latent.times(sums + h * latent, nullptr, y, 1);
-                values.origin = begin;
-                from_latent.as().outputs(values, begin, last);
-            }
+            rotated(q + a.nope, a.cosine + angle, a.sine + angle, to + rank, a.rope / 2, a.interleaved);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * tiles; ++i) {
+            const int64_t row = i / tiles, first = i % tiles * QUERIES, count = std::min(QUERIES, a.heads - first);
+            const float* query = latent_queries.get() + (row * a.heads + first) * latent;
+            flash.pack(query, count, latent, 1, latent, static_cast<float>(scale), packed.get() + i * packed_bytes);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < ranges * rows * tiles; ++i) {  // rows of a sequence share reads of the cache
+            const int64_t at = i / (rows * tiles), tile = i % (rows * tiles), row = tile / tiles;
+            const Ranges cut(a.places[2 * row + 1] + 1);
+            if (at >= cut.count()) continue;
+            const uint8_t* past = a.cache + (a.places[2 * row] + cut.first(at)) * latent * item;
+            const Run run = {past, past, latent * item, latent * item, cut.tokens(at), latent, rank};
+            const Seen part = parts.of(tile, at);
+            part.clear(rank);
+            attend(flash, packed.get() + tile * packed_bytes, run, Sight::all(run.tokens), part);
+        }
+        const auto mixed = room<float>(rank);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < rows * a.heads; ++i) {
+            const int64_t row = i / a.heads, head = i % a.heads, tile = row * tiles + head / QUERIES;
+            parts.merge(tile, Ranges(a.places[2 * row + 1] + 1).count(), head % QUERIES, mixed.get());
+            const int64_t last = (head + 1) * values_per_head, begin = last - a.value;
+            Product values = from_latent.times(mixed.get(), nullptr, attended.row(row) + head * a.value, 1);
+            values.origin = begin;
+            from_latent.as().outputs(values, begin, last);
         }
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) attended.round(row);

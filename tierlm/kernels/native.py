@@ -16,7 +16,10 @@ from tierlm.kernels.weight import Weight
 from tierlm.library import check_layout, find_library
 
 # These structs have many fields: too few words are an error, not reads past their end.
-_ATTENTION, _GROUPED = (Struct(f"{ctypes.sizeof(kind) // 8}q") for kind in (structs.Attention, structs.Grouped))
+_ATTENTION, _GROUPED, _CHUNK, _LATENT_CHUNK = (
+    Struct(f"{ctypes.sizeof(kind) // 8}q")
+    for kind in (structs.Attention, structs.Grouped, structs.Chunk, structs.LatentChunk)
+)
 MAX_ROWS = 64  # with more rows of float32 activations, torch is faster on a widened tile
 
 
@@ -27,6 +30,8 @@ class Native:
         library = ctypes.CDLL(str(file))
         for struct in (structs.Matrix, structs.Expert, structs.Attention, structs.Grouped, structs.Router):
             check_layout(library, struct)
+        for struct in (structs.Chunk, structs.LatentChunk):
+            check_layout(library, struct)
         self._library, pointer, size = library, ctypes.c_void_p, ctypes.c_int64
         library.tierlm_linear.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 2]
         library.tierlm_widen.argtypes = [ctypes.c_int, *[pointer] * 2]
@@ -36,6 +41,8 @@ class Native:
         library.tierlm_from_latent.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 5]
         library.tierlm_attention.argtypes = [ctypes.c_int, pointer, *[ctypes.c_double] * 3]
         library.tierlm_grouped_attention.argtypes = [ctypes.c_int, pointer, *[ctypes.c_double] * 2]
+        library.tierlm_chunk.argtypes = [ctypes.c_int, pointer, ctypes.c_double]
+        library.tierlm_latent_chunk.argtypes = [ctypes.c_int, pointer, ctypes.c_double]
         library.tierlm_route.argtypes = [pointer, size, *[ctypes.c_double] * 2]
         library.tierlm_grouped.argtypes = [*[pointer] * 3, *[size] * 2, pointer]
         library.tierlm_grouped.restype = size
@@ -97,6 +104,14 @@ class Native:
     def grouped_attention(self, words: Sequence[int], eps: float, scale: float) -> None:
         """``words``: a structs.Grouped, packed by kernels/grouped_attention.py."""
         self._library.tierlm_grouped_attention(torch.get_num_threads(), _GROUPED.pack(*words), eps, scale)
+
+    def chunk(self, words: Sequence[int], scale: float) -> None:
+        """``words``: a structs.Chunk, packed by kernels/chunk.py."""
+        self._library.tierlm_chunk(torch.get_num_threads(), _CHUNK.pack(*words), scale)
+
+    def latent_chunk(self, words: Sequence[int], scale: float) -> None:
+        """``words``: a structs.LatentChunk, packed by kernels/chunk.py."""
+        self._library.tierlm_latent_chunk(torch.get_num_threads(), _LATENT_CHUNK.pack(*words), scale)
 
     def route(self, words: Sequence[int], count: int, eps: float, scale: float) -> None:
         """``words``: ``count`` structs.Router, packed by kernels/routing.py."""

@@ -46,6 +46,22 @@ class Grouped(ctypes.Structure):
     ]
 
 
+class Chunk(ctypes.Structure):
+    """Packed by kernels/chunk.py, as LatentChunk is."""
+
+    _fields_ = [
+        *fields("queries keys values sinks out cache_format pitch key_group value_group"),
+        *fields("groups sharing key_dim value_dim past tokens window"),
+    ]
+
+
+class LatentChunk(ctypes.Structure):
+    _fields_ = [
+        *fields("queries to_keys to_values key_head key_out key_in value_head value_out value_in"),
+        *fields("cache out cache_format heads all_heads nope rope rank value past tokens"),
+    ]
+
+
 class Router(ctypes.Structure):
     """Packed by kernels/routing.py."""
 

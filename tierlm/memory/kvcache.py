@@ -127,7 +127,7 @@ class KvCache:
         return (now if span.length else now.zero_()), later
 
     def append(self, layer: int, span: Span, values: Tensor) -> Tensor:
-        """Append ``values`` [T, width] to the span. Returns all its values, float32 [S, width].
+        """Append ``values`` [T, width] to the span. Returns all its values as stored, a view [S, width].
 
         The decoder advances the span once, after all layers.
         """
@@ -161,4 +161,4 @@ def _append(stored: Tensor, span: Span, values: Tensor) -> Tensor:
     assert end <= span.capacity, "a sequence outgrew its span"
     rows = stored[span.start : span.start + end]
     rows[span.length :] = values
-    return rows.float()
+    return rows

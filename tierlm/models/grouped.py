@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
-from tierlm.kernels import GroupedAttention, Weight, fused_gqa_decode, linear
+from tierlm.kernels import GroupedAttention, Weight, attend_chunk, fused_gqa_decode, linear
 from tierlm.memory.kvcache import KvCache
 from tierlm.models.attention import Positions, Rotary, Rows, causal_softmax
 from tierlm.models.layers import rms_norm, rotate, softmax_scale
@@ -42,15 +42,15 @@ class GroupedHeads:
     def forward(
         self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
     ) -> tuple[Tensor, Tensor]:
-        """Few tokens: one kernel call if possible. Else query heads that share keys and values are multiplied with them
-        in one product."""
+        """Few tokens: one kernel call if possible. Else part by part, with one kernel call for the attention of a
+        sequence; in torch, query heads that share keys and values are multiplied with them in one product."""
         done = None
         if self._fused:
             where = self.cache.layer(layer), positions.places, positions.angles
             done = fused_gqa_decode(self._shape, hidden, trunk, next_norm, *where)
-        return self._in_torch(hidden, layer, trunk, next_norm, positions) if done is None else done
+        return self._in_parts(hidden, layer, trunk, next_norm, positions) if done is None else done
 
-    def _in_torch(
+    def _in_parts(
         self, hidden: Tensor, layer: int, trunk: Weights, next_norm: Weight, positions: Positions
     ) -> tuple[Tensor, Tensor]:
         spec, tokens = self.spec, len(hidden)
@@ -73,7 +73,12 @@ class GroupedHeads:
             past = self.cache.append(layer, segment.span, step[rows])  # [S, 2 * kv_heads * dim]
             if spec.window is not None:  # what the first query sees, and on
                 past = past[-(spec.window + segment.stop - segment.start - 1) :]
-            self._attend(queries[rows], past, sinks, out[rows])
+            keys, values = past.view(len(past), 2, spec.kv_heads, spec.head_dim).unbind(1)
+            found = attend_chunk(queries[rows], keys, values, self._scale, spec.window, sinks)
+            if found is None:
+                self._attend(queries[rows], past.float(), sinks, out[rows])
+            else:
+                out[rows] = found
         if gates is not None:
             out *= gates.sigmoid()
         added = _projected(out.view(tokens, spec.query_width), trunk, "o")

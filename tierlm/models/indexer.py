@@ -39,7 +39,7 @@ class KeyChooser:
         weight, bias = trunk["index_k_norm"].data.float(), trunk["index_k_norm_bias"].data.float()
         keys = functional.layer_norm(keys, keys.shape[-1:], weight, bias, KEY_NORM_EPS)
         keys = self._rotated(keys[:, None], positions)[:, 0]  # [T, dim]
-        return [self.cache.append_index(layer, s.span, keys[s.start : s.stop]) for s in positions.segments]
+        return [self.cache.append_index(layer, s.span, keys[s.start : s.stop]).float() for s in positions.segments]
 
     def choose(self, x: Tensor, low: Tensor, layer: int, trunk: Weights, positions: Positions) -> None:
         """``append``, and write ``positions.chosen``; a layer without indexer leaves what the one before chose.

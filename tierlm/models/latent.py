@@ -12,6 +12,8 @@ from tierlm.checkpoints.views import Weights
 from tierlm.kernels import (
     LatentAttention,
     Weight,
+    attend_chunk,
+    attend_latents,
     can_absorb,
     from_latent,
     fused_mla_decode,
@@ -23,7 +25,7 @@ from tierlm.memory.kvcache import KvCache
 from tierlm.models.attention import Positions, Rotary, Rows, causal_softmax
 from tierlm.models.indexer import KeyChooser
 from tierlm.models.layers import rms_norm, rotate, softmax_scale
-from tierlm.spec import EXPANDED_VALUES, SCORE_VALUES, Latent
+from tierlm.spec import EXPANDED_VALUES, SCORE_VALUES, WIDENED_HEADS, Latent
 
 LATENT_NORM_EPS = 1e-6  # for the norms inside attention: fixed in DeepSeek's code, independent of rms_norm_eps
 EXPAND_FROM = 128  # new tokens of a sequence at which expanding its keys and values beats absorbed projections
@@ -135,8 +137,8 @@ class LatentHeads:
             if self._chooser is not None:
                 self._chooser.choose(x, low, layer, trunk, positions)
         queries = queries.view(len(x), heads, nope + spec.rope_dim)
-        q_rope = rotate(queries[..., nope:], *angles, spec.rope.interleaved)  # [T, heads, rope]
-        q_nope = queries[..., :nope]
+        q_rope = rotate(queries[..., nope:], *angles, spec.rope.interleaved)
+        queries = torch.cat((queries[..., :nope], q_rope), dim=-1)  # [T, heads, nope + rope]
 
         compressed = linear(x, trunk["kv_a_proj"])
         latent = rms_norm(compressed[:, :rank], trunk["kv_a_layernorm"], LATENT_NORM_EPS)
@@ -148,22 +150,49 @@ class LatentHeads:
             WholeUp(spec, trunk["kv_b_proj"]) if not spec.split else SplitUp(spec, trunk["k_b_proj"], trunk["v_b_proj"])
         )
         for segment in segments:
-            rows, tokens = slice(segment.start, segment.stop), segment.stop - segment.start
+            rows = slice(segment.start, segment.stop)
             past = self.cache.append(layer, segment.span, step[rows])  # [S, rank + rope]
-            chosen, unseen = positions.chosen.get(segment.start), None
-            if chosen is not None and tokens == 1:
-                past = past[chosen[0]]
-            elif chosen is not None:
-                unseen = torch.ones(tokens, len(past), dtype=torch.bool, device=x.device).scatter_(1, chosen, False)
-            attend = self._absorbed if tokens < EXPAND_FROM else self._expanded
-            group = SCORE_VALUES // (tokens * len(past))
-            if not up.stays(tokens):
-                group = min(group, EXPANDED_VALUES // ((nope + spec.value_dim) * rank))
-            group = max(1, min(heads, group))
-            for first in range(0, heads, group):
-                mine = slice(first, first + group)
-                out[rows, mine] = attend(q_nope[rows, mine], q_rope[rows, mine], past, unseen, up, first)
+            chosen = positions.chosen.get(segment.start)
+            if chosen is not None or not self._in_kernels(queries[rows], past, up, out[rows]):
+                self._in_torch(queries[rows], past.float(), chosen, up, out[rows])
         return linear(out.view(len(x), heads * spec.value_dim), trunk["o_proj"])
+
+    def _in_kernels(self, queries: Tensor, past: Tensor, up: Up, out: Tensor) -> bool:
+        """One sequence: queries [T, heads, nope + rope], past [S, rank + rope] -> ``out`` [T, heads, value]. False
+        without kernels."""
+        spec, tokens, done = self.spec, len(queries), True
+        group = spec.heads if up.stays(tokens) else WIDENED_HEADS
+        for first in range(0, spec.heads, group):
+            query, to = queries[:, first : first + group], out[:, first : first + group]
+            if tokens >= EXPAND_FROM:
+                widened = up.widened(first, query.shape[1])
+                done = attend_latents(query, *widened, past, self._scale, to)
+            else:
+                q_latent = up.into_latent(query[..., : spec.nope_dim], first).transpose(0, 1)
+                query = torch.cat((q_latent, query[..., spec.nope_dim :]), dim=-1)  # [T, g, rank + rope]
+                mixed = attend_chunk(query, past[:, None], past[:, None, : spec.kv_rank], self._scale)
+                if done := mixed is not None:
+                    to.copy_(up.from_latent(mixed.transpose(0, 1).contiguous(), first))
+            if not done:
+                break
+        return done
+
+    def _in_torch(self, queries: Tensor, past: Tensor, chosen: Tensor | None, up: Up, out: Tensor) -> None:
+        """``_in_kernels`` in torch, to the ``chosen`` keys [T, chosen] if given."""
+        spec, tokens, unseen = self.spec, len(queries), None
+        if chosen is not None and tokens == 1:
+            past = past[chosen[0]]
+        elif chosen is not None:
+            unseen = torch.ones(tokens, len(past), dtype=torch.bool, device=past.device).scatter_(1, chosen, False)
+        attend = self._absorbed if tokens < EXPAND_FROM else self._expanded
+        group = SCORE_VALUES // (tokens * len(past))
+        if not up.stays(tokens):
+            group = min(group, EXPANDED_VALUES // ((spec.nope_dim + spec.value_dim) * spec.kv_rank))
+        group = max(1, min(spec.heads, group))
+        for first in range(0, spec.heads, group):
+            mine = slice(first, first + group)
+            q_nope, q_rope = queries[:, mine].split((spec.nope_dim, spec.rope_dim), dim=-1)
+            out[:, mine] = attend(q_nope, q_rope, past, unseen, up, first)
 
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, past: Tensor, unseen: Tensor | None, up: Up, first: int

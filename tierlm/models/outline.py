@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tierlm.checkpoints.record import ALIGNMENT
+from tierlm.config import RuntimeOptions
 from tierlm.errors import UsageError
+from tierlm.formats import FORMATS
 from tierlm.models import family_of, read_spec
 from tierlm.models.catalog import HEAD_BLOCK_BYTES
 from tierlm.models.config_reader import Fields
@@ -21,6 +23,8 @@ from tierlm.planning.cost import Formats, Work
 from tierlm.planning.mixtures import MIXTURES, bits_of
 from tierlm.planning.plan import MAX_LOGITS, Sizes, workspace_bytes
 from tierlm.spec import STATES, ExpertKey, HeadKey, Key, ModelSpec, ResidentKey, TrunkKey, UnitKey
+
+KV_BYTES = {"float32": 4, "bfloat16": 2}  # of a cached value
 
 
 class Records(Protocol):
@@ -114,6 +118,14 @@ class Outline:
         if isinstance(key, HeadKey):
             return self._blocks[key.block]
         return _bytes(self.family.resident_tensors(self.spec), "bf16")
+
+
+def kv_dtype_of(records: Records, options: RuntimeOptions) -> str:
+    """The dtype of the KV cache. "auto" is bfloat16 where the trunk's products round activations to int8, which costs
+    more than rounding the cache (docs/results.md, "Long contexts"); else float32."""
+    if options.kv_dtype != "auto":
+        return options.kv_dtype
+    return "bfloat16" if FORMATS[records.formats.trunk].rounds and not options.exact else "float32"
 
 
 def sizes_of(records: Records, context: int, chunk: int, kv_item: int, logits_tokens: int | None = None) -> Sizes:

@@ -153,6 +153,10 @@ class AsyncLLM:
         return self._llm.codec
 
     @property
+    def bug(self) -> BaseException | None:
+        return self._llm.bug
+
+    @property
     def context(self) -> int:
         return self._llm.context
 

@@ -83,9 +83,11 @@ class SamplingParams:
     is subtracted for each time that a token is in the generated text, ``presence_penalty`` once, and ``logit_bias`` is
     added to the logits of its token ids, as in OpenAI's API.
 
-    ``n``: samples of each prompt; sample i has the seed ``seed + i``. Each computes the prompt again.
+    ``n``: samples of each prompt; sample i has the seed ``seed + i``. The prompt is computed once.
     ``logprobs``: how many of the most likely tokens to report for each token; 0: only the token itself.
     ``skip_special_tokens``: leave special tokens out of the text. ``constraint``: makes the constraint of a sequence.
+    ``priority``: who goes first if not all requests fit the context; smaller is sooner, as in vLLM. A request of
+    priority 1 waits as one of priority 0 that comes a minute later.
     """
 
     max_new_tokens: int = 128
@@ -105,6 +107,7 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     constraint: Callable[[], Constraint] | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_ids"):
@@ -218,6 +221,7 @@ _SAMPLING: _Checks = (
     ("frequency_penalty presence_penalty", "a number from -2 to 2", lambda v: _finite(v) and -2 <= v <= 2),
     ("logit_bias", "token ids with numbers from -100 to 100", lambda v: isinstance(v, Mapping) and _is_bias(v)),
     ("n", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
+    ("priority", "an integer from -100 to 100", lambda v: _is_int(v) and -100 <= v <= 100),
     ("logprobs", f"0 to {MAX_LOGPROBS} or None", lambda v: v is None or (_is_int(v) and 0 <= v <= MAX_LOGPROBS)),
 )
 _OPTIONS: _Checks = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -160,6 +161,11 @@ class LLM:
         return look(self._loaded())
 
     @property
+    def bug(self) -> BaseException | None:
+        """The error, a bug in tierlm, that has closed the model; None while there was none."""
+        return self._client.worker.bug
+
+    @property
     def context(self) -> int:
         """Tokens that fit the KV cache: those of all live requests, prompts and answers."""
         return self._loaded().context
@@ -235,7 +241,8 @@ class LLM:
         answers = [Answer(*self._prepare(prompt, one)) for prompt, one in samples]  # check all before any is queued
         pace = Pace.EACH if any(one.stop for _, one in samples) else Pace.END
         queued = [(answer.prompt, one) for answer, (_, one) in zip(answers, samples, strict=True)]
-        return answers, Request(self._client, mailbox, queued, pace)
+        keep = Keep() if any(a.prompt == b.prompt for a, b in pairwise(answers)) else None  # samples share a prompt
+        return answers, Request(self._client, mailbox, queued, pace, keep=keep)
 
     def _stream(
         self,

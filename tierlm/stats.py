@@ -24,6 +24,7 @@ class Stats(Table):
     ``first_token``: from the latest prompt to its first token. ``links``: bytes moved and seconds busy by link,
     including loading and warm-up. ``experts`` and ``trunks``: records by tier, the compute tier first; a miss is
     demanded from the next tier. ``hit_rate``: share of demanded experts resident in or in flight to the compute tier.
+    ``preempted``: how often a sequence gave way to another for lack of room in the KV cache.
     ``arrived``: bytes of weights that are here, and all, of a model that was loaded while it arrived from the Hub.
     """
 
@@ -34,6 +35,7 @@ class Stats(Table):
     prefill: Phase
     decode: Phase
     hit_rate: float | None
+    preempted: int
     links: dict[str, LinkStats]
     experts: dict[str, TierStats]
     trunks: dict[str, TierStats]
@@ -58,6 +60,8 @@ class Stats(Table):
         yield "first token after", f"{_number(self.first_token)} s"
         yield "prefill", _phase(self.prefill)
         yield "decode", _phase(self.decode)
+        if self.preempted:
+            yield "gave way", f"{self.preempted} times a sequence, for lack of room in the KV cache"
         yield "expert hit rate", "-" if self.hit_rate is None else f"{self.hit_rate:.1%}"
         for name, link in self.links.items():
             speed = link.bytes / link.seconds / 1e9 if link.seconds else 0.0
@@ -84,6 +88,7 @@ def collect(runtime: Runtime) -> Stats:
         prefill=replace(counters.prefill),
         decode=replace(counters.decode),
         hit_rate=ratio(compute.hits + compute.late_hits, compute.hits + compute.late_hits + compute.misses),
+        preempted=counters.preempted,
         links=runtime.transfer.busy(),
         experts={tier.name: replace(tier.stats) for tier in runtime.experts},
         trunks={tier.name: replace(tier.stats) for tier in runtime.trunk_tiers},

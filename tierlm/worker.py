@@ -43,7 +43,7 @@ class Worker(threading.Thread):
     thread only. All computation stays on this thread, so that OpenMP keeps one team of threads.
 
     Clients use ``inbox``, ``news`` and ``check``; it knows nothing of them but ``owner``, which dies when the last one
-    is dropped. ``failure``: the error of closing.
+    is dropped. ``failure``: the error of closing. ``bug``: what ended it.
     """
 
     def __init__(self, folder: Path, budget: Budget, options: RuntimeOptions, news: NewsBox):
@@ -58,7 +58,7 @@ class Worker(threading.Thread):
         self._mail: deque[Message] = deque()  # received during a step
         self._gone: set[Sequence] = set()  # cancelled by mail
         self._ended = False
-        self._bug: BaseException | None = None
+        self.bug: BaseException | None = None
 
     def begin(self) -> None:
         """Start this thread. Run it in a thread of its own: ``start`` waits on a Condition, which an interrupt of the
@@ -89,9 +89,9 @@ class Worker(threading.Thread):
                 f"this model was loaded by process {self._pid} and cannot be used in its fork {os.getpid()}: load it "
                 "there, or start processes with the method 'spawn'"
             )
-        if self._bug is not None:
-            what = f"{type(self._bug).__name__}: {self._bug}"
-            raise TierlmError(f"this is a bug in tierlm: {what}; the model was closed, load it again") from self._bug
+        if self.bug is not None:
+            what = f"{type(self.bug).__name__}: {self.bug}"
+            raise TierlmError(f"this is a bug in tierlm: {what}; the model was closed, load it again") from self.bug
         if self._ended:
             raise UsageError("this model is closed")
 
@@ -142,7 +142,7 @@ class Worker(threading.Thread):
                     continue
         except BaseException as error:
             if not self.leaving:
-                self._bug = forget_frames(error)
+                self.bug = forget_frames(error)
         self._ended = True  # a client that sees it answers itself; the messages of the others are in the inbox
         while self._mail or not self.inbox.empty():
             if isinstance(message := self._next(), Submit):

@@ -51,12 +51,15 @@ class Phase:
 
 @dataclass
 class Counters:
-    """``first_tokens``: sequences with a first token. ``first_token``: its latency in seconds, for the latest one."""
+    """``first_tokens``: new tokens that prefill made: the first of each sequence, and the next one after it gave way.
+    ``first_token``: the latency of the first in seconds, for the latest sequence. ``preempted``: how often a sequence
+    gave way to another."""
 
     prefill: Phase = field(default_factory=Phase)
     decode: Phase = field(default_factory=Phase)
     first_tokens: int = 0
     first_token: float | None = None
+    preempted: int = 0
 
 
 def ratio(amount: float, over: float) -> float | None:

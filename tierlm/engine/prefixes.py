@@ -29,6 +29,7 @@ class Prefixes:
 
     Kept spans give way to sequences that wait for room, the longest idle first. A span that is to be copied is cut and
     taken over instead if it is the next to give way, or if there is no room for both and it loses the smaller part.
+    Those that give way to a sequence that grows lose their ends first.
     """
 
     def __init__(self, cache: KvCache):
@@ -72,13 +73,31 @@ class Prefixes:
             self.cache.copy(source.span, span, known)
         return span
 
-    def coming(self, sequence: Sequence, running: abc.Iterable[Sequence]) -> int:
-        """Tokens of its prompt that are not there yet, and that a running sequence with its ``keep`` will compute."""
+    def fits(self, tokens: int, *instead_of: Span) -> bool:
+        """Whether ``tokens`` are free, or would be without what is kept and without the spans ``instead_of``."""
+        return self.cache.can_reserve(tokens, *(kept.span for kept in self._kept), *instead_of)
+
+    def grow(self, span: Span, tokens: int) -> bool:
+        """Add ``tokens`` to the capacity of ``span``, or as many as there are. False if there are none."""
+        while (missing := tokens - self.cache.free) > 0 and self._kept:
+            oldest = self._kept[0]
+            if self.cache.can_cut and missing < len(oldest.ids):
+                self._cut(oldest, len(oldest.ids) - missing)
+            else:
+                self._drop(oldest)
+        found = min(tokens, self.cache.free)
+        if found:
+            self.cache.resize(span, span.capacity + found)
+        return found > 0
+
+    def coming(self, sequence: Sequence, running: abc.Iterable[Sequence]) -> tuple[int, int]:
+        """Tokens of its prompt that are not there yet, and that a running sequence with its ``keep`` will compute; and
+        how many it will then have to compute itself, besides the last one."""
         if sequence.keep is None or not self.cache.can_cut:
-            return 0
+            return 0, len(sequence.prompt) - 1
         others, prompt = [other for other in running if other.keep is sequence.keep], sequence.prompt[:-1]
         shared = max((common(other.prompt, prompt) for other in others), default=0)
-        return shared - self._longest(sequence, others)[1]
+        return shared - self._longest(sequence, others)[1], len(prompt) - shared
 
     def _longest(self, sequence: Sequence, running: abc.Iterable[Sequence]) -> tuple[Kept | None, int]:
         """The values with the most tokens of the prompt, and how many. The last token runs: its logits are needed."""
@@ -90,7 +109,7 @@ class Prefixes:
             for other in running
             if other.keep is keep and other.span is not None and self.cache.can_cut
         ]
-        most, prompt = 0, sequence.prompt[:-1]
+        most, prompt = 0, sequence.tokens[:-1]
         for one in [*live, *self._of(keep)]:
             known = common(one.ids, prompt)
             if known and known >= most and (self.cache.can_cut or known == len(one.ids)):
@@ -99,6 +118,11 @@ class Prefixes:
 
     def _of(self, keep: Keep) -> list[Kept]:
         return [kept for kept in self._kept if kept.owner() is keep]
+
+    def _cut(self, kept: Kept, length: int) -> None:
+        kept.span.length = length
+        self.cache.resize(kept.span, length)
+        del kept.ids[length:]
 
     def _drop(self, kept: Kept) -> None:
         self._kept.remove(kept)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import time
-from collections import abc, deque
+from collections import abc
 
 from torch import Tensor
 
 from tierlm.engine.counters import Counters
 from tierlm.engine.prefixes import Prefixes
 from tierlm.engine.sampler import logprob_of
-from tierlm.engine.sequence import Sequence, State
+from tierlm.engine.sequence import Keep, Sequence, State
 from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import PressureRelief
 from tierlm.models.decoder import Decoder, Segment
 
+ROOM = 64  # tokens of an answer that are reserved at a time
 Watch = abc.Callable[[abc.Sequence[Sequence]], None]
 
 
@@ -29,11 +31,16 @@ class Scheduler:
     its client has yet to take a token, so a stream is at most one token ahead of its reader. If all running sequences
     pause while a request waits for room, they all run.
 
-    A step computes prompts, the first come first, or one token of each answer. Prompts and the answers of other
+    A step computes prompts, or one token of each answer. Prompts and the answers of other
     requests each get half of the time: the seconds of a prefill step are owed to the answers that it holds up, and the
     next prefill step runs when they are paid back.
 
     A sequence with ``keep`` leaves its KV values in the cache when it ends, and goes on from those of others: Prefixes.
+
+    Room in the KV cache is reserved for a prompt and ROOM tokens, and then as an answer grows. A sequence is admitted
+    if those that run can grow by as much. If an answer finds no room, the sequence of the last rank is preempted: it
+    waits again, and goes on from what is left of its KV values. So is every sequence of a later rank if one that waits
+    fits only then. The first of all always runs.
 
     ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it.
     """
@@ -50,7 +57,7 @@ class Scheduler:
         self.decoder, self.cache, self.meter, self.relief = decoder, cache, meter, relief
         self.eos, self.chunk = frozenset(eos), chunk
         self.counters = Counters()
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []  # both by rank
         self._running: list[Sequence] = []
         self._prefixes = Prefixes(cache)
         self._owed = 0.0  # seconds, to answers
@@ -68,13 +75,9 @@ class Scheduler:
     def submit(self, sequences: abc.Iterable[Sequence]) -> None:
         """Queue sequences whose prompts fit the context."""
         for sequence in sequences:
-            prompt = len(sequence.prompt)
-            if sequence.logits is not None:
-                sequence.capacity = prompt
-            else:
-                sequence.limit = min(sequence.params.max_new_tokens, self.cache.capacity - prompt + 1)
-                sequence.capacity = prompt + sequence.limit - 1  # the last token is never fed back
-            self._waiting.append(sequence)
+            if sequence.logits is None:
+                sequence.limit = min(sequence.params.max_new_tokens, self.cache.capacity - len(sequence.prompt) + 1)
+            bisect.insort(self._waiting, sequence, key=_rank)
 
     def ask(self, sequences: abc.Iterable[Sequence]) -> None:
         """The client waits for the next token of ``sequences``."""
@@ -104,8 +107,9 @@ class Scheduler:
         self._admit()
         if self.relief is not None:
             self.relief.follow()
-        prompts = [sequence for sequence in self._running if sequence.state is State.PREFILL]
-        answers = [sequence for sequence in self._running if sequence.state is State.DECODE and not sequence.paused]
+        ready = [sequence for sequence in self._running if not sequence.paused] or self._running
+        prompts = [sequence for sequence in ready if sequence.state is State.PREFILL]
+        answers = [sequence for sequence in ready if sequence.state is State.DECODE]
         requests = {sequence.mailbox for sequence in prompts}
         held_up = any(sequence.mailbox not in requests for sequence in answers)
         began = time.perf_counter()
@@ -113,25 +117,55 @@ class Scheduler:
             self._prefill(prompts, watch)
             self._owed = time.perf_counter() - began if held_up else 0.0
         else:
-            self._decode(answers or list(self._running), watch)
+            self._decode(self._grown(answers), watch)
             self._owed = max(0.0, self._owed - (time.perf_counter() - began))
 
     def _admit(self) -> None:
         """Reserve KV cache for waiting sequences, in order.
 
-        A sequence waits while a running one computes a chunk or more of its prompt, instead of computing that too.
+        A sequence waits while a running one computes a chunk or more of its prompt, or the rest of it, instead of
+        computing that too.
         """
         while self._waiting:
             sequence = self._waiting[0]
-            if self._prefixes.coming(sequence, self._running) >= self.chunk:
+            coming, left = self._prefixes.coming(sequence, (one for one in self._running if not one.paused))
+            if coming >= self.chunk or (coming > 0 and not left):
                 return
-            span = self._prefixes.reserve(sequence, self._running)
-            if span is None:
+            sequence.capacity = min(sequence.most, len(sequence.tokens) + ROOM)
+            if not self._make_room(sequence) or (span := self._prefixes.reserve(sequence, self._running)) is None:
                 return
-            self._waiting.popleft()
-            sequence.span, sequence.state = span, State.PREFILL
-            sequence.done = sequence.prefilled = sequence.cached = span.length
-            self._running.append(sequence)
+            self._waiting.remove(sequence)
+            if not sequence.prefilled:  # later, they are its own
+                sequence.cached = sequence.prefilled = span.length
+            sequence.span, sequence.state, sequence.done = span, State.PREFILL, span.length
+            bisect.insort(self._running, sequence, key=_rank)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Whether ``sequence`` fits beside the running ones, after preempting those of later ranks if that helps."""
+        first = bisect.bisect(self._running, sequence.rank, key=_rank)
+        later = [other.span for other in self._running[first:] if other.span is not None]
+        if not self._prefixes.fits(sequence.capacity + _growth(self._running[:first]), *later):
+            return False
+        while not self._prefixes.fits(sequence.capacity + _growth(self._running)):
+            self._preempt(self._running[-1])
+        return True
+
+    def _grown(self, answers: abc.Sequence[Sequence]) -> list[Sequence]:
+        """Those of ``answers`` that have room for one more token, which is all but the preempted."""
+        for sequence in answers:
+            while (span := sequence.span) is not None and span.length == span.capacity:
+                if not self._prefixes.grow(span, min(ROOM, sequence.most - span.capacity)):
+                    self._preempt(self._running[-1])
+        return [sequence for sequence in answers if sequence.span is not None]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Let ``sequence`` wait for room again. Its KV values are kept for it."""
+        sequence.keep = sequence.keep or Keep()
+        self._prefixes.keep(sequence)
+        self._running.remove(sequence)
+        sequence.span, sequence.state = None, State.WAITING
+        bisect.insort(self._waiting, sequence, key=_rank)
+        self.counters.preempted += 1
 
     def _prefill(self, sequences: list[Sequence], watch: Watch) -> None:
         """One prefill step. It takes a whole chunk of a prompt, the rest, or nothing, so the cuts in a prompt do not
@@ -142,7 +176,7 @@ class Scheduler:
         if sequences[0].logits is not None:
             sequences = sequences[:1]
         for sequence in sequences:
-            ids = sequence.prompt[sequence.done : sequence.done + self.chunk]
+            ids = sequence.tokens[sequence.done : sequence.done + self.chunk]
             if len(ids) <= room and (sequence.logits is None or not batch):
                 assert sequence.span is not None
                 batch.append(sequence)
@@ -168,8 +202,9 @@ class Scheduler:
                 continue
             phase.tokens += len(segment.ids)
             if prefill:
-                sequence.done = sequence.prefilled = sequence.done + len(segment.ids)
-            if not prefill or sequence.done == len(sequence.prompt):
+                sequence.done += len(segment.ids)
+                sequence.prefilled = min(max(sequence.prefilled, sequence.done), len(sequence.prompt))
+            if not prefill or sequence.done == len(sequence.tokens):
                 self._take(sequence, outcome)
         phase.add(0, time.perf_counter() - began, self.meter.read() - before)
         for sequence in batch:  # last, so that a client finds its token in the counters
@@ -199,7 +234,8 @@ class Scheduler:
         layer = next(layers)
         for sequence, segment in zip(batch, segments, strict=True):
             if sequence.state is State.PREFILL:
-                sequence.prefilled = sequence.done + len(segment.ids) * layer // len(self.decoder.spec.layers)
+                done = sequence.done + len(segment.ids) * layer // len(self.decoder.spec.layers)
+                sequence.prefilled = min(max(sequence.prefilled, done), len(sequence.prompt))
         watch(batch)
 
     def _take(self, sequence: Sequence, logits: Tensor) -> None:
@@ -214,8 +250,9 @@ class Scheduler:
             sequence.error = error
             self._end(sequence, "error")
             return
-        if not sequence.ids:
+        if sequence.state is State.PREFILL:
             self.counters.first_tokens += 1
+        if not sequence.ids:
             self.counters.first_token = time.perf_counter() - sequence.submitted
         sequence.ids.append(token)
         if params.logprobs is not None:
@@ -230,3 +267,12 @@ class Scheduler:
         self._prefixes.keep(sequence)
         self._running.remove(sequence)
         sequence.span, sequence.finish, sequence.state, sequence.request = None, finish, State.ENDED, None
+
+
+def _rank(sequence: Sequence) -> tuple[float, int]:
+    return sequence.rank
+
+
+def _growth(running: abc.Iterable[Sequence]) -> int:
+    """Tokens that ``running`` sequences may soon grow by."""
+    return sum(min(ROOM, one.most - one.span.capacity) for one in running if one.span is not None)

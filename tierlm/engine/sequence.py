@@ -16,9 +16,11 @@ from tierlm.engine.sampler import Sampler, TokenLogprob
 from tierlm.errors import TierlmError
 from tierlm.memory.kvcache import Span
 
+AGING = 60.0  # seconds that a request comes later for each unit of its priority
+
 
 class State(Enum):
-    """WAITING: for room in the KV cache. PREFILL: until the whole prompt has run."""
+    """WAITING: for room in the KV cache, at first or again. PREFILL: until all its tokens have run."""
 
     WAITING = auto()
     PREFILL = auto()
@@ -72,9 +74,10 @@ class Sequence:
 
     ``place``: its index in the request that ``mailbox`` belongs to. ``logits``: float32 [T, vocab]; if set, filled for
     every prompt token, and nothing is generated. ``keep``: whose KV values it takes up and leaves. ``capacity``: tokens
-    reserved in the KV cache. ``limit``: maximum of new tokens. ``cached``: prompt tokens whose KV values were there.
-    ``done``: prompt tokens that have run, those included. ``prefilled``: the same, with a share for the layers that
-    have run of the present step; the client may read it. ``told``: new tokens that were put into the mailbox.
+    to reserve in the KV cache when it is admitted. ``limit``: maximum of new tokens. ``cached``: prompt tokens whose KV
+    values were there. ``done``: tokens that have run, those included. ``prefilled``: those of them that are prompt
+    tokens, with a share for the layers that have run of the present step; the client may read it. ``told``: new tokens
+    that were put into the mailbox.
     ``asked``: the client waits for the next token. ``request``: cancels the sequence when the client drops its request.
     """
 
@@ -120,9 +123,25 @@ class Sequence:
         return self.state is State.ENDED
 
     @property
+    def rank(self) -> tuple[float, int]:
+        """Who goes first: the smaller rank. It never changes, so the first of all goes on until it ends; and a sequence
+        waits for those that come at most AGING seconds later for each unit of their advantage."""
+        return self.submitted + self.params.priority * AGING, self.place
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids of its prompt, and the new ones."""
+        return [*self.prompt, *self.ids]
+
+    @property
+    def most(self) -> int:
+        """Tokens that it may need in the KV cache; the last one is never fed back."""
+        return len(self.prompt) + max(0, self.limit - 1)
+
+    @property
     def computed(self) -> list[int]:
         """The ids whose KV values are in its span."""
-        return [] if self.span is None else [*self.prompt, *self.ids][: self.span.length]
+        return [] if self.span is None else self.tokens[: self.span.length]
 
     def tell(self) -> None:
         """Put what is new into the mailbox."""

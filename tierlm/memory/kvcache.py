@@ -16,7 +16,8 @@ MOVED = 256  # tokens copied at a time
 
 @dataclass(slots=True, eq=False)
 class Span:
-    """One sequence's part of the cache. ``start``, ``capacity`` and ``length`` are in tokens.
+    """One sequence's part of the cache. ``start``, ``capacity`` and ``length`` are in tokens. ``start`` may change
+    between steps, when the cache makes room for another span.
 
     ``place``: of its state, -1 if the model has none. ``turn``: which of the state's two copies is the present one.
     """
@@ -39,6 +40,10 @@ class KvCache:
 
     ``states``: float32 values of a sequence's state, by layer; 0: none. Then there are STATES sequences at most. A step
     reads one copy of a state and writes the other, so it may be abandoned or run again.
+
+    Kernels need the rows of a sequence in one piece, and spans grow. A new span is put into the middle of the largest
+    gap, so that it and the span before it both have room to grow. If no gap is large enough, all spans are spread out,
+    with equal room behind each. What matters is whether tokens are free, never where.
     """
 
     def __init__(
@@ -63,26 +68,26 @@ class KvCache:
         spans = list(self._spans)
         return sum(span.length for span in spans), sum(span.capacity for span in spans)
 
+    @property
+    def free(self) -> int:
+        """Tokens that are not reserved."""
+        return self.capacity - sum(span.capacity for span in self._spans)
+
     def can_reserve(self, tokens: int, *instead_of: Span) -> bool:
-        """Whether a contiguous gap of ``tokens`` and a state are free, or would be without the spans ``instead_of``."""
-        if self._places == [] and not instead_of:
-            return False
-        without = set(instead_of)
-        return self._gap([span for span in self._spans if span not in without], tokens) is not None
+        """Whether ``tokens`` and a state are free, or would be without the spans ``instead_of``."""
+        free = self.free + sum(span.capacity for span in instead_of)
+        return tokens <= free and (self._places != [] or bool(instead_of))
 
     def reserve(self, tokens: int) -> Span:
         """Reserve a span until ``release``. Raises PromptError if ``can_reserve`` is False."""
-        place = self._gap(self._spans, tokens)
-        if place is None:
-            free = self.capacity - sum(span.capacity for span in self._spans)
-            raise PromptError(f"{tokens} tokens do not fit the context: {free} of {self.capacity} are free")
-        index, start = place
-        span = Span(start, tokens)
+        if tokens > self.free:
+            raise PromptError(f"{tokens} tokens do not fit the context: {self.free} of {self.capacity} are free")
+        span = Span(0, tokens)
         if self._places is not None:
             if not self._places:
                 raise PromptError(f"at most {STATES} sequences at a time have a state")
             span.place = self._places.pop()
-        self._spans.insert(index, span)
+        self._insert(span)
         return span
 
     def resize(self, span: Span, capacity: int) -> None:
@@ -90,14 +95,13 @@ class KvCache:
 
         ``can_reserve(capacity, span)`` must hold.
         """
-        self._spans.remove(span)
-        after = next((other.start for other in self._spans if other.start > span.start), self.capacity)
-        if span.start + capacity > after:
-            place = self._gap(self._spans, capacity)
-            assert place is not None, "a span that has no room"
-            self._move(span, place[1])
+        assert self.can_reserve(capacity, span), "a span that has no room"
+        at = self._spans.index(span)
+        after = self._spans[at + 1].start if at + 1 < len(self._spans) else self.capacity
         span.capacity = capacity
-        self._spans = sorted([*self._spans, span], key=lambda span: span.start)
+        if span.start + capacity > after:
+            del self._spans[at]
+            self._insert(span)
 
     def release(self, span: Span) -> None:
         """Free ``span``."""
@@ -137,6 +141,34 @@ class KvCache:
         """``append`` for index keys."""
         return _append(self._index[layer], span, keys)
 
+    def _insert(self, span: Span) -> None:
+        """Put ``span`` into the largest gap, and move its values there. Its tokens are free."""
+        edges = [0, *(one.start + one.capacity for one in self._spans)]
+        ends = [*(one.start for one in self._spans), self.capacity]
+        gaps = [end - start for start, end in zip(edges, ends, strict=True)]
+        at = max(range(len(gaps)), key=gaps.__getitem__)
+        if gaps[at] >= span.capacity:
+            self._move(span, edges[at] + (gaps[at] - span.capacity) // 2 if at else 0)
+            self._spans.insert(at, span)
+        else:
+            self._spans = sorted([*self._spans, span], key=lambda one: one.start)
+            self._spread()
+
+    def _spread(self) -> None:
+        """Give each span the same room behind it. First those that move down, from below, then those that move up, from
+        above: so none is overwritten before it has moved."""
+        room, starts, start = self.free // len(self._spans), list[int](), 0
+        for span in self._spans:
+            starts.append(start)
+            start += span.capacity + room
+        moves = list(zip(self._spans, starts, strict=True))
+        for span, start in moves:
+            if start < span.start:
+                self._move(span, start)
+        for span, start in reversed(moves):
+            if start > span.start:
+                self._move(span, start)
+
     def _move(self, span: Span, start: int) -> None:
         """Copy the values of ``span`` block by block, since the old place and the new may overlap."""
         blocks = range(0, span.length, MOVED)
@@ -145,15 +177,6 @@ class KvCache:
                 rows = min(MOVED, span.length - at)
                 values[start + at :][:rows] = values[span.start + at :][:rows].clone()
         span.start = start
-
-    def _gap(self, spans: Sequence[Span], tokens: int) -> tuple[int, int] | None:
-        """The first gap of at least ``tokens`` between ``spans``: index of the span after it, and its start."""
-        start = 0
-        for index, span in enumerate(spans):
-            if span.start - start >= tokens:
-                return index, start
-            start = span.start + span.capacity
-        return (len(spans), start) if self.capacity - start >= tokens else None
 
 
 def _append(stored: Tensor, span: Span, values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -22,6 +23,13 @@ from tierlm.server.service import Busy, NotReady, Service, TimedOut, UnknownMode
 
 LOADING = 5  # seconds after which a client may ask again, while the model is being loaded
 CLOSED = 499  # nginx's status for a client that is gone; nobody reads it
+
+
+class ErrorReply(JSONResponse):
+    """In ASCII: a message may quote half of a surrogate pair, which UTF-8 cannot write."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
 
 
 def application(service: Service, load: Callable[[], Coroutine[Any, Any, None]]) -> FastAPI:
@@ -45,12 +53,8 @@ def application(service: Service, load: Callable[[], Coroutine[Any, Any, None]])
 
     @app.get("/health")
     async def health() -> Response:
-        """Ready, or how far the load is."""
-        done, total = service.loading
-        state = {"status": "ready" if service.ready else "loading", "model": service.name}
-        if not service.ready:
-            state |= {"loaded_bytes": done, "of_bytes": total}  # type: ignore[dict-item]
-        return JSONResponse(state, 200 if service.ready else 503)
+        """Ready, failed, or how far the load is."""
+        return JSONResponse(service.state(), 200 if service.ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -80,7 +84,7 @@ def _handle(app: FastAPI) -> None:
     def on(kind: type[Exception], status: int, name: str, after: Callable[[Any], int] | None = None) -> None:
         async def reply(_: Request, failure: Any) -> Response:
             headers = None if after is None else {"retry-after": str(after(failure))}
-            return JSONResponse(error(str(failure), name), status, headers)
+            return ErrorReply(error(str(failure), name), status, headers)
 
         app.add_exception_handler(kind, reply)
 
@@ -93,17 +97,17 @@ def _handle(app: FastAPI) -> None:
     on(Gone, CLOSED, "cancelled")
 
     async def too_long(_: Request, failure: Any) -> Response:
-        return JSONResponse(error(str(failure), "invalid_request_error", "context_length_exceeded", "messages"), 400)
+        return ErrorReply(error(str(failure), "invalid_request_error", "context_length_exceeded", "messages"), 400)
 
     async def malformed(_: Request, failure: Any) -> Response:
         first = failure.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         found = f", found {shown(first['input'])}" if "input" in first and first["type"] != "missing" else ""
         message = f"{where}: {first['msg']}{found}" if where else f"{first['msg']}{found}"
-        return JSONResponse(error(message, "invalid_request_error", param=where or None), 400)
+        return ErrorReply(error(message, "invalid_request_error", param=where or None), 400)
 
     async def by_status(_: Request, failure: Any) -> Response:
-        return JSONResponse(error(str(failure.detail), "invalid_request_error"), failure.status_code, failure.headers)
+        return ErrorReply(error(str(failure.detail), "invalid_request_error"), failure.status_code, failure.headers)
 
     app.add_exception_handler(PromptError, too_long)
     app.add_exception_handler(RequestValidationError, malformed)

@@ -13,8 +13,10 @@ from tierlm.engine.counters import Counters
 from tierlm.engine.prefixes import Prefixes
 from tierlm.engine.sampler import logprob_of
 from tierlm.engine.sequence import Sequence, State
+from tierlm.engine.stored import StoredPrefixes
 from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
+from tierlm.memory.kvdisk import KvDisk, KvTier
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import PressureRelief
 from tierlm.models.decoder import Decoder, Segment
@@ -34,6 +36,7 @@ class Scheduler:
     next prefill step runs when they are paid back.
 
     A sequence with ``keep`` leaves its KV values in the cache when it ends, and goes on from those of others: Prefixes.
+    With ``disk`` they go there too, and are read while other sequences run: StoredPrefixes.
 
     ``eos``: ids that end a sequence. ``chunk``: tokens of a prefill step, shared by the prompts in it.
     """
@@ -46,6 +49,7 @@ class Scheduler:
         relief: PressureRelief | None,
         eos: abc.Iterable[int],
         chunk: int,
+        disk: KvDisk | None = None,
     ):
         self.decoder, self.cache, self.meter, self.relief = decoder, cache, meter, relief
         self.eos, self.chunk = frozenset(eos), chunk
@@ -53,6 +57,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._prefixes = Prefixes(cache)
+        self._stored = StoredPrefixes(cache, disk, lambda: self.counters.prefill.rate)
         self._owed = 0.0  # seconds, to answers
 
     @property
@@ -64,6 +69,10 @@ class Scheduler:
     def load(self) -> tuple[int, int]:
         """Sequences that run, and that wait. Any thread may read it."""
         return len(self._running), len(self._waiting)
+
+    def kv_tiers(self) -> dict[str, KvTier]:
+        """KV values held and found, by tier. Any thread may read them."""
+        return {"ram": self._prefixes.snapshot(), **self._stored.tiers()}
 
     def submit(self, sequences: abc.Iterable[Sequence]) -> None:
         """Queue sequences whose prompts fit the context."""
@@ -102,6 +111,7 @@ class Scheduler:
         """Run one step. ``watch``: called with its sequences before each layer; it may raise to abandon the step, which
         leaves them as they were."""
         self._admit()
+        self._begin(self._stored.arrived())
         if self.relief is not None:
             self.relief.follow()
         prompts = [sequence for sequence in self._running if sequence.state is State.PREFILL]
@@ -112,9 +122,12 @@ class Scheduler:
         if prompts and not (held_up and self._owed > 0):
             self._prefill(prompts, watch)
             self._owed = time.perf_counter() - began if held_up else 0.0
+        elif not answers and any(sequence.state is State.LOADING for sequence in self._running):
+            self._stored.wait()
         else:
             self._decode(answers or list(self._running), watch)
             self._owed = max(0.0, self._owed - (time.perf_counter() - began))
+        self._stored.store(self._running)
 
     def _admit(self) -> None:
         """Reserve KV cache for waiting sequences, in order.
@@ -129,9 +142,17 @@ class Scheduler:
             if span is None:
                 return
             self._waiting.popleft()
-            sequence.span, sequence.state = span, State.PREFILL
-            sequence.done = sequence.prefilled = sequence.cached = span.length
+            sequence.span, sequence.state = span, State.LOADING
             self._running.append(sequence)
+            if not self._stored.begin(sequence):
+                self._begin([sequence])
+
+    def _begin(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Go on to compute prompts from the values that are there."""
+        for sequence in sequences:
+            assert sequence.span is not None
+            sequence.state = State.PREFILL
+            sequence.done = sequence.prefilled = sequence.cached = sequence.span.length
 
     def _prefill(self, sequences: list[Sequence], watch: Watch) -> None:
         """One prefill step. It takes a whole chunk of a prompt, the rest, or nothing, so the cuts in a prompt do not
@@ -227,6 +248,7 @@ class Scheduler:
             self._end(sequence, "length")
 
     def _end(self, sequence: Sequence, finish: str | None) -> None:
+        self._stored.end(sequence)
         self._prefixes.keep(sequence)
         self._running.remove(sequence)
         sequence.span, sequence.finish, sequence.state, sequence.request = None, finish, State.ENDED, None

@@ -18,9 +18,10 @@ from tierlm.memory.kvcache import Span
 
 
 class State(Enum):
-    """WAITING: for room in the KV cache. PREFILL: until the whole prompt has run."""
+    """WAITING: for room in the KV cache. LOADING: for KV values from disk. PREFILL: until the whole prompt has run."""
 
     WAITING = auto()
+    LOADING = auto()
     PREFILL = auto()
     DECODE = auto()
     ENDED = auto()

@@ -46,7 +46,7 @@ def look(runtime: Runtime) -> Live:
     for tier in reversed(runtime.experts):
         _mark(tier, experts)
     rows = {layer: row.decode() for layer, row in experts.items()}
-    stored = None if runtime.kv_disk is None else runtime.kv_disk.tier.tokens
+    stored = None if runtime.kv_disk is None else runtime.kv_disk.snapshot().tokens
     return Live(running, waiting, held, reserved, runtime.context, stored, rows)
 
 

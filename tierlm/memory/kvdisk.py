@@ -95,9 +95,9 @@ class KvDisk:
 
     def _restore(self, found: dict[int, Header]) -> None:
         """Take over what an earlier process has stored, but for blocks without their parents."""
-        root, names = {header.key.parent for header in found.values() if not header.key.depth}, set[bytes]()
+        names = {self.identity}
         for slot, header in sorted(found.items(), key=lambda item: item[1].key.depth):
-            if header.key.name not in names and header.key.parent in (names if header.key.depth else root):
+            if header.key.parent in names and header.key.name not in names:
                 names.add(header.key.name)
                 self._entries[header.key] = Entry(slot, header)
         for key, entry in sorted(self._entries.items(), key=lambda item: item[1].header.serial):
@@ -241,8 +241,9 @@ class KvDisk:
         self.tier.tokens -= self.layout.tokens
 
     def snapshot(self) -> KvTier:
-        """The counters now. Any thread may read it."""
-        return replace(self.tier)
+        """The counters now, with the writes that have ended since. Any thread may read it."""
+        ended = self.layout.tokens * sum(move.done and move.error is None for move in list(self._writes))
+        return replace(self.tier, tokens=self.tier.tokens + ended, stored=self.tier.stored + ended)
 
 
 def buffers_of(layout: BlockLayout) -> int:

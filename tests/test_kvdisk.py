@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import threading
 import zlib
@@ -292,6 +293,20 @@ def test_leaves_give_way_first(data: st.DataObject) -> None:
             there.remove(victim)
 
 
+def test_policies_over_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bench/kv_policies.py counts: an endless store finds the most; one that holds all blocks, as much."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    kv_policies = importlib.import_module("kv_policies")
+    trace = list(kv_policies.made(200, seed=1))
+    assert trace == list(kv_policies.made(200, seed=1))
+    blocks, bound = len({one for request in trace for one in request["hash_ids"]}), kv_policies.hits(trace, None, 0)
+    assert kv_policies.hits(trace, Leaves(TierInfo(1, blocks)), blocks) == bound
+    assert 0 < kv_policies.hits(trace, Leaves(TierInfo(1, 100)), 100) < bound
+    twice = [{"timestamp": at, "input_length": 1024, "output_length": 1, "hash_ids": [1, 2]} for at in range(2)]
+    assert kv_policies.hits(twice, Leaves(TierInfo(1, 2)), 2) == 1023 / 2048  # the last token runs
+    assert kv_policies.hits(twice, Leaves(TierInfo(1, 1)), 1) == 512 / 2048
+
+
 # --- a model with a store
 
 
@@ -379,6 +394,19 @@ def test_what_is_in_ram_is_not_read(toy_v3: tuple[Path, Any], load: Callable[...
         assert kv["ram"].hit_tokens == 150 and kv["disk"].hit_tokens == 0
         assert kv["ram"].hit_bytes == 150 * llm._runtime.scheduler.cache.token_bytes
         assert "KV values in disk" in dict(llm.stats().rows())
+
+
+def test_a_block_that_is_in_ram_in_part(toy_v3: tuple[Path, Any], load: Callable[..., LLM]) -> None:
+    keep = Keep()
+    with load(toy_v3[0]) as llm:
+        expected = told(llm, prompt(150))
+    with load(toy_v3[0]) as llm:
+        ids_of(llm.stream(prompt(150)[:100], params(1), keep=keep))
+        pieces = list(llm.stream(prompt(150), params(6, logprobs=0), keep=keep))
+        assert [piece.ids for piece in pieces] == [[token] for token, _ in expected]
+        found = [one.logprob for piece in pieces for one in piece.logprobs or []]
+        assert found == pytest.approx([one.logprob for _, one in expected], abs=1e-5)
+        assert llm.stats().kv["ram"].hit_tokens == 100 and disk_of(llm).hit_tokens == 64 + 28
 
 
 def test_it_is_computed_again_if_that_is_faster(

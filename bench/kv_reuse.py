@@ -28,7 +28,8 @@ def first_tokens(arguments: argparse.Namespace, folder: str, seeds: list[tuple[i
     from tierlm.config import LoadOptions
     from tierlm.engine.sequence import Keep
 
-    options: LoadOptions = {"context": 3 * arguments.tokens, "kv_dtype": arguments.dtype, "heat": False}
+    options: LoadOptions = {"context": 3 * arguments.tokens, "kv_dtype": arguments.dtype}
+    options["heat"] = arguments.settle > 0  # warm-up
     options |= {"kv_disk": "8GiB", "kv_folder": folder, "kv_format": arguments.format}
     with LLM.load(arguments.model, budget=Budget(arguments.ram), **options) as llm:
         time.sleep(arguments.settle)
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--ram", default="16GiB")
     parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--settle", type=float, default=0.0, help="seconds between load and first prompt")
+    parser.add_argument("--settle", type=float, default=0.0, help="seconds of warm-up before the first prompt; 0: none")
     parser.add_argument("--format", default="exact")
     parser.add_argument("--dtype", default="float32", help="of the cache")
     arguments = parser.parse_args()

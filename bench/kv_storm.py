@@ -3,8 +3,8 @@
     python bench/kv_storm.py --kills 20
 
 Each process first asks for a prompt that an earlier one has stored, then for new ones, which push out old blocks, until
-it is killed. After each kill every block that has a header is read and checked. Exit code 1 if anything is wrong. The
-last line is JSON.
+it is killed. Writes are slowed down, so that most kills come in the middle of one. After each kill every block that has
+a header is read and checked. Exit code 1 if anything is wrong. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import sys
 import tempfile
@@ -25,12 +26,21 @@ import torch
 import xxhash
 
 from tierlm.checkpoints.hub import find_model
+from tierlm.memory import kvfiles
 from tierlm.memory.kvblock import NAME, BlockLayout
 from tierlm.memory.kvfiles import FIELDS, HEADER, Header
 from tierlm.models.catalog import Catalog
 
 SIZE = 8 * 2**20  # bytes of the store, less than all prompts need
+PIECE = 16 * 2**10  # bytes
 PROMPTS, PREFIX, LENGTH = 30, 320, 600  # how many; tokens that they share, and of each
+
+
+def slow_write(fd: int, data: memoryview, offset: int) -> None:
+    """FAKE: a disk that takes 4 ms for each piece of 16 KiB."""
+    for at in range(0, data.nbytes, PIECE):
+        os.pwritev(fd, [data[at : at + PIECE]], offset + at)
+        time.sleep(0.004)
 
 
 def prompt(number: int) -> list[int]:
@@ -45,6 +55,7 @@ def ask(folder: Path | None, numbers: list[int], told: Connection) -> None:
     from tierlm import LLM, Budget, SamplingParams
     from tierlm.engine.sequence import Keep
 
+    kvfiles._write = slow_write
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     options: Any = {} if folder is None else {"kv_disk": SIZE, "kv_folder": folder}
     with LLM.load("demo", budget=Budget("2GiB"), context=1000, heat=False, **options) as llm:
@@ -78,8 +89,8 @@ class Storm:
         process.join()
         return found
 
-    def blocks(self) -> tuple[int, int]:
-        """Blocks that have a header, and how many of them are not what it says."""
+    def blocks(self) -> tuple[int, int, int]:
+        """Blocks that have a header, how many of them are not what it says, and erased headers."""
         (file,), (blocks,) = self.folder.glob("*/headers"), self.folder.glob("*/blocks")
         content, size, wrong = file.read_bytes(), block_bytes(), 0
         rows = {at: content[at * HEADER :][:HEADER] for at in range(len(content) // HEADER)}
@@ -89,7 +100,7 @@ class Storm:
             for at, header in headers.items():
                 stream.seek(at * size)
                 wrong += xxhash.xxh3_64_intdigest(stream.read(size)) != header.checksum
-        return len(headers), wrong
+        return len(headers), wrong, len(rows) - len(headers)
 
 
 def block_bytes() -> int:
@@ -101,6 +112,7 @@ def block_bytes() -> int:
 def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """Kill ``kills`` processes with a store in ``folder``. Returns what was found; ``wrong``, in words."""
     runs, draw, wrong, hits, whole = Storm(folder), random.Random(seed), list[str](), list[int](), list[int]()
+    cut = 0  # kills in the middle of a write
     expected = runs.run(None, list(range(PROMPTS)))
     runs.run(folder, [0])
     for kill in range(kills):
@@ -118,12 +130,13 @@ def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
                     wrong.append(f"kill {kill}: {damaged} tokens damaged")
         process.kill()
         process.join()
-        found, damaged = runs.blocks()
+        found, damaged, erased = runs.blocks()
         whole.append(found)
+        cut += erased > 0
         if damaged:
             wrong.append(f"kill {kill}: {damaged} of {found} blocks are not what their headers say")
     wrong += [f"kill {kill}: nothing was found on disk" for kill, found in enumerate(hits) if not found]
-    return {"kills": kills, "wrong": wrong, "hit_bytes": hits, "blocks": whole}
+    return {"kills": kills, "wrong": wrong, "in_a_write": cut, "hit_bytes": hits, "blocks": whole}
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from tierlm.engine.sequence import Keep, Progress
 from tierlm.memory import kvdisk, kvfiles, kvmover
 from tierlm.memory.kvblock import BlockLayout, extend, identity_of
 from tierlm.memory.kvdisk import KvDisk, open_kv_disk
-from tierlm.memory.kvfiles import HEADER, BlockFiles
+from tierlm.memory.kvfiles import HEADER, BlockFiles, Header
 from tierlm.planning.reuse import loading_pays
 from tierlm.policies.chains import BlockKey, Leaves
 from tierlm.policies.eviction import TierInfo
@@ -184,6 +184,39 @@ def test_damage_is_an_error_or_harmless(data: st.DataObject, tmp_path_factory: p
     disk.close()
 
 
+@pytest.mark.parametrize("room", [0, 1, HEADER, HEADER + 1, HEADER + 3000, HEADER + LAYOUT.stored, 2**20])
+def test_a_write_over_another_block_that_is_cut(room: int, fake: Disk, tmp_path: Path) -> None:
+    disk = opened(tmp_path)
+    for at in range(SLOTS):
+        put(disk, [at, at])
+    settle(disk)
+    fake.room = room
+    put(disk, [100, 100])
+    settle(disk)
+    disk.close()
+    fake.room = 2**40
+    disk = opened(tmp_path)
+    found = {at: get(disk, [at, at]) for at in [*range(SLOTS), 100]}
+    assert disk.tier.damaged == 0
+    assert found[100] == (room == 2**20) and found[0] == (room < 1)  # the first byte of a header already counts
+    assert all(found[at] for at in range(1, SLOTS))
+    disk.close()
+
+
+def test_headers_are_whole_and_have_parents(tmp_path: Path) -> None:
+    disk = opened(tmp_path)
+    put(disk, [1, 2, 3, 4, 5, 6])
+    disk.close()
+    file = tmp_path / "headers"
+    content = file.read_bytes()
+    one, two = content[:HEADER], content[HEADER : 2 * HEADER]
+    assert Header.unpack(one, IDENTITY) is not None
+    for at in range(1, HEADER):  # one that was half written over
+        assert Header.unpack(one[:at] + two[at:], IDENTITY) in (None, Header.unpack(one, IDENTITY))
+    file.write_bytes(bytes(HEADER) + content[HEADER:])  # without the first block the others are of no use
+    assert opened_and_left(tmp_path, IDENTITY) == 0
+
+
 def test_another_identity_finds_nothing(tmp_path: Path) -> None:
     disk = opened(tmp_path)
     put(disk, [1, 2, 3, 4])
@@ -221,6 +254,7 @@ def test_a_chain_does_not_push_out_itself(tmp_path: Path) -> None:
     long = list(range(100))
     while put(disk, long) < SLOTS:
         settle(disk)
+    settle(disk)
     assert put(disk, long) == SLOTS and disk.tier.evicted == 0
     disk.close()
 

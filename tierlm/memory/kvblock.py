@@ -93,9 +93,8 @@ class BlockLayout:
             whole = stored[at : at + self.tokens * width].view(np.int8).reshape(self.tokens, width)
             at += whole.size
             values = whole * scales
-            if self.dtype is torch.bfloat16:  # round half to even
-                bits = values.view(np.uint32)
-                raw = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).view(np.uint8).reshape(-1)
+            if self.dtype is torch.bfloat16:  # rounded to the nearest
+                raw = ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16).view(np.uint8).reshape(-1)
             else:
                 raw = values.view(np.uint8).reshape(-1)
             block[start : start + raw.size] = raw

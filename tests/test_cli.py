@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from tierlm import LLM, Budget, RuntimeOptions, SamplingParams, __version__, cli
 from tierlm.cli.chat import chat
-from tierlm.cli.options import Loading, Memory, Messages, Sampling, grouped
+from tierlm.cli.options import Loading, Memory, Messages, Sampling, Stored, grouped
 from tierlm.cli.run import run
 from tierlm.cli.tracing import record
 from tierlm.config import LoadOptions
@@ -282,7 +282,8 @@ def test_run_chat_and_record_have_the_same_options() -> None:
 
     shared = {field.name for group in (Memory, Sampling, Loading, Messages) for field in dataclasses.fields(group)}
     assert names(run) - shared == {"model", "prompt", "ids", "system", "raw", "stats", "json"} and shared < names(run)
-    assert names(chat) - shared == {"model", "system", "stats"} and shared < names(chat)
+    stored = {field.name for field in dataclasses.fields(Stored)}  # run and record have no earlier prompts
+    assert names(chat) - shared == {"model", "system", "stats", *stored} and shared < names(chat)
     assert names(record) - shared == {"model", "prompts", "output", "scores", "json"} and shared < names(record)
 
 

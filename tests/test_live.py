@@ -26,6 +26,7 @@ from tierlm import LLM, SamplingParams, UsageError
 from tierlm.cli.top import Frame, fitted
 from tierlm.live import look
 from tierlm.memory.executor import LinkStats
+from tierlm.memory.kvdisk import KvTier
 from tierlm.memory.ticket import State
 from tierlm.policies.residency import EntryState, TierStats
 from tierlm.spec import ExpertKey, TrunkKey
@@ -87,10 +88,12 @@ def test_the_fastest_tier_that_holds_an_expert() -> None:
         scheduler=SimpleNamespace(load=(1, 2), cache=SimpleNamespace(usage=(3, 4))),
         transfer=SimpleNamespace(collect=lambda: None),
         context=9,
+        kv_disk=SimpleNamespace(snapshot=lambda: KvTier(tokens=7)),
     )
     found = look(runtime)
     assert found.experts == {3: "vrarad", 5: "dddddd"}
     assert (found.running, found.waiting, found.kv_tokens, found.kv_reserved, found.context) == (1, 2, 3, 4, 9)
+    assert found.kv_disk == 7
 
 
 def test_a_model_at_work(toy_v3: tuple[Path, Any]) -> None:

@@ -325,9 +325,22 @@ def test_metrics_and_stats(served: Running) -> None:
     text = served.get("/metrics")[1]
     assert 'tierlm_expert_requests_total{result="hit",tier="ram"}' in text
     assert 'tierlm_link_bytes_total{link="disk->ram"}' in text
+    assert 'tierlm_kv_tokens{tier="ram"}' in text and 'tierlm_kv_hit_bytes_total{tier="ram"}' in text
     count = next(line for line in text.splitlines() if line.startswith("tierlm_time_to_first_token_seconds_count"))
     assert float(count.split()[1]) >= 1
     assert json.loads(served.get("/stats")[1])["new_tokens"] >= 3
+
+
+def test_prompts_are_found_after_a_restart(tmp_path: Path) -> None:
+    options: LoadOptions = {**OPTIONS, "kv_disk": "64MiB", "kv_folder": tmp_path}
+    asked, answers = {"model": "demo", "prompt": PROMPT * 12, "max_tokens": 3}, list[Any]()
+    for _ in range(2):
+        with running(Limits(), options=options) as server:
+            answers.append(server.post("/v1/completions", asked)[2])
+            text, figures = server.get("/metrics")[1], json.loads(server.get("/live")[1])
+        assert 'tierlm_kv_tokens{tier="disk"}' in text and figures["kv"]["disk"] is not None
+    assert answers[0]["choices"][0]["text"] == answers[1]["choices"][0]["text"]
+    assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers] == [0, 64]
 
 
 def test_the_page_about_it(served: Running, expected: dict[str, Any]) -> None:

@@ -127,7 +127,12 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """Runtime options. Only ``kv_dtype``, ``exact`` and ``prefill_chunk`` (by rounding) may change the tokens.
+    """Runtime options. Only ``kv_dtype``, ``kv_format``, ``exact`` and ``prefill_chunk`` (by rounding) may change the
+    tokens.
+
+    ``kv_disk``, ``kv_folder``, ``kv_format``: KV values of requests with a ``keep`` are also stored on disk, for later
+    requests and runs: at most how many bytes, where (None: in the user's cache folder), and as they are ("exact") or
+    rounded to "int8".
 
     ``ram_slots``, ``vram_slots`` and ``resident_trunks`` limit the expert slots and resident trunks of a tier below
     what the budget allows, for experiments.
@@ -141,6 +146,9 @@ class RuntimeOptions:
     prefill_chunk: int = 512
     logits_tokens: int | None = None  # tokens to reserve the result of a call for logits for; None: up to 64 MiB
     kv_dtype: str = "auto"  # of the KV cache; auto: bfloat16 where products round activations to int8, else float32
+    kv_disk: int | float | str | None = None
+    kv_folder: str | Path | None = None
+    kv_format: str = "exact"
     threads: int | None = None  # of torch and the kernels, in the whole process; None: as torch chooses
     exact: bool = False  # never round activations to int8, in products with quantised weights: slower
     transfer_threads: int | None = None  # concurrent reads; None: chosen for the disk
@@ -159,6 +167,11 @@ class RuntimeOptions:
         _check(self, _OPTIONS)
         object.__setattr__(self, "mirrors", tuple(self.mirrors))
         _require(self.trace is not None or not self.trace_scores, "trace_scores", "False without a trace", self)
+        if self.kv_disk is None:
+            _require(self.kv_folder is None, "kv_folder", "None without kv_disk", self)
+            _require(self.kv_format == "exact", "kv_format", "exact without kv_disk", self)
+        else:
+            object.__setattr__(self, "kv_disk", parse_size(self.kv_disk, "kv_disk"))
 
 
 class LoadOptions(TypedDict, total=False):
@@ -172,6 +185,9 @@ class LoadOptions(TypedDict, total=False):
     prefill_chunk: int
     logits_tokens: int | None
     kv_dtype: str
+    kv_disk: int | float | str | None
+    kv_folder: str | Path | None
+    kv_format: str
     threads: int | None
     exact: bool
     transfer_threads: int | None
@@ -229,6 +245,7 @@ _OPTIONS: _Checks = (
     ("reader", "auto, direct or mmap", ("auto", "direct", "mmap").__contains__),
     ("probe", "auto, refresh or off", ("auto", "refresh", "off").__contains__),
     ("kv_dtype", "auto, float32 or bfloat16", ("auto", "float32", "bfloat16").__contains__),
+    ("kv_format", "exact or int8", ("exact", "int8").__contains__),
     ("exact heat trace_scores", "True or False", lambda v: isinstance(v, bool)),
     ("prefill_chunk", "an integer >= 1", lambda v: _is_int(v) and v >= 1),
     (
@@ -239,6 +256,7 @@ _OPTIONS: _Checks = (
     ("resident_trunks", "an integer >= 0 or None", lambda v: v is None or (_is_int(v) and v >= 0)),
     ("threads transfer_threads", "1 to 256 or None", lambda v: v is None or (_is_int(v) and 1 <= v <= 256)),
     ("io_timeout", "seconds > 0", lambda v: _finite(v) and v > 0),
+    ("kv_folder", "a folder or None", lambda v: v is None or _is_path(v)),
     ("timeline trace", "a file name or None", lambda v: v is None or _is_path(v)),
     (
         "mirrors",

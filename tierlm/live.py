@@ -19,7 +19,8 @@ LETTERS = {name: letter for letter, name in LEGEND.items()}
 @dataclass(frozen=True)
 class Live:
     """A picture of the moment. ``running``, ``waiting``: sequences. ``kv_tokens``, ``kv_reserved``: of ``context``
-    tokens of the KV cache, those that hold values, and those that are taken, with values or to be filled.
+    tokens of the KV cache, those that hold values, and those that are taken, with values or to be filled. ``kv_disk``:
+    tokens whose KV values are on disk; None without ``kv_disk``.
 
     ``experts``: by layer, a letter for each expert, for the tier nearest to the computation that holds it: "v", vram;
     "r", ram; "a", none, but it is on its way; "d", none, so it is on the disk only.
@@ -30,6 +31,7 @@ class Live:
     kv_tokens: int
     kv_reserved: int
     context: int
+    kv_disk: int | None
     experts: dict[int, str]
 
 
@@ -44,7 +46,8 @@ def look(runtime: Runtime) -> Live:
     for tier in reversed(runtime.experts):
         _mark(tier, experts)
     rows = {layer: row.decode() for layer, row in experts.items()}
-    return Live(running, waiting, held, reserved, runtime.context, rows)
+    stored = None if runtime.kv_disk is None else runtime.kv_disk.snapshot().tokens
+    return Live(running, waiting, held, reserved, runtime.context, stored, rows)
 
 
 def _mark(tier: Tier, experts: dict[int, bytearray]) -> None:

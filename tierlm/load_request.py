@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from tierlm.checkpoints.codec import load_zstandard
 from tierlm.config import DEFAULT_CONTEXT, Budget, RuntimeOptions, format_size
 from tierlm.errors import BudgetError, StorageError, UsageError
 from tierlm.host import available_ram, process_ram, total_ram
+from tierlm.memory.kvblock import BlockLayout, require_cut
+from tierlm.memory.kvdisk import staging_of
 from tierlm.memory.opening import HOST
 from tierlm.models.catalog import Catalog
 from tierlm.models.outline import kv_dtype_of, sizes_of
@@ -39,6 +41,7 @@ class LoadRequest:
     plan: Plan
     ram_budget: int
     auto: bool  # the ram budget was derived from the free memory
+    kv_blocks: BlockLayout | None  # of KV values on disk
 
 
 def check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -> LoadRequest:
@@ -58,8 +61,13 @@ def check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) ->
             raise UsageError(f"{name}: {folder}: no such folder")
         if file is not None and not os.access(folder, os.W_OK):  # fail now rather than after the run
             raise StorageError(f"{name}: {file}: cannot be written: its folder is read-only", file=str(file))
-    kv_dtype = KV_DTYPES[kv_dtype_of(catalog, options)]
+    kv_dtype, blocks = KV_DTYPES[kv_dtype_of(catalog, options)], None
     sizes = sizes_of(catalog, context, options.prefill_chunk, kv_dtype.itemsize, options.logits_tokens)
+    if options.kv_disk is not None:
+        require_cut(spec.state_widths)
+        widths = [*(layer.attention.cache_width for layer in spec.layers), *spec.index_widths]
+        blocks = BlockLayout.of(widths, kv_dtype, options.kv_format)
+        sizes = replace(sizes, staging=staging_of(blocks))
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # math libraries allocate before RAM use is measured
     held = process_ram()
     ram = int((available_ram() + held) * AUTO_RAM) if budget.ram is None else budget.ram
@@ -78,7 +86,7 @@ def check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) ->
         resident_trunks=options.resident_trunks,
     )
     ram = min(ram, require_memory(plan, ram, held, device))
-    return LoadRequest(catalog, options, device, context, kv_dtype, predictor, plan, ram, budget.ram is None)
+    return LoadRequest(catalog, options, device, context, kv_dtype, predictor, plan, ram, budget.ram is None, blocks)
 
 
 def find_device(name: str) -> torch.device:

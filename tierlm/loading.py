@@ -9,15 +9,19 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from tierlm.checkpoints.disk_profile import DiskProfile
 from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
 from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
 from tierlm.errors import StorageError, UsageError
+from tierlm.files import user_cache
 from tierlm.kernels import native
 from tierlm.load_request import LoadRequest, check
 from tierlm.memory.disk import Disk
+from tierlm.memory.kvblock import identity_of
 from tierlm.memory.kvcache import KvCache
+from tierlm.memory.kvdisk import KvDisk, open_kv_disk
 from tierlm.memory.meter import Meter
 from tierlm.memory.opening import HOST, expert_tiers, open_disk, open_store, open_tiers, stop, tier_plans
 from tierlm.memory.pressure import Pressure, PressureRelief
@@ -30,6 +34,7 @@ from tierlm.models.embedding import Embedding
 from tierlm.models.moe import MixtureOfExperts
 from tierlm.models.router import Router
 from tierlm.planning.plan import AUTO_RAM, TierPlan
+from tierlm.policies.chains import Leaves
 from tierlm.policies.lookahead import Lookahead
 from tierlm.policies.residency import Purpose
 from tierlm.runtime import Runtime
@@ -41,6 +46,7 @@ from tierlm.tracing.trace import TraceInfo
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+SPEED = 1e9  # bytes a second of a disk that was not measured
 
 
 def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress: Progress, others: int = 0) -> Runtime:
@@ -79,6 +85,9 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         moe = MixtureOfExperts(spec, Router(spec, resident), store, timeline, recorder)
         embedding = Embedding(rows, embedded, request.device)
         decoder = Decoder(spec, embedding, resident, trunks, catalog.head, kv, moe, request.device, timeline)
+        kv_disk = _open_kv_disk(request, transfer, profile, notes)
+        if kv_disk is not None:
+            undo.callback(kv_disk.close)
         relief = _relief(request, experts[-1])
         meter = Meter(store, trunks, transfer)
         runtime = Runtime(
@@ -95,7 +104,8 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             trunk_tiers=trunk_tiers,
             store=store,
             decoder=decoder,
-            scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk),
+            scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk, kv_disk),
+            kv_disk=kv_disk,
             heat=store.heat,
             heat_file=heat_file,
             recorder=recorder,
@@ -134,6 +144,27 @@ def _open_recorder(file: Path, request: LoadRequest) -> Recorder:
         return Recorder(file, info, spec.experts_per_token, request.options.trace_scores)
     except OSError as error:
         raise StorageError(f"trace: {file}: cannot be written: {error.strerror}", file=str(file)) from error
+
+
+def _open_kv_disk(request: LoadRequest, transfer: Transfer, profile: DiskProfile, notes: list[str]) -> KvDisk | None:
+    """The store of KV blocks, if there is to be one. Says in ``notes`` why it cannot be opened. Raises UsageError."""
+    layout, options, catalog = request.kv_blocks, request.options, request.catalog
+    if layout is None:
+        return None
+    cache = user_cache()
+    if options.kv_folder is None and cache is None:
+        raise UsageError("kv_folder: expected a folder, since this user has no cache folder; found None")
+    folder = cache / "kv" if options.kv_folder is None and cache is not None else Path(str(options.kv_folder))
+    stamps = sorted((file.name, catalog.checkpoint.stamps[file].modified_ns) for file in catalog.files)
+    identity = identity_of(layout, catalog.fingerprint, stamps, options.exact, request.device.type)
+    size, speed = int(str(options.kv_disk)), profile.bytes_per_second or SPEED
+    found = open_kv_disk(folder / catalog.fingerprint, size, layout, identity, Leaves, transfer.backlog, speed)
+    if isinstance(found, str):
+        notes.append(found)
+        log.warning("%s", found)
+        return None
+    log.info("KV values of %d tokens in %s", found.tier.tokens, folder)
+    return found
 
 
 def _load_resident(request: LoadRequest, disk: Disk, transfer: Transfer) -> Weights:

@@ -15,6 +15,7 @@ from tierlm.config import RuntimeOptions
 from tierlm.engine.scheduler import Scheduler
 from tierlm.errors import StorageError
 from tierlm.memory.heat import Heat
+from tierlm.memory.kvdisk import KvDisk
 from tierlm.memory.pressure import PressureRelief
 from tierlm.memory.store import Store
 from tierlm.memory.tiers import Tier
@@ -48,6 +49,7 @@ class Runtime:
     store: Store
     decoder: Decoder
     scheduler: Scheduler
+    kv_disk: KvDisk | None
     heat: Heat
     heat_file: Path | None
     recorder: Recorder | None
@@ -59,7 +61,8 @@ class Runtime:
     @property
     def notes(self) -> list[str]:
         relief = [] if self.relief is None else self.relief.notes()
-        return [*self.loading_notes, *self.reader.troubles(), *relief]
+        stored = [] if self.kv_disk is None else self.kv_disk.troubles()
+        return [*self.loading_notes, *self.reader.troubles(), *relief, *stored]
 
     @property
     def logits_room(self) -> int:
@@ -78,6 +81,8 @@ class Runtime:
     def close(self) -> None:
         """Stop the threads, close the files, and write heat, trace and timeline. If a thread is stuck in a read, its
         files stay open. Raises StorageError if a write fails, after all the others."""
+        if self.kv_disk is not None:
+            self.kv_disk.close()
         if self.transfer.close():
             self.reader.close()
         self.decoder.embedding.close()

@@ -10,6 +10,7 @@ from tierlm.config import format_size
 from tierlm.engine.counters import Phase, ratio
 from tierlm.host import peak_ram
 from tierlm.memory.executor import LinkStats
+from tierlm.memory.kvdisk import KvTier
 from tierlm.planning.plan import Plan
 from tierlm.policies.residency import TierStats
 from tierlm.runtime import Runtime
@@ -25,6 +26,7 @@ class Stats(Table):
     including loading and warm-up. ``experts`` and ``trunks``: records by tier, the compute tier first; a miss is
     demanded from the next tier. ``hit_rate``: share of demanded experts resident in or in flight to the compute tier.
     ``preempted``: how often a sequence gave way to another for lack of room in the KV cache.
+    ``kv``: KV values by tier, "ram" and, with ``kv_disk``, "disk".
     ``arrived``: bytes of weights that are here, and all, of a model that was loaded while it arrived from the Hub.
     """
 
@@ -39,6 +41,7 @@ class Stats(Table):
     links: dict[str, LinkStats]
     experts: dict[str, TierStats]
     trunks: dict[str, TierStats]
+    kv: dict[str, KvTier]
     peak_ram: int
     plan: Plan
     device: str
@@ -68,6 +71,8 @@ class Stats(Table):
             yield name, f"{format_size(link.bytes)} at {speed:.2f} GB/s while busy"
         for name, tier in self.experts.items():
             yield f"experts in {name}", _tier(tier)
+        for name, kept in self.kv.items():
+            yield f"KV values in {name}", _kv(kept)
         for name, value in self.plan.rows():
             yield name and f"{name} plan", value
         yield "peak of the process", format_size(self.peak_ram)
@@ -92,6 +97,7 @@ def collect(runtime: Runtime) -> Stats:
         links=runtime.transfer.busy(),
         experts={tier.name: replace(tier.stats) for tier in runtime.experts},
         trunks={tier.name: replace(tier.stats) for tier in runtime.trunk_tiers},
+        kv=runtime.scheduler.kv_tiers(),
         peak_ram=peak_ram(),
         plan=runtime.plan,
         device=str(runtime.device),
@@ -117,6 +123,13 @@ def _tier(tier: TierStats) -> str:
         f"{tier.hits} hits, {tier.late_hits} late hits, {tier.misses} misses; {tier.prefetched} prefetched: "
         f"{tier.useful} useful, {tier.wasted} wasted, {tier.cancelled} cancelled; {tier.warmed} by warm-up"
     )
+
+
+def _kv(tier: KvTier) -> str:
+    counted = {"stored": tier.stored, "evicted": tier.evicted, "dropped": tier.dropped}
+    counted |= {"damaged": tier.damaged, "computed instead": tier.skipped}
+    more = "".join(f", {count} {what}" for what, count in counted.items() if count)
+    return f"{tier.tokens} tokens; {tier.hit_tokens} found by prompts, {format_size(tier.hit_bytes)}{more}"
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 
 from tierlm.cli.generation import ShowStats, System, load, note, print_stats, sampling, show
-from tierlm.cli.options import Loading, Memory, Messages, Model, Sampling, grouped
+from tierlm.cli.options import Loading, Memory, Messages, Model, Sampling, Stored, grouped
 from tierlm.cli.output import writing
 from tierlm.cli.reading import Interrupts, history, read_message
 from tierlm.config import Budget, LoadOptions
@@ -39,13 +39,14 @@ def chat(
     budget: Annotated[Budget, Memory()],
     params: Annotated[dict[str, Any], Sampling(max_new_tokens=512)],
     options: Annotated[LoadOptions, Loading()],
+    stored: Annotated[LoadOptions, Stored()],
     quiet: Annotated[bool, Messages()],
 ) -> None:
     """Chat with a model through its chat template. Ctrl-C ends an answer, Ctrl-D ends the chat, /help says more.
 
     When the context is short, the oldest turns are left out. The lines you enter are kept in ~/.cache/tierlm.
     """
-    with load(model, budget, options, quiet) as llm:
+    with load(model, budget, {**options, **stored}, quiet) as llm:
         from tierlm.conversation import Conversation
 
         if not llm.codec.template:

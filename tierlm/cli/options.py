@@ -159,6 +159,29 @@ class Loading(Group):
 
 
 @dataclass(frozen=True)
+class Stored(Group):
+    """KV values on disk, of commands whose prompts go on from earlier ones."""
+
+    panel: ClassVar[str] = "KV values on disk"
+
+    kv_disk: Annotated[
+        str | None,
+        Option(
+            "--kv-disk", metavar="SIZE", help="Store KV values on disk, too, at most SIZE, for later prompts and runs."
+        ),
+    ] = None
+    kv_folder: Annotated[
+        Path | None, Option("--kv-folder", metavar="DIR", help="Where; default: in the user's cache folder.")
+    ] = None
+    kv_format: Annotated[
+        str, Option("--kv-format", metavar="NAME", help="exact, or int8: smaller, and not quite the same.")
+    ] = "exact"
+
+    def make(self) -> LoadOptions:
+        return LoadOptions(kv_disk=self.kv_disk, kv_folder=self.kv_folder, kv_format=self.kv_format)
+
+
+@dataclass(frozen=True)
 class Messages(Group):
     """What is said on standard error. The command receives whether to be quiet."""
 

@@ -10,7 +10,7 @@ from typer import Option
 
 from tierlm.cli.generation import note
 from tierlm.cli.interrupts import importing
-from tierlm.cli.options import Loading, Memory, Messages, Model, grouped
+from tierlm.cli.options import Loading, Memory, Messages, Model, Stored, grouped
 from tierlm.config import Budget, LoadOptions, parse_size
 from tierlm.errors import UsageError
 
@@ -33,6 +33,7 @@ def serve(
     drain: Annotated[int, Option(min=0, metavar="SECONDS", help="For running requests, when it is stopped.")] = 30,
     budget: Annotated[Budget, Memory()],
     options: Annotated[LoadOptions, Loading()],
+    stored: Annotated[LoadOptions, Stored()],
     quiet: Annotated[bool, Messages()],
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does. Ctrl-C or SIGTERM: finish what runs, then end."""
@@ -55,7 +56,7 @@ def serve(
 
     async def load() -> None:
         try:
-            await service.load(model, budget, options)
+            await service.load(model, budget, {**options, **stored})
         except BaseException:
             server.should_exit = True
             raise

@@ -111,7 +111,8 @@ class Frame:
         yield "sequences", f"{sequences['running']} running, {sequences['waiting']} waiting"
         for name, title in (("first_token", "first token"), ("next_token", "next token")):
             yield title, _times(found["seconds"][name])
-        yield "KV cache", f"{kv['tokens']} tokens; {kv['reserved']} of {kv['context']} reserved"
+        stored = "" if kv["disk"] is None else f"; {kv['disk']} tokens on disk"
+        yield "KV cache", f"{kv['tokens']} tokens; {kv['reserved']} of {kv['context']} reserved{stored}"
         for tier, counts in (rates or {"experts": {}})["experts"].items():
             total = sum(counts.values())
             shares = ", ".join(

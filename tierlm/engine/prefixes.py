@@ -5,10 +5,11 @@ from __future__ import annotations
 import bisect
 import weakref
 from collections import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tierlm.engine.sequence import Keep, Sequence
 from tierlm.memory.kvcache import KvCache, Span
+from tierlm.memory.kvdisk import KvTier
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +36,11 @@ class Prefixes:
     def __init__(self, cache: KvCache):
         self.cache = cache
         self._kept: list[Kept] = []  # the longest idle first
+        self._tier = KvTier()
+
+    def snapshot(self) -> KvTier:
+        """The counters now. Any thread may read it."""
+        return replace(self._tier, tokens=self.cache.usage[0])
 
     def keep(self, sequence: Sequence) -> None:
         """Keep the span of an ended sequence for others with its ``keep``, if any; otherwise release it."""
@@ -63,6 +69,8 @@ class Prefixes:
                 own = source
             else:
                 self._drop(next(kept for kept in self._kept if kept is not source))
+        self._tier.hit_tokens += known
+        self._tier.hit_bytes += known * self.cache.token_bytes
         if own is not None:
             self._kept.remove(own)
             own.span.length = known

@@ -14,8 +14,10 @@ from tierlm.engine.counters import Counters
 from tierlm.engine.prefixes import Prefixes
 from tierlm.engine.sampler import logprob_of
 from tierlm.engine.sequence import Keep, Sequence, State
+from tierlm.engine.stored import StoredPrefixes
 from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
+from tierlm.memory.kvdisk import KvDisk, KvTier
 from tierlm.memory.meter import Meter
 from tierlm.memory.pressure import PressureRelief
 from tierlm.models.decoder import Decoder, Segment
@@ -36,6 +38,7 @@ class Scheduler:
     next prefill step runs when they are paid back.
 
     A sequence with ``keep`` leaves its KV values in the cache when it ends, and goes on from those of others: Prefixes.
+    With ``disk`` they go there too, and are read while other sequences run: StoredPrefixes.
 
     Room in the KV cache is reserved for a prompt and ROOM tokens, and then as an answer grows. A sequence is admitted
     if those that run can grow by as much. If an answer finds no room, the sequence of the last rank is preempted: it
@@ -53,6 +56,7 @@ class Scheduler:
         relief: PressureRelief | None,
         eos: abc.Iterable[int],
         chunk: int,
+        disk: KvDisk | None = None,
     ):
         self.decoder, self.cache, self.meter, self.relief = decoder, cache, meter, relief
         self.eos, self.chunk = frozenset(eos), chunk
@@ -60,6 +64,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both by rank
         self._running: list[Sequence] = []
         self._prefixes = Prefixes(cache)
+        self._stored = StoredPrefixes(cache, disk, lambda: self.counters.prefill.rate)
         self._owed = 0.0  # seconds, to answers
 
     @property
@@ -71,6 +76,10 @@ class Scheduler:
     def load(self) -> tuple[int, int]:
         """Sequences that run, and that wait. Any thread may read it."""
         return len(self._running), len(self._waiting)
+
+    def kv_tiers(self) -> dict[str, KvTier]:
+        """KV values held and found, by tier. Any thread may read them."""
+        return {"ram": self._prefixes.snapshot(), **self._stored.tiers()}
 
     def submit(self, sequences: abc.Iterable[Sequence]) -> None:
         """Queue sequences whose prompts fit the context."""
@@ -105,6 +114,7 @@ class Scheduler:
         """Run one step. ``watch``: called with its sequences before each layer; it may raise to abandon the step, which
         leaves them as they were."""
         self._admit()
+        self._begin(self._stored.arrived())
         if self.relief is not None:
             self.relief.follow()
         ready = [sequence for sequence in self._running if not sequence.paused] or self._running
@@ -116,9 +126,12 @@ class Scheduler:
         if prompts and not (held_up and self._owed > 0):
             self._prefill(prompts, watch)
             self._owed = time.perf_counter() - began if held_up else 0.0
+        elif not answers and any(sequence.state is State.LOADING for sequence in self._running):
+            self._stored.wait()
         else:
             self._decode(self._grown(answers), watch)
             self._owed = max(0.0, self._owed - (time.perf_counter() - began))
+        self._stored.store(self._running)
 
     def _admit(self) -> None:
         """Reserve KV cache for waiting sequences, in order.
@@ -135,10 +148,20 @@ class Scheduler:
             if not self._make_room(sequence) or (span := self._prefixes.reserve(sequence, self._running)) is None:
                 return
             self._waiting.remove(sequence)
-            if not sequence.prefilled:  # later, they are its own
-                sequence.cached = sequence.prefilled = span.length
-            sequence.span, sequence.state, sequence.done = span, State.PREFILL, span.length
+            sequence.span = span
             bisect.insort(self._running, sequence, key=_rank)
+            if self._stored.begin(sequence):
+                sequence.state = State.LOADING
+            else:
+                self._begin([sequence])
+
+    def _begin(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Go on to compute prompts from the values that are there."""
+        for sequence in sequences:
+            assert sequence.span is not None
+            sequence.state, sequence.done = State.PREFILL, sequence.span.length
+            if not sequence.prefilled:  # later, they are its own
+                sequence.cached = sequence.prefilled = sequence.span.length
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Whether ``sequence`` fits beside the running ones, after preempting those of later ranks if that helps."""
@@ -160,7 +183,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Let ``sequence`` wait for room again. Its KV values are kept for it."""
-        sequence.keep = sequence.keep or Keep()
+        sequence.keep = sequence.keep or Keep(stored=False)
+        self._stored.end(sequence)
         self._prefixes.keep(sequence)
         self._running.remove(sequence)
         sequence.span, sequence.state = None, State.WAITING
@@ -264,6 +288,7 @@ class Scheduler:
             self._end(sequence, "length")
 
     def _end(self, sequence: Sequence, finish: str | None) -> None:
+        self._stored.end(sequence)
         self._prefixes.keep(sequence)
         self._running.remove(sequence)
         sequence.span, sequence.finish, sequence.state, sequence.request = None, finish, State.ENDED, None

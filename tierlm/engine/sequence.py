@@ -20,9 +20,11 @@ AGING = 60.0  # seconds that a request comes later for each unit of its priority
 
 
 class State(Enum):
-    """WAITING: for room in the KV cache, at first or again. PREFILL: until all its tokens have run."""
+    """WAITING: for room in the KV cache, at first or again. LOADING: for KV values from disk. PREFILL: until all its tokens
+    have run."""
 
     WAITING = auto()
+    LOADING = auto()
     PREFILL = auto()
     DECODE = auto()
     ENDED = auto()
@@ -64,8 +66,12 @@ class Pace(Enum):
     END = auto()
 
 
+@dataclass(eq=False)
 class Keep:
-    """Names the KV values that requests with this object leave for each other. They go with it."""
+    """Names the KV values that requests with this object leave for each other. They go with it. ``stored``: whether they
+    go to disk, too, if there is room for KV values."""
+
+    stored: bool = True
 
 
 @dataclass(slots=True, eq=False)

@@ -120,6 +120,15 @@ class KvCache:
             values[span.start :][:length] = values[source.start :][:length]
         span.length = length
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's values in all layers."""
+        return sum(values.shape[1] * values.element_size() for values in (*self._layers, *self._index))
+
+    def rows(self, span: Span, first: int, end: int) -> list[Tensor]:
+        """Views of the tokens ``first`` to ``end`` of ``span``: [end - first, width] of each layer, then index keys."""
+        return [values[span.start + first : span.start + end] for values in (*self._layers, *self._index)]
+
     def layer(self, layer: int) -> Tensor:
         """One layer's values of all spans, [capacity, width], for kernels that write spans directly."""
         return self._layers[layer]

@@ -20,7 +20,7 @@ SLACK = 48 * 2**20  # bytes of ram that cannot be counted: thread stacks, alloca
 class Sizes:
     """Bytes of a model's parts. ``trunk``: per streamed unit; ``expert``: the largest expert record; ``resident``:
     small tensors that never leave; ``kv``, ``workspace``: for this context and prefill chunk; ``states``: of
-    sequences, two copies of each."""
+    sequences, two copies of each; ``staging``: KV blocks on their way to or from disk, in ram."""
 
     trunk: Mapping[UnitKey, int]
     expert: int
@@ -30,6 +30,7 @@ class Sizes:
     workspace: int
     logits: int  # the result of one call for logits, in ram
     states: int = 0
+    staging: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def make_plan(
     if sizes.states:
         state["states"] = sizes.states
     host = {"interpreter and libraries": process, "slack": SLACK, "logits": sizes.logits}
+    if sizes.staging:
+        host["KV blocks on their way"] = sizes.staging
     if others:
         host["other loaded models"] = others
     everything = list(sizes.trunk)

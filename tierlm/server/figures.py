@@ -52,7 +52,12 @@ class Figures:
                 "next_token": metrics.next_token.percentiles(),
             },
             "rates": rates(before, stats, moment - began) if moment > began else None,
-            "kv": {"tokens": live.kv_tokens, "reserved": live.kv_reserved, "context": live.context},
+            "kv": {
+                "tokens": live.kv_tokens,
+                "reserved": live.kv_reserved,
+                "context": live.context,
+                "disk": live.kv_disk,
+            },
             "memory": {
                 "process": process_ram(),
                 "plan": {name: dict(tier.parts) for name, tier in stats.plan.tiers.items()},

@@ -59,7 +59,7 @@ class Metrics:
 
 
 class Tiers:
-    """Hits and misses by tier, and bytes by link, read from the model when Prometheus asks."""
+    """Hits and misses by tier, bytes by link, and KV values by tier, read from the model when Prometheus asks."""
 
     def __init__(self, llm: AsyncLLM):
         self._llm = llm
@@ -80,4 +80,9 @@ class Tiers:
         peak = GaugeMetricFamily("tierlm_peak_memory_bytes", "The process's largest resident memory.", stats.peak_ram)
         about = "How often a sequence gave way to another for lack of room."
         preempted = CounterMetricFamily("tierlm_preemptions", about, stats.preempted)
-        yield from (requests, moved, busy, peak, preempted)
+        kv = GaugeMetricFamily("tierlm_kv_tokens", "Tokens whose KV values are held, by tier.", labels=["tier"])
+        hits = CounterMetricFamily("tierlm_kv_hit_bytes", "KV values that prompts found, by tier.", labels=["tier"])
+        for name, kept in stats.kv.items():
+            kv.add_metric([name], kept.tokens)
+            hits.add_metric([name], kept.hit_bytes)
+        yield from (requests, moved, busy, peak, preempted, kv, hits)

@@ -1,0 +1,156 @@
+"""Kills a process that writes KV blocks, at random moments: the store stays whole, and no token is wrong.
+
+    python bench/kv_storm.py --kills 20
+
+Each process first asks for a prompt that an earlier one has stored, then for new ones, which push out old blocks, until
+it is killed. Writes are slowed down, so that most kills come in the middle of one. After each kill every block that has
+a header is read and checked. Exit code 1 if anything is wrong. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from tierlm.checkpoints.hub import find_model
+from tierlm.memory import kvfiles
+from tierlm.memory.kvblock import NAME, BlockLayout
+from tierlm.memory.kvfiles import FIELDS, HEADER, Header
+from tierlm.models.catalog import Catalog
+
+SIZE = 8 * 2**20  # bytes of the store, less than all prompts need
+PIECE = 16 * 2**10  # bytes
+PROMPTS, PREFIX, LENGTH = 30, 320, 600  # how many; tokens that they share, and of each
+
+
+def slow_write(fd: int, data: memoryview, offset: int) -> None:
+    """FAKE: a disk that takes 4 ms for each piece of 16 KiB."""
+    for at in range(0, data.nbytes, PIECE):
+        os.pwritev(fd, [data[at : at + PIECE]], offset + at)
+        time.sleep(0.004)
+
+
+def prompt(number: int) -> list[int]:
+    ids = random.Random(0)
+    shared = [ids.randrange(2, 3000) for _ in range(PREFIX)]
+    ids = random.Random(number)
+    return [*shared, *(ids.randrange(2, 3000) for _ in range(LENGTH - PREFIX))]
+
+
+def ask(folder: Path | None, numbers: list[int], told: Connection) -> None:
+    """Answer prompts. Tells the tokens of each, and what the first has found on disk; at last None."""
+    from tierlm import LLM, Budget, SamplingParams
+    from tierlm.engine.sequence import Keep
+
+    kvfiles._write = slow_write
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    options: Any = {} if folder is None else {"kv_disk": SIZE, "kv_folder": folder}
+    with LLM.load("demo", budget=Budget("2GiB"), context=1000, heat=False, **options) as llm:
+        for number in numbers:
+            pieces = llm.stream(prompt(number), params, keep=Keep())
+            ids = [token for piece in pieces for token in piece.ids]
+            kv = llm.stats().kv.get("disk")
+            told.send((number, ids, 0 if kv is None else kv.hit_bytes, 0 if kv is None else kv.damaged))
+    told.send(None)
+
+
+class Storm:
+    """Processes with one store in ``folder``."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tierlm.llm"])
+
+    def begin(self, folder: Path | None, numbers: list[int]) -> tuple[ForkServerProcess, Connection]:
+        here, there = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=ask, args=(folder, numbers, there))
+        process.start()
+        there.close()
+        return process, here
+
+    def run(self, folder: Path | None, numbers: list[int]) -> dict[int, list[int]]:
+        """The tokens of prompts, from a process that nobody disturbs."""
+        process, told = self.begin(folder, numbers)
+        found = {number: ids for number, ids, _, _ in iter(told.recv, None)}
+        process.join()
+        return found
+
+    def blocks(self) -> tuple[int, int, int]:
+        """Blocks that have a header, how many of them are not what it says, and erased headers."""
+        (file,), (blocks,) = self.folder.glob("*/headers"), self.folder.glob("*/blocks")
+        content, size, wrong = file.read_bytes(), block_bytes(), 0
+        rows = {at: content[at * HEADER :][:HEADER] for at in range(len(content) // HEADER)}
+        owner = next((FIELDS.unpack_from(row)[1] for row in rows.values() if any(row)), bytes(NAME))
+        headers = {at: header for at, row in rows.items() if (header := Header.unpack(row, owner)) is not None}
+        with blocks.open("rb") as stream:
+            for at, header in headers.items():
+                stream.seek(at * size)
+                wrong += xxhash.xxh3_64_intdigest(stream.read(size)) != header.checksum
+        return len(headers), wrong, len(rows) - len(headers)
+
+
+def block_bytes() -> int:
+    """Bytes of a block of the demo model on disk."""
+    widths = [layer.attention.cache_width for layer in Catalog(find_model("demo")).spec.layers]
+    return BlockLayout.of(widths, torch.float32, "exact").stored
+
+
+def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kill ``kills`` processes with a store in ``folder``. Returns what was found; ``wrong``, in words."""
+    runs, draw, wrong, hits, whole = Storm(folder), random.Random(seed), list[str](), list[int](), list[int]()
+    cut = 0  # kills in the middle of a write
+    expected = runs.run(None, list(range(PROMPTS)))
+    runs.run(folder, [0])
+    for kill in range(kills):
+        process, told = runs.begin(folder, [0, *(draw.randrange(1, PROMPTS) for _ in range(1000))])
+        end, first = None, True
+        while end is None or time.monotonic() < end:
+            if told.poll(None if end is None else max(0.0, end - time.monotonic())):
+                number, ids, hit_bytes, damaged = told.recv()
+                if first:
+                    hits.append(hit_bytes)
+                    first, end = False, time.monotonic() + draw.uniform(0.0, 2.0)
+                if ids != expected[number]:
+                    wrong.append(f"kill {kill}: prompt {number}: expected the tokens {expected[number]}, found {ids}")
+                if damaged:
+                    wrong.append(f"kill {kill}: {damaged} tokens damaged")
+        process.kill()
+        process.join()
+        found, damaged, erased = runs.blocks()
+        whole.append(found)
+        cut += erased > 0
+        if damaged:
+            wrong.append(f"kill {kill}: {damaged} of {found} blocks are not what their headers say")
+    wrong += [f"kill {kill}: nothing was found on disk" for kill, found in enumerate(hits) if not found]
+    return {"kills": kills, "wrong": wrong, "in_a_write": cut, "hit_bytes": hits, "blocks": whole}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = storm(Path(folder), arguments.kills, arguments.seed)
+    print("\n".join(found["wrong"]))
+    print(json.dumps(found))
+    if found["wrong"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

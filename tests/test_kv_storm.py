@@ -1,0 +1,22 @@
+"""A short storm over a store of KV blocks: bench/kv_storm.py has the long one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench" / "kv_storm.py"
+
+
+def test_three_kills_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("kv_storm", BENCH)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "kv_storm", module)  # to be found by the processes it starts
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    spec.loader.exec_module(module)
+    found = module.storm(tmp_path, 3, seed=1)
+    assert found["wrong"] == [] and all(found["hit_bytes"])

@@ -20,8 +20,8 @@ AGING = 60.0  # seconds that a request comes later for each unit of its priority
 
 
 class State(Enum):
-    """WAITING: for room in the KV cache, at first or again. LOADING: for KV values from disk. PREFILL: until all its tokens
-    have run."""
+    """WAITING: for room in the KV cache, at first or again. LOADING: for KV values from disk. PREFILL: until all its
+    tokens have run."""
 
     WAITING = auto()
     LOADING = auto()
@@ -68,8 +68,8 @@ class Pace(Enum):
 
 @dataclass(eq=False)
 class Keep:
-    """Names the KV values that requests with this object leave for each other. They go with it. ``stored``: whether they
-    go to disk, too, if there is room for KV values."""
+    """Names the KV values that requests with this object leave for each other. They go with it. ``stored``: whether
+    they may go to disk, too."""
 
     stored: bool = True
 

@@ -270,7 +270,7 @@ def test_warm_up_keeps_its_order_whatever_is_populated_first(watched: tuple[Shel
 
 
 @PROFILE
-@given(fates=st.lists(st.sampled_from(["promote", "cancel", "leave"]), min_size=20, max_size=20))
+@given(fates=st.lists(st.sampled_from(["promote", "cancel", "keep"]), min_size=20, max_size=20))
 def test_a_warm_up_ends_in_one_way(tmp_path_factory: pytest.TempPathFactory, fates: list[str]) -> None:
     """Whether its memory waits, is being populated or was populated, and whether its read has begun."""
     file = tmp_path_factory.mktemp("reads") / "f"

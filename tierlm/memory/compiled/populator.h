@@ -15,7 +15,7 @@
 namespace {
 
 // A page fault commits a page of the system's memory, clears it, and on a virtual machine first gets it back from the
-// host: up to 2 s a gigabyte. The threads run under SCHED_IDLE: any other thread goes first. They take no lock, so that
+// host: about 2 s a gigabyte. The threads run under SCHED_IDLE: any other thread goes first. They take no lock, so that
 // nobody waits for one that got no processor. All calls are made by threads that hold the caller's lock, but for `wait`.
 class Populator {
     static constexpr uintptr_t PAGE = 4096;  // no page is smaller

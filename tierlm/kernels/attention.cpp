@@ -123,7 +123,7 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < rows * a.heads; ++i) {
             const int64_t row = i / a.heads, head = i % a.heads, tile = row * tiles + head / QUERIES;
-            parts.merge(tile, Ranges(a.places[2 * row + 1] + 1).count(), head % QUERIES, mixed.get());
+            parts.merge(tile, Ranges(a.places[2 * row + 1] + 1).count(), head % QUERIES, -INFINITY, mixed.get());
             const int64_t last = (head + 1) * values_per_head, begin = last - a.value;
             Product values = from_latent.times(mixed.get(), nullptr, attended.row(row) + head * a.value, 1);
             values.origin = begin;

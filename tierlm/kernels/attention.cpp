@@ -2,8 +2,8 @@
 // Projections are absorbed: queries in the latent space are multiplied with the cache directly (DeepSeek-V2,
 // arXiv 2405.04434, section 2.1). models/latent.py does the same in torch.
 //
-// Heads share the latents: they are the queries of a tile (flash.h). A query's tokens are cut into ranges, whose sums are
-// merged in order; the cut depends on their number only.
+// Heads share the latents: they are the queries of a tile (flash.h). A query's tokens are cut into ranges, whose
+// sums are merged in order; the cut depends on their number only.
 
 #include "attention.h"
 
@@ -29,8 +29,8 @@ struct Attention {
 
 }  // namespace
 
-LAYOUT(Attention, FIELD(query_a), FIELD(query_b), FIELD(key_value_a), FIELD(key_value_b), FIELD(value_b), FIELD(output), FIELD(norm),
-       FIELD(query_norm), FIELD(latent_norm), FIELD(next_norm), FIELD(heads), FIELD(nope), FIELD(rope), FIELD(value),
+LAYOUT(Attention, FIELD(query_a), FIELD(query_b), FIELD(key_value_a), FIELD(key_value_b), FIELD(value_b),
+       FIELD(output), FIELD(norm), FIELD(query_norm), FIELD(latent_norm), FIELD(next_norm), FIELD(heads), FIELD(nope), FIELD(rope), FIELD(value),
        FIELD(interleaved), FIELD(cache_format), FIELD(cache), FIELD(places), FIELD(cosine), FIELD(sine),
        FIELD(hidden), FIELD(sum), FIELD(normed), FIELD(rows))
 

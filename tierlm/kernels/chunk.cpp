@@ -46,7 +46,9 @@ class Tiles {
         flash_.pack(queries, count, stride, 1, key_dim_, scale, packed(tile));
         parts_.of(tile, 0).clear(value_dim_);
     }
-    void add(int64_t tile, const Run& run, const Sight& sight) { attend(flash_, packed(tile), run, sight, parts_.of(tile, 0)); }
+    void add(int64_t tile, const Run& run, const Sight& sight) {
+        attend(flash_, packed(tile), run, sight, parts_.of(tile, 0));
+    }
     void end(int64_t tile, int64_t query, float sink, float* y) const { parts_.merge(tile, 1, query, sink, y); }
 
    private:
@@ -112,7 +114,8 @@ class Expansion {
 
     void pack(const float* rows, int64_t row_stride, int64_t stride) {
         for (int64_t first = 0; first < outs_; first += QUERIES)
-            flash_.pack(rows + first * row_stride, std::min(QUERIES, outs_ - first), row_stride, stride, ins_, 1.0f, at(first));
+            flash_.pack(rows + first * row_stride, std::min(QUERIES, outs_ - first), row_stride, stride, ins_, 1.0f,
+                        at(first));
     }
     // y [count, outs], rows `width` values apart, for latents `pitch` bytes apart.
     void run(const uint8_t* latents, int64_t pitch, int64_t count, uint8_t* y, int64_t width, int64_t item) const {
@@ -134,11 +137,11 @@ class Expansion {
 }  // namespace
 
 LAYOUT(Chunk, FIELD(queries), FIELD(keys), FIELD(values), FIELD(sinks), FIELD(out), FIELD(cache_format), FIELD(pitch),
-       FIELD(key_group), FIELD(value_group), FIELD(groups), FIELD(sharing), FIELD(key_dim), FIELD(value_dim), FIELD(past),
-       FIELD(tokens), FIELD(window))
+       FIELD(key_group), FIELD(value_group), FIELD(groups), FIELD(sharing), FIELD(key_dim), FIELD(value_dim),
+       FIELD(past), FIELD(tokens), FIELD(window))
 LAYOUT(LatentChunk, FIELD(queries), FIELD(to_keys), FIELD(to_values), FIELD(key_head), FIELD(key_out), FIELD(key_in),
-       FIELD(value_head), FIELD(value_out), FIELD(value_in), FIELD(cache), FIELD(out), FIELD(cache_format), FIELD(heads),
-       FIELD(all_heads), FIELD(nope), FIELD(rope), FIELD(rank), FIELD(value), FIELD(past), FIELD(tokens))
+       FIELD(value_head), FIELD(value_out), FIELD(value_in), FIELD(cache), FIELD(out), FIELD(cache_format),
+       FIELD(heads), FIELD(all_heads), FIELD(nope), FIELD(rope), FIELD(rank), FIELD(value), FIELD(past), FIELD(tokens))
 
 extern "C" {
 
@@ -180,8 +183,8 @@ void tierlm_chunk(int threads, const Chunk* call, double scale) {
     }
 }
 
-// Keys and values of one head at a time are expanded from the latents, a block of tokens at a time, which stays in cache
-// for all queries.
+// Keys and values of one head at a time are expanded from the latents, a block of tokens at a time, which stays in
+// cache for all queries.
 void tierlm_latent_chunk(int threads, const LatentChunk* call, double scale) {
     const LatentChunk& a = *call;
     const int64_t width = a.nope + a.rope, latent = a.rank + a.rope, item = a.cache_format == 0 ? 4 : 2;
@@ -207,7 +210,8 @@ void tierlm_latent_chunk(int threads, const LatentChunk* call, double scale) {
                 to_keys.run(latents, latent * item, count, keys.get(), width, item);
                 to_values.run(latents, latent * item, count, values.get(), a.value, item);
                 for (int64_t t = 0; t < count; ++t)
-                    std::memcpy(keys.get() + (t * width + a.nope) * item, latents + (t * latent + a.rank) * item, a.rope * item);
+                    std::memcpy(keys.get() + (t * width + a.nope) * item, latents + (t * latent + a.rank) * item,
+                                a.rope * item);
                 const Run run = {keys.get(), values.get(), width * item, a.value * item, count, width, a.value};
                 for (int64_t tile = 0; tile < tiles; ++tile) {
                     const int64_t first = tile * QUERIES;

@@ -30,9 +30,9 @@ struct Attention {
 }  // namespace
 
 LAYOUT(Attention, FIELD(query_a), FIELD(query_b), FIELD(key_value_a), FIELD(key_value_b), FIELD(value_b),
-       FIELD(output), FIELD(norm), FIELD(query_norm), FIELD(latent_norm), FIELD(next_norm), FIELD(heads), FIELD(nope), FIELD(rope), FIELD(value),
-       FIELD(interleaved), FIELD(cache_format), FIELD(cache), FIELD(places), FIELD(cosine), FIELD(sine),
-       FIELD(hidden), FIELD(sum), FIELD(normed), FIELD(rows))
+       FIELD(output), FIELD(norm), FIELD(query_norm), FIELD(latent_norm), FIELD(next_norm), FIELD(heads),
+       FIELD(nope), FIELD(rope), FIELD(value), FIELD(interleaved), FIELD(cache_format), FIELD(cache),
+       FIELD(places), FIELD(cosine), FIELD(sine), FIELD(hidden), FIELD(sum), FIELD(normed), FIELD(rows))
 
 // One thread computes each output in a fixed order: results depend only on the operands.
 extern "C" void tierlm_attention(int threads, const Attention* call, double eps, double inner_eps, double scale) {

@@ -55,6 +55,8 @@ def compare(found: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
         (400, 33, 4, 2, 16, 16, 5, False),
         (200, 300, 4, 1, 16, 16, 129, True),
         (5, 20, 2, 1, 16, 16, 1, False),
+        (2300, 1, 18, 1, 24, 16, None, False),  # one token: ranges, and two tiles of heads
+        (700, 1, 6, 2, 16, 16, 300, True),
     ],
 )
 def test_a_chunk_attends_as_softmax_does(
@@ -115,7 +117,8 @@ def test_neither_threads_nor_later_tokens_reach_a_chunk(dtype: torch.dtype) -> N
             torch.set_num_threads(count)
             out = torch.empty(200, 3, 20)
             attend_latents(*latent, out)
-            found.append((out, attend_chunk(queries, rows[:, 0], rows[:, 1], 0.2)))
+            one = attend_chunk(queries[-1:], rows[:, 0], rows[:, 1], 0.2)
+            found.append((out, attend_chunk(queries, rows[:, 0], rows[:, 1], 0.2), one))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:

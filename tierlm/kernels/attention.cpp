@@ -2,8 +2,8 @@
 // Projections are absorbed: queries in the latent space are multiplied with the cache directly (DeepSeek-V2,
 // arXiv 2405.04434, section 2.1). models/latent.py does the same in torch.
 //
-// Heads share the latents: they are the queries of a tile (flash.h). A query's tokens are cut into ranges, whose sums are
-// merged in order; the cut depends on their number only.
+// Heads share the latents: they are the queries of a tile (flash.h). A query's tokens are cut into ranges, whose
+// sums are merged in order; the cut depends on their number only.
 
 #include "attention.h"
 
@@ -29,10 +29,10 @@ struct Attention {
 
 }  // namespace
 
-LAYOUT(Attention, FIELD(query_a), FIELD(query_b), FIELD(key_value_a), FIELD(key_value_b), FIELD(value_b), FIELD(output), FIELD(norm),
-       FIELD(query_norm), FIELD(latent_norm), FIELD(next_norm), FIELD(heads), FIELD(nope), FIELD(rope), FIELD(value),
-       FIELD(interleaved), FIELD(cache_format), FIELD(cache), FIELD(places), FIELD(cosine), FIELD(sine),
-       FIELD(hidden), FIELD(sum), FIELD(normed), FIELD(rows))
+LAYOUT(Attention, FIELD(query_a), FIELD(query_b), FIELD(key_value_a), FIELD(key_value_b), FIELD(value_b),
+       FIELD(output), FIELD(norm), FIELD(query_norm), FIELD(latent_norm), FIELD(next_norm), FIELD(heads),
+       FIELD(nope), FIELD(rope), FIELD(value), FIELD(interleaved), FIELD(cache_format), FIELD(cache),
+       FIELD(places), FIELD(cosine), FIELD(sine), FIELD(hidden), FIELD(sum), FIELD(normed), FIELD(rows))
 
 // One thread computes each output in a fixed order: results depend only on the operands.
 extern "C" void tierlm_attention(int threads, const Attention* call, double eps, double inner_eps, double scale) {
@@ -123,7 +123,7 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < rows * a.heads; ++i) {
             const int64_t row = i / a.heads, head = i % a.heads, tile = row * tiles + head / QUERIES;
-            parts.merge(tile, Ranges(a.places[2 * row + 1] + 1).count(), head % QUERIES, mixed.get());
+            parts.merge(tile, Ranges(a.places[2 * row + 1] + 1).count(), head % QUERIES, -INFINITY, mixed.get());
             const int64_t last = (head + 1) * values_per_head, begin = last - a.value;
             Product values = from_latent.times(mixed.get(), nullptr, attended.row(row) + head * a.value, 1);
             values.origin = begin;

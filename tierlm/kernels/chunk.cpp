@@ -6,7 +6,7 @@
 
 #include "../layout.h"
 #include "attention.h"
-#include "flash.h"
+#include "ranges.h"
 
 namespace {
 
@@ -40,33 +40,24 @@ class Tiles {
    public:
     Tiles(const Flash& flash, int64_t count, int64_t key_dim, int64_t value_dim)
         : flash_(flash), key_dim_(key_dim), value_dim_(value_dim),
-          packed_(room<uint8_t>(count * Flash::packed_bytes(key_dim))), peaks_(room<float>(count * QUERIES)),
-          sums_(room<float>(count * QUERIES)), mixed_(room<float>(count * QUERIES * value_dim)) {}
+          packed_(room<uint8_t>(count * Flash::packed_bytes(key_dim))), parts_(count, 1, value_dim) {}
 
     void begin(int64_t tile, const float* queries, int64_t count, int64_t stride, float scale) {
         flash_.pack(queries, count, stride, 1, key_dim_, scale, packed(tile));
-        seen(tile).clear(value_dim_);
+        parts_.of(tile, 0).clear(value_dim_);
     }
-    void add(int64_t tile, const Run& run, const Sight& sight) { attend(flash_, packed(tile), run, sight, seen(tile)); }
-    // y [value_dim] = the result of one query. `sink`: one more logit; -infinity: none.
-    void end(int64_t tile, int64_t query, float sink, float* y) const {
-        const Seen found = seen(tile);
-        const float peak = std::max(found.peaks[query], sink), share = std::exp(found.peaks[query] - peak);
-        const float factor = share / (found.sums[query] * share + std::exp(sink - peak));
-        for (int64_t d = 0; d < value_dim_; ++d) y[d] = found.mixed[query * value_dim_ + d] * factor;
+    void add(int64_t tile, const Run& run, const Sight& sight) {
+        attend(flash_, packed(tile), run, sight, parts_.of(tile, 0));
     }
+    void end(int64_t tile, int64_t query, float sink, float* y) const { parts_.merge(tile, 1, query, sink, y); }
 
    private:
     const Flash& flash_;
     int64_t key_dim_, value_dim_;
     std::unique_ptr<uint8_t[]> packed_;
-    std::unique_ptr<float[]> peaks_, sums_, mixed_;
+    Parts parts_;
 
     uint8_t* packed(int64_t tile) const { return packed_.get() + tile * Flash::packed_bytes(key_dim_); }
-    Seen seen(int64_t tile) const {
-        const int64_t at = tile * QUERIES;
-        return {peaks_.get() + at, sums_.get() + at, mixed_.get() + at * value_dim_};
-    }
 };
 
 // What `sharing` queries of each token see, from query `first` on, of tokens from `start` on.
@@ -80,6 +71,41 @@ Sight causal(int64_t first, int64_t count, int64_t sharing, int64_t past, int64_
     return sight;
 }
 
+// One new token. Threads share its ranges, as in attention.cpp.
+void attend_one(int threads, const Chunk& a, const Flash& flash, float scale) {
+    const int64_t seen = a.window ? std::min(a.window, a.past + 1) : a.past + 1, begin = a.past + 1 - seen;
+    const int64_t tiles = tiles_of(a.sharing), packed_bytes = Flash::packed_bytes(a.key_dim);
+    const auto packed = room<uint8_t>(a.groups * tiles * packed_bytes);
+    const Ranges cut(seen);
+    const Parts parts(a.groups * tiles, cut.count(), a.value_dim);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < a.groups * tiles; ++i) {
+            const int64_t group = i / tiles, first = i % tiles * QUERIES, count = std::min(QUERIES, a.sharing - first);
+            const float* query = a.queries + (group * a.sharing + first) * a.key_dim;
+            flash.pack(query, count, a.key_dim, 1, a.key_dim, scale, packed.get() + i * packed_bytes);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < cut.count() * a.groups * tiles; ++i) {
+            const int64_t at = i / (a.groups * tiles), tile = i % (a.groups * tiles), group = tile / tiles;
+            const int64_t start = begin + cut.first(at);
+            const Run run = {a.keys + group * a.key_group + start * a.pitch,
+                             a.values + group * a.value_group + start * a.pitch,
+                             a.pitch, a.pitch, cut.tokens(at), a.key_dim, a.value_dim};
+            const Seen part = parts.of(tile, at);
+            part.clear(a.value_dim);
+            attend(flash, packed.get() + tile * packed_bytes, run, Sight::all(run.tokens), part);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < a.groups * a.sharing; ++i) {
+            const int64_t query = i % a.sharing, tile = i / a.sharing * tiles + query / QUERIES;
+            const float sink = a.sinks ? a.sinks[i] : -INFINITY;
+            parts.merge(tile, cut.count(), query % QUERIES, sink, a.out + i * a.value_dim);
+        }
+    }
+}
+
 // Outputs of a latent: rows of a matrix, packed in tiles.
 class Expansion {
    public:
@@ -88,7 +114,8 @@ class Expansion {
 
     void pack(const float* rows, int64_t row_stride, int64_t stride) {
         for (int64_t first = 0; first < outs_; first += QUERIES)
-            flash_.pack(rows + first * row_stride, std::min(QUERIES, outs_ - first), row_stride, stride, ins_, 1.0f, at(first));
+            flash_.pack(rows + first * row_stride, std::min(QUERIES, outs_ - first), row_stride, stride, ins_, 1.0f,
+                        at(first));
     }
     // y [count, outs], rows `width` values apart, for latents `pitch` bytes apart.
     void run(const uint8_t* latents, int64_t pitch, int64_t count, uint8_t* y, int64_t width, int64_t item) const {
@@ -110,11 +137,11 @@ class Expansion {
 }  // namespace
 
 LAYOUT(Chunk, FIELD(queries), FIELD(keys), FIELD(values), FIELD(sinks), FIELD(out), FIELD(cache_format), FIELD(pitch),
-       FIELD(key_group), FIELD(value_group), FIELD(groups), FIELD(sharing), FIELD(key_dim), FIELD(value_dim), FIELD(past),
-       FIELD(tokens), FIELD(window))
+       FIELD(key_group), FIELD(value_group), FIELD(groups), FIELD(sharing), FIELD(key_dim), FIELD(value_dim),
+       FIELD(past), FIELD(tokens), FIELD(window))
 LAYOUT(LatentChunk, FIELD(queries), FIELD(to_keys), FIELD(to_values), FIELD(key_head), FIELD(key_out), FIELD(key_in),
-       FIELD(value_head), FIELD(value_out), FIELD(value_in), FIELD(cache), FIELD(out), FIELD(cache_format), FIELD(heads),
-       FIELD(all_heads), FIELD(nope), FIELD(rope), FIELD(rank), FIELD(value), FIELD(past), FIELD(tokens))
+       FIELD(value_head), FIELD(value_out), FIELD(value_in), FIELD(cache), FIELD(out), FIELD(cache_format),
+       FIELD(heads), FIELD(all_heads), FIELD(nope), FIELD(rope), FIELD(rank), FIELD(value), FIELD(past), FIELD(tokens))
 
 extern "C" {
 
@@ -123,6 +150,7 @@ void tierlm_chunk(int threads, const Chunk* call, double scale) {
     const Chunk& a = *call;
     const int64_t queries = a.tokens * a.sharing, tiles = tiles_of(queries), shares = (tiles + TOGETHER - 1) / TOGETHER;
     const Flash& flash = Flash::of(a.cache_format != 0, a.key_dim % 2 == 0);
+    if (a.tokens == 1) return attend_one(threads, a, flash, static_cast<float>(scale));
 #pragma omp parallel num_threads(threads)
     {
         Tiles work(flash, TOGETHER, a.key_dim, a.value_dim);
@@ -155,8 +183,8 @@ void tierlm_chunk(int threads, const Chunk* call, double scale) {
     }
 }
 
-// Keys and values of one head at a time are expanded from the latents, a block of tokens at a time, which stays in cache
-// for all queries.
+// Keys and values of one head at a time are expanded from the latents, a block of tokens at a time, which stays in
+// cache for all queries.
 void tierlm_latent_chunk(int threads, const LatentChunk* call, double scale) {
     const LatentChunk& a = *call;
     const int64_t width = a.nope + a.rope, latent = a.rank + a.rope, item = a.cache_format == 0 ? 4 : 2;
@@ -182,7 +210,8 @@ void tierlm_latent_chunk(int threads, const LatentChunk* call, double scale) {
                 to_keys.run(latents, latent * item, count, keys.get(), width, item);
                 to_values.run(latents, latent * item, count, values.get(), a.value, item);
                 for (int64_t t = 0; t < count; ++t)
-                    std::memcpy(keys.get() + (t * width + a.nope) * item, latents + (t * latent + a.rank) * item, a.rope * item);
+                    std::memcpy(keys.get() + (t * width + a.nope) * item, latents + (t * latent + a.rank) * item,
+                                a.rope * item);
                 const Run run = {keys.get(), values.get(), width * item, a.value * item, count, width, a.value};
                 for (int64_t tile = 0; tile < tiles; ++tile) {
                     const int64_t first = tile * QUERIES;

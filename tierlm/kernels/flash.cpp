@@ -40,7 +40,8 @@ constexpr int64_t WIDENED = 256;  // dimensions of a few tokens that are widened
 INLINE Floats& at(float* p) { return *reinterpret_cast<Floats*>(p); }
 INLINE const Floats& at(const float* p) { return *reinterpret_cast<const Floats*>(p); }
 
-void pack(const float* rows, int64_t count, int64_t row_stride, int64_t stride, int64_t dim, float scale, void* packed) {
+void pack(const float* rows, int64_t count, int64_t row_stride, int64_t stride, int64_t dim, float scale,
+          void* packed) {
     auto* to = static_cast<float*>(packed);
     std::fill(to, to + dim * QUERIES, 0.0f);
     for (int64_t lane = 0; lane < count; ++lane)
@@ -138,16 +139,20 @@ INLINE void add(float* scores, const uint8_t* values, int64_t pitch, int64_t cou
     }
 }
 
-CLONES void dots_float32(const void* packed, const uint8_t* tokens, int64_t pitch, int64_t count, int64_t dim, float* sums) {
+CLONES void dots_float32(const void* packed, const uint8_t* tokens, int64_t pitch, int64_t count, int64_t dim,
+                         float* sums) {
     dots<Float32>(packed, tokens, pitch, count, dim, sums);
 }
-CLONES void dots_bfloat16(const void* packed, const uint8_t* tokens, int64_t pitch, int64_t count, int64_t dim, float* sums) {
+CLONES void dots_bfloat16(const void* packed, const uint8_t* tokens, int64_t pitch, int64_t count, int64_t dim,
+                          float* sums) {
     dots<BFloat16>(packed, tokens, pitch, count, dim, sums);
 }
-CLONES void add_float32(float* scores, const uint8_t* values, int64_t pitch, int64_t count, int64_t dim, const Seen& seen) {
+CLONES void add_float32(float* scores, const uint8_t* values, int64_t pitch, int64_t count, int64_t dim,
+                        const Seen& seen) {
     add<Float32>(scores, values, pitch, count, dim, seen);
 }
-CLONES void add_bfloat16(float* scores, const uint8_t* values, int64_t pitch, int64_t count, int64_t dim, const Seen& seen) {
+CLONES void add_bfloat16(float* scores, const uint8_t* values, int64_t pitch, int64_t count, int64_t dim,
+                         const Seen& seen) {
     add<BFloat16>(scores, values, pitch, count, dim, seen);
 }
 
@@ -177,9 +182,10 @@ void attend(const Flash& flash, const void* queries, const Run& run, const Sight
         const int64_t count = std::min(TOKENS, last - start);
         flash.dots(queries, run.keys + start * run.key_pitch, run.key_pitch, count, run.key_dim, scores);
         if (start < latest || start + count > earliest) {
-            for (int64_t t = 0; t < count; ++t)
-                for (int64_t lane = 0; lane < QUERIES; ++lane)
-                    if (start + t < sight.first[lane] || start + t >= sight.last[lane]) scores[t * QUERIES + lane] = UNSEEN;
+            for (int64_t i = 0; i < count * QUERIES; ++i) {
+                const int64_t t = start + i / QUERIES, lane = i % QUERIES;
+                if (t < sight.first[lane] || t >= sight.last[lane]) scores[i] = UNSEEN;
+            }
         }
         flash.add(scores, run.values + start * run.value_pitch, run.value_pitch, count, run.value_dim, seen);
     }

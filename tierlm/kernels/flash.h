@@ -1,5 +1,6 @@
-// Attention of a tile of queries to a run of tokens, in one pass over their keys and values: blocks of tokens that stay in
-// cache, and an online softmax (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, Dao et al., arXiv 2205.14135).
+// Attention of a tile of queries to a run of tokens, in one pass over their keys and values: blocks of tokens that
+// stay in cache, and an online softmax (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, Dao et al.,
+// arXiv 2205.14135).
 //
 // Queries are the lanes of vectors. Sums have a fixed order that depends on sizes only.
 #pragma once
@@ -40,13 +41,15 @@ struct Seen {
 struct Flash {
     // Rounds and packs `count` rows of `dim` values, times `scale`, as lanes; missing lanes are zero. Strides are in
     // floats. `packed` has room for packed_bytes(dim).
-    void (*pack)(const float* rows, int64_t count, int64_t row_stride, int64_t stride, int64_t dim, float scale, void* packed);
+    void (*pack)(const float* rows, int64_t count, int64_t row_stride, int64_t stride, int64_t dim, float scale,
+                 void* packed);
     // sums [tokens, QUERIES] = packed rows . tokens' rows of `dim` values
     void (*dots)(const void* packed, const uint8_t* tokens, int64_t pitch, int64_t count, int64_t dim, float* sums);
     // Adds one block, of scores [tokens, QUERIES], to what was seen. Overwrites scores.
     void (*add)(float* scores, const uint8_t* values, int64_t pitch, int64_t count, int64_t dim, const Seen& seen);
 
-    // Stores `outs` sums of each of `count` tokens, [count, QUERIES], as float32 or rounded; y rows are `pitch` bytes apart.
+    // Stores `outs` sums of each of `count` tokens, [count, QUERIES], as float32 or rounded; y rows are `pitch`
+    // bytes apart.
     void (*store)(const float* sums, int64_t count, int64_t outs, uint8_t* y, int64_t pitch);
 
     static int64_t packed_bytes(int64_t dim) { return (dim + 1) / 2 * 2 * QUERIES * 4; }

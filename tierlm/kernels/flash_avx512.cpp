@@ -29,8 +29,8 @@ STEP __m512bh both(const void* p) {
 
 // The numbers of `low` and `high` in turn.
 STEP __m512i interleaved(__m512i low_high) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, low_high);
 }
 
@@ -39,7 +39,8 @@ STEP __m512i rounded_pairs(Values low, Values high) {
 }
 
 // [dim / 2, QUERIES, 2]
-TARGET void pack(const float* rows, int64_t count, int64_t row_stride, int64_t stride, int64_t dim, float scale, void* packed) {
+TARGET void pack(const float* rows, int64_t count, int64_t row_stride, int64_t stride, int64_t dim, float scale,
+                 void* packed) {
     auto* to = static_cast<uint16_t*>(packed);
     const __m512i lanes = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                                              _mm512_set1_epi32(static_cast<int>(row_stride)));
@@ -127,7 +128,8 @@ TARGET void add(float* scores, const uint8_t* values, int64_t pitch, int64_t cou
             if (t + 1 < count) high = _mm256_maskz_loadu_epi16(some, value + pitch);
             const __m512bh two = pairs(interleaved(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)));
 #pragma GCC unroll 16
-            for (int q = 0; q < QUERIES; ++q) sums[q] = _mm512_dpbf16_ps(sums[q], two, both(scores + t / 2 * QUERIES + q));
+            for (int q = 0; q < QUERIES; ++q)
+                sums[q] = _mm512_dpbf16_ps(sums[q], two, both(scores + t / 2 * QUERIES + q));
         }
 #pragma GCC unroll 16
         for (int q = 0; q < QUERIES; ++q) _mm512_mask_storeu_ps(seen.mixed + q * dim + d, some, sums[q]);

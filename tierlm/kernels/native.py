@@ -28,9 +28,8 @@ class Native:
 
     def __init__(self, file: Path):
         library = ctypes.CDLL(str(file))
-        for struct in (structs.Matrix, structs.Expert, structs.Attention, structs.Grouped, structs.Router):
-            check_layout(library, struct)
-        for struct in (structs.Chunk, structs.LatentChunk):
+        passed = structs.Matrix, structs.Expert, structs.Attention, structs.Grouped, structs.Router
+        for struct in (*passed, structs.Chunk, structs.LatentChunk):
             check_layout(library, struct)
         self._library, pointer, size = library, ctypes.c_void_p, ctypes.c_int64
         library.tierlm_linear.argtypes = [ctypes.c_int, *[pointer] * 3, *[size] * 2]

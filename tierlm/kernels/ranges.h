@@ -31,10 +31,12 @@ class Parts {
         const int64_t at = (tile * ranges_ + range) * QUERIES;
         return {peaks_.get() + at, sums_.get() + at, mixed_.get() + at * dim_};
     }
-    // y [value_dim] = the attention of one query to its first `count` ranges, in order.
-    void merge(int64_t tile, int64_t count, int64_t query, float* y) const {
-        float peak = UNSEEN, total = 0;
+    // y [value_dim] = the attention of one query to its first `count` ranges, in order. `sink`: one more logit;
+    // -infinity: none.
+    void merge(int64_t tile, int64_t count, int64_t query, float sink, float* y) const {
+        float peak = std::max(UNSEEN, sink);
         for (int64_t range = 0; range < count; ++range) peak = std::max(peak, of(tile, range).peaks[query]);
+        float total = std::exp(sink - peak);
         std::fill(y, y + dim_, 0.0f);
         for (int64_t range = 0; range < count; ++range) {
             const Seen part = of(tile, range);

@@ -191,7 +191,7 @@ class LatentHeads:
         group = max(1, min(spec.heads, group))
         for first in range(0, spec.heads, group):
             mine = slice(first, first + group)
-            q_nope, q_rope = queries[:, mine].split((spec.nope_dim, spec.rope_dim), dim=-1)
+            q_nope, q_rope = queries[:, mine, : spec.nope_dim], queries[:, mine, spec.nope_dim :]
             out[:, mine] = attend(q_nope, q_rope, past, unseen, up, first)
 
     def _absorbed(

@@ -121,8 +121,8 @@ class Outline:
 
 
 def kv_dtype_of(records: Records, options: RuntimeOptions) -> str:
-    """The dtype of the KV cache. "auto" is bfloat16 where the trunk's products round activations to int8, which costs
-    more than rounding the cache (docs/results.md, "Long contexts"); else float32."""
+    """The dtype of the KV cache. "auto" is bfloat16 where the trunk's products round activations to int8, which is
+    coarser than the cache (docs/results.md, "Long contexts"); else float32."""
     if options.kv_dtype != "auto":
         return options.kv_dtype
     return "bfloat16" if FORMATS[records.formats.trunk].rounds and not options.exact else "float32"

@@ -415,8 +415,21 @@ def test_generated_tokens_are_stored_too(toy_v3: tuple[Path, Any], load: Callabl
 def test_only_requests_with_a_keep_are_stored(toy_v3: tuple[Path, Any], load: Callable[..., LLM]) -> None:
     with load(toy_v3[0]) as llm:
         llm.generate(prompt(150), params(1))
-        llm.logits(prompt(150))
+        expected = llm.logits(prompt(150))
         assert disk_of(llm).stored == 0
+        told(llm, prompt(150))
+    with load(toy_v3[0]) as llm:
+        assert torch.equal(llm.logits(prompt(150)), expected)  # of every token
+        assert disk_of(llm).tokens == 128 and disk_of(llm).hit_tokens == 0
+
+
+def test_the_last_token_of_a_prompt_runs(toy_v3: tuple[Path, Any], load: Callable[..., LLM]) -> None:
+    with load(toy_v3[0]) as llm:
+        expected = llm.generate(prompt(128), params(6))[0].ids
+        told(llm, prompt(128))
+    with load(toy_v3[0]) as llm:
+        assert disk_of(llm).tokens == 128
+        assert [token for token, _ in told(llm, prompt(128))] == expected and disk_of(llm).hit_tokens == 64
 
 
 def test_what_is_in_ram_is_not_read(toy_v3: tuple[Path, Any], load: Callable[..., LLM]) -> None:

@@ -267,7 +267,7 @@ def test_writes_wait_for_demands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert isinstance(disk, KvDisk)
     put(disk, [1, 2])
     disk.wait(disk._writes[0], 0.05)
-    assert not disk._writes[0].done
+    assert not disk._writes[0].done and disk.find(keys_of([1, 2])) == 0
     demands[0] = 0
     settle(disk)
     assert get(disk, [1, 2]) == 1

@@ -65,12 +65,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
     found, budget, dtype = {}, Budget("4GiB"), getattr(torch, arguments.dtype)
+    error = 0.0
     for format in ("none", *FORMATS):
         with tempfile.TemporaryDirectory() as folder:
             options: Any = {"kv_dtype": arguments.dtype, "heat": False}
             if format != "none":
                 options |= {"kv_disk": "1GiB", "kv_folder": folder, "kv_format": format}
-            losses, hit, error = list[float](), 0, 0.0
+            losses, hit = list[float](), 0
             for scoring in (False, True):
                 with LLM.load("demo", budget=budget, **options) as llm:
                     for ids in windows(llm, arguments.windows, arguments.prefix + 1 + arguments.scored):
@@ -86,7 +87,7 @@ def main() -> None:
                                 losses += [-one.logprob for one in piece.logprobs or []]
                     if scoring and format != "none":
                         hit = llm.stats().kv["disk"].hit_tokens
-                        error = relative_error(llm, dtype)
+                        error = relative_error(llm, dtype) if format == "exact" else error
         value = math.exp(sum(losses) / len(losses))
         found[format] = {"perplexity": value, "scored": len(losses), "hit_tokens": hit}
         print(f"{format:8}perplexity {value:.5f} of {len(losses)} tokens, {hit} tokens read from disk", flush=True)

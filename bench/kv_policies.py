@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tierlm.policies import POLICIES
 from tierlm.policies.chains import BlockKey, Leaves
 from tierlm.policies.eviction import Policy, TierInfo
+from tierlm.policies.recency import Lru
 
 BLOCK = 512  # tokens
-NAMES = ["fifo", "lru", "lfu", "s3-fifo", "sieve", "arc", "leaves"]
+NAMES = ["fifo", "lru", "lfu", "s3-fifo", "sieve", "arc", "leaves-lru", "leaves"]
 
 
 def made(requests: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -106,7 +108,8 @@ def main() -> None:
     bound = hits(trace, None, 0)
     print(f"{len(trace)} requests, {blocks} blocks; bound {bound:.1%}")
     print("blocks    " + "".join(f"{size:>9}" for size in arguments.sizes))
-    kinds, table = {**POLICIES, "leaves": Leaves}, {}
+    kinds: dict[str, Callable[[TierInfo], Policy]] = {**POLICIES, "leaves": Leaves}
+    kinds["leaves-lru"], table = partial(Leaves, order=Lru), {}
     for name in arguments.policies:
         table[name] = [hits(trace, kinds[name](TierInfo(1, size)), size) for size in arguments.sizes]
         print(f"{name:10}" + "".join(f"{share:9.1%}" for share in table[name]), flush=True)

@@ -31,9 +31,9 @@ from tierlm.memory.kvblock import NAME, BlockLayout
 from tierlm.memory.kvfiles import FIELDS, HEADER, Header
 from tierlm.models.catalog import Catalog
 
-SIZE = 8 * 2**20  # bytes of the store, less than all prompts need
+SIZE = 4 * 2**20  # bytes of the store, less than all prompts need
 PIECE = 16 * 2**10  # bytes
-PROMPTS, PREFIX, LENGTH = 30, 320, 600  # how many; tokens that they share, and of each
+PREFIX, LENGTH = 320, 600  # tokens that prompts share, and of each
 
 
 def slow_write(fd: int, data: memoryview, offset: int) -> None:
@@ -58,7 +58,7 @@ def ask(folder: Path | None, numbers: list[int], told: Connection) -> None:
     kvfiles._write = slow_write
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     options: Any = {} if folder is None else {"kv_disk": SIZE, "kv_folder": folder}
-    with LLM.load("demo", budget=Budget("2GiB"), context=1000, heat=False, **options) as llm:
+    with LLM.load("demo", budget=Budget("2GiB"), context=1000, threads=1, heat=False, **options) as llm:
         for number in numbers:
             pieces = llm.stream(prompt(number), params, keep=Keep())
             ids = [token for piece in pieces for token in piece.ids]
@@ -109,14 +109,15 @@ def block_bytes() -> int:
     return BlockLayout.of(widths, torch.float32, "exact").stored
 
 
-def storm(folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Kill ``kills`` processes with a store in ``folder``. Returns what was found; ``wrong``, in words."""
+def storm(folder: Path, kills: int, seed: int, prompts: int) -> dict[str, Any]:
+    """Kill ``kills`` processes with a store in ``folder`` that answer some of ``prompts``. Returns what was found;
+    ``wrong``, in words."""
     runs, draw, wrong, hits, whole = Storm(folder), random.Random(seed), list[str](), list[int](), list[int]()
     cut = 0  # kills in the middle of a write
-    expected = runs.run(None, list(range(PROMPTS)))
+    expected = runs.run(None, list(range(prompts)))
     runs.run(folder, [0])
     for kill in range(kills):
-        process, told = runs.begin(folder, [0, *(draw.randrange(1, PROMPTS) for _ in range(1000))])
+        process, told = runs.begin(folder, [0, *(draw.randrange(1, prompts) for _ in range(1000))])
         end, first = None, True
         while end is None or time.monotonic() < end:
             if told.poll(None if end is None else max(0.0, end - time.monotonic())):
@@ -143,9 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=30, help="different ones")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = storm(Path(folder), arguments.kills, arguments.seed)
+        found = storm(Path(folder), arguments.kills, arguments.seed, arguments.prompts)
     print("\n".join(found["wrong"]))
     print(json.dumps(found))
     if found["wrong"]:

@@ -18,5 +18,5 @@ def test_three_kills_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "kv_storm", module)  # to be found by the processes it starts
     monkeypatch.syspath_prepend(str(BENCH.parent))
     spec.loader.exec_module(module)
-    found = module.storm(tmp_path, 3, seed=1)
+    found = module.storm(tmp_path, 3, seed=1, prompts=8)
     assert found["wrong"] == [] and all(found["hit_bytes"])

@@ -211,8 +211,9 @@ def test_headers_are_whole_and_have_parents(tmp_path: Path) -> None:
     content = file.read_bytes()
     one, two = content[:HEADER], content[HEADER : 2 * HEADER]
     assert Header.unpack(one, IDENTITY) is not None
-    for at in range(1, HEADER):  # one that was half written over
-        assert Header.unpack(one[:at] + two[at:], IDENTITY) in (None, Header.unpack(one, IDENTITY))
+    for at in range(HEADER):  # half written over
+        found = one[:at] + two[at:]
+        assert found in (one, two) or Header.unpack(found, IDENTITY) is None
     file.write_bytes(bytes(HEADER) + content[HEADER:])  # without the first block the others are of no use
     assert opened_and_left(tmp_path, IDENTITY) == 0
 
@@ -266,7 +267,7 @@ def test_writes_wait_for_demands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert isinstance(disk, KvDisk)
     put(disk, [1, 2])
     disk.wait(disk._writes[0], 0.05)
-    assert not disk._writes[0].done
+    assert not disk._writes[0].done and disk.find(keys_of([1, 2])) == 0
     demands[0] = 0
     settle(disk)
     assert get(disk, [1, 2]) == 1
@@ -415,8 +416,21 @@ def test_generated_tokens_are_stored_too(toy_v3: tuple[Path, Any], load: Callabl
 def test_only_requests_with_a_keep_are_stored(toy_v3: tuple[Path, Any], load: Callable[..., LLM]) -> None:
     with load(toy_v3[0]) as llm:
         llm.generate(prompt(150), params(1))
-        llm.logits(prompt(150))
+        expected = llm.logits(prompt(150))
         assert disk_of(llm).stored == 0
+        told(llm, prompt(150))
+    with load(toy_v3[0]) as llm:
+        assert torch.equal(llm.logits(prompt(150)), expected)  # of every token
+        assert disk_of(llm).tokens == 128 and disk_of(llm).hit_tokens == 0
+
+
+def test_the_last_token_of_a_prompt_runs(toy_v3: tuple[Path, Any], load: Callable[..., LLM]) -> None:
+    with load(toy_v3[0]) as llm:
+        expected = llm.generate(prompt(128), params(6))[0].ids
+        told(llm, prompt(128))
+    with load(toy_v3[0]) as llm:
+        assert disk_of(llm).tokens == 128
+        assert [token for token, _ in told(llm, prompt(128))] == expected and disk_of(llm).hit_tokens == 64
 
 
 def test_what_is_in_ram_is_not_read(toy_v3: tuple[Path, Any], load: Callable[..., LLM]) -> None:

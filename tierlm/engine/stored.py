@@ -66,6 +66,8 @@ class StoredPrefixes:
 
     def arrived(self) -> list[Sequence]:
         """Fill spans with the blocks that have come. Returns the sequences that wait for no more."""
+        if self._loads and self._disk is not None:
+            self._disk.collect()  # the buffers of ended writes
         return [sequence for sequence in list(self._loads) if self._advance(sequence)]
 
     def wait(self) -> None:

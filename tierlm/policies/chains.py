@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from tierlm.policies.eviction import Policy, TierInfo
+from tierlm.policies.queues import Arc
 
 
 class BlockKey(NamedTuple):
@@ -18,33 +19,43 @@ class BlockKey(NamedTuple):
 
 
 class Leaves(Policy):
-    """Least recently used, of the blocks that no other resident block follows: a block is of no use without its parent,
-    so a parent is worth as much as all that follow it."""
+    """The order of another policy, but blocks that no resident block follows leave first: a block is of no use without
+    its parent, so a parent is worth as much as all that follow it.
 
-    def __init__(self, info: TierInfo):
+    ``order``: the other policy. Most prompts come once, and ARC lets them leave before those that came again.
+    """
+
+    def __init__(self, info: TierInfo, order: type[Policy] = Arc):
         super().__init__(info)
-        self._queue: OrderedDict[BlockKey, None] = OrderedDict()
+        self._order = order(info)
         self._children = Counter[bytes]()
 
     def on_insert(self, key: BlockKey, demanded: bool = True) -> None:
-        self._queue[key] = None
+        self._order.on_insert(key, demanded)
         self._children[key.parent] += 1
 
     def on_hit(self, key: BlockKey) -> None:
-        self._queue.move_to_end(key)
+        self._order.on_hit(key)
 
     def on_evict(self, key: BlockKey) -> None:
-        del self._queue[key]
-        self._children[key.parent] -= 1
-        if not self._children[key.parent]:
-            del self._children[key.parent]
+        self._order.on_evict(key)
+        self._orphan(key)
+
+    def on_discard(self, key: BlockKey) -> None:
+        self._order.on_discard(key)
+        self._orphan(key)
 
     def victims(self, incoming: BlockKey | None = None) -> Iterator[BlockKey]:
-        """The leaves, then the others from the deepest."""
         parents = list[BlockKey]()
-        for key in self._queue:
+        for key in self._order.victims(incoming):
             if key.name in self._children:
                 parents.append(key)
             else:
                 yield key
         yield from sorted(parents, key=lambda key: -key.depth)
+
+    def _orphan(self, key: BlockKey) -> None:
+        """Its parent has one child less."""
+        self._children[key.parent] -= 1
+        if not self._children[key.parent]:
+            del self._children[key.parent]

@@ -116,7 +116,7 @@ STEP Values activations(const Product& p, int64_t row, int64_t column) {
     return *reinterpret_cast<const Sixteen*>(p.x + row * p.ins + column);
 }
 
-// Multiplies with ROWS rows of activations. Weights are widened in registers; those of the next panel are fetched to L2:
+// Multiplies with ROWS rows of activations. Weights are widened in registers; the next panel is fetched to L2:
 // to L1 they displaced what was needed sooner.
 template <class Stored, int ROWS>
 STEP void multiply(const Panel<Stored>& panel, int64_t row) {

@@ -86,6 +86,20 @@ def test_rows_threads_and_repetition_do_not_reach_the_result(format: str) -> Non
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("format", PRODUCTS)
+@pytest.mark.parametrize("rows", [19, 130])
+def test_each_of_many_rows_gets_what_it_gets_alone(format: str, rows: int) -> None:
+    """Many rows share widened or unpacked weights, some columns at a time; the last columns, weight rows and rows of
+    activations fill no block of any kernel."""
+    weight, x = some_weight(101, 1103, format), torch.randn(rows, 1103, generator=torch.Generator().manual_seed(4))
+    kernels = native.load()
+    assert kernels is not None
+    together = kernels.linear(x, weight)
+    assert torch.equal(torch.cat([kernels.linear(row[None], weight) for row in x]), together)
+    if kernels.fast(weight, rows):
+        assert torch.equal(linear(x, weight), together)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (129, 300), (256, 128), (40, 515)])
 def test_widened_float8_equals_the_reference_bit_for_bit(shape: tuple[int, int]) -> None:
     weight = some_weight(*shape, "fp8")

@@ -2,10 +2,10 @@
 
 Activations and arithmetic are float32. Exception: products with int8, int4 and the formats of GGUF (``Format.rounds``)
 round activations to int8 in groups of 32 and sum integers within a group, unless the weight is ``exact``. The compiled
-kernels, which widen in registers, take a few rows of float32 activations, or any number of rounded ones. For more
-rows, one tile at a time is widened in cache and torch multiplies in float32; on a CPU without 16-bit matrix
-instructions, this is several times faster than torch's bfloat16 product. Formats without compiled kernels always use
-torch.
+kernels take a few rows of float32 activations, or any number of rounded ones; with AVX-512 also any number of float32
+ones for f32, bf16, f16 and fp8 in blocks. For more rows, one tile at a time is widened in cache and torch multiplies in
+float32; on a CPU without 16-bit matrix instructions, this is several times faster than torch's bfloat16 product.
+Formats without compiled kernels always use torch.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def widen_reference(weight: Weight) -> Tensor:
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """``x @ weight.T``: float32 [T, in] -> float32 [T, out]. The result depends only on shapes and values."""
     kernels = native.kernels_for(weight)
-    if kernels is not None and _few(x, weight):
+    if kernels is not None and _fast(kernels, x, weight):
         return kernels.linear(x, weight)
     return linear_reference(x, weight)
 
 
-def _few(x: Tensor, weight: Weight) -> bool:
-    """Whether the kernels are faster for these rows."""
-    return (weight.rounds or x.shape[0] <= native.MAX_ROWS) and x.is_contiguous()
+def _fast(kernels: native.Native, x: Tensor, weight: Weight) -> bool:
+    """Whether the kernels take these rows, and are faster."""
+    return x.is_contiguous() and kernels.fast(weight, x.shape[0])
 
 
 def linear_reference(x: Tensor, weight: Weight) -> Tensor:
@@ -132,7 +132,7 @@ def gated_mlps(jobs: Sequence[Job]) -> None:
     library = native.load()
     together: list[Job] = []
     for x, y, weights in jobs:
-        if library is not None and all(weight.plain and _few(x, weight) for weight in weights):
+        if library is not None and all(weight.plain and _fast(library, x, weight) for weight in weights):
             together.append((x, y, weights))
         else:
             gate, up, down = weights

@@ -36,6 +36,11 @@ void tierlm_linear(int threads, const Matrix* w, const float* x, float* y, int64
     share(threads, w->as().outputs, *w, product);
 }
 
+// Whether products of any number of rows are faster than torch's.
+int tierlm_fast(const Matrix* w) {
+    return w->as().rounds || (w->format < FLOATS && float_outputs_avx512());
+}
+
 // y [outs, ins] = w as float32. Row 0 of `w` begins a block of scales or a tile.
 void tierlm_widen(int threads, const Matrix* w, float* y) {
     share(threads, w->as().widened, *w, w->times(nullptr, nullptr, y, 0));

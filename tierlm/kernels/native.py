@@ -20,7 +20,7 @@ _ATTENTION, _GROUPED, _CHUNK, _LATENT_CHUNK = (
     Struct(f"{ctypes.sizeof(kind) // 8}q")
     for kind in (structs.Attention, structs.Grouped, structs.Chunk, structs.LatentChunk)
 )
-MAX_ROWS = 64  # with more rows of float32 activations, torch is faster on a widened tile
+MAX_ROWS = 64  # with more rows of float32 activations, torch is faster on a widened tile, but see Native.fast
 
 
 class Native:
@@ -46,6 +46,11 @@ class Native:
         library.tierlm_grouped.argtypes = [*[pointer] * 3, *[size] * 2, pointer]
         library.tierlm_grouped.restype = size
         library.tierlm_combine.argtypes = [*[pointer] * 6, *[size] * 3]
+        library.tierlm_fast.argtypes = [pointer]
+
+    def fast(self, weight: Weight, rows: int) -> bool:
+        """Whether ``linear`` is faster than torch for this many rows."""
+        return rows <= MAX_ROWS or bool(self._library.tierlm_fast(_words(weight.operand)))
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """``x @ weight.T``: contiguous float32 [T, in] -> float32 [T, out]."""

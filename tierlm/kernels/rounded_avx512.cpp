@@ -78,14 +78,22 @@ STEP Sums plus_products(Sums sum, Codes w, Codes x) {
     return sum;
 }
 
-// Adds to each lane the sum of a part of a group's activations, times a factor.
+// In each lane the sum of a part of a group's activations, times a factor.
 template <class Stored>
-STEP Sums plus_sum(Sums sum, const Rounded& x, int64_t part, int32_t factor) {
+STEP Sums sum_times(const Rounded& x, int64_t part, int32_t factor) {
     const uint32_t first = Stored::parts == 1 || part == 0 ? factor & 0xffff : 0;
     const uint32_t second = Stored::parts == 1 || part == 1 ? factor & 0xffff : 0;
-    const Codes factors = codes(_mm512_set1_epi32(static_cast<int32_t>(first | second << 16)));
-    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(factors), "m"(x.sums));
-    return sum;
+    int32_t both;
+    std::memcpy(&both, x.sums, sizeof both);
+    const __m512i factors = _mm512_set1_epi32(static_cast<int32_t>(first | second << 16));
+    return reinterpret_cast<Sums>(_mm512_madd_epi16(_mm512_set1_epi32(both), factors));
+}
+
+// What sums of products begin with, since the numbers are stored plus a bias.
+template <class Stored>
+STEP Sums start(const Rounded& x, int64_t part) {
+    constexpr int32_t bias = SIGNED<Stored> ? 128 : BIAS<Stored>;
+    return bias ? sum_times<Stored>(x, part, -bias) : Sums{};
 }
 
 STEP Values spread(float x) { return reinterpret_cast<Values>(_mm512_set1_ps(x)); }
@@ -99,30 +107,29 @@ STEP Values fused(Values a, Values b, Values c) {
 template <class Stored>
 STEP Codes as_unsigned(Codes codes) { return SIGNED<Stored> ? codes ^ 0x80808080u : codes; }
 
-// Adds a group's product to a total. `dots` are sums of products with the numbers as_unsigned, for each part.
+// Adds a group's product to a total. `dots`: the sums of each part.
 template <class Stored>
 STEP Values plus_group(Values total, const Sums* dots, const Factors<Stored>& factors, const Rounded& x) {
-    constexpr int32_t bias = SIGNED<Stored> ? 128 : BIAS<Stored>;
     Values product = {};
     for (int64_t part = 0; part < Stored::parts; ++part) {
-        const Values dot = as_floats(bias ? plus_sum<Stored>(dots[part], x, part, -bias) : dots[part]);
+        const Values dot = as_floats(dots[part]);
         if (TILED<Stored>) return fused(dot, factors.scales[0] * spread(x.scale), total);
         product = part ? product + dot * factors.scales[part] : dot * factors.scales[part];
     }
     for (int64_t part = 0; Stored::minima && part < Stored::parts; ++part) {
-        const Values sum = Stored::parts == 1 ? spread(x.total) : as_floats(plus_sum<Stored>(Sums{}, x, part, 1));
+        const Values sum = Stored::parts == 1 ? spread(x.total) : as_floats(sum_times<Stored>(x, part, 1));
         product -= sum * factors.minima[part];
     }
     return total + product * spread(x.scale);
 }
 
 // Fetches a part of sixteen rows of a later block, so that reads overlap computation. In small parts, since a processor
-// has few reads in flight, and loads wait for one. Past a piece's end lie another thread's weights, or nothing.
+// has few reads in flight, and loads wait for one. To L2: sixteen rows of GGUF's blocks and the next sixteen exceed L1.
 template <class Stored>
 STEP void fetch_ahead(const uint8_t* next, int64_t g, int64_t q) {
     constexpr int64_t lines = ((TILED<Stored> ? 2 : WIDTH) * Stored::bytes + 63) / 64, parts = GROUPS<Stored> * 8;
     for (int64_t i = (8 * g + q) * lines / parts; i < (8 * g + q + 1) * lines / parts; ++i)
-        _mm_prefetch(next + 64 * i, _MM_HINT_T0);
+        _mm_prefetch(next + 64 * i, _MM_HINT_T1);
 }
 
 // Multiplies what is unpacked with one row of activations.
@@ -168,7 +175,10 @@ STEP void multiply(const Group<Stored>* group, int64_t count, const Rounded* x, 
     Values total[2 * ROWS];
     for (int r = 0; r < 2 * ROWS; ++r) total[r] = totals[r];
     for (int64_t g = 0; g < count; ++g, ++x, ++group) {
-        Sums dots[2 * ROWS][Stored::parts] = {};
+        Sums dots[2 * ROWS][Stored::parts];
+        for (int r = 0; r < ROWS; ++r)
+            for (int64_t part = 0; part < Stored::parts; ++part)
+                dots[2 * r][part] = dots[2 * r + 1][part] = start<Stored>(x[r * stride], part);
 #pragma GCC unroll 8
         for (int64_t q = 0; q < 8; ++q) {
             const Codes low = group->quads[q], high = group[AT_ONCE].quads[q];
@@ -227,6 +237,17 @@ struct Source {
     }
 };
 
+// Fetches the first weight rows of a piece in order, since nothing fetched them ahead.
+template <class Stored>
+STEP void fetch_first(const Product& p, int64_t first, int64_t last) {
+    const int64_t size = groups_of(p.ins) / GROUPS<Stored> * Stored::bytes, rows = TILED<Stored> ? LANES : 1;
+    for (int64_t at = first / rows * size; at < (last + rows - 1) / rows * size; at += 64)
+        _mm_prefetch(p.w + at, _MM_HINT_T1);
+}
+
+// How far on weights are fetched: `rows`, or not past a piece's end, where another thread's weights lie, or nothing.
+STEP int64_t ahead_of(int64_t out, int64_t last, int64_t rows) { return out + rows < last ? rows : 0; }
+
 STEP void store(const Product& p, int64_t row, int64_t out, int64_t last, Values total) {
     const auto lanes = static_cast<__mmask16>((1u << std::min<int64_t>(WIDTH, last - out)) - 1);
     _mm512_mask_storeu_ps(p.y + row * p.stride + out - p.origin, lanes, reinterpret_cast<__m512>(total));
@@ -234,11 +255,15 @@ STEP void store(const Product& p, int64_t row, int64_t out, int64_t last, Values
 
 template <class Stored>
 TARGET void outputs_of_row(const Product& p, int64_t first, int64_t last) {
+    fetch_first<Stored>(p, first, std::min<int64_t>(first + WIDTH, last));
     for (int64_t out = first; out < last; out += WIDTH) {
-        Source<Stored> weights(p, out, last, WIDTH);
+        Source<Stored> weights(p, out, last, ahead_of(out, last, WIDTH));
         Values total = {};
         for (int64_t g = 0; g < groups_of(p.ins); g += GROUPS<Stored>) {
             Multiplied<Stored> product = {nullptr, p.rounded + g, total, {}};
+            for (int64_t i = 0; i < GROUPS<Stored>; ++i)
+                for (int64_t part = 0; part < Stored::parts; ++part)
+                    product.dots[i][part] = start<Stored>(product.x[i], part);
             weights.block(product);
             total = product.total;
         }
@@ -250,10 +275,12 @@ template <class Stored>
 TARGET void outputs(const Product& p, int64_t first, int64_t last) {
     if (p.rows == 1) return outputs_of_row<Stored>(p, first, last);
     const int64_t groups = groups_of(p.ins);
+    fetch_first<Stored>(p, first, std::min<int64_t>(first + 2 * WIDTH, last));
     for (int64_t row = 0; row < p.rows; row += MANY) {
         const int64_t rows = std::min(MANY, p.rows - row);
         for (int64_t out = first; out < last; out += 2 * WIDTH) {
-            Source<Stored> low(p, out, last, 2 * WIDTH), high(p, std::min(out + WIDTH, last - 1), last, 2 * WIDTH);
+            const int64_t ahead = ahead_of(out, last, 2 * WIDTH);
+            Source<Stored> low(p, out, last, ahead), high(p, std::min(out + WIDTH, last - 1), last, ahead);
             Values totals[2 * MANY] = {};
             for (int64_t g = 0; g < groups; g += AT_ONCE) {
                 Group<Stored> cached[2 * AT_ONCE];

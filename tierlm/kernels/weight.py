@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,18 +12,36 @@ from tierlm.formats.dtypes import torch_dtypes
 from tierlm.formats.ggml import GGML
 from tierlm.formats.transposed import TRANSPOSED
 
-# Format numbers of kernels/product.h, and those of the formats that round, with unrounded activations.
-NUMBERS = {"f32": 0, "bf16": 1, "f16": 2, "fp8": 3, "int8": 4, "int4": 5}
-NUMBERS |= {format.name: 8 + i for i, format in enumerate(GGML)}
-EXACT = {"int8": 6, "int4": 7, **{format.name: 8 + len(GGML) + i for i, format in enumerate(GGML)}}
 NIBBLES = ("mxfp4", "int4_g32", "int4_g64", "int4_g128", "nvfp4", "nvfp4_ct")
-NUMBERS |= {name: 8 + 2 * len(GGML) + i for i, name in enumerate(NIBBLES)}
-NUMBERS |= {"fp8_rows": 41, "fp8_whole": 43}
-NUMBERS |= {format.name: 45 + i for i, format in enumerate(TRANSPOSED)}
-EXACT |= {format.name: 45 + len(TRANSPOSED) + i for i, format in enumerate(TRANSPOSED)}
-# Formats whose data and scales lie like another's.
-NUMBERS |= {"mxfp4_ct": NUMBERS["mxfp4"], "fp8_blocks": NUMBERS["fp8"], "fp8_inverse": NUMBERS["fp8_whole"]}
-BFLOAT = {"fp8": 40, "fp8_blocks": 40, "fp8_rows": 42, "fp8_whole": 44, "fp8_inverse": 44}  # with scales in bfloat16
+
+
+def _both(names: Iterable[str]) -> list[str]:
+    """Formats that round activations, and then the same with unrounded ones."""
+    once = list(names)
+    return [*once, *(f"{name} exact" for name in once)]
+
+
+# The formats of the tables in kernels/product.h, one table after the other: places are format numbers.
+_TABLES = [
+    *("f32", "bf16", "f16", "fp8"),
+    *_both(("int8", "int4")),
+    *_both(format.name for format in GGML),
+    *NIBBLES,
+    *("fp8 bfloat", "fp8_rows", "fp8_rows bfloat", "fp8_whole", "fp8_whole bfloat"),
+    *_both(format.name for format in TRANSPOSED),
+]
+
+
+def _numbers(kind: str) -> dict[str, int]:
+    """Numbers of the formats of a kind, "" or the word after their names."""
+    split = [(*name.split(), "")[:2] for name in _TABLES]
+    found = {name: number for number, (name, word) in enumerate(split) if word == kind}
+    # Formats whose data and scales lie like another's.
+    same = {"mxfp4_ct": "mxfp4", "fp8_blocks": "fp8", "fp8_inverse": "fp8_whole"}
+    return found | {name: found[other] for name, other in same.items() if other in found}
+
+
+NUMBERS, EXACT, BFLOAT = _numbers(""), _numbers("exact"), _numbers("bfloat")  # BFLOAT: with scales in bfloat16
 TILES = ("int8", "int4")
 ABSENT = (0,) * 6  # instead of an ``operand``
 INTERLEAVED = (*TILES, *(format.name for format in TRANSPOSED))  # formats whose blocks have LANES rows

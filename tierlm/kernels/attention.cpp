@@ -53,20 +53,17 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
     const int64_t group = std::max<int64_t>(1, std::min<int64_t>(4, a.heads * rows / threads));
     const int64_t groups = (a.heads + group - 1) / group;
 
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+    together(threads, [&](Team& team) {
+        for (const int64_t row : team.share(rows)) {
             normalised(a.hidden + row * hidden, norm.get(), x.row(row), hidden, eps);
             x.round(row);
         }
         if (low_rank) {
-            compute({x.times(a.query_a, lows.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
+            compute(team, {x.times(a.query_a, lows.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
         } else {
-            compute({x.times(a.query_b, queries.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
+            compute(team, {x.times(a.query_b, queries.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
         }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+        for (const int64_t row : team.share(rows)) {
             if (low_rank) {
                 const float* found = lows.get() + row * low_rank;
                 normalised(found, query_norm.get(), low_x.row(row), low_rank, inner_eps);
@@ -80,11 +77,10 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
             uint8_t* to = a.cache + (a.places[2 * row] + a.places[2 * row + 1]) * latent * item;
             append(step, to, latent, item);
         }
-        if (low_rank) compute({low_x.times(a.query_b, queries.get(), rows)});
+        if (low_rank) compute(team, {low_x.times(a.query_b, queries.get(), rows)});
         const auto query = room<float>(group * latent), mixed = room<float>(group * latent);
         const auto scores = room<float>(group * longest);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < rows * groups; ++i) {
+        for (const int64_t i : team.share(rows * groups)) {
             const int64_t row = i / groups, first = i % groups * group, count = std::min(group, a.heads - first);
             const int64_t keys = a.places[2 * row + 1] + 1, angle = row * a.rope / 2;
             const uint8_t* past = a.cache + a.places[2 * row] * latent * item;
@@ -114,13 +110,11 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
                 from_latent.as().outputs(values, begin, last);
             }
         }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) attended.round(row);
-        compute({attended.times(a.output, projected.get(), rows)});
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+        for (const int64_t row : team.share(rows)) attended.round(row);
+        compute(team, {attended.times(a.output, projected.get(), rows)});
+        for (const int64_t row : team.share(rows)) {
             for (int64_t i = row * hidden; i < (row + 1) * hidden; ++i) a.sum[i] = a.hidden[i] + projected[i];
             normalised(a.sum + row * hidden, next_norm.get(), a.normed + row * hidden, hidden, eps);
         }
-    }
+    });
 }

@@ -1,13 +1,11 @@
 // Distributes rows of weights among the threads of a team.
-//
-// The threads are OpenMP's, in practice the same as torch's: idle threads spin for a while, so two pools would compete
-// for the cores.
 #pragma once
 
 #include <algorithm>
 #include <initializer_list>
 #include <memory>
 
+#include "pool.h"
 #include "product.h"
 
 // A weight, or a vector of floats as one row, passed from Python: Weight.operand in kernels/weight.py.
@@ -50,12 +48,11 @@ struct Job {
     Product product;
 };
 
-// Computes the outputs of several products, called by all threads of a team. Ends with a barrier.
-inline void compute(std::initializer_list<Job> jobs) {
+// Computes the outputs of several products, called by all threads of a team.
+inline void compute(Team& team, std::initializer_list<Job> jobs) {
     int64_t total = 0;
     for (const Job& job : jobs) total += job.matrix->pieces();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < total; ++i) {
+    for (const int64_t i : team.share(total)) {
         int64_t at = i;
         const Job* job = jobs.begin();
         for (; at >= job->matrix->pieces(); ++job) at -= job->matrix->pieces();

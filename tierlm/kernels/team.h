@@ -10,6 +10,7 @@
 
 // A weight, or a vector of floats as one row, passed from Python: Weight.operand in kernels/weight.py.
 struct Matrix {
+    static constexpr int64_t PIECE = 262144, PIECES = 8;
     int64_t format;  // index into the tables of product.h, one after the other
     const uint8_t* data;
     const void* scale;
@@ -33,12 +34,13 @@ struct Matrix {
     Product times(const float* x, const Rounded* rounded, float* y, int64_t rows) const {
         return {x, rounded, data, scale, y, rows, ins, outs, outs, 0, extra};
     }
-    // Rows per unit of work, about 256 Ki weights: enough that kernels seldom fetch ahead what another thread will
-    // compute, few enough to balance threads. A multiple of GROUP: whole tiles, and whole groups when an expert's inner
-    // values are rounded for `down`.
+    // Rows per unit of work, at most PIECE weights: enough that kernels seldom fetch ahead what another thread will
+    // compute, few enough to balance threads. Small matrices have up to PIECES pieces, since two unequal ones keep a
+    // thread waiting. A multiple of GROUP: whole tiles, and whole groups when an expert's inner values are rounded for
+    // `down`.
     int64_t piece() const {
-        const int64_t least = as().least;
-        return std::max(least, 262144 / std::max<int64_t>(ins, 1) / least * least);
+        const int64_t least = as().least, weights = std::min(PIECE, std::max(PIECE / 8, outs * ins / PIECES));
+        return std::max(least, weights / std::max<int64_t>(ins, 1) / least * least);
     }
     int64_t pieces() const { return (outs + piece() - 1) / piece(); }
 };

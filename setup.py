@@ -10,7 +10,7 @@ def library(folder: str, *flags: str) -> Extension:
         sorted(str(file) for file in Path(folder).glob("*.cpp")),
         depends=["tierlm/layout.h", *sorted(str(file) for file in Path(folder).glob("*.h"))],
         extra_compile_args=["-O3", "-std=c++17", *flags],
-        extra_link_args=[flag for flag in flags if flag in ("-fopenmp", "-pthread")],
+        extra_link_args=[flag for flag in flags if flag == "-pthread"],
         language="c++",
         optional=True,
     )
@@ -68,7 +68,7 @@ setup(
         "lint": ["mypy>=1.13", "ruff>=0.8", "types-psutil"],
     },
     ext_modules=[
-        library("tierlm/kernels", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"),
+        library("tierlm/kernels", "-ffp-contract=fast", "-pthread", "-Wno-psabi"),
         library("tierlm/tracing/compiled", "-ffp-contract=off"),
         library("tierlm/memory/compiled", "-pthread"),
     ],

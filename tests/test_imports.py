@@ -32,7 +32,8 @@ FLOORS: list[list[set[str]]] = [
     [{"tracing"}],
     [{"checkpoints"}, {"policies"}],
     [{"spec"}, {"config"}, {"timeline"}, {"host"}],
-    [{"kernels"}],
+    [{"processors"}],
+    [{"kernels"}, {"cgroups"}],
     [{"formats"}, {"errors"}, {"files"}, {"table"}, {"demo"}],
     [{"library"}],
 ]

@@ -356,12 +356,6 @@ def test_ram_and_caches(quick: None, tmp_path: Path) -> None:
     for rate in found:
         for speed in (rate.read, rate.write, rate.copy):
             assert 0 < speed.low <= speed.median <= speed.high
-    for node, cpus in (("node0", "0"), ("node1", "1-2,5")):
-        (tmp_path / node).mkdir()
-        (tmp_path / node / "cpulist").write_text(cpus + "\n")
-    assert bandwidth.nodes(tmp_path)[0] == [0]
-    assert bandwidth._numbers("0-2,7") == [0, 1, 2, 7]
-    assert bandwidth.nodes(tmp_path / "absent") == {0: sorted(os.sched_getaffinity(0))}
 
 
 def profile_of(tmp_path: Path) -> Profile:

@@ -20,8 +20,9 @@ from tierlm.errors import (
     UsageError,
 )
 
-# OpenMP reads this when torch loads it. By default, idle threads spin for milliseconds on cores that the system needs
-# for disk reads (docs/results.md, what did not work). The user's own setting wins.
+# OpenMP reads this when torch loads it. By default, its idle threads spin for milliseconds after each large product of
+# a prefill, on cores that reads need (docs/results.md). Decoding does not wake them (kernels/pool.h).
+# The user's own setting wins.
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

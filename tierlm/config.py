@@ -149,7 +149,7 @@ class RuntimeOptions:
     kv_disk: int | float | str | None = None
     kv_folder: str | Path | None = None
     kv_format: str = "exact"
-    threads: int | None = None  # of torch and the kernels, in the whole process; None: as torch chooses
+    threads: int | None = None  # of the kernels and torch; None: torch's, at most one a core (processors.py)
     exact: bool = False  # never round activations to int8, in products with quantised weights: slower
     transfer_threads: int | None = None  # concurrent reads; None: chosen for the disk
     probe: str = "auto"  # "auto": measure a disk at its first use; "refresh": measure again; "off": use defaults

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from tierlm.cgroups import cgroups
 from tierlm.errors import TierlmError
 
 
@@ -39,7 +40,7 @@ def cannot_start(count: int, what: str) -> TierlmError:
     return TierlmError(
         f"{what}: the system refuses {count} more thread{'s' * (count > 1)}. What limits them: this user's processes "
         f"and threads ({limit}; ulimit -u), those of the cgroup (pids.max; docker run --pids-limit), and address space "
-        "(ulimit -v). Raise the limit, or use fewer threads: transfer_threads=, the environment's OMP_NUM_THREADS"
+        "(ulimit -v). Raise the limit, or use fewer threads: transfer_threads=, threads="
     )
 
 
@@ -63,26 +64,15 @@ def require_threads(count: int, what: str) -> None:
 def _cgroups() -> list[tuple[int, int]]:
     """(limit, use without reclaimable file pages) of this process's memory cgroup and its parents, v1 and v2."""
     found = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "file")
-        elif "memory" in controllers.split(","):
-            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "cache")
-        else:
-            continue
-        folder = root / path.lstrip("/")
-        while True:
-            limit, used = _number(folder / names[0]), _number(folder / names[1])
-            if limit is not None and used is not None and limit < 2**60:
-                found.append((limit, used - _stat(folder / "memory.stat", names[2])))
-            if folder == root or root not in folder.parents:
-                break
-            folder = folder.parent
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "cache"),
+        2: ("memory.max", "memory.current", "file"),
+    }
+    for version, folder in cgroups("memory"):
+        most, now, cache = names[version]
+        limit, used = _number(folder / most), _number(folder / now)
+        if limit is not None and used is not None and limit < 2**60:
+            found.append((limit, used - _stat(folder / "memory.stat", cache)))
     return found
 
 

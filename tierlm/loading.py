@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -216,8 +215,6 @@ def _platform_notes(request: LoadRequest) -> list[str]:
         notes.append(f"{len(request.catalog.ignored)} tensors of multi-token prediction layers are not used")
     if request.catalog.vision:
         notes.append(f"text only: {len(request.catalog.vision)} tensors of vision are not used")
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        notes.append("torch was imported before tierlm: its idle threads spin on cores needed for reads")
     if native.load() is None:
         notes.append("the compiled kernels and reads were not built (no C++ compiler): torch and Python are slower")
     if request.plan.vram is not None and request.device.type == "cpu":

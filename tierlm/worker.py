@@ -21,6 +21,7 @@ from tierlm.errors import TierlmError, UsageError, forget_frames
 from tierlm.host import require_threads
 from tierlm.loading import load_runtime
 from tierlm.memory.pressure import INTERVAL, PressureRelief
+from tierlm.processors import compute_threads
 from tierlm.runtime import Runtime
 
 LEAVE = 10.0  # seconds that a model gets to close, when Python exits or another one is loaded
@@ -40,7 +41,7 @@ class Abandoned(Exception):
 
 class Worker(threading.Thread):
     """Loads a model, runs its steps and closes it. A KeyboardInterrupt never comes here: Python raises it in the main
-    thread only. All computation stays on this thread, so that OpenMP keeps one team of threads.
+    thread only. All computation stays on this thread, so that kernels and OpenMP keep one team each.
 
     Clients use ``inbox``, ``news`` and ``check``; it knows nothing of them but ``owner``, which dies when the last one
     is dropped. ``failure``: the error of closing. ``bug``: what ended it.
@@ -108,9 +109,10 @@ class Worker(threading.Thread):
     def _load(self) -> Runtime | None:
         try:
             folder, budget, options = self._load_arguments
-            if options.threads is not None:
-                torch.set_num_threads(options.threads)  # of this thread, which computes everything
-            require_threads(torch.get_num_threads() - 1, "OpenMP")  # which would end the process
+            count = options.threads or min(torch.get_num_threads(), compute_threads())
+            if count != torch.get_num_threads():
+                torch.set_num_threads(count)  # of this thread, which computes everything
+            require_threads(2 * (count - 1), "kernels and OpenMP")  # which would end the process
             runtime = load_runtime(folder, budget, options, self._report, self._others())
         except BaseException as error:  # the client raises it
             self._ended = True

@@ -104,7 +104,7 @@ class Loading(Group):
             "--context", "--ctx-size", "-c", metavar="N", help="Tokens to reserve KV memory for; default: up to 4096."
         ),
     ] = None
-    threads: Annotated[int | None, Option(metavar="N", help="Compute threads; default: as torch chooses.")] = None
+    threads: Annotated[int | None, Option(metavar="N", help="Compute threads; default: one for each fast core.")] = None
     device: Annotated[str, Option(metavar="NAME", help="auto, cpu, or torch's name of an accelerator.")] = "auto"
     policy: Annotated[
         str,

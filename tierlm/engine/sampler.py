@@ -47,7 +47,7 @@ class Sampler:
         """
         params, logits = self.params, self._adjusted(logits, prompt, generated)
         if params.temperature < LEAST_TEMPERATURE:
-            return int(logits.argmax())
+            return int(logits.numpy().argmax())  # torch would wake its own threads
         logits = (logits - logits.max()) / params.temperature
         order = logits.argsort(descending=True, stable=True)
         probabilities = logits[order].softmax(-1)

@@ -58,20 +58,17 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
     for (int64_t row = 0; row < rows; ++row) ranges = std::max(ranges, Ranges(a.places[2 * row + 1] + 1).count());
     Parts parts(rows * tiles, ranges, rank);
 
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+    together(threads, [&](Team& team) {
+        for (const int64_t row : team.share(rows)) {
             normalised(a.hidden + row * hidden, norm.get(), x.row(row), hidden, eps);
             x.round(row);
         }
         if (low_rank) {
-            compute({x.times(a.query_a, lows.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
+            compute(team, {x.times(a.query_a, lows.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
         } else {
-            compute({x.times(a.query_b, queries.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
+            compute(team, {x.times(a.query_b, queries.get(), rows), x.times(a.key_value_a, steps.get(), rows)});
         }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+        for (const int64_t row : team.share(rows)) {
             if (low_rank) {
                 const float* found = lows.get() + row * low_rank;
                 normalised(found, query_norm.get(), low_x.row(row), low_rank, inner_eps);
@@ -85,9 +82,8 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
             uint8_t* to = a.cache + (a.places[2 * row] + a.places[2 * row + 1]) * latent * item;
             append(step, to, latent, item);
         }
-        if (low_rank) compute({low_x.times(a.query_b, queries.get(), rows)});
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < rows * a.heads; ++i) {
+        if (low_rank) compute(team, {low_x.times(a.query_b, queries.get(), rows)});
+        for (const int64_t i : team.share(rows * a.heads)) {
             const int64_t row = i / a.heads, head = i % a.heads, angle = row * a.rope / 2;
             const Matrix b = split ? a.key_value_b.exact() : a.key_value_b;
             const float* q = queries.get() + i * query_width;
@@ -102,14 +98,12 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
             }
             rotated(q + a.nope, a.cosine + angle, a.sine + angle, to + rank, a.rope / 2, a.interleaved);
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * tiles; ++i) {
+        for (const int64_t i : team.share(rows * tiles)) {
             const int64_t row = i / tiles, first = i % tiles * QUERIES, count = std::min(QUERIES, a.heads - first);
             const float* query = latent_queries.get() + (row * a.heads + first) * latent;
             flash.pack(query, count, latent, 1, latent, static_cast<float>(scale), packed.get() + i * packed_bytes);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < ranges * rows * tiles; ++i) {  // rows of a sequence share reads of the cache
+        for (const int64_t i : team.share(ranges * rows * tiles)) {  // rows of a sequence share reads of the cache
             const int64_t at = i / (rows * tiles), tile = i % (rows * tiles), row = tile / tiles;
             const Ranges cut(a.places[2 * row + 1] + 1);
             if (at >= cut.count()) continue;
@@ -120,8 +114,7 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
             attend(flash, packed.get() + tile * packed_bytes, run, Sight::all(run.tokens), part);
         }
         const auto mixed = room<float>(rank);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < rows * a.heads; ++i) {
+        for (const int64_t i : team.share(rows * a.heads)) {
             const int64_t row = i / a.heads, head = i % a.heads, tile = row * tiles + head / QUERIES;
             parts.merge(tile, Ranges(a.places[2 * row + 1] + 1).count(), head % QUERIES, -INFINITY, mixed.get());
             const int64_t last = (head + 1) * values_per_head, begin = last - a.value;
@@ -129,13 +122,11 @@ extern "C" void tierlm_attention(int threads, const Attention* call, double eps,
             values.origin = begin;
             from_latent.as().outputs(values, begin, last);
         }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) attended.round(row);
-        compute({attended.times(a.output, projected.get(), rows)});
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+        for (const int64_t row : team.share(rows)) attended.round(row);
+        compute(team, {attended.times(a.output, projected.get(), rows)});
+        for (const int64_t row : team.share(rows)) {
             for (int64_t i = row * hidden; i < (row + 1) * hidden; ++i) a.sum[i] = a.hidden[i] + projected[i];
             normalised(a.sum + row * hidden, next_norm.get(), a.normed + row * hidden, hidden, eps);
         }
-    }
+    });
 }

@@ -78,16 +78,13 @@ void attend_one(int threads, const Chunk& a, const Flash& flash, float scale) {
     const auto packed = room<uint8_t>(a.groups * tiles * packed_bytes);
     const Ranges cut(seen);
     const Parts parts(a.groups * tiles, cut.count(), a.value_dim);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < a.groups * tiles; ++i) {
+    together(threads, [&](Team& team) {
+        for (const int64_t i : team.share(a.groups * tiles)) {
             const int64_t group = i / tiles, first = i % tiles * QUERIES, count = std::min(QUERIES, a.sharing - first);
             const float* query = a.queries + (group * a.sharing + first) * a.key_dim;
             flash.pack(query, count, a.key_dim, 1, a.key_dim, scale, packed.get() + i * packed_bytes);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < cut.count() * a.groups * tiles; ++i) {
+        for (const int64_t i : team.share(cut.count() * a.groups * tiles)) {
             const int64_t at = i / (a.groups * tiles), tile = i % (a.groups * tiles), group = tile / tiles;
             const int64_t start = begin + cut.first(at);
             const Run run = {a.keys + group * a.key_group + start * a.pitch,
@@ -97,13 +94,12 @@ void attend_one(int threads, const Chunk& a, const Flash& flash, float scale) {
             part.clear(a.value_dim);
             attend(flash, packed.get() + tile * packed_bytes, run, Sight::all(run.tokens), part);
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < a.groups * a.sharing; ++i) {
+        for (const int64_t i : team.share(a.groups * a.sharing)) {
             const int64_t query = i % a.sharing, tile = i / a.sharing * tiles + query / QUERIES;
             const float sink = a.sinks ? a.sinks[i] : -INFINITY;
             parts.merge(tile, cut.count(), query % QUERIES, sink, a.out + i * a.value_dim);
         }
-    }
+    });
 }
 
 // Outputs of a latent: rows of a matrix, packed in tiles.
@@ -151,11 +147,9 @@ void tierlm_chunk(int threads, const Chunk* call, double scale) {
     const int64_t queries = a.tokens * a.sharing, tiles = tiles_of(queries), shares = (tiles + TOGETHER - 1) / TOGETHER;
     const Flash& flash = Flash::of(a.cache_format != 0, a.key_dim % 2 == 0);
     if (a.tokens == 1) return attend_one(threads, a, flash, static_cast<float>(scale));
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team& team) {
         Tiles work(flash, TOGETHER, a.key_dim, a.value_dim);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < a.groups * shares; ++i) {
+        for (const int64_t i : team.share(a.groups * shares)) {
             const int64_t group = i % a.groups, share = shares - 1 - i / a.groups;  // the longest first
             const int64_t begin = share * TOGETHER * QUERIES, end = std::min(queries, begin + TOGETHER * QUERIES);
             for (int64_t q = begin; q < end; q += QUERIES) {
@@ -180,7 +174,7 @@ void tierlm_chunk(int threads, const Chunk* call, double scale) {
                 work.end((q - begin) / QUERIES, (q - begin) % QUERIES, sink, y);
             }
         }
-    }
+    });
 }
 
 // Keys and values of one head at a time are expanded from the latents, a block of tokens at a time, which stays in
@@ -190,13 +184,11 @@ void tierlm_latent_chunk(int threads, const LatentChunk* call, double scale) {
     const int64_t width = a.nope + a.rope, latent = a.rank + a.rope, item = a.cache_format == 0 ? 4 : 2;
     const int64_t tiles = tiles_of(a.tokens), end = a.past + a.tokens, stride = a.heads * width;
     const Flash& flash = Flash::of(item == 2, width % 2 == 0 && a.rank % 2 == 0);
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team& team) {
         Tiles work(flash, tiles, width, a.value);
         Expansion to_keys(flash, a.nope, a.rank), to_values(flash, a.value, a.rank);
         const auto keys = room<uint8_t>(TOKENS * width * item), values = room<uint8_t>(TOKENS * a.value * item);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t head = 0; head < a.heads; ++head) {
+        for (const int64_t head : team.share(a.heads)) {
             to_keys.pack(a.to_keys + head * a.key_head, a.key_out, a.key_in);
             to_values.pack(a.to_values + head * a.value_head, a.value_out, a.value_in);
             for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -221,7 +213,7 @@ void tierlm_latent_chunk(int threads, const LatentChunk* call, double scale) {
             for (int64_t q = 0; q < a.tokens; ++q)
                 work.end(q / QUERIES, q % QUERIES, -INFINITY, a.out + (q * a.all_heads + head) * a.value);
         }
-    }
+    });
 }
 
 }

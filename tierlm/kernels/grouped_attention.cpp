@@ -106,17 +106,14 @@ extern "C" void tierlm_grouped_attention(int threads, const Grouped* call, doubl
     const auto mixed = room<float>(rows * ranges * query_width);
     Input x(rows, hidden), attended(rows, query_width);
 
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+    together(threads, [&](Team& team) {
+        for (const int64_t row : team.share(rows)) {
             normalised(a.hidden + row * hidden, norm.get(), x.row(row), hidden, eps);
             x.round(row);
         }
-        compute({x.times(a.query, raw.get(), rows), x.times(a.key, raw_keys.get(), rows),
+        compute(team, {x.times(a.query, raw.get(), rows), x.times(a.key, raw_keys.get(), rows),
                  x.times(a.value, values.get(), rows)});
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+        for (const int64_t row : team.share(rows)) {
             float *query = raw.get() + row * query_width, *key = raw_keys.get() + row * key_width;
             float *turned = keys.get() + row * key_width, *value = values.get() + row * key_width;
             add(query, query_bias.get(), query_width);
@@ -129,8 +126,7 @@ extern "C" void tierlm_grouped_attention(int threads, const Grouped* call, doubl
             append(value, to + key_width * item, key_width, item);
         }
         const auto scores = room<float>(sharing * range);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < ranges * a.kv_heads * rows; ++i) {  // rows of a sequence share reads of the cache
+        for (const int64_t i : team.share(ranges * a.kv_heads * rows)) {  // rows of a sequence share reads of the cache
             const int64_t at = i / (a.kv_heads * rows), kv = i / rows % a.kv_heads, row = i % rows;
             const Sight sight(a, row);
             const int64_t begin = at * sight.range, tokens = std::min(sight.range, sight.tokens - begin);
@@ -147,8 +143,7 @@ extern "C" void tierlm_grouped_attention(int threads, const Grouped* call, doubl
             }
             head_values(shared, half, scores.get(), mixed.get() + place * dim);
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * a.heads; ++i) {
+        for (const int64_t i : team.share(rows * a.heads)) {
             const int64_t row = i / a.heads, head = i % a.heads, count = Sight(a, row).ranges();
             const auto place = [&](int64_t at) { return (row * ranges + at) * a.heads + head; };
             float peak = sinks ? sinks[head] : -INFINITY;
@@ -164,16 +159,14 @@ extern "C" void tierlm_grouped_attention(int threads, const Grouped* call, doubl
             }
             for (int64_t d = 0; d < dim; ++d) y[d] /= total;
         }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) attended.round(row);
-        compute({attended.times(a.output, projected.get(), rows)});
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+        for (const int64_t row : team.share(rows)) attended.round(row);
+        compute(team, {attended.times(a.output, projected.get(), rows)});
+        for (const int64_t row : team.share(rows)) {
             float *added = projected.get() + row * hidden, *sum = a.sum + row * hidden;
             add(added, output_bias.get(), hidden);
             if (output_norm) normalised(added, output_norm.get(), added, hidden, eps);
             for (int64_t i = 0; i < hidden; ++i) sum[i] = a.hidden[row * hidden + i] + added[i];
             normalised(sum, next_norm.get(), a.normed + row * hidden, hidden, eps);
         }
-    }
+    });
 }

@@ -45,12 +45,17 @@ def widen_reference(weight: Weight) -> Tensor:
     return FORMATS[weight.format].widen(weight.data, weight.scale, weight.shape, weight.extra)
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    """``x @ weight.T``: float32 [T, in] -> float32 [T, out]. The result depends only on shapes and values."""
+def linear(x: Tensor, weight: Weight, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.T``: float32 [T, in] -> float32 [T, out]. The result depends only on shapes and values.
+
+    ``out``: written and returned if given; dense in its last dimension."""
     kernels = native.kernels_for(weight)
     if kernels is not None and _fast(kernels, x, weight):
-        return kernels.linear(x, weight)
-    return linear_reference(x, weight)
+        out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+        kernels.linear(x, weight, out)
+        return out
+    found = linear_reference(x, weight)
+    return found if out is None else out.copy_(found)
 
 
 def _fast(kernels: native.Native, x: Tensor, weight: Weight) -> bool:

@@ -6,10 +6,11 @@
 
 namespace {
 
-void share(int threads, Work work, const Matrix& matrix, const Product& product) {
-    const int64_t piece = matrix.piece(), pieces = matrix.pieces();
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (pieces > 1)
-    for (int64_t i = 0; i < pieces; ++i) work(product, i * piece, std::min(matrix.outs, (i + 1) * piece));
+// Calls `work` for all rows of the matrix, piece by piece.
+void share(Team& team, Work work, const Matrix& matrix, const Product& product) {
+    const int64_t piece = matrix.piece();
+    for (const int64_t i : team.share(matrix.pieces()))
+        work(product, i * piece, std::min(matrix.outs, (i + 1) * piece));
 }
 
 // Rounds part `part` of `parts` of the rows.
@@ -26,14 +27,15 @@ extern "C" {
 
 // y = x @ w.T
 void tierlm_linear(int threads, const Matrix* w, const float* x, float* y, int64_t rows, int64_t stride) {
-    const auto rounded = room<Rounded>(w->as().rounds ? rows * groups_of(w->ins) : 0);
-    if (w->as().rounds) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows >= 4 * threads)
-        for (int part = 0; part < threads; ++part) round_part(x, rounded.get(), rows, w->ins, part, threads);
-    }
+    const bool rounds = w->as().rounds;
+    const auto rounded = room<Rounded>(rounds ? rows * groups_of(w->ins) : 0);
     Product product = w->times(x, rounded.get(), y, rows);
     product.stride = stride;
-    share(threads, w->as().outputs, *w, product);
+    const int64_t parts = rounds ? std::max<int64_t>(1, std::min<int64_t>(threads, rows / 4)) : 0;
+    together(w->pieces() > 1 || parts > 1 ? threads : 1, [&](Team& team) {
+        for (const int64_t part : team.share(parts)) round_part(x, rounded.get(), rows, w->ins, part, parts);
+        share(team, w->as().outputs, *w, product);
+    });
 }
 
 // Whether products of any number of rows are faster than torch's.
@@ -43,15 +45,17 @@ int tierlm_fast(const Matrix* w) {
 
 // y [outs, ins] = w as float32. Row 0 of `w` begins a block of scales or a tile.
 void tierlm_widen(int threads, const Matrix* w, float* y) {
-    share(threads, w->as().widened, *w, w->times(nullptr, nullptr, y, 0));
+    together(w->pieces() > 1 ? threads : 1,
+             [&](Team& team) { share(team, w->as().widened, *w, w->times(nullptr, nullptr, y, 0)); });
 }
 
 // Quantises w [outs, ins] to the tiles of formats/tiles.py: int4 if `four`, else int8.
 void tierlm_quantise(int threads, int four, const float* w, uint8_t* data, uint16_t* scales, int64_t ins,
                      int64_t outs) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t row = 0; row < outs; row += LANES)
-        quantised(w, data, scales, outs, ins, row, std::min(outs, row + LANES), four);
+    together(threads, [&](Team& team) {
+        for (const int64_t tile : team.share((outs + LANES - 1) / LANES))
+            quantised(w, data, scales, outs, ins, tile * LANES, std::min(outs, (tile + 1) * LANES), four);
+    });
 }
 
 // One expert and its rows.
@@ -96,15 +100,12 @@ void tierlm_gated_mlps(int threads, const Expert* given, int64_t count) {
         value += 2 * size;
         group += outer + inner;
     }
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count * threads; ++i) {
+    together(threads, [&](Team& team) {
+        for (const int64_t i : team.share(count * threads)) {
             const Inside& e = experts[i / threads];
             if (e.rounded) round_part(e.x, e.rounded, e.rows, e.gate.ins, i % threads, threads);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < in_pieces; ++i) {
+        for (const int64_t i : team.share(in_pieces)) {
             const Inside* e = experts.get();
             int64_t at = i;
             for (; at >= e->gate.pieces(); ++e) at -= e->gate.pieces();
@@ -116,15 +117,14 @@ void tierlm_gated_mlps(int threads, const Expert* given, int64_t count) {
                 gated(e->inner + row * width + first, e->scratch + row * width + first, last - first);
             if (e->inner_rounded) round_activations(e->inner, e->inner_rounded, e->rows, width, first, last);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < out_pieces; ++i) {
+        for (const int64_t i : team.share(out_pieces)) {
             const Inside* e = experts.get();
             int64_t at = i;
             for (; at >= e->down.pieces(); ++e) at -= e->down.pieces();
             const int64_t first = at * e->down.piece(), last = std::min(e->down.outs, first + e->down.piece());
             e->down.as().outputs(e->down.times(e->inner, e->inner_rounded, e->y, e->rows), first, last);
         }
-    }
+    });
 }
 
 // Products with the two halves of kv_b in absorbed attention: w [heads, per_head, rank] as stored, for `group` heads
@@ -133,27 +133,29 @@ void tierlm_gated_mlps(int threads, const Expert* given, int64_t count) {
 // q [rows, group, nope], strides in floats -> latent [group, rows, rank], by the first `nope` rows of each head.
 void tierlm_into_latent(int threads, const Matrix* w, const float* q, float* latent, int64_t rows, int64_t head,
                         int64_t group, int64_t nope, int64_t per_head, int64_t row_stride, int64_t head_stride) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t h = 0; h < group; ++h) {
-        const int64_t first = (head + h) * per_head;
-        Product product = w->times(q + h * head_stride, nullptr, latent + h * rows * w->ins, rows);
-        product.stride = row_stride;
-        w->as().weighted_rows(product, first, first + nope);
-    }
+    together(threads, [&](Team& team) {
+        for (const int64_t h : team.share(group)) {
+            const int64_t first = (head + h) * per_head;
+            Product product = w->times(q + h * head_stride, nullptr, latent + h * rows * w->ins, rows);
+            product.stride = row_stride;
+            w->as().weighted_rows(product, first, first + nope);
+        }
+    });
 }
 
 // mixed [group, rows, rank] -> y [rows, group, value], by the last `value` rows of each head.
 void tierlm_from_latent(int threads, const Matrix* w, const float* mixed, float* y, int64_t rows, int64_t head,
                         int64_t group, int64_t value, int64_t per_head) {
     const Matrix exact = w->exact();
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t h = 0; h < group; ++h) {
-        const int64_t last = (head + h + 1) * per_head, first = last - value;
-        Product product = exact.times(mixed + h * rows * w->ins, nullptr, y + h * value, rows);
-        product.stride = group * value;
-        product.origin = first;
-        exact.as().outputs(product, first, last);
-    }
+    together(threads, [&](Team& team) {
+        for (const int64_t h : team.share(group)) {
+            const int64_t last = (head + h + 1) * per_head, first = last - value;
+            Product product = exact.times(mixed + h * rows * w->ins, nullptr, y + h * value, rows);
+            product.stride = group * value;
+            product.origin = first;
+            exact.as().outputs(product, first, last);
+        }
+    });
 }
 
 }

@@ -52,13 +52,12 @@ class Native:
         """Whether ``linear`` is faster than torch for this many rows."""
         return rows <= MAX_ROWS or bool(self._library.tierlm_fast(_words(weight.operand)))
 
-    def linear(self, x: Tensor, weight: Weight) -> Tensor:
-        """``x @ weight.T``: contiguous float32 [T, in] -> float32 [T, out]."""
-        rows = x.shape[0]
-        out = x.new_empty(rows, weight.operand[3])
+    def linear(self, x: Tensor, weight: Weight, out: Tensor) -> None:
+        """``out = x @ weight.T``: contiguous float32 [T, in] -> float32 [T, out], dense in its last dimension."""
         pointers = x.data_ptr(), out.data_ptr()
-        self._library.tierlm_linear(torch.get_num_threads(), _words(weight.operand), *pointers, rows, out.stride(0))
-        return out
+        self._library.tierlm_linear(
+            torch.get_num_threads(), _words(weight.operand), *pointers, x.shape[0], out.stride(0)
+        )
 
     def widen(self, weight: Weight) -> Tensor:
         """A weight with scales as float32 [out, in]. Its first row begins a block of scales."""

@@ -1,17 +1,16 @@
 // Distributes rows of weights among the threads of a team.
-//
-// The threads are OpenMP's, in practice the same as torch's: idle threads spin for a while, so two pools would compete
-// for the cores.
 #pragma once
 
 #include <algorithm>
 #include <initializer_list>
 #include <memory>
 
+#include "pool.h"
 #include "product.h"
 
 // A weight, or a vector of floats as one row, passed from Python: Weight.operand in kernels/weight.py.
 struct Matrix {
+    static constexpr int64_t PIECE = 262144, PIECES = 8;
     int64_t format;  // index into the tables of product.h, one after the other
     const uint8_t* data;
     const void* scale;
@@ -35,12 +34,13 @@ struct Matrix {
     Product times(const float* x, const Rounded* rounded, float* y, int64_t rows) const {
         return {x, rounded, data, scale, y, rows, ins, outs, outs, 0, extra};
     }
-    // Rows per unit of work, about 256 Ki weights: enough that kernels seldom fetch ahead what another thread will
-    // compute, few enough to balance threads. A multiple of GROUP: whole tiles, and whole groups when an expert's inner
-    // values are rounded for `down`.
+    // Rows per unit of work, at most PIECE weights: enough that kernels seldom fetch ahead what another thread will
+    // compute, few enough to balance threads. Small matrices have up to PIECES pieces, since two unequal ones keep a
+    // thread waiting. A multiple of GROUP: whole tiles, and whole groups when an expert's inner values are rounded for
+    // `down`.
     int64_t piece() const {
-        const int64_t least = as().least;
-        return std::max(least, 262144 / std::max<int64_t>(ins, 1) / least * least);
+        const int64_t least = as().least, weights = std::min(PIECE, std::max(PIECE / 8, outs * ins / PIECES));
+        return std::max(least, weights / std::max<int64_t>(ins, 1) / least * least);
     }
     int64_t pieces() const { return (outs + piece() - 1) / piece(); }
 };
@@ -50,12 +50,11 @@ struct Job {
     Product product;
 };
 
-// Computes the outputs of several products, called by all threads of a team. Ends with a barrier.
-inline void compute(std::initializer_list<Job> jobs) {
+// Computes the outputs of several products, called by all threads of a team.
+inline void compute(Team& team, std::initializer_list<Job> jobs) {
     int64_t total = 0;
     for (const Job& job : jobs) total += job.matrix->pieces();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < total; ++i) {
+    for (const int64_t i : team.share(total)) {
         int64_t at = i;
         const Job* job = jobs.begin();
         for (; at >= job->matrix->pieces(); ++job) at -= job->matrix->pieces();

@@ -14,18 +14,22 @@ from torch import Tensor
 from tierlm.checkpoints.reader import host_memory
 from tierlm.checkpoints.record import Place, Record
 from tierlm.checkpoints.views import Weights, misaligned, weights_of
+from tierlm.memory.interleave import interleave
 from tierlm.memory.ticket import Ticket
 from tierlm.policies import residency
+from tierlm.processors import nodes
 
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
     """A slab: uint8 [nbytes], page-aligned. Host memory is pinned if there is an accelerator; otherwise its pages are
-    committed when first written."""
+    committed when first written, on all NUMA nodes by turns."""
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     if torch.accelerator.is_available():
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    return torch.frombuffer(host_memory(max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
+    slab = torch.frombuffer(host_memory(max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
+    interleave(slab.data_ptr(), nbytes, nodes())
+    return slab
 
 
 def can_decommit() -> bool:

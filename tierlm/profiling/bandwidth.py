@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from tierlm.checkpoints.reader import host_memory
 from tierlm.host import available_ram
+from tierlm.processors import nodes
 from tierlm.profiling.profile import MemoryRate, Spread, spread
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-NODES = Path("/sys/devices/system/node")
 BLOCK = 256 * 2**20  # bytes of RAM per thread, if available; many times a cache's share
 TOUCHED, PIECE = 2**30, 32 * 2**20  # bytes touched for the first time; bytes of one sample
 ROUNDS, SECONDS = 5, 0.06  # of each figure
@@ -41,21 +41,6 @@ def cache_sizes(folder: Path = CACHES) -> dict[str, int]:
         if kind != "Instruction" and size.endswith("K") and size[:-1].isdigit():
             found[f"L{level}"] = int(size[:-1]) * 1024
     return found
-
-
-def nodes(folder: Path = NODES) -> dict[int, list[int]]:
-    """The processors this process may use, by NUMA node; all on node 0 if the system does not say."""
-    allowed = os.sched_getaffinity(0)
-    found = {}
-    for node in sorted(folder.glob("node[0-9]*")):
-        try:
-            text = (node / "cpulist").read_text().strip()
-        except OSError:
-            continue
-        cpus = [cpu for cpu in _numbers(text) if cpu in allowed]
-        if cpus:
-            found[int(node.name[4:])] = cpus
-    return found or {0: sorted(allowed)}
 
 
 def measure_touch() -> tuple[float, float]:
@@ -151,12 +136,3 @@ def _write(block: Block) -> None:
 def _copy(block: Block) -> None:
     half = len(block) // 2
     np.copyto(block[:half], block[half : 2 * half])
-
-
-def _numbers(text: str) -> list[int]:
-    """Parse a list of numbers: "0-3,8"."""
-    found: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.toys import COMMON, GQA
+from tierlm import LLM, Budget, SamplingParams
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import Weight, quantise
 from tierlm.memory.kvcache import KvCache, Span
@@ -248,3 +250,26 @@ def test_a_sequence_attends_alike_whoever_is_beside_it(kind: str) -> None:
             found.append(made.forward(hidden, 0, trunk, norm, made.positions(rows))[0][:9])
         assert not paths or set(paths) == ({-9} if len(rows) == 1 else {-9, len(long)})
     assert (found[0] - found[1]).abs().max() < 1e-5 * found[0].abs().max()
+
+
+def test_many_sequences_decode_in_the_kernel_with_the_bits_that_each_has_alone(
+    toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than one call of the kernel takes, in a decode step; prompts of one token each share a step, too."""
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=3)
+    prompts = [[7 + at] for at in range(19)]
+    rows: list[int] = []
+    real = latent.fused_mla_decode
+
+    def noted(shape: Any, hidden: torch.Tensor, *rest: Any) -> Any:
+        found = real(shape, hidden, *rest)
+        rows.append(len(hidden) if found is not None else 0)
+        return found
+
+    with LLM.load(toy_v3[0], budget=Budget("8GiB")) as llm:
+        alone = [llm.generate([prompt], params)[0] for prompt in prompts]
+        monkeypatch.setattr(latent, "fused_mla_decode", noted)
+        together = llm.generate(prompts, params)
+    assert [one.ids for one in together] == [one.ids for one in alone]
+    assert [one.logprobs for one in together] == [one.logprobs for one in alone]
+    assert set(rows) == {8, 3}

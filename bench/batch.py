@@ -133,10 +133,10 @@ def draw(file: Path, title: str, rows: list[dict[str, Any]]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, (speeds, read) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+    batches = sorted({row["batch"] for row in rows})
     for ram, colour in zip(dict.fromkeys(row["ram"] for row in rows), colours, strict=False):
         mine = [row for row in rows if row["ram"] == ram]
         sizes = [row["batch"] for row in mine]
@@ -150,8 +150,8 @@ def draw(file: Path, title: str, rows: list[dict[str, Any]]) -> None:
     for axes, unit in ((speeds, "tokens/s, all sequences"), (read, "MB a token from disk")):
         axes.set_xscale("log", base=2)
         axes.set(xlabel="sequences", ylabel=unit, ylim=(0, None))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(batches, map(str, batches))
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     speeds.legend(frameon=False, fontsize=8)
     figure.suptitle(title)

@@ -92,7 +92,8 @@ def run_server(args: argparse.Namespace, name: str, served: Served | None, url: 
         if served is not None:
             row |= {"cgroup": served.report()}
         rows.append(row)
-        print(f"{name}, {load}: {row['statuses']}, goodput {row['goodput']:.2f}/s", file=sys.stderr, flush=True)
+        told = {what: row[what] for what in ("statuses", "goodput", "tokens_per_second", "ttft", "tpot")}
+        print(f"{name}, {load}: {told}", file=sys.stderr, flush=True)
     return rows
 
 

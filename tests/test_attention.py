@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.toys import COMMON, GQA
+from tierlm import LLM, Budget, SamplingParams
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import Weight, quantise
 from tierlm.memory.kvcache import KvCache, Span
@@ -259,3 +261,27 @@ def test_a_sequence_attends_alike_whoever_is_beside_it(kind: str, monkeypatch: A
         if kind == "latent":
             assert set(asked) == ({-9} if len(rows) == 1 else {-9, len(long)})
     assert (found[0] - found[1]).abs().max() < 1e-5 * found[0].abs().max()
+
+
+def test_many_sequences_decode_in_the_kernel(toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one call of the kernel takes. Their tokens are those of each alone; last bits differ by the router's
+    path."""
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=1)
+    prompts = [[7 + at] for at in range(19)]
+    rows: list[int] = []
+    real = latent.fused_mla_decode
+
+    def noted(shape: Any, hidden: Tensor, *rest: Any) -> Any:
+        found = real(shape, hidden, *rest)
+        rows.append(len(hidden) if found is not None else 0)
+        return found
+
+    with LLM.load(toy_v3[0], budget=Budget("8GiB")) as llm:
+        alone = [llm.generate([prompt], params)[0] for prompt in prompts]
+        monkeypatch.setattr(latent, "fused_mla_decode", noted)
+        together = llm.generate(prompts, params)
+    assert set(rows) == {8, 3}
+    for one, other in zip(alone, together, strict=True):
+        assert one.ids == other.ids and one.logprobs and other.logprobs
+        for a, b in zip(one.logprobs, other.logprobs, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)

@@ -109,9 +109,9 @@ def test_a_batch_reads_each_expert_once_and_computes_each_row() -> None:
     trunk = WORK.trunk_weights + WORK.shared_weights + WORK.head_weights
     expected = WORK.routed_weights / rate[0] + trunk / rate[1] + WORK.attention * 100 / 5e9
     assert eight.compute == pytest.approx(8 * expected)
-    assert eight.overhead == pytest.approx(one.overhead + 18 * 11 * MACHINE.record)
+    assert eight.overhead == one.overhead
     mixture = 8 * (WORK.routed_weights / rate[0] + WORK.shared_weights / rate[1])
-    beside_reads = side_by_side(mixture + 18 * 11 * MACHINE.record, eight.disk, MACHINE.beside)
+    beside_reads = side_by_side(mixture, eight.disk, MACHINE.beside)
     assert eight.total == pytest.approx(eight.compute - mixture + one.overhead + beside_reads)
     card = dataclasses.replace(MACHINE, accelerator=Accelerator(memory=500e9, link=5e9, products=1e13))
     assert decode_seconds(WORK, card, (0.5, 0.5), (0, 0), 0, 8, 24.0).link == pytest.approx(

@@ -4,6 +4,7 @@ from tierlm.kernels.attention import LatentAttention, fused_mla_decode
 from tierlm.kernels.chunk import attend_chunk, attend_latents
 from tierlm.kernels.grouped_attention import GroupedAttention, fused_gqa_decode
 from tierlm.kernels.linear import (
+    ABSORB_ROWS,
     can_absorb,
     clamped_mlp,
     from_latent,
@@ -19,6 +20,7 @@ from tierlm.kernels.routing import Groups, RouterCall, Rules, combined, grouped,
 from tierlm.kernels.weight import Weight
 
 __all__ = [
+    "ABSORB_ROWS",
     "GroupedAttention",
     "Groups",
     "LatentAttention",

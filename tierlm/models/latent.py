@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import (
+    ABSORB_ROWS,
     LatentAttention,
     Weight,
     attend_chunk,
@@ -114,9 +115,8 @@ class LatentHeads:
         names = ("k_b_proj", "v_b_proj") if self.spec.split else ("kv_b_proj", "")
         matrices = *queries, trunk["kv_a_proj"], *map(trunk.get, names), trunk["o_proj"]
         norms = trunk["input_layernorm"], trunk.get("q_a_layernorm"), trunk["kv_a_layernorm"], next_norm
-        where = self.cache.layer(layer), positions.places, positions.angles
         sparse = self._chooser is not None and self._chooser.needed(positions.segments)
-        done = None if sparse else fused_mla_decode(self._shape, hidden, matrices, norms, *where)
+        done = None if sparse else self._fused(hidden, layer, matrices, norms, positions)
         if done is None:
             x = rms_norm(hidden, trunk["input_layernorm"], self.norm_eps)
             total = hidden + self._attend(x, layer, trunk, positions)
@@ -124,6 +124,28 @@ class LatentHeads:
         elif self._chooser is not None:
             self._chooser.append(rms_norm(hidden, trunk["input_layernorm"], self.norm_eps), layer, trunk, positions)
         return done
+
+    def _fused(
+        self,
+        hidden: Tensor,
+        layer: int,
+        matrices: Sequence[Weight | None],
+        norms: Sequence[Weight | None],
+        positions: Positions,
+    ) -> tuple[Tensor, Tensor] | None:
+        """``fused_mla_decode``. A decode step of more sequences than it takes goes in groups."""
+        cache, places, (cosine, sine) = self.cache.layer(layer), positions.places, positions.angles
+        if len(hidden) <= ABSORB_ROWS or len(positions.segments) < len(hidden):
+            return fused_mla_decode(self._shape, hidden, matrices, norms, cache, places, positions.angles)
+        parts = []
+        for first in range(0, len(hidden), ABSORB_ROWS):
+            rows = slice(first, first + ABSORB_ROWS)
+            where = cache, places[rows], (cosine[rows], sine[rows])
+            if (part := fused_mla_decode(self._shape, hidden[rows], matrices, norms, *where)) is None:
+                return None
+            parts.append(part)
+        totals, normed = zip(*parts, strict=True)
+        return torch.cat(totals), torch.cat(normed)
 
     def _attend(self, x: Tensor, layer: int, trunk: Weights, positions: Positions) -> Tensor:
         """Normed ``x`` [T, hidden] -> float32 [T, hidden]."""

@@ -184,9 +184,7 @@ def decode_seconds(
         other = work.trunk_weights * trunk + attention / machine.weights["f32"]
         other += batch * work.head_weights / machine.product_rate(stored.head, batch)
         overhead = work.layers * machine.layer
-        handling = max(0.0, used - work.experts_per_token) * work.moe_layers * machine.record  # of records as they come
-        total = other + overhead + side_by_side(mixture + handling, disk, machine.beside)
-        overhead += handling
+        total = other + overhead + side_by_side(mixture, disk, machine.beside)
         return Seconds(total, mixture + other, overhead, disk, 0.0, disk_bytes)
     bits = [FORMATS[name].bits for name in stored]
     routed = used * work.moe_layers * work.expert_weights  # read once for all sequences

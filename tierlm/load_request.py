@@ -49,6 +49,11 @@ def check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) ->
         load_zstandard()
     if options.context is not None and options.context > spec.max_position:
         raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
+    if options.speculation != "off" and any(spec.state_widths):
+        raise UsageError(
+            f"speculation: expected off for {spec.model_type}, found {options.speculation}: a rejected draft cannot be "
+            "taken out of the state of gated DeltaNet"
+        )
     context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
     predictor = make_predictor(options.predictor, spec.experts_per_token)
     make_policy(options.policy, TierInfo(len(spec.layers), 1))

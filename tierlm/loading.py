@@ -13,6 +13,9 @@ from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
 from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
+from tierlm.engine.speculation.gate import Measured
+from tierlm.engine.speculation.lookup import PromptLookup
+from tierlm.engine.speculation.speculation import Speculation
 from tierlm.errors import StorageError, UsageError
 from tierlm.kernels import native
 from tierlm.load_request import KV_DTYPES, LoadRequest, check
@@ -81,6 +84,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         decoder = Decoder(spec, embedding, resident, trunks, catalog.head, kv, moe, request.device, timeline)
         relief = _relief(request, experts[-1])
         meter = Meter(store, trunks, transfer)
+        speculation = None if options.speculation == "off" else Speculation(PromptLookup, Measured())
         runtime = Runtime(
             catalog=catalog,
             options=options,
@@ -95,7 +99,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             trunk_tiers=trunk_tiers,
             store=store,
             decoder=decoder,
-            scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk),
+            scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk, speculation),
             heat=store.heat,
             heat_file=heat_file,
             recorder=recorder,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tierlm.config import format_size
-from tierlm.engine.counters import Phase, ratio
+from tierlm.engine.counters import Drafts, Phase, ratio
 from tierlm.host import peak_ram
 from tierlm.memory.executor import LinkStats
 from tierlm.planning.plan import Plan
@@ -24,6 +24,7 @@ class Stats(Table):
     ``first_token``: from the latest prompt to its first token. ``links``: bytes moved and seconds busy by link,
     including loading and warm-up. ``experts`` and ``trunks``: records by tier, the compute tier first; a miss is
     demanded from the next tier. ``hit_rate``: share of demanded experts resident in or in flight to the compute tier.
+    ``drafts``: of speculative decoding.
     ``arrived``: bytes of weights that are here, and all, of a model that was loaded while it arrived from the Hub.
     """
 
@@ -33,6 +34,7 @@ class Stats(Table):
     first_token: float | None
     prefill: Phase
     decode: Phase
+    drafts: Drafts
     hit_rate: float | None
     links: dict[str, LinkStats]
     experts: dict[str, TierStats]
@@ -50,6 +52,7 @@ class Stats(Table):
         for name, phase in (("prefill", self.prefill), ("decode", self.decode)):
             derived = ("rate", "compute", "stall_share", "overlap", "disk_bytes_per_token")
             found[name] |= {what: getattr(phase, what) for what in derived}
+        found["drafts"] |= {what: getattr(self.drafts, what) for what in ("acceptance", "tokens_per_step")}
         return found
 
     def rows(self) -> Iterator[tuple[str, str]]:
@@ -58,6 +61,9 @@ class Stats(Table):
         yield "first token after", f"{_number(self.first_token)} s"
         yield "prefill", _phase(self.prefill)
         yield "decode", _phase(self.decode)
+        if (drafts := self.drafts).drafted:
+            share, tokens = drafts.acceptance or 0.0, _number(drafts.tokens_per_step)
+            yield "speculation", f"{drafts.drafted} drafts, {share:.0%} accepted; {tokens} tokens a step"
         yield "expert hit rate", "-" if self.hit_rate is None else f"{self.hit_rate:.1%}"
         for name, link in self.links.items():
             speed = link.bytes / link.seconds / 1e9 if link.seconds else 0.0
@@ -83,6 +89,7 @@ def collect(runtime: Runtime) -> Stats:
         first_token=counters.first_token,
         prefill=replace(counters.prefill),
         decode=replace(counters.decode),
+        drafts=replace(counters.drafts),
         hit_rate=ratio(compute.hits + compute.late_hits, compute.hits + compute.late_hits + compute.misses),
         links=runtime.transfer.busy(),
         experts={tier.name: replace(tier.stats) for tier in runtime.experts},

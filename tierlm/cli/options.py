@@ -122,6 +122,9 @@ class Loading(Group):
             autocompletion=predictors,
         ),
     ] = "gate"
+    speculation: Annotated[
+        str, Option(metavar="NAME", help="off; lookup: draft tokens from the text so far, where it pays.")
+    ] = "off"
     reader: Annotated[
         str, Option(metavar="NAME", help="auto, direct (O_DIRECT) or mmap (the page cache).", autocompletion=readers)
     ] = "auto"
@@ -142,6 +145,7 @@ class Loading(Group):
             device=self.device,
             policy=self.policy,
             predictor=self.predictor,
+            speculation=self.speculation,
             reader=self.reader,
             context=self.context,
             threads=self.threads,

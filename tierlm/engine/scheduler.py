@@ -13,6 +13,7 @@ from tierlm.engine.counters import Counters
 from tierlm.engine.prefixes import Prefixes
 from tierlm.engine.sampler import logprob_of
 from tierlm.engine.sequence import Sequence, State
+from tierlm.engine.speculation.speculation import Speculation
 from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.meter import Meter
@@ -29,7 +30,8 @@ class Scheduler:
     its client has yet to take a token, so a stream is at most one token ahead of its reader. If all running sequences
     pause while a request waits for room, they all run.
 
-    A step computes prompts, the first come first, or one token of each answer. Prompts and the answers of other
+    A step computes prompts, the first come first, or one token of each answer, and drafts of the next ones with
+    ``speculation``. A stream is then at most one step ahead of its reader. Prompts and the answers of other
     requests each get half of the time: the seconds of a prefill step are owed to the answers that it holds up, and the
     next prefill step runs when they are paid back.
 
@@ -46,9 +48,10 @@ class Scheduler:
         relief: PressureRelief | None,
         eos: abc.Iterable[int],
         chunk: int,
+        speculation: Speculation | None = None,
     ):
         self.decoder, self.cache, self.meter, self.relief = decoder, cache, meter, relief
-        self.eos, self.chunk = frozenset(eos), chunk
+        self.eos, self.chunk, self.speculation = frozenset(eos), chunk, speculation
         self.counters = Counters()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -151,8 +154,17 @@ class Scheduler:
         self._run(batch, segments, watch, prefill=True)
 
     def _decode(self, batch: list[Sequence], watch: Watch) -> None:
-        segments = [Segment(sequence.ids[-1:], sequence.span) for sequence in batch if sequence.span is not None]
+        began = time.perf_counter()
+        proposals = [] if self.speculation is None else self.speculation.propose(batch)
+        drafts = [proposal.verified for proposal in proposals] or [[]] * len(batch)
+        segments = [
+            Segment([sequence.ids[-1], *more], sequence.span)
+            for sequence, more in zip(batch, drafts, strict=True)
+            if sequence.span is not None
+        ]
         self._run(batch, segments, watch, prefill=False)
+        if self.speculation is not None:
+            self.speculation.learn(batch, proposals, time.perf_counter() - began)
 
     def _run(self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool) -> None:
         """Run one step of ``batch``. A sequence that fails ends with its error; the others go on."""
@@ -166,11 +178,13 @@ class Scheduler:
                 sequence.error = outcome
                 self._end(sequence, "error")
                 continue
+            if not prefill:
+                phase.tokens += self._verify(sequence, segment.ids[1 : len(outcome)], outcome)
+                continue
             phase.tokens += len(segment.ids)
-            if prefill:
-                sequence.done = sequence.prefilled = sequence.done + len(segment.ids)
-            if not prefill or sequence.done == len(sequence.prompt):
-                self._take(sequence, outcome)
+            sequence.done = sequence.prefilled = sequence.done + len(segment.ids)
+            if sequence.done == len(sequence.prompt):
+                self._take(sequence, outcome[-1])
         phase.add(0, time.perf_counter() - began, self.meter.read() - before)
         for sequence in batch:  # last, so that a client finds its token in the counters
             sequence.tell()
@@ -178,16 +192,21 @@ class Scheduler:
     def _forward(
         self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool
     ) -> abc.Sequence[Tensor | TierlmError]:
-        """Per segment: the logits of its last token, float32 [vocab], or the error."""
+        """Per segment: the logits of its last token in prefill, and of all its tokens in decode, float32 [n, vocab]; or
+        the error."""
         logits = batch[0].logits
         out = None if logits is None else logits[batch[0].done :][: len(segments[0].ids)]
         try:
             look = functools.partial(self._look, batch, segments, watch, itertools.count())
             found = self.decoder.forward(segments, prefill=prefill, out=out, watch=look)
-            return [found[-1]] if out is not None else list(found)
+            if out is not None:
+                return [found[-1:]]
+            return found.split_with_sizes([1 if prefill else len(segment.ids) for segment in segments])
         except (StorageError, NumericsError) as error:
-            if len(batch) == 1:
+            if len(batch) == 1 and (prefill or len(segments[0].ids) == 1):
                 return [error]
+        if len(batch) == 1:  # without its drafts, which may be what failed
+            return self._forward(batch, [Segment(segments[0].ids[:1], segments[0].span)], watch, prefill)
         # Retried alone, so that one sequence's failure does not fail the batch.
         return [
             self._forward([sequence], [segment], watch, prefill)[0]
@@ -201,6 +220,22 @@ class Scheduler:
             if sequence.state is State.PREFILL:
                 sequence.prefilled = sequence.done + len(segment.ids) * layer // len(self.decoder.spec.layers)
         watch(batch)
+
+    def _verify(self, sequence: Sequence, drafts: abc.Sequence[int], logits: Tensor) -> int:
+        """Take a token, and further ones while the last one is what was drafted, so that the logits after it are known.
+        Returns the number of tokens. ``logits``: [1 + drafts, vocab]."""
+        assert sequence.span is not None
+        counted = self.counters.drafts
+        counted.turns, counted.drafted = counted.turns + 1, counted.drafted + len(drafts)
+        sequence.span.retract(len(drafts))
+        self._take(sequence, logits[0])
+        for taken, draft in enumerate(drafts, 1):
+            if sequence.ended or sequence.ids[-1] != draft:
+                return taken
+            counted.accepted += 1
+            sequence.span.advance(1)
+            self._take(sequence, logits[taken])
+        return 1 + len(drafts)
 
     def _take(self, sequence: Sequence, logits: Tensor) -> None:
         """Sample the next token and end the sequence if it is the last."""

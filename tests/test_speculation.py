@@ -40,6 +40,9 @@ class Scripted:
     wrong: int
     free: bool = True
 
+    def observe(self, sequence: Sequence, states: Tensor) -> None:
+        pass
+
     def kinds(self, sequence: Sequence, most: int) -> list[int]:
         return list(range(most))
 
@@ -260,11 +263,11 @@ def simulate(row: float, right: float, steps: int = 2000, noise: float = 0.0) ->
 @pytest.mark.parametrize("row", [0.05, 0.3, 0.6, 0.9, 1.5])
 @pytest.mark.parametrize("right", [0.0, 0.1, 0.3, 0.6, 0.9, 1.0])
 def test_the_gate_never_loses_more_than_its_allowance(right: float, row: float, noise: float) -> None:
-    """In a model of time: 3 % against the best that is possible without drafts."""
+    """In a model of time. And it gains where there is something to gain."""
     speed, used = simulate(row, right, noise=noise)
-    assert speed > 0.97 - noise / 20
-    if right > 1.6 * row:
-        assert speed > 1.0 + (right - row) / 3
+    assert speed > 0.97
+    if right >= max(0.6, 1.5 * row):
+        assert speed > 1.0 + (right - row) / 4
         assert used > 0.8
 
 
@@ -290,6 +293,6 @@ def test_what_is_drafted_is_judged_before_it_is_verified() -> None:
     for _ in range(12):
         proposals = speculation.propose([sequence])
         sequence.ids.append(sequence.ids[-1] % 4 + 1)
-        speculation.learn([sequence], proposals, 1.0 + 0.1 * proposals[0].count)
-        assert proposals[0].count <= 1 + 7 * (len(sequence.ids) > 4)
+        speculation.learn([sequence], proposals, 1.0 + 0.1 * len(proposals[0].verified))
+        assert len(proposals[0].verified) <= 1 + 7 * (len(sequence.ids) > 4)
     assert all(average.value == 1.0 for average in sequence.chances.values() if average.count)

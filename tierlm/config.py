@@ -133,7 +133,7 @@ class RuntimeOptions:
     device: str = "auto"
     policy: str = "default"
     predictor: str = "gate"
-    speculation: str = "off"  # "lookup": draft tokens from the text so far, and verify several in a step where it pays
+    speculation: str = "off"  # drafts verified where it pays: from the text so far ("lookup"), or the model's ("mtp")
     reader: str = "auto"
     context: int | None = None  # tokens of KV reserved for all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
@@ -225,7 +225,7 @@ _SAMPLING: _Checks = (
 _OPTIONS: _Checks = (
     ("device policy predictor", "a name", lambda v: isinstance(v, str)),
     ("reader", "auto, direct or mmap", ("auto", "direct", "mmap").__contains__),
-    ("speculation", "off or lookup", ("off", "lookup").__contains__),
+    ("speculation", "off, lookup or mtp", ("off", "lookup", "mtp").__contains__),
     ("probe", "auto, refresh or off", ("auto", "refresh", "off").__contains__),
     ("kv_dtype", "float32 or bfloat16", ("float32", "bfloat16").__contains__),
     ("exact heat trace_scores", "True or False", lambda v: isinstance(v, bool)),

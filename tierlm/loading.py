@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from tierlm.checkpoints.rows import Rows
@@ -15,6 +16,7 @@ from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
 from tierlm.engine.speculation.gate import Measured
 from tierlm.engine.speculation.lookup import PromptLookup
+from tierlm.engine.speculation.mtp import MultiTokenPrediction
 from tierlm.engine.speculation.speculation import Speculation
 from tierlm.errors import StorageError, UsageError
 from tierlm.kernels import native
@@ -25,15 +27,18 @@ from tierlm.memory.meter import Meter
 from tierlm.memory.opening import HOST, expert_tiers, open_disk, open_store, open_tiers, stop, tier_plans
 from tierlm.memory.pressure import Pressure, PressureRelief
 from tierlm.memory.slots import Slot, allocate, can_decommit
+from tierlm.memory.store import Store
 from tierlm.memory.tiers import Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.models.decoder import Decoder
 from tierlm.models.embedding import Embedding
 from tierlm.models.moe import MixtureOfExperts
+from tierlm.models.mtp import PredictionLayer
 from tierlm.models.router import Router
 from tierlm.planning.plan import AUTO_RAM, TierPlan
 from tierlm.policies.lookahead import Lookahead
+from tierlm.policies.predictors import make_predictor
 from tierlm.policies.residency import Purpose
 from tierlm.runtime import Runtime
 from tierlm.spec import ExpertKey, ResidentKey
@@ -72,7 +77,8 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         experts = expert_tiers(catalog, options.policy, plan, disk, request.device)
         trunk_tiers = _trunk_tiers(request, disk)
         trunks = _load_trunks(request, trunk_tiers, progress)
-        store, heat_file = open_store(catalog, options, experts[0], Lookahead(request.predictor, spec.moe_layers))
+        own = [layer for layer in spec.moe_layers if layer < spec.depth]
+        store, heat_file = open_store(catalog, options, experts[0], Lookahead(request.predictor, own))
         widths = [layer.attention.cache_width for layer in spec.layers]
         cache = spec.index_widths, spec.state_widths
         kv = KvCache(widths, request.context, KV_DTYPES[options.kv_dtype], request.device, *cache)
@@ -84,7 +90,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         decoder = Decoder(spec, embedding, resident, trunks, catalog.head, kv, moe, request.device, timeline)
         relief = _relief(request, experts[-1])
         meter = Meter(store, trunks, transfer)
-        speculation = None if options.speculation == "off" else Speculation(PromptLookup, Measured())
+        speculation = _open_speculation(request, decoder, resident, kv, store)
         runtime = Runtime(
             catalog=catalog,
             options=options,
@@ -173,6 +179,20 @@ def _load_trunks(request: LoadRequest, tiers: Sequence[Tier], progress: Progress
             done += size
             progress(done, total)
     return trunks
+
+
+def _open_speculation(
+    request: LoadRequest, decoder: Decoder, resident: Weights, kv: KvCache, store: Store
+) -> Speculation | None:
+    """``store``: of the model's own layers. The layer that drafts has one of its own on the same tier."""
+    options, spec = request.options, request.catalog.spec
+    if not spec.mtp:
+        return None if options.speculation == "off" else Speculation(PromptLookup, Measured())
+    lookahead = Lookahead(make_predictor("none", spec.experts_per_token), [spec.depth])
+    own = Store(store.tier, request.catalog.record, lookahead, options.io_timeout, store.heat, options.exact)
+    moe = MixtureOfExperts(spec, decoder.moe.router, own, decoder.timeline)
+    layer = PredictionLayer(decoder, resident, kv, moe, request.device)
+    return Speculation(partial(MultiTokenPrediction, layer), Measured(), spec.hidden)
 
 
 def _relief(request: LoadRequest, ram: Tier) -> PressureRelief | None:

@@ -123,7 +123,11 @@ class Loading(Group):
         ),
     ] = "gate"
     speculation: Annotated[
-        str, Option(metavar="NAME", help="off; lookup: draft tokens from the text so far, where it pays.")
+        str,
+        Option(
+            metavar="NAME",
+            help="Draft tokens where it pays: lookup, from the text so far; mtp, by the model's layer; off.",
+        ),
     ] = "off"
     reader: Annotated[
         str, Option(metavar="NAME", help="auto, direct (O_DIRECT) or mmap (the page cache).", autocompletion=readers)

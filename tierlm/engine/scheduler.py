@@ -7,6 +7,7 @@ import itertools
 import time
 from collections import abc, deque
 
+import torch
 from torch import Tensor
 
 from tierlm.engine.counters import Counters
@@ -172,17 +173,23 @@ class Scheduler:
             return
         phase = self.counters.prefill if prefill else self.counters.decode
         began, before = time.perf_counter(), self.meter.read()
-        outcomes = self._forward(batch, segments, watch, prefill)
-        for sequence, segment, outcome in zip(batch, segments, outcomes, strict=True):
+        rows = [len(segment.ids) for segment in segments]
+        width = 0 if self.speculation is None else self.speculation.width
+        states = torch.empty(sum(rows), width)
+        outcomes = self._forward(batch, segments, watch, prefill, states)
+        for sequence, segment, outcome, seen in zip(batch, segments, outcomes, states.split(rows), strict=True):
             if isinstance(outcome, TierlmError):
                 sequence.error = outcome
                 self._end(sequence, "error")
                 continue
             if not prefill:
-                phase.tokens += self._verify(sequence, segment.ids[1 : len(outcome)], outcome)
+                taken = self._verify(sequence, segment.ids[1 : len(outcome)], outcome)
+                phase.tokens += taken
+                self._observe(sequence, seen[:taken])
                 continue
             phase.tokens += len(segment.ids)
             sequence.done = sequence.prefilled = sequence.done + len(segment.ids)
+            self._observe(sequence, seen)
             if sequence.done == len(sequence.prompt):
                 self._take(sequence, outcome[-1])
         phase.add(0, time.perf_counter() - began, self.meter.read() - before)
@@ -190,15 +197,16 @@ class Scheduler:
             sequence.tell()
 
     def _forward(
-        self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool
+        self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool, states: Tensor
     ) -> abc.Sequence[Tensor | TierlmError]:
         """Per segment: the logits of its last token in prefill, and of all its tokens in decode, float32 [n, vocab]; or
-        the error."""
+        the error. ``states`` [T, hidden]: see Decoder.forward; [T, 0]: not wanted."""
         logits = batch[0].logits
         out = None if logits is None else logits[batch[0].done :][: len(segments[0].ids)]
         try:
+            wanted = states if states.numel() else None
             look = functools.partial(self._look, batch, segments, watch, itertools.count())
-            found = self.decoder.forward(segments, prefill=prefill, out=out, watch=look)
+            found = self.decoder.forward(segments, prefill=prefill, out=out, states=wanted, watch=look)
             if out is not None:
                 return [found[-1:]]
             return found.split_with_sizes([1 if prefill else len(segment.ids) for segment in segments])
@@ -206,11 +214,12 @@ class Scheduler:
             if len(batch) == 1 and (prefill or len(segments[0].ids) == 1):
                 return [error]
         if len(batch) == 1:  # without its drafts, which may be what failed
-            return self._forward(batch, [Segment(segments[0].ids[:1], segments[0].span)], watch, prefill)
+            return self._forward(batch, [Segment(segments[0].ids[:1], segments[0].span)], watch, prefill, states[:1])
+        rows = [len(segment.ids) for segment in segments]
         # Retried alone, so that one sequence's failure does not fail the batch.
         return [
-            self._forward([sequence], [segment], watch, prefill)[0]
-            for sequence, segment in zip(batch, segments, strict=True)
+            self._forward([sequence], [segment], watch, prefill, seen)[0]
+            for sequence, segment, seen in zip(batch, segments, states.split(rows), strict=True)
         ]
 
     def _look(self, batch: list[Sequence], segments: list[Segment], watch: Watch, layers: abc.Iterator[int]) -> None:
@@ -220,6 +229,10 @@ class Scheduler:
             if sequence.state is State.PREFILL:
                 sequence.prefilled = sequence.done + len(segment.ids) * layer // len(self.decoder.spec.layers)
         watch(batch)
+
+    def _observe(self, sequence: Sequence, states: Tensor) -> None:
+        if self.speculation is not None and self.speculation.width and not sequence.ended and sequence.logits is None:
+            self.speculation.observe(sequence, states)
 
     def _verify(self, sequence: Sequence, drafts: abc.Sequence[int], logits: Tensor) -> int:
         """Take a token, and further ones while the last one is what was drafted, so that the logits after it are known.

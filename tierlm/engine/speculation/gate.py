@@ -13,8 +13,9 @@ FIRST = 3  # steps without drafts before the first with them
 REFRESH = 24  # of so many steps with drafts, one runs without them, so that its time stays known
 ROW = 0.5  # of a step's time: what a row is taken to add before it is measured
 MARGIN = 0.05  # of a row's gain, at least: less may be noise
-ALLOWANCE = 0.01  # of the time may be lost to drafts that do not pay
-SAVED, OWED = 2.0, 4.0  # steps: the largest balance of that allowance, and its largest debt
+ALLOWANCE = 0.01  # of the time may be spent on trials, and as much is paid back on a debt
+TRIALS = 2.0  # steps: the most that is saved for trials
+SAVED, OWED = 16.0, 4.0  # steps: the most that counts of what drafts have gained and lost: luck, but not a change
 
 
 class Gate(Protocol):
@@ -47,17 +48,17 @@ class Measured:
     """Verifies drafts while each is expected to give more tokens a second than the step without it.
 
     A draft is one more row of the step. What a row adds to the time, experts that it reads and all, is averaged; so is
-    the time of steps without drafts, by the number of sequences. What steps with drafts have lost or gained against
-    those is kept as a balance, which grows by an ALLOWANCE of the time. A debt stops drafts until it is paid back, and
-    savings pay for a draft that should not pay, to measure it again: drafts that are never right cost the allowance at
-    most, and a cache that warms up is noticed.
+    the time of steps without drafts, by the number of sequences. Now and then a draft that should not pay is tried, to
+    measure it again: a cache that warms up is noticed. Where steps with drafts have lost more time than they have
+    gained, drafts stop until this debt is paid back by an ALLOWANCE of the time.
     """
 
     def __init__(self) -> None:
         self._plain: dict[int, Average] = defaultdict(Average)  # seconds of a step without drafts
         self._row = Average()  # seconds that a draft adds
         self._since = 0  # steps with drafts since the last without
-        self._balance = 0.0  # seconds
+        self._trials = 0.0  # seconds saved for trials
+        self._balance = 0.0  # seconds gained by drafts
 
     def choose(self, chances: Sequence[Sequence[float]], room: int) -> list[int]:
         counts = [0] * len(chances)
@@ -74,9 +75,10 @@ class Measured:
                 break
             chance, at = -best[0][0], best[0][1]
             loss = row - chance * seconds / tokens
-            trial = not any(counts) and loss <= self._balance
-            if not trial and chance * seconds < (1 + MARGIN) * row * tokens:
-                break
+            if chance * seconds < (1 + MARGIN) * row * tokens:
+                if any(counts) or loss > self._trials:
+                    break
+                self._trials -= max(0.0, loss)
             counts[at] += 1
             tokens, seconds = tokens + chance, seconds + row
             if counts[at] < len(chances[at]):
@@ -87,13 +89,14 @@ class Measured:
 
     def add(self, sequences: int, drafts: int, tokens: int, seconds: float) -> None:
         plain = self._plain[sequences]
-        self._balance += ALLOWANCE * seconds
+        spare = ALLOWANCE * seconds
+        self._trials = min(self._trials + spare, TRIALS * plain.value)
         if drafts:
             self._since += 1
             self._row.add((seconds - plain.value) / drafts)
             one = plain.value / sequences  # seconds of a token without drafts, and the most that a draft can cost
-            self._balance += max(tokens * one - seconds, -drafts * one)
+            spare += max(tokens * one - seconds, -drafts * one)
         else:
             self._since = 0
             plain.add(seconds)
-        self._balance = min(max(self._balance, -OWED * plain.value), SAVED * plain.value)
+        self._balance = min(max(self._balance + spare, -OWED * plain.value), SAVED * plain.value)

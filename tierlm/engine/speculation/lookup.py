@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from tierlm.engine.sequence import Sequence
 
 LENGTHS = (4, 2)  # tokens by which an earlier place is found; the longer ones first
@@ -18,6 +20,9 @@ class PromptLookup:
         self._ids: list[int] = []  # of the sequence, as far as they are indexed
         self._ends: dict[tuple[int, ...], int] = {}  # by its tokens: the end of a run's latest place
         self._source = 0  # of the next draft
+
+    def observe(self, sequence: Sequence, states: Tensor) -> None:
+        """Text is all that it reads."""
 
     def kinds(self, sequence: Sequence, most: int) -> list[int]:
         found = self._find(sequence)
@@ -37,9 +42,8 @@ class PromptLookup:
                 if end >= length:
                     self._ends[tuple(ids[end - length : end])] = end
         for length in LENGTHS:
-            if (end := self._ends.get(tuple(ids[-length:]))) is not None:
-                self._source = end
-                same = length
+            if (end := self._ends.get(tuple(ids[-length:]), 0)) > 0:
+                self._source, same = end, length
                 while same < min(LONGEST, end) and ids[end - 1 - same] == ids[-1 - same]:
                     same += 1
                 return same

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Sized
 from typing import NamedTuple
 
+from torch import Tensor
+
 from tierlm.engine.sequence import Sequence
 from tierlm.engine.speculation.drafter import Drafter
 from tierlm.engine.speculation.gate import Gate
@@ -22,23 +24,24 @@ CARRIED = 4  # observations that what earlier sequences have shown counts for in
 
 
 class Proposal(NamedTuple):
-    """Drafts of one sequence that had ``before`` new tokens. The first ``count`` are verified, all are judged."""
+    """Drafts of one sequence that had ``before`` new tokens. The first ``wanted`` are verified, all are judged."""
 
     before: int
     kinds: list[int]
     drafts: list[int]
-    count: int
+    wanted: int
 
     @property
     def verified(self) -> list[int]:
-        return self.drafts[: self.count]
+        return self.drafts[: self.wanted]
 
 
 class Speculation:
-    """The drafts of all sequences. ``make``: makes the drafter of one."""
+    """The drafts of all sequences. ``make``: makes the drafter of one. ``width``: of the states that drafters observe;
+    0: none."""
 
-    def __init__(self, make: Callable[[], Drafter], gate: Gate):
-        self.make, self.gate = make, gate
+    def __init__(self, make: Callable[[], Drafter], gate: Gate, width: int = 0):
+        self.make, self.gate, self.width = make, gate, width
         self._chances: dict[int, Average] = {}  # by kind, of all sequences
 
     def propose(self, batch: Sized[Sequence]) -> list[Proposal]:
@@ -52,8 +55,12 @@ class Speculation:
         for sequence, each, count in zip(batch, kinds, self.gate.choose(chances, room), strict=True):
             drafter = self._drafter(sequence)
             drafts = drafter.draft(sequence, len(each) if drafter.free else count)
-            found.append(Proposal(len(sequence.ids), each, drafts, min(count, len(drafts))))
+            found.append(Proposal(len(sequence.ids), each, drafts, count))
         return found
+
+    def observe(self, sequence: Sequence, states: Tensor) -> None:
+        """See ``Drafter``."""
+        self._drafter(sequence).observe(sequence, states)
 
     def learn(self, batch: Sized[Sequence], proposals: Sized[Proposal], seconds: float) -> None:
         """The step has run, and took ``seconds`` with its drafts."""
@@ -66,7 +73,7 @@ class Speculation:
                     average.add(float(draft == token))
                 if draft != token:
                     break
-        self.gate.add(len(batch), sum(proposal.count for proposal in proposals), tokens, seconds)
+        self.gate.add(len(batch), sum(len(proposal.verified) for proposal in proposals), tokens, seconds)
 
     def _drafter(self, sequence: Sequence) -> Drafter:
         if sequence.drafter is None:

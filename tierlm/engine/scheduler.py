@@ -155,8 +155,8 @@ class Scheduler:
         self._run(batch, segments, watch, prefill=True)
 
     def _decode(self, batch: list[Sequence], watch: Watch) -> None:
-        began = time.perf_counter()
-        proposals = [] if self.speculation is None else self.speculation.propose(batch)
+        began, speculation = time.perf_counter(), self.speculation
+        proposals = [] if speculation is None else speculation.propose(batch)
         drafts = [proposal.verified for proposal in proposals] or [[]] * len(batch)
         segments = [
             Segment([sequence.ids[-1], *more], sequence.span)
@@ -164,8 +164,8 @@ class Scheduler:
             if sequence.span is not None
         ]
         self._run(batch, segments, watch, prefill=False)
-        if self.speculation is not None:
-            self.speculation.learn(batch, proposals, time.perf_counter() - began)
+        if speculation is not None:
+            speculation.learn(batch, proposals, time.perf_counter() - began)
 
     def _run(self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool) -> None:
         """Run one step of ``batch``. A sequence that fails ends with its error; the others go on."""
@@ -177,7 +177,9 @@ class Scheduler:
         width = 0 if self.speculation is None else self.speculation.width
         states = torch.empty(sum(rows), width)
         outcomes = self._forward(batch, segments, watch, prefill, states)
-        for sequence, segment, outcome, seen in zip(batch, segments, outcomes, states.split(rows), strict=True):
+        for sequence, segment, outcome, seen in zip(
+            batch, segments, outcomes, states.split_with_sizes(rows), strict=True
+        ):
             if isinstance(outcome, TierlmError):
                 sequence.error = outcome
                 self._end(sequence, "error")
@@ -219,7 +221,7 @@ class Scheduler:
         # Retried alone, so that one sequence's failure does not fail the batch.
         return [
             self._forward([sequence], [segment], watch, prefill, seen)[0]
-            for sequence, segment, seen in zip(batch, segments, states.split(rows), strict=True)
+            for sequence, segment, seen in zip(batch, segments, states.split_with_sizes(rows), strict=True)
         ]
 
     def _look(self, batch: list[Sequence], segments: list[Segment], watch: Watch, layers: abc.Iterator[int]) -> None:

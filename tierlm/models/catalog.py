@@ -32,7 +32,8 @@ class Catalog:
 
     ``mtp``: with a layer of multi-token prediction, after the model's own.
     ``trunks``: keys of the model's trunks, of the lm_head's blocks, and of that layer's trunk, in execution order;
-    ``head_weights``: those blocks. ``compressed``: some records are compressed. Raises CheckpointError and UnsupportedModelError.
+    ``head_weights``: those blocks. ``compressed``: some records are compressed. Raises CheckpointError and
+    UnsupportedModelError; UsageError if there is no layer for ``mtp``.
     """
 
     def __init__(self, path: Path, mtp: bool = False):

@@ -23,6 +23,7 @@ from tierlm.engine.speculation.lookup import PromptLookup
 from tierlm.engine.speculation.speculation import ROWS, Speculation
 from tierlm.models.decoder import Decoder, Segment
 from tierlm.models.packing import pack_model
+from tierlm.tracing.traceforms import read_trace
 
 RAM = Budget("8GiB")
 PROMPTS = [[5, 9, 23, 5, 9, 23, 5, 9], [88], [64, 2, 111, 12, 40]]
@@ -186,6 +187,16 @@ def test_a_draft_that_cannot_be_computed_costs_nothing(
     monkeypatch.setattr(Decoder, "forward", failing)
     llm = scripted(drafted, answers, 1000)
     assert [result.ids for result in llm.generate(PROMPTS, params())] == answers
+
+
+def test_a_trace_holds_the_rows_of_drafts(toy: Path, answers: list[list[int]], tmp_path: Path) -> None:
+    """Rejected ones too, since their experts were demanded."""
+    with LLM.load(toy, budget=RAM, speculation="lookup", trace=tmp_path / "trace.npz") as llm:
+        assert [result.ids for result in scripted(llm, answers, 5).generate(PROMPTS, params())] == answers
+        drafts = llm.stats().drafts
+    trace = read_trace(tmp_path / "trace.npz")
+    assert (~trace.prefill).sum() == drafts.turns + drafts.drafted
+    assert (trace.experts >= 0).all()
 
 
 def test_states_and_unknown_names_are_refused(originals: Callable[[str], Path]) -> None:

@@ -17,7 +17,7 @@ from tierlm.engine.sequence import Sequence, State
 from tierlm.engine.speculation.speculation import Speculation
 from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
-from tierlm.memory.meter import Meter
+from tierlm.memory.meter import Meter, Usage
 from tierlm.memory.pressure import PressureRelief
 from tierlm.models.decoder import Decoder, Segment
 
@@ -142,6 +142,7 @@ class Scheduler:
         depend on the other sequences."""
         batch: list[Sequence] = []
         segments: list[Segment] = []
+        start = self._start()
         room = self.chunk
         if sequences[0].logits is not None:
             sequences = sequences[:1]
@@ -152,10 +153,10 @@ class Scheduler:
                 batch.append(sequence)
                 segments.append(Segment(ids, sequence.span))
                 room -= len(ids)
-        self._run(batch, segments, watch, prefill=True)
+        self._run(batch, segments, watch, start, prefill=True)
 
     def _decode(self, batch: list[Sequence], watch: Watch) -> None:
-        began, speculation = time.perf_counter(), self.speculation
+        start, speculation = self._start(), self.speculation
         proposals = [] if speculation is None else speculation.propose(batch)
         drafts = [proposal.verified for proposal in proposals] or [[]] * len(batch)
         segments = [
@@ -163,16 +164,21 @@ class Scheduler:
             for sequence, more in zip(batch, drafts, strict=True)
             if sequence.span is not None
         ]
-        self._run(batch, segments, watch, prefill=False)
+        self._run(batch, segments, watch, start, prefill=False)
         if speculation is not None:
-            speculation.learn(batch, proposals, time.perf_counter() - began)
+            speculation.learn(batch, proposals, time.perf_counter() - start[0])
 
-    def _run(self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool) -> None:
+    def _start(self) -> tuple[float, Usage]:
+        """The time and the meter when a step begins."""
+        return time.perf_counter(), self.meter.read()
+
+    def _run(
+        self, batch: list[Sequence], segments: list[Segment], watch: Watch, start: tuple[float, Usage], prefill: bool
+    ) -> None:
         """Run one step of ``batch``. A sequence that fails ends with its error; the others go on."""
         if not batch:
             return
         phase = self.counters.prefill if prefill else self.counters.decode
-        began, before = time.perf_counter(), self.meter.read()
         rows = [len(segment.ids) for segment in segments]
         width = 0 if self.speculation is None else self.speculation.width
         states = torch.empty(sum(rows), width)
@@ -191,9 +197,10 @@ class Scheduler:
                 continue
             phase.tokens += len(segment.ids)
             sequence.done = sequence.prefilled = sequence.done + len(segment.ids)
-            self._observe(sequence, seen)
             if sequence.done == len(sequence.prompt):
                 self._take(sequence, outcome[-1])
+            self._observe(sequence, seen)
+        began, before = start
         phase.add(0, time.perf_counter() - began, self.meter.read() - before)
         for sequence in batch:  # last, so that a client finds its token in the counters
             sequence.tell()

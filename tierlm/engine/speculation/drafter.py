@@ -19,8 +19,8 @@ class Drafter(Protocol):
     free: bool
 
     def observe(self, sequence: Sequence, states: Tensor) -> None:
-        """The model has run the last tokens in the span of ``sequence``; ``states``, float32 [n, hidden]: its normed
-        residual stream at these. Called only if Speculation has a ``width``."""
+        """The model has run the last tokens in the span of ``sequence``, and the token after them is known. ``states``,
+        float32 [n, hidden]: its normed residual stream at these. Called only if Speculation has a ``width``."""
 
     def kinds(self, sequence: Sequence, most: int) -> list[int]:
         """What ``draft`` can draft now, at most ``most`` tokens: the kind of each. Drafts of one kind are right about

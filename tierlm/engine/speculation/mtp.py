@@ -30,16 +30,16 @@ class MultiTokenPrediction:
         self._states: Tensor | None = None  # of the tokens after those, [n, hidden]
 
     def observe(self, sequence: Sequence, states: Tensor) -> None:
-        """See ``Drafter``. A prompt is read chunk by chunk, what follows when drafts are wanted."""
+        """See ``Drafter``. A prompt is read at once, but for its last token; what follows, when drafts are wanted."""
         assert sequence.span is not None
         start, waiting = sequence.span.length - len(states), self._states
+        prompt = len(sequence.ids) <= 1
         known = self._span is sequence.span and self._first + self._read + _rows(waiting) == start
-        if known and waiting is not None and _rows(waiting) + len(states) > FEW:
-            known = len(waiting) > FEW and self._run(sequence) is not None
-            waiting = None
-        if not known:
+        if not known or (_rows(waiting) + len(states) > FEW and not prompt):
             self._span, self._first, self._read, waiting = sequence.span, start, 0, None
         self._states = states if waiting is None else torch.cat((waiting, states))
+        if prompt and len(self._states) > 1:
+            self._run(sequence, len(self._states) - 1)
 
     def kinds(self, sequence: Sequence, most: int) -> list[int]:
         assert sequence.span is not None
@@ -48,7 +48,7 @@ class MultiTokenPrediction:
 
     def draft(self, sequence: Sequence, count: int) -> list[int]:
         found: list[int] = []
-        if not count or (states := self._run(sequence)) is None:
+        if not count or self._states is None or (states := self._run(sequence, len(self._states))) is None:
             return found
         ahead = self._own()
         try:
@@ -60,18 +60,19 @@ class MultiTokenPrediction:
             pass  # fewer drafts
         return found
 
-    def _run(self, sequence: Sequence) -> Tensor | None:
-        """Run the layer on the states that wait. Returns its own; None if a read fails, which is no request's error."""
+    def _run(self, sequence: Sequence, count: int) -> Tensor | None:
+        """Run the layer on the first ``count`` states that wait. Returns its own; None if a read fails, which is no
+        request's error."""
         assert self._states is not None
-        own, count = self._own(), len(self._states)
+        own, states = self._own(), self._states
         after = self._first + self._read + 1
         ids = [*sequence.prompt, *sequence.ids][after : after + count]
         try:
-            found = self._layer.forward(self._states, ids, own)
+            found = self._layer.forward(states[:count], ids, own)
         except StorageError:
             self._span = self._states = None
             return None
-        self._read, self._states = self._read + count, None
+        self._read, self._states = self._read + count, states[count:] if count < len(states) else None
         return found
 
     def _own(self) -> Span:

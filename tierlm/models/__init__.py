@@ -59,11 +59,11 @@ def read_spec(config: Mapping[str, Any], where: str, mtp: bool = False) -> Model
     try:
         published(fields := Config(config, where))  # refuses other quantisation, which would give wrong text
         spec = family.read_spec(fields)
-        if mtp and not fields.number("num_nextn_predict_layers", default=0):
-            raise UsageError(
-                f"speculation: mtp needs a layer of multi-token prediction, and {where} has none (it would say so in "
-                "num_nextn_predict_layers); use lookup"
-            )
-        return replace(spec, layers=(*spec.layers, spec.layers[-1]), mtp=True) if mtp else spec
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
+    if mtp and not fields.number("num_nextn_predict_layers", default=0):
+        raise UsageError(
+            "speculation: mtp needs a layer of multi-token prediction: expected num_nextn_predict_layers of at least 1 "
+            f"in {where}, found none; use lookup"
+        )
+    return replace(spec, layers=(*spec.layers, spec.layers[-1]), mtp=True) if mtp else spec

@@ -12,6 +12,7 @@ from tierlm.policies.prefetch import Average
 FIRST = 3  # steps without drafts before the first with them
 REFRESH = 24  # of so many steps with drafts, one runs without them, so that its time stays known
 ROW = 0.5  # of a step's time: what a row is taken to add before it is measured
+LEAST = 0.02  # of a step's time: what a row adds at least, whatever noise says
 MARGIN = 0.05  # of a row's gain, at least: less may be noise
 ALLOWANCE = 0.01  # of the time may be spent on trials, and as much is paid back on a debt
 TRIALS = 2.0  # steps: the most that is saved for trials
@@ -65,7 +66,7 @@ class Measured:
         plain = self._plain[len(chances)]
         if plain.count < FIRST or self._since >= REFRESH or self._balance < 0:
             return counts
-        row = max(0.0, self._row.value if self._row.count else ROW * plain.value)
+        row = max(LEAST * plain.value, self._row.value if self._row.count else ROW * plain.value)
         room = min(room, 1 + self._row.count)  # the first trials are small
         tokens, seconds = float(len(chances)), plain.value
         best = [(-each[0], at) for at, each in enumerate(chances) if each]  # of each sequence, its next draft

@@ -141,6 +141,7 @@ class RuntimeOptions:
     device: str = "auto"
     policy: str = "default"
     predictor: str = "gate"
+    speculation: str = "off"  # drafts verified where it pays: from the text so far ("lookup"), or the model's ("mtp")
     reader: str = "auto"
     context: int | None = None  # tokens of KV reserved for all sequences of a batch; None: min(model's own, 4096)
     prefill_chunk: int = 512
@@ -180,6 +181,7 @@ class LoadOptions(TypedDict, total=False):
     device: str
     policy: str
     predictor: str
+    speculation: str
     reader: str
     context: int | None
     prefill_chunk: int
@@ -243,6 +245,7 @@ _SAMPLING: _Checks = (
 _OPTIONS: _Checks = (
     ("device policy predictor", "a name", lambda v: isinstance(v, str)),
     ("reader", "auto, direct or mmap", ("auto", "direct", "mmap").__contains__),
+    ("speculation", "off, lookup or mtp", ("off", "lookup", "mtp").__contains__),
     ("probe", "auto, refresh or off", ("auto", "refresh", "off").__contains__),
     ("kv_dtype", "auto, float32 or bfloat16", ("auto", "float32", "bfloat16").__contains__),
     ("kv_format", "exact or int8", ("exact", "int8").__contains__),

@@ -47,12 +47,19 @@ class LoadRequest:
 def check(folder: Path, budget: Budget, options: RuntimeOptions, others: int) -> LoadRequest:
     """Check a load before anything is opened. ``others``: bytes of ram held by other models of this process. Raises
     UsageError, BudgetError, CheckpointError, StorageError."""
-    device, catalog = find_device(options.device), Catalog(folder)
+    device, catalog = find_device(options.device), Catalog(folder, options.speculation == "mtp")
     spec = catalog.spec
     if catalog.compressed:
         load_zstandard()
     if options.context is not None and options.context > spec.max_position:
         raise UsageError(f"context: expected at most the model's own {spec.max_position}, found {options.context}")
+    if options.speculation != "off" and any(spec.state_widths):
+        raise UsageError(
+            f"speculation: expected off for {spec.model_type}, found {options.speculation}: a rejected draft cannot be "
+            "taken out of the state of gated DeltaNet"
+        )
+    if spec.mtp and options.trace is not None:
+        raise UsageError("trace: expected None with speculation mtp, whose layer is in no trace")
     context = options.context or min(spec.max_position, DEFAULT_CONTEXT)
     predictor = make_predictor(options.predictor, spec.experts_per_token)
     make_policy(options.policy, TierInfo(len(spec.layers), 1))

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from tierlm.checkpoints.disk_profile import DiskProfile
@@ -13,6 +14,10 @@ from tierlm.checkpoints.rows import Rows
 from tierlm.checkpoints.views import Weights, weights_of
 from tierlm.config import Budget, RuntimeOptions, format_size
 from tierlm.engine.scheduler import Scheduler
+from tierlm.engine.speculation.gate import Measured
+from tierlm.engine.speculation.lookup import PromptLookup
+from tierlm.engine.speculation.mtp import MultiTokenPrediction
+from tierlm.engine.speculation.speculation import Speculation
 from tierlm.errors import StorageError, UsageError
 from tierlm.files import user_cache
 from tierlm.kernels import native
@@ -25,16 +30,19 @@ from tierlm.memory.meter import Meter
 from tierlm.memory.opening import HOST, expert_tiers, open_disk, open_store, open_tiers, stop, tier_plans
 from tierlm.memory.pressure import Pressure, PressureRelief
 from tierlm.memory.slots import Slot, allocate, can_decommit
+from tierlm.memory.store import Store
 from tierlm.memory.tiers import Tier
 from tierlm.memory.transfer import Transfer
 from tierlm.memory.trunks import Trunks
 from tierlm.models.decoder import Decoder
 from tierlm.models.embedding import Embedding
 from tierlm.models.moe import MixtureOfExperts
+from tierlm.models.mtp import PredictionLayer
 from tierlm.models.router import Router
 from tierlm.planning.plan import AUTO_RAM, TierPlan
 from tierlm.policies.chains import Leaves
 from tierlm.policies.lookahead import Lookahead
+from tierlm.policies.predictors import make_predictor
 from tierlm.policies.residency import Purpose
 from tierlm.runtime import Runtime
 from tierlm.spec import ExpertKey, ResidentKey
@@ -74,7 +82,8 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
         experts = expert_tiers(catalog, options.policy, plan, disk, request.device)
         trunk_tiers = _trunk_tiers(request, disk)
         trunks = _load_trunks(request, trunk_tiers, progress)
-        store, heat_file = open_store(catalog, options, experts[0], Lookahead(request.predictor, spec.moe_layers))
+        own = [layer for layer in spec.moe_layers if layer < spec.depth]
+        store, heat_file = open_store(catalog, options, experts[0], Lookahead(request.predictor, own))
         widths = [layer.attention.cache_width for layer in spec.layers]
         cache = spec.index_widths, spec.state_widths
         kv = KvCache(widths, request.context, request.kv_dtype, request.device, *cache)
@@ -89,6 +98,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             undo.callback(kv_disk.close)
         relief = _relief(request, experts[-1])
         meter = Meter(store, trunks, transfer)
+        speculation = _open_speculation(request, decoder, resident, kv, store)
         runtime = Runtime(
             catalog=catalog,
             options=options,
@@ -103,7 +113,7 @@ def load_runtime(folder: Path, budget: Budget, options: RuntimeOptions, progress
             trunk_tiers=trunk_tiers,
             store=store,
             decoder=decoder,
-            scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk, kv_disk),
+            scheduler=Scheduler(decoder, kv, meter, relief, catalog.eos, options.prefill_chunk, kv_disk, speculation),
             kv_disk=kv_disk,
             heat=store.heat,
             heat_file=heat_file,
@@ -199,6 +209,20 @@ def _load_trunks(request: LoadRequest, tiers: Sequence[Tier], progress: Progress
             done += size
             progress(done, total)
     return trunks
+
+
+def _open_speculation(
+    request: LoadRequest, decoder: Decoder, resident: Weights, kv: KvCache, store: Store
+) -> Speculation | None:
+    """``store``: of the model's own layers. The layer that drafts has one of its own on the same tier."""
+    options, spec = request.options, request.catalog.spec
+    if not spec.mtp:
+        return None if options.speculation == "off" else Speculation(PromptLookup, Measured())
+    lookahead = Lookahead(make_predictor("none", spec.experts_per_token), [spec.depth])
+    own = Store(store.tier, request.catalog.record, lookahead, options.io_timeout, store.heat, options.exact)
+    moe = MixtureOfExperts(spec, decoder.moe.router, own, decoder.timeline)
+    layer = PredictionLayer(decoder, resident, kv, moe, request.device)
+    return Speculation(partial(MultiTokenPrediction, layer), Measured(), spec.hidden)
 
 
 def _relief(request: LoadRequest, ram: Tier) -> PressureRelief | None:

@@ -377,7 +377,8 @@ class ModelSpec:
     ``sandwich``: outputs of attention and feed-forward are normed before they are added. ``zero_centred``: norms are
     stored less one. ``scaled_embedding``: embeddings are multiplied by the square root of ``hidden``.
     ``scaled_layers``: the residual stream is multiplied by a scalar after each layer. ``logit_cap``: logits are bent to
-    stay below it.
+    stay below it. ``mtp``: the last layer is one of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section
+    2.2), which drafts tokens and is no part of the model itself.
 
     Derived: ``moe``, the spec of the MoE layers, or None; ``moe_layers``, their numbers; ``experts`` and
     ``experts_per_token`` of one MoE layer; ``index_widths``, values of the index key cached per token, by layer;
@@ -399,6 +400,7 @@ class ModelSpec:
     scaled_embedding: bool = False
     scaled_layers: bool = False
     logit_cap: float | None = None
+    mtp: bool = False
     moe: Moe | None = field(init=False, repr=False, compare=False)
     moe_layers: tuple[int, ...] = field(init=False, repr=False, compare=False)
     experts: int = field(init=False, repr=False, compare=False)
@@ -433,6 +435,11 @@ class ModelSpec:
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def depth(self) -> int:
+        """The number of the model's own layers."""
+        return len(self.layers) - self.mtp
 
 
 def _index_width(attention: AttentionSpec, layer: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tierlm.config import format_size
-from tierlm.engine.counters import Phase, ratio
+from tierlm.engine.counters import Drafts, Phase, ratio
 from tierlm.host import peak_ram
 from tierlm.memory.executor import LinkStats
 from tierlm.memory.kvdisk import KvTier
@@ -27,6 +27,7 @@ class Stats(Table):
     demanded from the next tier. ``hit_rate``: share of demanded experts resident in or in flight to the compute tier.
     ``preempted``: how often a sequence gave way to another for lack of room in the KV cache.
     ``kv``: KV values by tier, "ram" and, with ``kv_disk``, "disk".
+    ``drafts``: of speculative decoding.
     ``arrived``: bytes of weights that are here, and all, of a model that was loaded while it arrived from the Hub.
     """
 
@@ -36,6 +37,7 @@ class Stats(Table):
     first_token: float | None
     prefill: Phase
     decode: Phase
+    drafts: Drafts
     hit_rate: float | None
     preempted: int
     links: dict[str, LinkStats]
@@ -55,6 +57,7 @@ class Stats(Table):
         for name, phase in (("prefill", self.prefill), ("decode", self.decode)):
             derived = ("rate", "compute", "stall_share", "overlap", "disk_bytes_per_token")
             found[name] |= {what: getattr(phase, what) for what in derived}
+        found["drafts"] |= {what: getattr(self.drafts, what) for what in ("acceptance", "tokens_per_step")}
         return found
 
     def rows(self) -> Iterator[tuple[str, str]]:
@@ -65,6 +68,9 @@ class Stats(Table):
         yield "decode", _phase(self.decode)
         if self.preempted:
             yield "gave way", f"{self.preempted} times a sequence, for lack of room in the KV cache"
+        if (drafts := self.drafts).drafted:
+            share, tokens = drafts.acceptance or 0.0, _number(drafts.tokens_per_step)
+            yield "speculation", f"{drafts.drafted} drafts, {share:.0%} accepted; {tokens} tokens a step"
         yield "expert hit rate", "-" if self.hit_rate is None else f"{self.hit_rate:.1%}"
         for name, link in self.links.items():
             speed = link.bytes / link.seconds / 1e9 if link.seconds else 0.0
@@ -92,6 +98,7 @@ def collect(runtime: Runtime) -> Stats:
         first_token=counters.first_token,
         prefill=replace(counters.prefill),
         decode=replace(counters.decode),
+        drafts=replace(counters.drafts),
         hit_rate=ratio(compute.hits + compute.late_hits, compute.hits + compute.late_hits + compute.misses),
         preempted=counters.preempted,
         links=runtime.transfer.busy(),

@@ -122,6 +122,13 @@ class Loading(Group):
             autocompletion=predictors,
         ),
     ] = "gate"
+    speculation: Annotated[
+        str,
+        Option(
+            metavar="NAME",
+            help="Draft tokens where it pays: lookup, from the text so far; mtp, by the model's layer; off.",
+        ),
+    ] = "off"
     reader: Annotated[
         str, Option(metavar="NAME", help="auto, direct (O_DIRECT) or mmap (the page cache).", autocompletion=readers)
     ] = "auto"
@@ -146,6 +153,7 @@ class Loading(Group):
             device=self.device,
             policy=self.policy,
             predictor=self.predictor,
+            speculation=self.speculation,
             reader=self.reader,
             kv_dtype=self.kv_dtype,
             context=self.context,

@@ -50,6 +50,26 @@ class Phase:
 
 
 @dataclass
+class Drafts:
+    """Speculative decoding: tokens that were ``drafted`` and verified, and those of them that the model ``accepted``.
+    ``turns``: decode steps, each counted for every sequence in it."""
+
+    drafted: int = 0
+    accepted: int = 0
+    turns: int = 0
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafts that were accepted."""
+        return ratio(self.accepted, self.drafted)
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """New tokens of a sequence in a decode step; 1 without drafts."""
+        return ratio(self.turns + self.accepted, self.turns)
+
+
+@dataclass
 class Counters:
     """``first_tokens``: new tokens that prefill made: the first of each sequence, and the next one after it gave way.
     ``first_token``: the latency of the first in seconds, for the latest sequence. ``preempted``: how often a sequence
@@ -57,6 +77,7 @@ class Counters:
 
     prefill: Phase = field(default_factory=Phase)
     decode: Phase = field(default_factory=Phase)
+    drafts: Drafts = field(default_factory=Drafts)
     first_tokens: int = 0
     first_token: float | None = None
     preempted: int = 0

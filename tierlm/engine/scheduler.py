@@ -8,17 +8,19 @@ import itertools
 import time
 from collections import abc
 
+import torch
 from torch import Tensor
 
 from tierlm.engine.counters import Counters
 from tierlm.engine.prefixes import Prefixes
 from tierlm.engine.sampler import logprob_of
 from tierlm.engine.sequence import Keep, Sequence, State
+from tierlm.engine.speculation.speculation import Speculation
 from tierlm.engine.stored import StoredPrefixes
 from tierlm.errors import NumericsError, StorageError, TierlmError
 from tierlm.memory.kvcache import KvCache
 from tierlm.memory.kvdisk import KvDisk, KvTier
-from tierlm.memory.meter import Meter
+from tierlm.memory.meter import Meter, Usage
 from tierlm.memory.pressure import PressureRelief
 from tierlm.models.decoder import Decoder, Segment
 
@@ -33,9 +35,10 @@ class Scheduler:
     its client has yet to take a token, so a stream is at most one token ahead of its reader. If all running sequences
     pause while a request waits for room, they all run.
 
-    A step computes prompts, or one token of each answer. Prompts and the answers of other
-    requests each get half of the time: the seconds of a prefill step are owed to the answers that it holds up, and the
-    next prefill step runs when they are paid back.
+    A step computes prompts, or one token of each answer, and drafts of the next ones with ``speculation``. A stream is
+    then at most one step ahead of its reader. Prompts and the answers of other requests each get half of the time: the
+    seconds of a prefill step are owed to the answers that it holds up, and the next prefill step runs when they are
+    paid back.
 
     A sequence with ``keep`` leaves its KV values in the cache when it ends, and goes on from those of others: Prefixes.
     With ``disk`` they go there too, and are read while other sequences run: StoredPrefixes.
@@ -57,9 +60,10 @@ class Scheduler:
         eos: abc.Iterable[int],
         chunk: int,
         disk: KvDisk | None = None,
+        speculation: Speculation | None = None,
     ):
         self.decoder, self.cache, self.meter, self.relief = decoder, cache, meter, relief
-        self.eos, self.chunk = frozenset(eos), chunk
+        self.eos, self.chunk, self.speculation = frozenset(eos), chunk, speculation
         self.counters = Counters()
         self._waiting: list[Sequence] = []  # both by rank
         self._running: list[Sequence] = []
@@ -196,6 +200,7 @@ class Scheduler:
         depend on the other sequences."""
         batch: list[Sequence] = []
         segments: list[Segment] = []
+        start = self._start()
         room = self.chunk
         if sequences[0].logits is not None:
             sequences = sequences[:1]
@@ -206,51 +211,85 @@ class Scheduler:
                 batch.append(sequence)
                 segments.append(Segment(ids, sequence.span))
                 room -= len(ids)
-        self._run(batch, segments, watch, prefill=True)
+        self._run(batch, segments, watch, start, prefill=True)
 
     def _decode(self, batch: list[Sequence], watch: Watch) -> None:
-        segments = [Segment(sequence.ids[-1:], sequence.span) for sequence in batch if sequence.span is not None]
-        self._run(batch, segments, watch, prefill=False)
+        if not batch:
+            return
+        start, speculation = self._start(), self.speculation
+        proposals = [] if speculation is None else speculation.propose(batch)
+        drafts = [proposal.verified for proposal in proposals] or [[]] * len(batch)
+        segments = [
+            Segment([sequence.ids[-1], *more], sequence.span)
+            for sequence, more in zip(batch, drafts, strict=True)
+            if sequence.span is not None
+        ]
+        self._run(batch, segments, watch, start, prefill=False)
+        if speculation is not None:
+            speculation.learn(batch, proposals, time.perf_counter() - start[0])
 
-    def _run(self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool) -> None:
+    def _start(self) -> tuple[float, Usage]:
+        """The time and the meter when a step begins."""
+        return time.perf_counter(), self.meter.read()
+
+    def _run(
+        self, batch: list[Sequence], segments: list[Segment], watch: Watch, start: tuple[float, Usage], prefill: bool
+    ) -> None:
         """Run one step of ``batch``. A sequence that fails ends with its error; the others go on."""
         if not batch:
             return
         phase = self.counters.prefill if prefill else self.counters.decode
-        began, before = time.perf_counter(), self.meter.read()
-        outcomes = self._forward(batch, segments, watch, prefill)
-        for sequence, segment, outcome in zip(batch, segments, outcomes, strict=True):
+        rows = [len(segment.ids) for segment in segments]
+        width = 0 if self.speculation is None else self.speculation.width
+        states = torch.empty(sum(rows), width)
+        outcomes = self._forward(batch, segments, watch, prefill, states)
+        for sequence, segment, outcome, seen in zip(
+            batch, segments, outcomes, states.split_with_sizes(rows), strict=True
+        ):
             if isinstance(outcome, TierlmError):
                 sequence.error = outcome
                 self._end(sequence, "error")
                 continue
+            if not prefill:
+                taken = self._verify(sequence, segment.ids[1 : len(outcome)], outcome)
+                phase.tokens += taken
+                self._observe(sequence, seen[:taken])
+                continue
             phase.tokens += len(segment.ids)
-            if prefill:
-                sequence.done += len(segment.ids)
-                sequence.prefilled = min(max(sequence.prefilled, sequence.done), len(sequence.prompt))
-            if not prefill or sequence.done == len(sequence.tokens):
-                self._take(sequence, outcome)
+            sequence.done += len(segment.ids)
+            sequence.prefilled = min(max(sequence.prefilled, sequence.done), len(sequence.prompt))
+            if sequence.done == len(sequence.tokens):
+                self._take(sequence, outcome[-1])
+            self._observe(sequence, seen)
+        began, before = start
         phase.add(0, time.perf_counter() - began, self.meter.read() - before)
         for sequence in batch:  # last, so that a client finds its token in the counters
             sequence.tell()
 
     def _forward(
-        self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool
+        self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool, states: Tensor
     ) -> abc.Sequence[Tensor | TierlmError]:
-        """Per segment: the logits of its last token, float32 [vocab], or the error."""
+        """Per segment: the logits of its last token in prefill, and of all its tokens in decode, float32 [n, vocab]; or
+        the error. ``states`` [T, hidden]: see Decoder.forward; [T, 0]: not wanted."""
         logits = batch[0].logits
         out = None if logits is None else logits[batch[0].done :][: len(segments[0].ids)]
         try:
+            wanted = states if states.numel() else None
             look = functools.partial(self._look, batch, segments, watch, itertools.count())
-            found = self.decoder.forward(segments, prefill=prefill, out=out, watch=look)
-            return [found[-1]] if out is not None else list(found)
+            found = self.decoder.forward(segments, prefill=prefill, out=out, states=wanted, watch=look)
+            if out is not None:
+                return [found[-1:]]
+            return found.split_with_sizes([1 if prefill else len(segment.ids) for segment in segments])
         except (StorageError, NumericsError) as error:
-            if len(batch) == 1:
+            if len(batch) == 1 and (prefill or len(segments[0].ids) == 1):
                 return [error]
+        if len(batch) == 1:  # without its drafts, which may be what failed
+            return self._forward(batch, [Segment(segments[0].ids[:1], segments[0].span)], watch, prefill, states[:1])
+        rows = [len(segment.ids) for segment in segments]
         # Retried alone, so that one sequence's failure does not fail the batch.
         return [
-            self._forward([sequence], [segment], watch, prefill)[0]
-            for sequence, segment in zip(batch, segments, strict=True)
+            self._forward([sequence], [segment], watch, prefill, seen)[0]
+            for sequence, segment, seen in zip(batch, segments, states.split_with_sizes(rows), strict=True)
         ]
 
     def _look(self, batch: list[Sequence], segments: list[Segment], watch: Watch, layers: abc.Iterator[int]) -> None:
@@ -261,6 +300,26 @@ class Scheduler:
                 done = sequence.done + len(segment.ids) * layer // len(self.decoder.spec.layers)
                 sequence.prefilled = min(max(sequence.prefilled, done), len(sequence.prompt))
         watch(batch)
+
+    def _observe(self, sequence: Sequence, states: Tensor) -> None:
+        if self.speculation is not None and self.speculation.width and not sequence.ended and sequence.logits is None:
+            self.speculation.observe(sequence, states)
+
+    def _verify(self, sequence: Sequence, drafts: abc.Sequence[int], logits: Tensor) -> int:
+        """Take a token, and further ones while the last one is what was drafted, so that the logits after it are known.
+        Returns the number of tokens. ``logits``: [1 + drafts, vocab]."""
+        assert sequence.span is not None
+        counted = self.counters.drafts
+        counted.turns, counted.drafted = counted.turns + 1, counted.drafted + len(drafts)
+        sequence.span.retract(len(drafts))
+        self._take(sequence, logits[0])
+        for taken, draft in enumerate(drafts, 1):
+            if sequence.ended or sequence.ids[-1] != draft:
+                return taken
+            counted.accepted += 1
+            sequence.span.advance(1)
+            self._take(sequence, logits[taken])
+        return 1 + len(drafts)
 
     def _take(self, sequence: Sequence, logits: Tensor) -> None:
         """Sample the next token and end the sequence if it is the last."""

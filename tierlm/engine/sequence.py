@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tierlm.config import SamplingParams
 from tierlm.engine.sampler import Sampler, TokenLogprob
+from tierlm.engine.speculation.drafter import Drafter
 from tierlm.errors import TierlmError
 from tierlm.memory.kvcache import Span
+from tierlm.policies.prefetch import Average
 
 AGING = 60.0  # seconds that a request comes later for each unit of its priority
 
@@ -83,8 +85,9 @@ class Sequence:
     to reserve in the KV cache when it is admitted. ``limit``: maximum of new tokens. ``cached``: prompt tokens whose KV
     values were there. ``done``: tokens that have run, those included. ``prefilled``: those of them that are prompt
     tokens, with a share for the layers that have run of the present step; the client may read it. ``told``: new tokens
-    that were put into the mailbox.
-    ``asked``: the client waits for the next token. ``request``: cancels the sequence when the client drops its request.
+    that were put into the mailbox. ``asked``: the client waits for the next token. ``drafter``, ``chances``: what
+    drafts its tokens, and how often drafts of each kind were right. ``request``: cancels the sequence when the client
+    drops its request.
     """
 
     prompt: abc.Sequence[int]
@@ -107,6 +110,8 @@ class Sequence:
     asked: bool = True
     finish: str | None = None
     error: TierlmError | None = None
+    drafter: Drafter | None = None
+    chances: dict[int, Average] = field(default_factory=dict)
     request: weakref.ref[object] | None = None
     submitted: float = field(default_factory=time.perf_counter)
     sampler: Sampler = field(init=False)
@@ -150,9 +155,16 @@ class Sequence:
         return [] if self.span is None else self.tokens[: self.span.length]
 
     def tell(self) -> None:
-        """Put what is new into the mailbox."""
-        if self.ended or (len(self.ids) > self.told and self.pace is not Pace.END):
-            new, logprobs = self.ids[self.told :], self.logprobs[self.told :]
-            self.told, self.asked = len(self.ids), False
+        """Put what is new into the mailbox, token by token unless the client wants all at the end."""
+        if not self.ended and (len(self.ids) == self.told or self.pace is Pace.END):
+            return
+        self.asked = False
+        while True:
+            start, self.told = self.told, len(self.ids) if self.pace is Pace.END else min(self.told + 1, len(self.ids))
+            new, logprobs = self.ids[start : self.told], self.logprobs[start : self.told]
             reported = None if self.params.logprobs is None else logprobs
-            self.mailbox.put(Progress(self.place, new, self.finish, self.error, reported, self.cached))
+            last = self.told == len(self.ids)
+            finish, error = (self.finish, self.error) if last else (None, None)
+            self.mailbox.put(Progress(self.place, new, finish, error, reported, self.cached))
+            if last:
+                return

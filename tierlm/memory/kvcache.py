@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ class Span:
         """Accept what a step has appended, and the state that it has written."""
         self.length += tokens
         self.turn = 1 - self.turn
+
+    def retract(self, tokens: int) -> None:
+        """Drop the last ``tokens``. A state cannot go back: only for a model without states."""
+        self.length -= tokens
+
+    def ahead(self, tokens: int) -> Span:
+        """This part of the cache as it is when ``tokens`` more are in it."""
+        return replace(self, length=self.length + tokens)
 
 
 class KvCache:

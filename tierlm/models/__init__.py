@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from tierlm.errors import CheckpointError, UnsupportedModelError, shown
+from tierlm.errors import CheckpointError, UnsupportedModelError, UsageError, shown
 from tierlm.models.config_reader import Config
 from tierlm.models.deepseek import DeepSeek
 from tierlm.models.family import Family
@@ -51,11 +52,18 @@ def family_of(model_type: object, where: str) -> Family:
     return family
 
 
-def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
-    """The ModelSpec of a ``config.json``. Raises UnsupportedModelError and CheckpointError, naming ``where``."""
+def read_spec(config: Mapping[str, Any], where: str, mtp: bool = False) -> ModelSpec:
+    """The ModelSpec of a ``config.json``. ``mtp``: with its first layer of multi-token prediction. Raises
+    UnsupportedModelError and CheckpointError, naming ``where``; UsageError if there is no such layer."""
     family = family_of(config.get("model_type"), where)
     try:
         published(fields := Config(config, where))  # refuses other quantisation, which would give wrong text
-        return family.read_spec(fields)
+        spec = family.read_spec(fields)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
+    if mtp and not fields.number("num_nextn_predict_layers", default=0):
+        raise UsageError(
+            "speculation: mtp needs a layer of multi-token prediction: expected num_nextn_predict_layers of at least 1 "
+            f"in {where}, found none; use lookup"
+        )
+    return replace(spec, layers=(*spec.layers, spec.layers[-1]), mtp=True) if mtp else spec

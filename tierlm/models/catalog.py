@@ -30,15 +30,17 @@ HEAD_BLOCK_BYTES = 64 * 2**20  # size of the lm_head's blocks of rows, so that i
 class Catalog:
     """The spec and the records of a model folder, checked against each other on construction.
 
-    ``trunks``: keys of all layers' trunks, then of the lm_head's blocks, in execution order; ``head_weights``: those
-    blocks. ``compressed``: some records are compressed. Raises CheckpointError and UnsupportedModelError.
+    ``mtp``: with a layer of multi-token prediction, after the model's own.
+    ``trunks``: keys of the model's trunks, of the lm_head's blocks, and of that layer's trunk, in execution order;
+    ``head_weights``: those blocks. ``compressed``: some records are compressed. Raises CheckpointError and
+    UnsupportedModelError; UsageError if there is no layer for ``mtp``.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, mtp: bool = False):
         described = describe(path)
         where = described.where
         self.family = family_of(described.config.get("model_type"), where)
-        spec = self.spec = read_spec(described.config, where)
+        spec = self.spec = read_spec(described.config, where, mtp)
         self.checkpoint = described.open()
         self.eos = self._eos(path)
         claimed = len(spec.layers) + len(spec.moe_layers) * spec.experts
@@ -53,7 +55,7 @@ class Catalog:
         self.head_weights = self._head_blocks(self.family.head_name(spec))
         self.layers = [TrunkKey(layer) for layer in range(len(spec.layers))]
         self.head = [HeadKey(block) for block in range(len(self.head_weights))]
-        self.trunks: list[UnitKey] = [*self.layers, *self.head]
+        self.trunks: list[UnitKey] = [*self.layers[: spec.depth], *self.head, *self.layers[spec.depth :]]
         keys: list[Key] = [*self.trunks, *self.experts(), ResidentKey()]
         self._layouts: dict[tuple[tuple[str, Place], ...], Mapping[str, Place]] = {}
         self._records = {key: self._build(key) for key in keys}

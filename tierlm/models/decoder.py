@@ -29,7 +29,8 @@ from tierlm.timeline import Timeline, span
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One sequence's new tokens in a step."""
+    """One sequence's new tokens in a step. In decode, these are its last token and drafts of those that follow; each is
+    computed as a row of its own, as if it were another sequence's, so drafts do not change the others' logits."""
 
     ids: Sequence[int]
     span: Span
@@ -53,12 +54,12 @@ class Decoder:
         self.timeline = timeline
         self.spec, self.embedding, self.trunks, self.head, self.moe = spec, embedding, trunks, head, moe
         self._norm = resident["norm"]
-        kinds = list(dict.fromkeys(layer.attention for layer in spec.layers))
+        kinds = list(dict.fromkeys(layer.attention for layer in spec.layers[: spec.depth]))
         self._attention = [attention_of(kind, spec.norm_eps, cache, device, spec.zero_centred) for kind in kinds]
         self._normed = partial(rms_norm, eps=spec.norm_eps, zero_centred=spec.zero_centred)
         self._layers = [  # per layer: trunk, kind of attention, norm after attention, feed-forward
             (TrunkKey(i), kinds.index(layer.attention), resident[f"{i}.norm"], layer.feed_forward)
-            for i, layer in enumerate(spec.layers)
+            for i, layer in enumerate(spec.layers[: spec.depth])
         ]
 
     @torch.inference_mode()
@@ -68,22 +69,28 @@ class Decoder:
         *,
         prefill: bool,
         out: Tensor | None = None,
+        states: Tensor | None = None,
         watch: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Run new tokens of several sequences through the model, and advance the sequences.
 
-        Returns logits, float32 on the CPU: of each sequence's last token [len(steps), vocab]; or of every new token,
-        written into ``out`` [T, vocab] if given. ``watch``: called before each layer; it may raise to abandon the step.
+        Returns logits, float32 on the CPU: in prefill of each sequence's last token [len(steps), vocab], unless ``out``
+        [T, vocab] is given; else of every new token [T, vocab], written into ``out`` if given. ``states``: filled with
+        the normed residual stream of every new token [T, hidden], if given. ``watch``: called before each layer; it
+        may raise to abandon the step.
         Raises StorageError, and NumericsError if a logit is not finite. After an error, no sequence has advanced.
         """
         recorder = self.moe.recorder
         if recorder is not None:
             recorder.begin([(step.span, step.span.length, len(step.ids)) for step in steps], prefill)
         hidden = self._layers_of(steps, prefill, watch)
+        if states is not None:
+            states.copy_(self._normed(hidden, self._norm))
         if out is None:
-            out = torch.empty(len(steps), self.spec.vocab)
-            hidden = hidden[[end - 1 for end in accumulate(len(step.ids) for step in steps)]]
-        self._logits(self._normed(hidden, self._norm), out)
+            if prefill:
+                hidden = hidden[[end - 1 for end in accumulate(len(step.ids) for step in steps)]]
+            out = torch.empty(len(hidden), self.spec.vocab)
+        self.read_out(self._normed(hidden, self._norm), out)
         if not _finite(out):
             self._layers_of(steps, prefill, lambda: None, check=True)  # finds the layer
             raise _not_finite("the final norm or the lm_head")
@@ -103,8 +110,7 @@ class Decoder:
             hidden *= math.sqrt(self.spec.hidden)
         if check and not _finite(hidden):
             raise _not_finite("the embedding")
-        ends = accumulate((len(step.ids) for step in steps), initial=0)
-        segments = [Rows(*edges, step.span) for edges, step in zip(pairwise(ends), steps, strict=True)]
+        segments = _rows(steps, prefill)
         positions = [attention.positions(segments) for attention in self._attention]
         for layer, (key, kind, norm, feed_forward) in enumerate(self._layers):
             watch()
@@ -132,8 +138,8 @@ class Decoder:
         norm = trunk.get("feed_forward_norm")
         return added if norm is None else self._normed(added, norm)
 
-    def _logits(self, x: Tensor, out: Tensor) -> None:
-        """float32 [T, hidden] -> ``out`` [T, vocab], block by block of the lm_head."""
+    def read_out(self, x: Tensor, out: Tensor) -> None:
+        """Logits of the normed ``x``: float32 [T, hidden] -> ``out`` [T, vocab], block by block of the lm_head."""
         start = 0
         for key in self.head:
             block = self.trunks.get(key)["lm_head"]
@@ -142,6 +148,17 @@ class Decoder:
             start += block.shape[0]
         if (cap := self.spec.logit_cap) is not None:
             out.div_(cap).tanh_().mul_(cap)
+
+
+def _rows(steps: Sequence[Segment], prefill: bool) -> list[Rows]:
+    """The rows of each sequence; in decode, of each token."""
+    ends = accumulate((len(step.ids) for step in steps), initial=0)
+    edges = list(zip(pairwise(ends), steps, strict=True))
+    if prefill:
+        return [Rows(*edge, step.span) for edge, step in edges]
+    return [
+        Rows(row, row + 1, step.span.ahead(row - start)) for (start, stop), step in edges for row in range(start, stop)
+    ]
 
 
 def _finite(values: Tensor) -> bool:

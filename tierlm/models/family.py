@@ -75,7 +75,7 @@ class Names:
             found |= mlp(shared, spec.hidden, layer.feed_forward.shared_width)
             if layer.feed_forward.shared_gate:
                 found["shared_gate"] = (f"{shared[:-1]}_gate.weight", (1, spec.hidden))
-        return found
+        return found | (_mtp(prefix, spec.hidden) if key.layer == spec.depth else {})
 
     def resident_tensors(self, spec: ModelSpec) -> Shapes:
         found: Shapes = {"norm": ("model.norm.weight", (spec.hidden,))}
@@ -96,6 +96,13 @@ class Names:
 
     def head_name(self, spec: ModelSpec) -> str:
         return self.embedding_name() if spec.tied_head else "lm_head.weight"
+
+
+def _mtp(prefix: str, hidden: int) -> Shapes:
+    """What a multi-token prediction layer has besides a layer's tensors. Embedding and head are the model's."""
+    norms = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "head_norm": "shared_head.norm"}
+    found: Shapes = {role: (f"{prefix}{name}.weight", (hidden,)) for role, name in norms.items()}
+    return found | {"joined_proj": (prefix + "eh_proj.weight", (hidden, 2 * hidden))}
 
 
 def mlp(prefix: str, hidden: int, width: int, names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) -> Shapes:

@@ -73,9 +73,9 @@ def workspace_bytes(spec: ModelSpec, chunk: int, context: int) -> int:
     """Peak bytes of activations for a step of ``chunk`` tokens: the largest of attention and feed-forward, float32.
 
     Attention: from its spec. MoE: one output per token and choice, a weighted copy, the rows of one expert, and the
-    norms of ``Moe.beside``. Both: a few [chunk, hidden].
+    norms of ``Moe.beside``. Both: a few [chunk, hidden], and with ``mtp`` the states of a chunk that its layer reads.
     """
-    common = 6 * chunk * spec.hidden
+    common = (6 + 6 * spec.mtp) * chunk * spec.hidden
     attention = max(kind.workspace(chunk, context) for kind in {layer.attention for layer in spec.layers})
     moe = spec.moe
     widths = [0 if moe is None else moe.shared_width]

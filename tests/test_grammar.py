@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 import tierlm.demo
 from tierlm import LLM, SamplingParams, UsageError
 from tierlm.engine.sampler import Sampler
+from tierlm.server.call_stream import CallStream
 from tierlm.server.grammar import Grammars
+from tierlm.server.tool_calls import FORMS, Call
 from tierlm.text import TextCodec
 
 pytest.importorskip("llguidance", reason="needs the server: pip install tierlm[serve]")
 
 VOCAB, EOS = 3072, 1
 OBJECT = {"type": "object"}
+HERMES, LLAMA = (form for form in FORMS if form.arguments is not None)
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer"}, "sex": {"enum": ["f", "m"]}},
@@ -50,6 +54,24 @@ def test_random_logits_give_json_after_the_schema(codec: TextCodec, grammars: Gr
         found = json.loads(codec.decode(ids[:-1]))
         assert set(found) == {"name", "age", "sex"} and isinstance(found["age"], int)
         assert found["sex"] in ("f", "m") and len(found["name"]) <= 9
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen with a special token", "llama"])
+def test_random_logits_give_one_call(codec: TextCodec, grammars: Grammars, name: str) -> None:
+    form = {"qwen": HERMES, "llama": LLAMA}.get(name, replace(HERMES, open="<|user|>", close="<|assistant|>"))
+    functions = {"f": {**SCHEMA, "required": ["age"]}, "g": {"additionalProperties": False}}
+    params = SamplingParams(temperature=1.0, seed=1, constraint=grammars.call(form, functions))
+    random, found = torch.Generator().manual_seed(0), set[str]()
+    for _ in range(8):
+        sampler, ids = Sampler(params), list[int]()
+        while not ids or ids[-1] != EOS:
+            ids.append(sampler.choose(torch.randn(VOCAB, generator=random), [], ids))
+            assert len(ids) < 300
+        stream = CallStream(form, functions)
+        (call,) = [*stream.feed(codec.decode(ids[:-1], special=True)), *stream.end(True)]
+        assert isinstance(call, Call) and ("age" in call.arguments) == (call.name == "f")
+        found.add(call.name)
+    assert found == {"f", "g"}
 
 
 def test_the_answer_ends_only_where_the_json_does(codec: TextCodec, grammars: Grammars) -> None:

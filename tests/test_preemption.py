@@ -160,6 +160,10 @@ def computed(scheduler: Scheduler) -> int:
     return scheduler.counters.prefill.tokens
 
 
+def new(scheduler: Scheduler) -> int:
+    return scheduler.counters.decode.tokens + scheduler.counters.first_tokens
+
+
 def test_answers_without_a_limit_run_together(llm: LLM, alone: dict[tuple[int, bool], list[int]]) -> None:
     """Each might need the whole context."""
     scheduler, chats = scheduler_of(llm), [made(PROMPTS[at], at=float(at)) for at in (0, 2, 5)]
@@ -174,7 +178,7 @@ def test_the_latest_gives_way_and_goes_on_from_its_values(llm: LLM, alone: dict[
     scheduler = scheduler_of(llm)
     one, two = made(PROMPTS[0], SEEDED, at=0.0), made(PROMPTS[2], SEEDED, at=1.0)
     scheduler.submit([two, one])
-    preempted = scheduler.counters.preempted
+    preempted, old = scheduler.counters.preempted, new(scheduler)
     while scheduler.counters.preempted == preempted:
         step(scheduler)
     assert scheduler._running == [one] and scheduler._waiting == [two] and two.span is None
@@ -182,6 +186,7 @@ def test_the_latest_gives_way_and_goes_on_from_its_values(llm: LLM, alone: dict[
     assert left == len(two.tokens) - 1  # all that was computed
     assert finish(scheduler, one) == [alone[0, True]]
     assert finish(scheduler, two) == [alone[2, True]] and scheduler.counters.preempted == preempted + 1
+    assert new(scheduler) - old == len(one.ids) + len(two.ids)
     again = computed(scheduler) - before
     assert again == len(two.tokens) if not scheduler.cache.can_cut else 0 < again < len(two.tokens)
 

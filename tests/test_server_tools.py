@@ -206,7 +206,12 @@ def test_prompts_with_tools_calls_and_results(client: Any, other: Any, served: R
             {"tools": [{"type": "function", "function": {"name": "a", "parameters": 5}}]},
             "tools[0].function.parameters: expected a JSON schema, found 5",
         ),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice: expected tools to choose from, found none"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "time"}}},
+            "tool_choice: expected one of weather, found 'time'",
+        ),
         ({"tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "expected the type text beside tools"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema: expected a JSON schema"),
@@ -231,7 +236,9 @@ def test_wrong_requests(served: Running, changes: dict[str, Any], said: str) -> 
     ("changes", "said"),
     [
         ({"tools": [{"name": "bash", "type": "bash_20250124"}]}, "tools.0"),
-        ({"tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "any"}}, "tool_choice.type"),
+        ({"tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "must"}}, "tool_choice.type"),
+        ({"tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "tool"}}, "expected a name with the type tool"),
+        ({"tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, "any or tool"),
         ({"messages": [ANTHROPIC_HISTORY[2]]}, "messages[0]: expected the result of a tool_use before it, found 'a'"),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "weather"}]}]},
@@ -257,6 +264,38 @@ def test_templates_that_cannot_call(
     asked = {"model": "demo", "messages": MESSAGES, "tools": TOOLS}
     status, _, content = served.post("/v1/chat/completions", asked)
     assert status == 400 and said in content["error"]["message"]
+
+
+def test_forced_calls(client: Any, other: Any) -> None:
+    """The demo model, which knows nothing of tools, calls what it must."""
+    kinds = {"type": "object", "properties": {"unit": {"enum": ["K", "C"]}}, "required": ["unit"]}
+    clock = {"type": "function", "function": {"name": "clock", "parameters": {**kinds, "additionalProperties": False}}}
+    asked: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "tools": [*TOOLS, clock], "temperature": 1, "n": 3}
+    named = {"type": "function", "function": {"name": "clock"}}
+    for choice in client.chat.completions.create(**asked, tool_choice=named, seed=1).choices:
+        assert choice.finish_reason == "tool_calls" and not choice.message.content
+        ((name, arguments),) = called(choice.message.tool_calls)
+        assert name == "clock" and arguments["unit"] in ("K", "C") and len(arguments) == 1
+    asked |= {"tools": [clock], "tool_choice": "required", "stream": True}
+    assert sum(len(chunk.choices[0].delta.tool_calls or []) for chunk in client.chat.completions.create(**asked)) == 3
+    tool = {"name": "clock", "input_schema": clock["function"]["parameters"]}
+    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "clock"}):
+        reply = other.messages.create(model="demo", max_tokens=400, messages=MESSAGES, tools=[tool], tool_choice=choice)
+        assert [block.name for block in reply.content] == ["clock"] and reply.stop_reason == "tool_use"
+
+
+@pytest.mark.parametrize("template", ["<|channel|> tools", "<arg_key> tools"])
+def test_calls_that_cannot_be_forced(
+    served: Running, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, template: str
+) -> None:
+    """Of gpt-oss, and of GLM."""
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    template = f"{template}{{{{ tools }}}}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    monkeypatch.setattr(served.service.llm._llm, "_codec", TextCodec(tmp_path))
+    asked = {"model": "demo", "messages": MESSAGES, "tools": TOOLS, "tool_choice": "required", "max_tokens": 1}
+    status, _, content = served.post("/v1/chat/completions", asked)
+    assert status == 400 and "tool_choice: expected auto or none" in content["error"]["message"]
 
 
 def test_json_after_a_schema(client: Any) -> None:

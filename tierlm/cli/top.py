@@ -92,8 +92,8 @@ class Frame:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         found = self._found
         if found["status"] != "ready":
-            share = f", {found['loaded_bytes'] / found['of_bytes']:.0%}" if found["of_bytes"] else ""
-            yield Text(f"{found['model']}: loading{share}")
+            share = f", {found['loaded_bytes'] / found['of_bytes']:.0%}" if found.get("of_bytes") else ""
+            yield Text(f"{found['model']}: {found['status']}{share}")
             return
         table = Group(Text(str(found["model"]), style="bold"), pairs(self._rows()))
         left = options.size.height - len(console.render_lines(table, options)) - 2

@@ -128,7 +128,7 @@ class Scheduler:
         """
         while self._waiting:
             sequence = self._waiting[0]
-            coming, left = self._prefixes.coming(sequence, self._running)
+            coming, left = self._prefixes.coming(sequence, (one for one in self._running if not one.paused))
             if coming >= self.chunk or (coming > 0 and not left):
                 return
             sequence.capacity = min(sequence.most, len(sequence.tokens) + ROOM)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tierlm.answer import Piece
 from tierlm.config import SamplingParams
@@ -28,8 +28,22 @@ REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 class ToolChoice(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    type: Literal["auto", "none"]
-    disable_parallel_tool_use: Literal[False] = False
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+    @model_validator(mode="after")
+    def check(self) -> ToolChoice:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("expected a name with the type tool, and only with it")
+        if self.disable_parallel_tool_use and not self.forced:
+            raise ValueError("disable_parallel_tool_use: expected the type any or tool")
+        return self
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call, which is one call."""
+        return self.type in ("any", "tool")
 
 
 class Tool(BaseModel):
@@ -63,7 +77,7 @@ class Counted(BaseModel):
 
     def offered(self) -> list[dict[str, Any]]:
         """The tools that the model may call."""
-        chosen = self.tool_choice is None or self.tool_choice.type == "auto"
+        chosen = self.tool_choice is None or self.tool_choice.type != "none"
         return [tool.function() for tool in self.tools or []] if chosen else []
 
     def conversation(self) -> list[Message]:
@@ -121,6 +135,8 @@ def routes(service: Service) -> APIRouter:
         work = Work([ids], asked.sampling(service.llm.default_params))
         if tools is not None:
             work.params = replace(work.params, skip_special_tokens=False)
+        if (choice := asked.tool_choice) is not None and choice.forced:
+            await service.force(work, tools, choice.name)
         reply = Reply(service.name, work, tools)
         pieces = attended(request, service.admit(work))
         if asked.stream:

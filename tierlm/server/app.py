@@ -45,12 +45,8 @@ def application(service: Service, load: Callable[[], Coroutine[Any, Any, None]])
 
     @app.get("/health")
     async def health() -> Response:
-        """Ready, or how far the load is."""
-        done, total = service.loading
-        state = {"status": "ready" if service.ready else "loading", "model": service.name}
-        if not service.ready:
-            state |= {"loaded_bytes": done, "of_bytes": total}  # type: ignore[dict-item]
-        return JSONResponse(state, 200 if service.ready else 503)
+        """Ready, failed, or how far the load is."""
+        return JSONResponse(service.state(), 200 if service.ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -30,8 +30,7 @@ class Figures:
         """The figures, in plain types."""
         service, moment = self._service, time.monotonic()
         if not service.ready:
-            done, total = service.loading
-            return {"model": service.name, "status": "loading", "loaded_bytes": done, "of_bytes": total}
+            return service.state()
         if self._made is None or moment - self._made[0] >= FRESH:
             self._made = moment, self._make(moment)
         return self._made[1]

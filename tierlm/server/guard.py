@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from tierlm.server.replies import error
 
@@ -75,10 +75,10 @@ class Guard:
     def _refusal(self, path: str, headers: dict[bytes, str]) -> tuple[int, str] | None:
         """Status and message for a request that may not pass."""
         host = headers.get(b"host", "")
-        if self.local and not is_loopback(_name_of(f"//{host}")):
+        if self.local and not is_loopback(_split(f"//{host}").hostname or ""):
             return 403, f"the host {host[:100]!r} is not a name of this machine; start with --host to serve others"
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return 403, f"pages of {origin[:100]!r} may not use this server"
         length = headers.get(b"content-length", "0")
         if length.isdecimal() and int(length) > self.body:
@@ -90,11 +90,12 @@ class Guard:
         return None
 
 
-def _name_of(url: str) -> str:
+def _split(url: str) -> SplitResult:
+    """The parts of ``url``; empty if it is none."""
     try:
-        return urlsplit(url).hostname or ""
+        return urlsplit(url)
     except ValueError:
-        return ""
+        return urlsplit("")
 
 
 async def _reply(send: Any, status: int, message: str) -> None:

@@ -78,4 +78,6 @@ class Tiers:
             moved.add_metric([name], link.bytes)
             busy.add_metric([name], link.seconds)
         peak = GaugeMetricFamily("tierlm_peak_memory_bytes", "The process's largest resident memory.", stats.peak_ram)
-        yield from (requests, moved, busy, peak)
+        about = "How often a sequence gave way to another for lack of room."
+        preempted = CounterMetricFamily("tierlm_preemptions", about, stats.preempted)
+        yield from (requests, moved, busy, peak, preempted)

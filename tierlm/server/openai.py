@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from tierlm.errors import TierlmError
 from tierlm.server.connection import COMMENT, Gone, attended, event
-from tierlm.server.grammar import Grammars
 from tierlm.server.replies import ChatReplies, CompletionReplies, Replies, error
 from tierlm.server.service import Service, TimedOut, Work
 from tierlm.server.tools import Tools
@@ -23,10 +21,6 @@ from tierlm.server.wire import Asked, ChatCompletion, Completion
 def routes(service: Service) -> APIRouter:
     """``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``."""
     router = APIRouter(prefix="/v1")
-
-    @functools.cache
-    def grammars() -> Grammars:
-        return Grammars(service.llm.codec, service.llm.vocab, service.llm.eos)
 
     def card() -> dict[str, Any]:
         return {"id": service.name, "object": "model", "created": service.created, "owned_by": "tierlm"}
@@ -59,8 +53,10 @@ def routes(service: Service) -> APIRouter:
         if tools is not None:
             work.params = replace(work.params, skip_special_tokens=False)
         if schema is not None:
-            constraint = await asyncio.to_thread(lambda: grammars().json(schema))
+            constraint = await asyncio.to_thread(lambda: service.grammars.json(schema))
             work.params = replace(work.params, constraint=constraint)
+        if asked.forced:
+            await service.force(work, tools, asked.function)
         replies = ChatReplies(service.name, codec, len(work.sequences()), tools)
         return await _answer(service, asked, work, replies, request)
 

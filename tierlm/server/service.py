@@ -8,15 +8,19 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
 from weakref import WeakSet
 
 from tierlm.answer import Piece
 from tierlm.async_llm import AsyncLLM
 from tierlm.config import Budget, LoadOptions, SamplingParams
 from tierlm.engine.sequence import Keep, Pace
-from tierlm.errors import TierlmError
+from tierlm.errors import TierlmError, UsageError
+from tierlm.server.grammar import Grammars
 from tierlm.server.metrics import Metrics
+from tierlm.server.tools import Tools
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,32 @@ class Service:
             raise NotReady("the model is being loaded")
         return self._llm
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Of the model. Raises NotReady, UsageError."""
+        return Grammars(self.llm.codec, self.llm.vocab, self.llm.eos)
+
     def check(self, name: str) -> None:
         """Raises UnknownModel unless ``name`` is the model's."""
         if name != self.name:
             raise UnknownModel(f"the model {name[:100]!r} is not served here: expected {self.name!r}")
 
     @property
+    def status(self) -> Literal["loading", "ready", "failed"]:
+        """Failed: it cannot be loaded, or a bug in tierlm has closed it."""
+        if self._llm is None:
+            return "loading" if self.failure is None else "failed"
+        return "ready" if self._llm.bug is None else "failed"
+
+    @property
     def ready(self) -> bool:
-        return self._llm is not None
+        return self.status == "ready"
+
+    def state(self) -> dict[str, str | int]:
+        """Model and status, in plain types."""
+        done, total = self.loading
+        progress = {"loaded_bytes": done, "of_bytes": total} if self.status == "loading" else {}
+        return {"model": self.name, "status": self.status, **progress}
 
     @property
     def live(self) -> int:
@@ -116,6 +138,14 @@ class Service:
     async def close(self) -> None:
         if self._llm is not None:
             await self._llm.close()
+
+    async def force(self, work: Work, tools: Tools | None, name: str | None) -> None:
+        """Make the answer one call, of the function ``name``, or of any. Raises UsageError."""
+        if tools is None:
+            raise UsageError("tool_choice: expected tools to choose from, found none")
+        form, functions = tools.chosen(name)
+        constraint = await asyncio.to_thread(lambda: self.grammars.call(form, functions))
+        work.params = replace(work.params, constraint=constraint)
 
     def admit(self, work: Work) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all sequences of ``work``, as they come, with the number of the sequence.

@@ -163,7 +163,7 @@ class Form:
 
     ``mark``: what only a template with this form contains. ``read``: the calls in the text between; raises ValueError.
     ``body``: pattern of the text between, if it can contain ``close``. ``first``: only an answer that begins with
-    ``open`` is a call.
+    ``open`` is a call. ``arguments``: the member with the arguments, if a call is one object with a name and these.
     """
 
     mark: str
@@ -172,6 +172,7 @@ class Form:
     read: Callable[[str, Schemas], list[Call]]
     body: str = ".*?"
     first: bool = False
+    arguments: str | None = None
 
     @property
     def whole(self) -> re.Pattern[str]:
@@ -216,6 +217,7 @@ FORMS = (  # the first whose mark is in the template
         "</tool_call>",
         objects,
         body=r'(?:[^"<]|"(?:[^"\\]|\\.)*"|<(?!/tool_call>))*',  # a string may contain the close
+        arguments="arguments",
     ),
     Form(
         "<｜tool▁calls▁begin｜>",  # DeepSeek V3, R1, V3.1
@@ -237,7 +239,9 @@ FORMS = (  # the first whose mark is in the template
     ),
     Form("<|tool_call>", "<|tool_call>", "<tool_call|>", gemma),
     Form("[TOOL_CALLS]", "[TOOL_CALLS]", None, mistral),
-    Form("dictionary of argument name and its value", "{", None, known_object, first=True),  # Llama 3
+    Form(  # Llama 3
+        "dictionary of argument name and its value", "{", None, known_object, first=True, arguments="parameters"
+    ),
 )
 
 

@@ -14,17 +14,20 @@ from tierlm.answer import Piece
 from tierlm.errors import UsageError, shown
 from tierlm.server.call_stream import CallStream
 from tierlm.server.harmony import CHANNEL, HarmonyStream
-from tierlm.server.tool_calls import FORMS, Call, form_of
+from tierlm.server.tool_calls import FORMS, Call, Form, Schemas, form_of
 from tierlm.templates.template import Message
 from tierlm.text import TextCodec
 
 
 @dataclass(frozen=True)
 class Tools:
-    """``given``: to the chat template. ``split``: makes what finds the calls in an answer."""
+    """``given``: to the chat template. ``split``: makes what finds the calls in an answer. ``schemas``: of the
+    parameters, by function. ``form``: of the calls; None for gpt-oss's."""
 
     given: Sequence[dict[str, Any]]
     split: Callable[[], CallStream | HarmonyStream]
+    schemas: Schemas
+    form: Form | None
 
     @classmethod
     def of(cls, tools: Sequence[dict[str, Any]], codec: TextCodec) -> Tools | None:
@@ -47,14 +50,25 @@ class Tools:
         if re.search(r"\btools\b", template) is None:
             raise UsageError("tools: the model's chat template has no place for tools")
         if CHANNEL in template:
-            return cls(tools, HarmonyStream)
+            return cls(tools, HarmonyStream, schemas, None)
         form = form_of(template)
         if form is None:
             known = ", ".join(form.open for form in FORMS)
             raise UsageError(
                 f"tools: the model's chat template has calls in a form that is not known here: expected one of {known}"
             )
-        return cls(tools, partial(CallStream, form, schemas))
+        return cls(tools, partial(CallStream, form, schemas), schemas, form)
+
+    def chosen(self, name: str | None) -> tuple[Form, Schemas]:
+        """The form of a call that is forced, and the functions that it may be of: ``name``, or any. Raises UsageError
+        if there is no such function, or if such calls cannot be forced."""
+        if name is not None and name not in self.schemas:
+            raise UsageError(f"tool_choice: expected one of {', '.join(self.schemas)}, found {shown(name)}")
+        if self.form is None or self.form.arguments is None:
+            raise UsageError(
+                "tool_choice: expected auto or none: this model's calls are not one JSON object, and cannot be forced"
+            )
+        return self.form, self.schemas if name is None else {name: self.schemas[name]}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tierlm.templates.template import Message
 
 MAX_SAMPLES = 128  # sequences of one request
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "n", *PENALTIES)  # fields of SamplingParams
+SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "n", "priority", *PENALTIES)  # fields of SamplingParams
 Stop = str | Annotated[list[str], Field(max_length=16)] | None
 
 
@@ -22,6 +22,21 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """The function to call."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    function: Function
 
 
 class Asked(BaseModel):
@@ -48,6 +63,7 @@ class Asked(BaseModel):
     seed: int | None = None
     stop: Stop = None
     n: int | None = None
+    priority: int | None = None
     ignore_eos: bool = False
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -57,21 +73,10 @@ class Asked(BaseModel):
     def sampling(self, recommended: SamplingParams, room: int) -> SamplingParams:
         """The sampling asked for; what is not asked for is ``recommended``. ``room``: tokens that an answer can have at
         most. Raises UsageError."""
-        names = [
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "frequency_penalty",
-            "presence_penalty",
-            "seed",
-            "n",
-        ]
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in SAME if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
-            if wrong := [token for token in self.logit_bias if not token.isdecimal()]:
-                raise UsageError(f"logit_bias: expected token ids, found {wrong[0]!r}")
+            if wrong := [token for token in self.logit_bias if not token.isdecimal() or len(token) > 10]:
+                raise UsageError(f"logit_bias: expected token ids, found {shown(wrong[0])}")
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         limit = self.limit()
         if limit is not None and limit < 1:
@@ -128,7 +133,7 @@ class ChatCompletion(Asked):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: Literal[True] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
@@ -149,6 +154,16 @@ class ChatCompletion(Asked):
     def offered(self) -> list[dict[str, Any]]:
         """The tools that the model may call."""
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.function is not None or self.tool_choice == "required"
+
+    @property
+    def function(self) -> str | None:
+        """The function that it must call; None: any, if it must."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     def answer_schema(self) -> Mapping[str, Any] | None:
         """The JSON schema that the answer must follow; None: it is text. Raises UsageError."""

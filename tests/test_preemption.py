@@ -87,7 +87,7 @@ def check(scheduler: Scheduler) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_schedule(data: st.DataObject, llm: LLM, alone: dict[tuple[int, bool], list[int]]) -> None:
     """Lengths, priorities, readers that pause, cancels and prompts shared, at random. Nothing is left."""
     scheduler = scheduler_of(llm)
@@ -106,7 +106,7 @@ def run_any(data: st.DataObject, scheduler: Scheduler, vocab: int, alone: dict[t
     keeps = [None, Keep(), Keep()]  # not drawn themselves: a strategy holds what it draws from
     live: list[tuple[Sequence, list[int], list[int]]] = []  # a sequence, what it gets, what was read of it
     acts = ["start", "start", "step", "step", "step", "steps", "read", "cancel", "logits"]
-    for second in range(data.draw(st.integers(1, 30))):
+    for second in range(data.draw(st.integers(1, 25))):
         act = data.draw(st.sampled_from(acts))
         if act == "start":
             at, sampled = data.draw(st.integers(0, len(PROMPTS) - 1)), data.draw(st.booleans())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -86,7 +87,7 @@ def check(scheduler: Scheduler) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_schedule(data: st.DataObject, llm: LLM, alone: dict[tuple[int, bool], list[int]]) -> None:
     """Lengths, priorities, readers that pause, cancels and prompts shared, at random. Nothing is left."""
     scheduler = scheduler_of(llm)
@@ -94,6 +95,7 @@ def test_any_schedule(data: st.DataObject, llm: LLM, alone: dict[tuple[int, bool
         run_any(data, scheduler, llm.vocab, alone)
     finally:
         scheduler.cancel([*scheduler._running, *scheduler._waiting])
+    gc.collect()  # the values that are kept go with their owner, whom hypothesis may hold in a cycle
     scheduler.submit([last := made([3], replace(LONG, max_new_tokens=1))])  # what nobody owns leaves
     finish(scheduler, last)
     assert not scheduler._running and not scheduler._waiting
@@ -101,17 +103,17 @@ def test_any_schedule(data: st.DataObject, llm: LLM, alone: dict[tuple[int, bool
 
 
 def run_any(data: st.DataObject, scheduler: Scheduler, vocab: int, alone: dict[tuple[int, bool], list[int]]) -> None:
-    keeps = [None, Keep(), Keep()]
+    keeps = [None, Keep(), Keep()]  # not drawn themselves: a strategy holds what it draws from
     live: list[tuple[Sequence, list[int], list[int]]] = []  # a sequence, what it gets, what was read of it
     acts = ["start", "start", "step", "step", "step", "steps", "read", "cancel", "logits"]
-    for second in range(data.draw(st.integers(1, 30))):
+    for second in range(data.draw(st.integers(1, 25))):
         act = data.draw(st.sampled_from(acts))
         if act == "start":
             at, sampled = data.draw(st.integers(0, len(PROMPTS) - 1)), data.draw(st.booleans())
             new, priority = data.draw(st.integers(1, CONTEXT)), data.draw(st.integers(-1, 1))
             params = replace(SEEDED if sampled else LONG, max_new_tokens=new, priority=priority)
-            pace, keep = data.draw(st.sampled_from(list(Pace))), data.draw(st.sampled_from(keeps))
-            sequence = made(PROMPTS[at], params, float(second), pace=pace, keep=keep)
+            pace, which = data.draw(st.sampled_from(list(Pace))), data.draw(st.integers(0, 2))
+            sequence = made(PROMPTS[at], params, float(second), pace=pace, keep=keeps[which])
             scheduler.submit([sequence])
             live.append((sequence, alone[at, sampled][:new], []))
         elif act == "logits":
@@ -176,19 +178,20 @@ def test_answers_without_a_limit_run_together(llm: LLM, alone: dict[tuple[int, b
 def test_the_latest_gives_way_and_goes_on_from_its_values(llm: LLM, alone: dict[tuple[int, bool], list[int]]) -> None:
     """Sampled with a seed. While others wait, the first keeps running."""
     scheduler = scheduler_of(llm)
-    one, two = made(PROMPTS[0], SEEDED, at=0.0), made(PROMPTS[2], SEEDED, at=1.0)
+    one, two = made(PROMPTS[0], replace(SEEDED, max_new_tokens=40), at=0.0), made(PROMPTS[2], SEEDED, at=1.0)
     scheduler.submit([two, one])
     preempted, old = scheduler.counters.preempted, new(scheduler)
     while scheduler.counters.preempted == preempted:
         step(scheduler)
     assert scheduler._running == [one] and scheduler._waiting == [two] and two.span is None
     left, before = sum(kept.span.length for kept in scheduler._prefixes._kept), computed(scheduler)
-    assert left == len(two.tokens) - 1  # all that was computed
-    assert finish(scheduler, one) == [alone[0, True]]
+    length = len(two.tokens)
+    assert left == length - 1  # all that was computed
+    assert finish(scheduler, one) == [alone[0, True][:40]]
     assert finish(scheduler, two) == [alone[2, True]] and scheduler.counters.preempted == preempted + 1
     assert new(scheduler) - old == len(one.ids) + len(two.ids)
     again = computed(scheduler) - before
-    assert again == len(two.tokens) if not scheduler.cache.can_cut else 0 < again < len(two.tokens)
+    assert 1 < again < length - 10 if scheduler.cache.can_cut else again == length
 
 
 def test_a_smaller_priority_goes_first(llm: LLM, alone: dict[tuple[int, bool], list[int]]) -> None:

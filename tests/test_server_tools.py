@@ -280,7 +280,7 @@ def test_forced_calls(client: Any, other: Any) -> None:
     assert sum(len(chunk.choices[0].delta.tool_calls or []) for chunk in client.chat.completions.create(**asked)) == 3
     tool = {"name": "clock", "input_schema": clock["function"]["parameters"]}
     for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "clock"}):
-        reply = other.messages.create(model="demo", max_tokens=99, messages=MESSAGES, tools=[tool], tool_choice=choice)
+        reply = other.messages.create(model="demo", max_tokens=400, messages=MESSAGES, tools=[tool], tool_choice=choice)
         assert [block.name for block in reply.content] == ["clock"] and reply.stop_reason == "tool_use"
 
 

@@ -22,12 +22,13 @@ import torch
 from gguf_types import MIXES, Type, encode, nbytes_of, type_of
 from torch import Tensor
 
+from tierlm.attention_spec import Grouped, Latent
 from tierlm.checkpoints.checkpoint import Checkpoint, read_json
 from tierlm.checkpoints.record import TensorInfo
 from tierlm.checkpoints.views import DTYPES
 from tierlm.kernels import Weight, widen
 from tierlm.models import family_of, read_spec
-from tierlm.spec import Dense, ExpertKey, Grouped, Latent, ModelSpec, TrunkKey
+from tierlm.spec import Dense, ExpertKey, ModelSpec, TrunkKey
 
 ARCHITECTURES = {
     "deepseek_v2": "deepseek2",

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from tests.toys import COMMON, GQA
 from tierlm import LLM, Budget, SamplingParams
+from tierlm.attention_spec import Grouped, Rope
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import Weight, quantise
 from tierlm.memory.kvcache import KvCache, Span
 from tierlm.models import FAMILIES, grouped, latent, read_spec
 from tierlm.models.attention import Rows
 from tierlm.models.decoder import attention_of
-from tierlm.spec import Grouped, ModelSpec, Rope, TrunkKey
+from tierlm.spec import ModelSpec, TrunkKey
 
 CPU = torch.device("cpu")
 # Products with int8 and int4 round activations; a difference in the last bit may round one to the next number.

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import TOYS, edit_config, make_toy
 
+from tierlm.attention_spec import Latent
 from tierlm.checkpoints.hub import find_model
 from tierlm.errors import CheckpointError, UnsupportedModelError
 from tierlm.models import FAMILIES, read_spec
 from tierlm.models.catalog import Catalog
 from tierlm.planning.known import find_config
-from tierlm.spec import Dense, ExpertKey, HeadKey, Latent, ModelSpec, Moe, ResidentKey, TrunkKey
+from tierlm.spec import Dense, ExpertKey, HeadKey, ModelSpec, Moe, ResidentKey, TrunkKey
 
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 Tensors = dict[str, torch.Tensor]

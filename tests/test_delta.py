@@ -13,6 +13,7 @@ from toys import make_toy, settings_of
 
 from tests.test_oracle import assert_close, reference
 from tierlm import LLM, Budget, CheckpointError, SamplingParams
+from tierlm.attention_spec import DELTA_TOKENS, Delta
 from tierlm.engine.sequence import Keep
 from tierlm.errors import PromptError
 from tierlm.memory.kvcache import KvCache
@@ -20,7 +21,7 @@ from tierlm.models import read_spec
 from tierlm.models.decoder import Segment
 from tierlm.models.delta import delta_rule, delta_step
 from tierlm.models.outline import Outline, sizes_of
-from tierlm.spec import DELTA_TOKENS, STATES, Delta
+from tierlm.spec import STATES
 
 RAM = Budget("8GiB")
 PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True)

@@ -32,7 +32,7 @@ FLOORS: list[list[set[str]]] = [
     [{"tracing"}],
     [{"checkpoints"}, {"policies"}],
     [{"spec"}, {"config"}, {"timeline"}, {"host"}],
-    [{"processors"}],
+    [{"processors"}, {"attention_spec"}],
     [{"kernels"}, {"cgroups"}],
     [{"formats"}, {"errors"}, {"files"}, {"table"}, {"demo"}],
     [{"library"}],
@@ -44,10 +44,19 @@ ONLY = {
     "kernels": {"kernels", "formats", "library"},
     "formats": {"formats", "errors"},
     "errors": set[str](),
-    "spec": set[str](),
+    "spec": {"attention_spec"},
+    "attention_spec": set[str](),
 }
 
-TORCHLESS = ["spec", "config", "errors", "checkpoints.checkpoint", "models.deepseek", "models.catalog"]
+TORCHLESS = [
+    "spec",
+    "attention_spec",
+    "config",
+    "errors",
+    "checkpoints.checkpoint",
+    "models.deepseek",
+    "models.catalog",
+]
 TORCHLESS_FOLDERS = ["formats", "policies", "planning", "profiling", "tracing"]
 
 FILES = sorted(file for file in ROOT.rglob("*.py") if file != ROOT / "__init__.py")

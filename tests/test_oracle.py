@@ -14,9 +14,9 @@ from toys import TOYS, edit_config, load_toy, make_toy, settings_of
 from transformers import GlmMoeDsaConfig
 
 from tierlm import LLM, Budget, CheckpointError, SamplingParams
+from tierlm.attention_spec import Latent
 from tierlm.models import latent, read_spec
 from tierlm.models.decoder import Segment
-from tierlm.spec import Latent
 
 BUDGET = Budget("8GiB")
 

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tierlm.attention_spec import Latent, Rope
 from tierlm.config import format_size
 from tierlm.errors import BudgetError, TierlmError
 from tierlm.planning.plan import SLACK, Plan, Sizes, TierPlan, make_plan, workspace_bytes
-from tierlm.spec import Dense, Latent, LayerSpec, ModelSpec, Moe, Rope, RouterSpec, TrunkKey
+from tierlm.spec import Dense, LayerSpec, ModelSpec, Moe, RouterSpec, TrunkKey
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=150)
 PLENTY = 2**50

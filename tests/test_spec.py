@@ -9,6 +9,7 @@ import pytest
 
 from tests.toys import settings_of
 from tierlm import UnsupportedModelError
+from tierlm.attention_spec import Grouped, Latent, Rope
 from tierlm.errors import CheckpointError
 from tierlm.models import FAMILIES, read_spec
 from tierlm.models.outline import Outline, sizes_of
@@ -17,15 +18,12 @@ from tierlm.planning.plan import make_plan
 from tierlm.spec import (
     Dense,
     ExpertKey,
-    Grouped,
     HeadKey,
     Key,
-    Latent,
     LayerSpec,
     ModelSpec,
     Moe,
     ResidentKey,
-    Rope,
     RouterSpec,
     TrunkKey,
     same_layer,

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tierlm.attention_spec import Rope
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import Weight
 from tierlm.memory.kvcache import Span
 from tierlm.models.layers import rope_frequencies
-from tierlm.spec import Rope
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tierlm.attention_spec import Grouped, Rope, Yarn
 from tierlm.errors import CheckpointError, UnsupportedModelError, shown
-from tierlm.spec import Dense, Grouped, LayerSpec, ModelSpec, Moe, Rope, Yarn
+from tierlm.spec import Dense, LayerSpec, ModelSpec, Moe
 from tierlm.tracing.trace import MAX_EXPERTS, MAX_LAYERS
 
 # The largest values, ten or more times those of any published model: what is larger is a corrupt config.

@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from tierlm.attention_spec import AttentionSpec, Delta, Grouped
 from tierlm.checkpoints.views import Weights
 from tierlm.errors import NumericsError
 from tierlm.kernels import gated_mlp, glu_mlp, linear
@@ -23,7 +24,7 @@ from tierlm.models.grouped import GroupedHeads
 from tierlm.models.latent import LatentHeads
 from tierlm.models.layers import rms_norm
 from tierlm.models.moe import MixtureOfExperts
-from tierlm.spec import AttentionSpec, Delta, Dense, Grouped, HeadKey, ModelSpec, Moe, TrunkKey
+from tierlm.spec import Dense, HeadKey, ModelSpec, Moe, TrunkKey
 from tierlm.timeline import Timeline, span
 
 

@@ -3,10 +3,11 @@ and GLM-5, whose attention is sparse in contexts longer than ``index_topk``. No 
 
 from __future__ import annotations
 
+from tierlm.attention_spec import Indexer, Latent
 from tierlm.errors import UnsupportedModelError
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Dense, Indexer, Latent, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import Dense, LayerSpec, ModelSpec, Moe, RouterSpec
 
 INDEX_HEADS = {"deepseek_v32": 64, "glm_moe_dsa": 32}  # of sparse attention, by default
 

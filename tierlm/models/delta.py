@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tierlm.attention_spec import DELTA_TOKENS, Delta
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import Weight, linear
 from tierlm.memory.kvcache import KvCache
 from tierlm.models.attention import Positions, Rows
 from tierlm.models.layers import rms_norm
-from tierlm.spec import DELTA_TOKENS, Delta
 
 UNIT_EPS = 1e-6  # of the norm of queries and keys
 BY_KEY_HEAD = ("qkvz", "ba")  # matrices whose rows go key head by key head

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from tierlm.attention_spec import Delta, Grouped, Indexer, Latent
 from tierlm.models.config_reader import Config
-from tierlm.spec import Delta, Dense, ExpertKey, Grouped, Indexer, Latent, ModelSpec, Moe, TrunkKey
+from tierlm.spec import Dense, ExpertKey, ModelSpec, Moe, TrunkKey
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # role -> (tensor name, shape)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tierlm.attention_spec import Rope
 from tierlm.models.config_reader import GLOBAL, LOCAL, Config
 from tierlm.models.family import Names
-from tierlm.spec import Dense, LayerSpec, ModelSpec, Rope
+from tierlm.spec import Dense, LayerSpec, ModelSpec
 
 UNSTATED = {  # what the configs of multi-modal checkpoints leave out
     "vocab_size": 262208,

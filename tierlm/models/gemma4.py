@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tierlm.attention_spec import Grouped
 from tierlm.models.config_reader import GLOBAL, LOCAL, Config
 from tierlm.models.family import Names, Shapes
 from tierlm.models.gemma3 import usual_layers
-from tierlm.spec import Dense, Grouped, LayerSpec, ModelSpec, Moe, RouterSpec, TrunkKey
+from tierlm.spec import Dense, LayerSpec, ModelSpec, Moe, RouterSpec, TrunkKey
 
 UNSTATED = {  # the defaults of transformers
     "tie_word_embeddings": True,

@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tierlm.attention_spec import SCORE_VALUES, Grouped
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import GroupedAttention, Weight, attend_chunk, fused_gqa_decode, linear
 from tierlm.memory.kvcache import KvCache
 from tierlm.models.attention import Positions, Rotary, Rows, causal_softmax
 from tierlm.models.layers import rms_norm, rotate, softmax_scale
-from tierlm.spec import SCORE_VALUES, Grouped
 
 # What the kernel computes of a spec. Torch computes layers with anything else.
 FUSED: tuple[str, ...] = ("heads", "kv_heads", "head_dim", "rope", "rope_dim", "qk_norm")

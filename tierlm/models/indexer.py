@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tierlm.attention_spec import SCORE_VALUES, Indexer
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import linear
 from tierlm.memory.kvcache import KvCache
 from tierlm.models.attention import Positions, Rows
 from tierlm.models.layers import rotate
-from tierlm.spec import SCORE_VALUES, Indexer
 
 KEY_NORM_EPS = 1e-6
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tierlm.attention_spec import EXPANDED_VALUES, SCORE_VALUES, WIDENED_HEADS, Latent
 from tierlm.checkpoints.views import Weights
 from tierlm.kernels import (
     ABSORB_ROWS,
@@ -26,7 +27,6 @@ from tierlm.memory.kvcache import KvCache
 from tierlm.models.attention import Positions, Rotary, Rows, causal_softmax
 from tierlm.models.indexer import KeyChooser
 from tierlm.models.layers import rms_norm, rotate, softmax_scale
-from tierlm.spec import EXPANDED_VALUES, SCORE_VALUES, WIDENED_HEADS, Latent
 
 LATENT_NORM_EPS = 1e-6  # for the norms inside attention: fixed in DeepSeek's code, independent of rms_norm_eps
 EXPAND_FROM = 128  # new tokens of a sequence at which expanding its keys and values beats absorbed projections

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from tierlm.attention_spec import Rope, Yarn
 from tierlm.kernels import Weight
-from tierlm.spec import Rope, Yarn
 
 
 def rms_norm(x: Tensor, weight: Weight | None, eps: float, zero_centred: bool = False) -> Tensor:

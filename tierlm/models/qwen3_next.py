@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tierlm.attention_spec import Delta
 from tierlm.models.config_reader import Config
 from tierlm.models.family import Names
-from tierlm.spec import Delta, Dense, LayerSpec, ModelSpec, Moe, RouterSpec
+from tierlm.spec import Dense, LayerSpec, ModelSpec, Moe, RouterSpec
 
 LINEAR, FULL = "linear_attention", "full_attention"
 

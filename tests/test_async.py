@@ -37,7 +37,7 @@ def test_the_same_as_llm(toy_v3: tuple[Path, Any]) -> None:
             threads = threading.active_count()
             found = await asyncio.gather(*[streamed(llm, prompt) for prompt in PROMPTS], llm.generate(PROMPTS, TEN))
             assert found[:-1] == [result.ids for result in found[-1]] == expected  # type: ignore[union-attr]
-            assert threading.active_count() == threads
+            assert threading.active_count() <= threads
             assert torch.equal(await llm.logits(PROMPTS[2]), logits)
             assert llm.stats().new_tokens == 80
         with pytest.raises(UsageError, match="closed"):
@@ -84,7 +84,7 @@ def test_a_load_that_fails_or_is_cancelled_leaves_nothing_open(toy_v3: tuple[Pat
     for thread in threading.enumerate():
         if isinstance(thread, Worker):
             thread.join(60)
-    assert open_files() == files and threading.active_count() == threads
+    assert open_files() <= files and threading.active_count() <= threads
 
 
 def test_an_event_loop_that_ends_in_the_middle(toy_v3: tuple[Path, Any]) -> None:

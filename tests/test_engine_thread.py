@@ -60,8 +60,8 @@ def test_a_forgotten_model_gives_everything_back(how: str, toy_v3: tuple[Path, A
         with pytest.raises(UsageError):
             llm.generate([[999]])
         llm = None
-    wait_until(lambda: threading.active_count() == threads)
-    assert open_files() == files
+    wait_until(lambda: threading.active_count() <= threads)
+    assert open_files() <= files
     wait_until(lambda: slab() is None)
 
 
@@ -150,7 +150,7 @@ def test_a_bug_reaches_all_who_wait(toy_v3: tuple[Path, Any], monkeypatch: pytes
     with pytest.raises(TierlmError, match="made up"):
         llm.logits([1])
     llm.close()
-    assert threading.active_count() == threads and open_files() == files
+    assert threading.active_count() <= threads and open_files() <= files
 
 
 FORK = """

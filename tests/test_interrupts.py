@@ -122,7 +122,7 @@ def test_an_interrupted_load_leaves_nothing_open(toy_v3: tuple[Path, Any]) -> No
     for thread in set(threading.enumerate()) - before:
         if isinstance(thread, Worker):
             thread.join(60)
-    assert set(threading.enumerate()) == before and open_files() == files
+    assert set(threading.enumerate()) <= before and open_files() <= files
     with load() as llm:
         assert len(generate(llm)) == len(PROMPTS)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tierlm.kernels import Weight, from_latent, gated_mlp, gated_mlps, into_latent, linear, native, widen
 from tierlm.kernels.linear import linear_reference, widen_reference
@@ -94,8 +95,14 @@ def test_each_of_many_rows_gets_what_it_gets_alone(format: str, rows: int) -> No
     weight, x = some_weight(101, 1103, format), torch.randn(rows, 1103, generator=torch.Generator().manual_seed(4))
     kernels = native.load()
     assert kernels is not None
-    together = kernels.linear(x, weight)
-    assert torch.equal(torch.cat([kernels.linear(row[None], weight) for row in x]), together)
+
+    def product(x: Tensor) -> Tensor:
+        out = torch.empty(len(x), 101)
+        kernels.linear(x, weight, out)
+        return out
+
+    together = product(x)
+    assert torch.equal(torch.cat([product(row[None]) for row in x]), together)
     if kernels.fast(weight, rows):
         assert torch.equal(linear(x, weight), together)
 

@@ -160,8 +160,8 @@ def test_model_replaced_between_its_header_and_its_first_read(model: Path, monke
     """Of the same size and header, as another version of the model has it."""
     real = Catalog.__init__
 
-    def replaced(self: Catalog, folder: Path) -> None:
-        real(self, folder)
+    def replaced(self: Catalog, folder: Path, mtp: bool) -> None:
+        real(self, folder, mtp)
         shutil.copy(folder / "model.safetensors", folder / "new")
         os.replace(folder / "new", folder / "model.safetensors")
 

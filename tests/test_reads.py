@@ -518,7 +518,9 @@ def test_threads_and_memory_are_gone_after_closing(tmp_path: Path) -> None:
     while reading() and time.monotonic() < until:
         time.sleep(0.001)
     assert reading() == []
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tierlm")]
+    assert not [
+        thread.name for thread in threading.enumerate() if thread.name.startswith(("tierlm-read", "tierlm-transfer"))
+    ]
     del shelf
     gc.collect()
     assert all(reads() is None for reads in made)

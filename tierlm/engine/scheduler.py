@@ -68,7 +68,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both by rank
         self._running: list[Sequence] = []
         self._prefixes = Prefixes(cache)
-        self._stored = StoredPrefixes(cache, disk, lambda: self.counters.prefill.rate)
+        self._stored = StoredPrefixes(cache, disk, self.counters.prefill)
         self._owed = 0.0  # seconds, to answers
 
     @property

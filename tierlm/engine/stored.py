@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from tierlm.engine.counters import Phase
 from tierlm.engine.sequence import Sequence
 from tierlm.memory.kvblock import extend
 from tierlm.memory.kvcache import KvCache
@@ -34,11 +35,12 @@ class StoredPrefixes:
     """The KV values on ``disk``, if there is one, of sequences with a ``keep``: any of them finds those of its prompt.
 
     A thread of the disk moves blocks between its buffers and files. Buffers and spans meet here only, between steps, so
-    a sequence loads while others run, and spans may be moved at any time. ``rate``: tokens a second of prefill.
+    a sequence loads while others run, and spans may be moved at any time. ``prefill``: what prompts
+    have taken so far.
     """
 
-    def __init__(self, cache: KvCache, disk: KvDisk | None, rate: Callable[[], float | None]):
-        self._cache, self._disk, self._rate = cache, disk, rate
+    def __init__(self, cache: KvCache, disk: KvDisk | None, prefill: Phase):
+        self._cache, self._disk, self._prefill = cache, disk, prefill
         self._chains: dict[Sequence, list[BlockKey]] = {}  # blocks that were stored, or found
         self._loads: dict[Sequence, Load] = {}
 
@@ -56,7 +58,7 @@ class StoredPrefixes:
         missing = len(keys) * tokens - known % tokens
         if not keys or missing <= 0:
             return False
-        if not loading_pays(missing, len(keys) * disk.layout.stored, disk.speed, self._rate()):
+        if not loading_pays(missing, len(keys) * disk.layout.stored, disk.speed, self._prefill.rate):
             disk.tier.skipped += missing
             return False
         disk.pin(keys)

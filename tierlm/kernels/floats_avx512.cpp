@@ -116,8 +116,8 @@ STEP Values activations(const Product& p, int64_t row, int64_t column) {
     return *reinterpret_cast<const Sixteen*>(p.x + row * p.ins + column);
 }
 
-// Multiplies with ROWS rows of activations. Weights are widened in registers; the next panel is fetched to L2:
-// to L1 they displaced what was needed sooner.
+// Multiplies with ROWS rows of activations. Weights are widened in registers; the next panel is fetched to L2, which
+// holds what several rows of weights take.
 template <class Stored, int ROWS>
 STEP void multiply(const Panel<Stored>& panel, int64_t row) {
     const Product& p = panel.p;

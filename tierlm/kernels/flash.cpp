@@ -168,7 +168,7 @@ void Seen::clear(int64_t value_dim) const {
 }
 
 const Flash& Flash::of(bool half, bool even) {
-    const Flash* fast = half && even ? flash_avx512() : nullptr;
+    const Flash* fast = half && !even ? nullptr : flash_avx512(half);
     return fast ? *fast : half ? BFLOAT16 : FLOAT32;
 }
 

@@ -60,5 +60,5 @@ struct Flash {
 // Adds the tokens of `run` to what the tile of packed `queries` has seen.
 void attend(const Flash& flash, const void* queries, const Run& run, const Sight& sight, const Seen& seen);
 
-// The kernels for bfloat16 by AVX-512 BF16; null: not on this processor.
-const Flash* flash_avx512();
+// The kernels by AVX-512 and AVX-512 BF16; null: not on this processor.
+const Flash* flash_avx512(bool half);

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -25,6 +28,68 @@ def operands(outs: int, ins: int = 96, rows: int = 3) -> tuple[Tensor, Weight]:
 def same(found: Tensor, expected: Tensor) -> bool:
     """Without torch's threads: in a forked process they hang."""
     return found.numpy().tobytes() == expected.numpy().tobytes()
+
+
+# Each of many loops runs each piece once, after all pieces of the loops before. Then all threads come to a call whose
+# pieces wait for them, though helpers sleep between calls.
+PROGRAM = r"""
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+#include "pool.h"
+
+using namespace std::chrono_literals;
+
+int main() {
+    for (int threads = 1; threads <= 5; ++threads)
+        for (const int64_t count : {0, 1, 2, 7}) {
+            std::vector<std::atomic<int64_t>> runs(count);
+            std::atomic<int64_t> early{0};
+            for (int call = 0; call < 40; ++call)
+                together(threads, [&](Team& team) {
+                    for (int loop = call * 25; loop < call * 25 + 25; ++loop)
+                        for (const int64_t piece : team.share(count)) {
+                            for (const auto& other : runs) early += other < loop;
+                            if (piece == loop % count && loop % 50 == 0) std::this_thread::sleep_for(200us);
+                            ++runs[piece];
+                        }
+                });
+            for (const auto& ran : runs)
+                if (ran != 1000) return printf("%d threads ran a piece %d times\n", threads, int(ran)), 1;
+            if (early) return printf("%d threads began a loop before the last one ended\n", threads), 1;
+        }
+    for (int call = 0; call < 5; ++call) {
+        std::this_thread::sleep_for(5ms);
+        std::atomic<int> inside{0};
+        std::atomic<bool> alone{false};
+        const auto until = std::chrono::steady_clock::now() + 20s;
+        together(5, [&](Team& team) {
+            for (const int64_t piece : team.share(5)) {
+                static_cast<void>(piece);
+                ++inside;
+                while (inside < 5 && !alone) {
+                    std::this_thread::sleep_for(100us);
+                    if (std::chrono::steady_clock::now() > until) alone = true;
+                }
+            }
+        });
+        if (alone) return printf("not all threads came\n"), 1;
+    }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_a_team_runs_each_piece_once_in_the_order_of_loops(tmp_path: Path) -> None:
+    folder, program = Path(native.__file__).parent, tmp_path / "team"
+    (tmp_path / "team.cpp").write_text(PROGRAM)
+    sources = [tmp_path / "team.cpp", folder / "pool.cpp"]
+    subprocess.run(["c++", "-std=c++17", "-O1", "-pthread", f"-I{folder}", *sources, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_counts_that_change_from_call_to_call_give_the_same_bits() -> None:
@@ -82,13 +147,14 @@ def test_a_forked_process_computes_and_ends() -> None:
         assert same(linear(x, weight), expected)
         child = os.fork()
         if child == 0:
+            signal.alarm(60)  # ends it, should it wait for helpers
             os._exit(0 if same(linear(x, weight), expected) else 1)
         ended.append(os.waitpid(child, 0)[1])
 
     thread = threading.Thread(target=work)
     try:
         thread.start()
-        thread.join(60)
+        thread.join()
     finally:
         torch.set_num_threads(1)
     assert ended == [0]

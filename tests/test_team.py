@@ -30,8 +30,13 @@ def same(found: Tensor, expected: Tensor) -> bool:
     return found.numpy().tobytes() == expected.numpy().tobytes()
 
 
-# Each of many loops runs each piece once, after all pieces of the loops before. Then all threads come to a call whose
-# pieces wait for them, though helpers sleep between calls.
+def compute_threads() -> int:
+    names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
+    return sum(name.exists() and name.read_text() == "tierlm-compute\n" for name in names)
+
+
+# Each of many loops runs each piece once, and ends in every thread when all pieces have run. Then all threads come to a
+# call whose pieces wait for them, though helpers sleep between calls.
 PROGRAM = r"""
 #include <atomic>
 #include <chrono>
@@ -50,16 +55,18 @@ int main() {
             std::atomic<int64_t> early{0};
             for (int call = 0; call < 40; ++call)
                 together(threads, [&](Team& team) {
-                    for (int loop = call * 25; loop < call * 25 + 25; ++loop)
+                    for (int loop = call * 25; loop < call * 25 + 25; ++loop) {
                         for (const int64_t piece : team.share(count)) {
                             early += runs[(piece + 1) % count] < loop;
                             if (piece == loop % count && loop % 50 == 0) std::this_thread::sleep_for(200us);
                             ++runs[piece];
                         }
+                        for (const auto& ran : runs) early += ran <= loop;
+                    }
                 });
             for (const auto& ran : runs)
                 if (ran != 1000) return printf("%d threads ran a piece %d times\n", threads, int(ran)), 1;
-            if (early) return printf("%d threads began a loop before the last one ended\n", threads), 1;
+            if (early) return printf("%d threads left a loop before it ended\n", threads), 1;
         }
     for (int call = 0; call < 5; ++call) {
         std::this_thread::sleep_for(5ms);
@@ -105,10 +112,6 @@ def test_counts_that_change_from_call_to_call_give_the_same_bits() -> None:
 
 
 def test_callers_at_once_have_helpers_of_their_own_that_end_with_them() -> None:
-    def compute_threads() -> int:
-        names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
-        return sum(name.exists() and name.read_text() == "tierlm-compute\n" for name in names)
-
     before, (x, weight) = compute_threads(), operands(20000)
     expected, wrong, seen = linear(x, weight), list[int](), list[int]()
     barrier = threading.Barrier(3)
@@ -138,7 +141,7 @@ def test_callers_at_once_have_helpers_of_their_own_that_end_with_them() -> None:
 
 
 def test_a_forked_process_computes_and_ends() -> None:
-    """Its copy of the helpers has no threads to wait for."""
+    """Its copy of the helpers has no threads: it starts others."""
     x, weight = operands(20000)
     expected, ended = linear(x, weight), list[int]()
 
@@ -148,7 +151,8 @@ def test_a_forked_process_computes_and_ends() -> None:
         child = os.fork()
         if child == 0:
             signal.alarm(60)  # ends it, should it wait for helpers
-            os._exit(0 if same(linear(x, weight), expected) else 1)
+            right = same(linear(x, weight), expected)
+            os._exit(0 if right and compute_threads() == 2 else 1)
         ended.append(os.waitpid(child, 0)[1])
 
     thread = threading.Thread(target=work)

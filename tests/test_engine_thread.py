@@ -207,7 +207,7 @@ small = dict(budget=Budget("8GiB"), ram_slots=4, transfer_threads=2)
 LLM.load(folder, **small).close()
 refused("transfers", lambda: LLM.load(folder, **{**small, "transfer_threads": 100}))
 if load() is not None:
-    refused("reads", lambda: Reads(100, 4, 0, lambda: None, None))
+    refused("reads", lambda: Reads(100, 4, 0, 0, lambda: None, None))
 refused("OpenMP", lambda: LLM.load(folder, **small, threads=100))
 with LLM.load(folder, **small) as llm:
     assert len(llm.generate([[5, 6]], SamplingParams(max_new_tokens=3, ignore_eos=True))[0].ids) == 3

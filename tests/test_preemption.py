@@ -36,10 +36,13 @@ def folder(request: Any, originals: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[LLM]:
-    """Its thread sleeps, since it gets no request: the tests run its scheduler."""
+    """The tests run a scheduler of their own: its thread, which sees another without requests, sleeps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ROOM", 4)
         with LLM.load(folder, budget=RAM, context=CONTEXT, prefill_chunk=16) as llm:
+            runtime, its = llm._loaded(), llm._loaded().scheduler
+            own = Scheduler(its.decoder, its.cache, its.meter, None, its.eos, its.chunk)
+            llm._runtime = replace(runtime, scheduler=own)
             yield llm
 
 
@@ -218,6 +221,19 @@ def test_nobody_gives_way_in_vain(llm: LLM) -> None:
     step(scheduler)
     assert scheduler._running == [first, last] and scheduler._waiting == [middle]
     finish(scheduler, first, middle, last)
+
+
+def test_who_comes_leaves_room_for_those_that_grow(llm: LLM) -> None:
+    """34 tokens are reserved, and 4 may soon be: 22 are left."""
+    scheduler, few = scheduler_of(llm), replace(LONG, max_new_tokens=8)
+    first, large, small = made(PROMPTS[1], at=0.0), made([9] * 19, few, at=2.0), made([9] * 18, few, at=1.0)
+    scheduler.submit([first, large])
+    step(scheduler)
+    assert scheduler._running == [first] and scheduler._waiting == [large]
+    scheduler.submit([small])
+    step(scheduler)
+    assert scheduler._running == [first, small] and scheduler._waiting == [large]
+    finish(scheduler, first, small, large)
 
 
 def test_samples_compute_the_prompt_once(folder: Path) -> None:

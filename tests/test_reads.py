@@ -229,11 +229,11 @@ def touchers() -> int:
 
 def test_memory_is_there_before_it_is_used_and_keeps_its_bytes() -> None:
     slots = [Slot(allocate(4 * 2**20, torch.device("cpu"))) for _ in range(5)]
-    slots[3].buffer[-1] = 7
+    slots[3].buffer[-ALIGNMENT:] = 7  # the byte that is touched, too
     transfer = Transfer(1)
     transfer.populate(slots)
     until(lambda: all(resident(slot) == slot.size for slot in slots))
-    assert [int(slot.buffer.sum()) for slot in slots] == [0, 0, 0, 7, 0]
+    assert [int(slot.buffer.sum()) for slot in slots] == [0, 0, 0, 7 * ALIGNMENT, 0]
     assert transfer.close(WAIT)
 
 
@@ -267,6 +267,25 @@ def test_warm_up_keeps_its_order_whatever_is_populated_first(watched: tuple[Shel
     shelf.finish(*tickets)
     assert order_of(dict(enumerate("abcdefgh")), timeline) == list("abcdefgh")
     assert all(shelf.bytes_of(i) == shelf.expected(i) for i in range(8))
+
+
+def test_a_warm_up_populated_early_waits_for_those_before_it(tmp_path: Path) -> None:
+    """While a demand waits, the last warm-up is populated first. It is read last all the same."""
+    file, timeline, size = tmp_path / "f", Timeline(), 16 * 2**20
+    large = touch_lanes() + 4
+    edges = [0, *range(8192, 8192 + large * size + 1, size), 16384 + large * size]
+    with file.open("wb") as made:
+        made.truncate(edges[-1])
+    shelf = Shelf(file, edges, Held(1, timeline))
+    shelf.hold()
+    tickets = [shelf.fetch(0)] + [shelf.fetch(i, WARM_UP) for i in range(1, large + 2)]
+    until(lambda: resident(shelf.slots[-1]) == shelf.slots[-1].size)
+    shelf.transfer.gate.set()
+    shelf.finish(*tickets)
+    names = [chr(ord("a") + i) for i in range(large + 2)]
+    order = order_of(dict(enumerate(names)), timeline)
+    assert [name for name, _ in itertools.groupby(order)] == names
+    shelf.close()
 
 
 @PROFILE

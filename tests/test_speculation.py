@@ -234,7 +234,7 @@ def sequence_of(prompt: list[int], ids: list[int]) -> Sequence:
 
 @given(st.lists(st.integers(0, 2), max_size=30), st.lists(st.integers(0, 2), min_size=1, max_size=20))
 def test_lookup_finds_the_latest_place_of_the_last_tokens(prompt: list[int], ids: list[int]) -> None:
-    """Step by step, as a search through all of the text finds it."""
+    """Step by step, as a search through all of the text finds it, and how much of the text before is the same there."""
     lookup, sequence = PromptLookup(), sequence_of(prompt, [])
     for count in range(1, len(ids) + 1):
         sequence.ids = ids[:count]
@@ -248,6 +248,9 @@ def test_lookup_finds_the_latest_place_of_the_last_tokens(prompt: list[int], ids
         kinds = lookup.kinds(sequence, 5)
         assert bool(kinds) == bool(places)
         if places:
+            most = range(min(16, places[0]), 0, -1)
+            same = next(count for count in most if text[places[0] - count : places[0]] == text[-count:])
+            assert kinds == [min(same + at, 16).bit_length() for at in range(5)]
             expected = list(text)
             for at in range(5):
                 expected.append(expected[places[0] + at])

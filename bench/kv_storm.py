@@ -10,17 +10,19 @@ a header is read and checked. Exit code 1 if anything is wrong. The last line is
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import xxhash
@@ -34,6 +36,7 @@ from tierlm.models.catalog import Catalog
 SIZE = 4 * 2**20  # bytes of the store, less than all prompts need
 PIECE = 16 * 2**10  # bytes
 PREFIX, LENGTH = 320, 600  # tokens that prompts share, and of each
+SILENT = 120.0  # seconds without a word after which a process hangs
 
 
 def slow_write(fd: int, data: memoryview, offset: int) -> None:
@@ -55,6 +58,7 @@ def ask(folder: Path | None, numbers: list[int], told: Connection) -> None:
     from tierlm import LLM, Budget, SamplingParams
     from tierlm.engine.sequence import Keep
 
+    faulthandler.enable()
     kvfiles._write = slow_write
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     options: Any = {} if folder is None else {"kv_disk": SIZE, "kv_folder": folder}
@@ -85,8 +89,10 @@ class Storm:
     def run(self, folder: Path | None, numbers: list[int]) -> dict[int, list[int]]:
         """The tokens of prompts, from a process that nobody disturbs."""
         process, told = self.begin(folder, numbers)
-        found = {number: ids for number, ids, _, _ in iter(told.recv, None)}
-        process.join()
+        found = {number: ids for number, ids, _, _ in iter(lambda: hear(process, told), None)}
+        process.join(SILENT)
+        if process.exitcode is None:
+            abort(process)
         return found
 
     def blocks(self) -> tuple[int, int, int]:
@@ -101,6 +107,21 @@ class Storm:
                 stream.seek(at * size)
                 wrong += xxhash.xxh3_64_intdigest(stream.read(size)) != header.checksum
         return len(headers), wrong, len(rows) - len(headers)
+
+
+def hear(process: ForkServerProcess, told: Connection) -> Any:
+    """What the process tells next. Raises EOFError if it has ended, TimeoutError if it hangs."""
+    if not told.poll(SILENT):
+        abort(process)
+    return told.recv()
+
+
+def abort(process: ForkServerProcess) -> NoReturn:
+    """End a process that hangs. It prints the stacks of its threads."""
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGABRT)
+    process.join()
+    raise TimeoutError(f"process {process.pid} hangs: expected a word within {SILENT:g} s; its stacks are above")
 
 
 def block_bytes() -> int:
@@ -120,8 +141,8 @@ def storm(folder: Path, kills: int, seed: int, prompts: int) -> dict[str, Any]:
         process, told = runs.begin(folder, [0, *(draw.randrange(1, prompts) for _ in range(1000))])
         end, first = None, True
         while end is None or time.monotonic() < end:
-            if told.poll(None if end is None else max(0.0, end - time.monotonic())):
-                number, ids, hit_bytes, damaged = told.recv()
+            if end is None or told.poll(max(0.0, end - time.monotonic())):
+                number, ids, hit_bytes, damaged = hear(process, told)
                 if first:
                     hits.append(hit_bytes)
                     first, end = False, time.monotonic() + draw.uniform(0.0, 2.0)

@@ -10,8 +10,10 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from test_llm import faulty
 from test_loading import open_files
 
 from tierlm import LLM, Budget, BudgetError, SamplingParams, TierlmError, UsageError
+from tierlm.engine.sequence import Pace, Progress, Sequence
 
 RAM = Budget("8GiB")
 TEN = SamplingParams(max_new_tokens=10, ignore_eos=True)
@@ -151,6 +154,22 @@ def test_a_bug_reaches_all_who_wait(toy_v3: tuple[Path, Any], monkeypatch: pytes
         llm.logits([1])
     llm.close()
     assert threading.active_count() <= threads and open_files() <= files
+
+
+def test_a_bug_in_a_step_reaches_those_that_it_has_ended(toy_v3: tuple[Path, Any]) -> None:
+    class Wrong:
+        def choose(self, *arguments: Any) -> int:
+            raise ZeroDivisionError("made up")
+
+    with LLM.load(toy_v3[0], budget=RAM) as llm:
+        scheduler, params, mailbox = llm._loaded().scheduler, replace(TEN, max_new_tokens=1), SimpleQueue[Progress]()
+        ended, failed = (Sequence([5, 6], params, mailbox, place, Pace.END) for place in range(2))
+        failed.sampler = Wrong()  # type: ignore[assignment]
+        scheduler.submit([ended, failed])
+        with pytest.raises(ZeroDivisionError):
+            scheduler.step(lambda batch: None)
+        scheduler.close()
+        assert [mailbox.get(timeout=1).finish for _ in range(2)] == ["length", "error"]
 
 
 FORK = """

@@ -243,28 +243,30 @@ class Scheduler:
         width = 0 if self.speculation is None else self.speculation.width
         states = torch.empty(sum(rows), width)
         outcomes = self._forward(batch, segments, watch, prefill, states)
-        for sequence, segment, outcome, seen in zip(
-            batch, segments, outcomes, states.split_with_sizes(rows), strict=True
-        ):
-            if isinstance(outcome, TierlmError):
-                sequence.error = outcome
-                self._end(sequence, "error")
-                continue
-            if not prefill:
-                taken = self._verify(sequence, segment.ids[1 : len(outcome)], outcome)
-                phase.tokens += taken
-                self._observe(sequence, seen[:taken])
-                continue
-            phase.tokens += len(segment.ids)
-            sequence.done += len(segment.ids)
-            sequence.prefilled = min(max(sequence.prefilled, sequence.done), len(sequence.prompt))
-            if sequence.done == len(sequence.tokens):
-                self._take(sequence, outcome[-1])
-            self._observe(sequence, seen)
-        began, before = start
-        phase.add(0, time.perf_counter() - began, self.meter.read() - before)
-        for sequence in batch:  # last, so that a client finds its token in the counters
-            sequence.tell()
+        try:
+            for sequence, segment, outcome, seen in zip(
+                batch, segments, outcomes, states.split_with_sizes(rows), strict=True
+            ):
+                if isinstance(outcome, TierlmError):
+                    sequence.error = outcome
+                    self._end(sequence, "error")
+                    continue
+                if not prefill:
+                    taken = self._verify(sequence, segment.ids[1 : len(outcome)], outcome)
+                    phase.tokens += taken
+                    self._observe(sequence, seen[:taken])
+                    continue
+                phase.tokens += len(segment.ids)
+                sequence.done += len(segment.ids)
+                sequence.prefilled = min(max(sequence.prefilled, sequence.done), len(sequence.prompt))
+                if sequence.done == len(sequence.tokens):
+                    self._take(sequence, outcome[-1])
+                self._observe(sequence, seen)
+            began, before = start
+            phase.add(0, time.perf_counter() - began, self.meter.read() - before)
+        finally:  # after a bug, too: nobody else tells those that have ended
+            for sequence in batch:  # last, so that a client finds its token in the counters
+                sequence.tell()
 
     def _forward(
         self, batch: list[Sequence], segments: list[Segment], watch: Watch, prefill: bool, states: Tensor

@@ -2,9 +2,9 @@
 
     python bench/kill_storm.py --kills 50
 
-After each kill the user's files are whole, old or new, and nothing else lies beside them; the next run works and gives
-the same tokens. Every second kill is SIGKILL, the others SIGTERM. Exit code 1 if anything is wrong. The last line is
-JSON.
+After each kill the user's files are whole, old or new; the next run that ends works, gives the same tokens and leaves
+nothing beside them. Every second kill is SIGKILL, the others SIGTERM. Exit code 1 if anything is wrong. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -74,28 +74,32 @@ class Storm:
         process.kill() if number % 2 else process.terminate()
         process.join()
 
-    def wrong(self) -> list[str]:
-        """What is wrong with the files, in words."""
-        found = [f"{name} is left over" for name in os.listdir(self.folder) if name not in OURS]
-        found += [f"{file} is left over" for file in (self.folder / "cache").rglob("*") if file.name.startswith(".")]
+    def check(self) -> None:
+        """Raise an error if a file is not whole."""
         for file in [self.folder / "timeline.json", *(self.folder / "cache" / "tierlm" / "heat").glob("*.json")]:
             json.loads(file.read_text())  # raises ValueError
         read_trace(self.folder / "trace.npz")  # raises TraceError
-        return found
+
+    def left_over(self) -> list[str]:
+        """What lies beside the files, in words."""
+        found = [f"{name} is left over" for name in os.listdir(self.folder) if name not in OURS]
+        beside = [file for file in (self.folder / "cache").rglob("*") if file.name.startswith(".")]
+        return found + [f"{file} is left over" for file in beside]
 
 
 def storm(folder: Path, kills: int, seed: int) -> list[str]:
     """Kill ``kills`` runs in ``folder``. Returns what is wrong, in words."""
     runs, moments = Storm(folder), random.Random(seed)
     expected, seconds = runs.run()
-    found = runs.wrong()
+    found = runs.left_over()
     for number in range(kills):
         runs.kill(number, moments.uniform(0.0, 1.1 * seconds))
-        found += [f"kill {number}: {what}" for what in runs.wrong()]
+        runs.check()
     ids, _ = runs.run()
     if ids != expected:
         found.append(f"expected the tokens {expected}, found {ids}")
-    return found + runs.wrong()
+    runs.check()
+    return found + runs.left_over()
 
 
 def main() -> None:

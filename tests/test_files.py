@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_nothing_is_seen_of_a_file_before_it_is_whole(tmp_path: Path) -> None:
         stream.flush()
         assert not list(tmp_path.iterdir())
     assert (tmp_path / "file").read_text() == "half"
+
+
+def test_what_a_kill_left_between_name_and_place_is_removed_later(tmp_path: Path) -> None:
+    """But not what another process is about to put in its place, nor files of others."""
+    for name in (".tierlm-dead", ".tierlm-alive", ".other"):
+        (tmp_path / name).touch()
+    with open(tmp_path / ".tierlm-alive") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        write_whole(tmp_path / "file", "new")
+        assert {path.name for path in tmp_path.iterdir()} == {"file", ".tierlm-alive", ".other"}
 
 
 @both_ways

@@ -4,6 +4,7 @@ completely or not at all. And the user's cache folder."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 MAX_READ = 128 * 2**20  # bytes; the largest tokenizers have 35 MB
+BESIDE = ".tierlm-"  # begins the name of a file that is about to take its place
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 
@@ -94,15 +96,17 @@ def read_regular(file: Path, limit: int = MAX_READ) -> bytes:
 @contextmanager
 def whole(file: Path) -> Iterator[BinaryIO]:
     """A stream to a temporary file that is synced and takes the place of ``file`` after the ``with`` block: a reader
-    finds the old file or the new. An error leaves the old one; a killed process leaves nothing else, if the file system
-    has files without names (ext4, xfs, btrfs, tmpfs do). Raises OSError, which names ``file``."""
+    finds the old file or the new. An error leaves the old one. If the file system has files without names (ext4, xfs,
+    btrfs, tmpfs do), a kill leaves nothing else, unless it comes between the two calls that name the new file and put
+    it in its place; the next file written to that folder removes what is left then. Raises OSError, which names
+    ``file``."""
     beside = None
     try:
         if file.exists() and not file.is_file():
             raise OSError(errno.EINVAL, "expected a regular file, or none")
         target = Path(os.path.realpath(file))  # a link stays a link
         target.parent.mkdir(parents=True, exist_ok=True)
-        name = target.with_name(f".tierlm-{os.urandom(8).hex()}")
+        name = target.with_name(f"{BESIDE}{os.urandom(8).hex()}")
         fd = _nameless(target.parent)
         if fd is None:
             beside = name
@@ -112,9 +116,14 @@ def whole(file: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(fd)
             if beside is None:
+                with suppress(OSError):  # where there are no locks, nothing is swept
+                    fcntl.flock(fd, fcntl.LOCK_EX)  # while it has a name of its own
                 os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd)  # any src_dir_fd makes Python follow the link
                 beside = name
-        os.replace(beside, target)
+                os.replace(beside, target)
+                _sweep(target.parent)
+            else:
+                os.replace(beside, target)
     except BaseException as error:
         if beside is not None:
             with suppress(OSError):
@@ -122,6 +131,14 @@ def whole(file: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(file), None
         raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove files that killed processes left in ``folder``: nobody locks them."""
+    for left in folder.glob(f"{BESIDE}*"):
+        with suppress(OSError), open(open_regular(left), "rb") as stream:
+            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def _nameless(folder: Path) -> int | None:

@@ -1,7 +1,6 @@
 #include "flash.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "attention.h"
 #include "cached.h"

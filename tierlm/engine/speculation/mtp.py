@@ -66,7 +66,7 @@ class MultiTokenPrediction:
         assert self._states is not None
         own, states = self._own(), self._states
         after = self._first + self._read + 1
-        ids = [*sequence.prompt, *sequence.ids][after : after + count]
+        ids = sequence.tokens[after : after + count]
         try:
             found = self._layer.forward(states[:count], ids, own)
         except StorageError:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from test_loading import open_files
 
 from tierlm import LLM, Budget, SamplingParams, answer, client
 from tierlm import llm as api
+from tierlm.config import RuntimeOptions
 from tierlm.worker import Worker
 
 RAM = Budget("8GiB")
@@ -124,6 +126,17 @@ def test_an_interrupted_load_leaves_nothing_open(toy_v3: tuple[Path, Any]) -> No
             thread.join(60)
     assert set(threading.enumerate()) <= before and open_files() <= files
     with load() as llm:
+        assert len(generate(llm)) == len(PROMPTS)
+
+
+def test_a_load_whose_thread_is_listed_but_does_not_run_yet_is_not_waited_for(
+    toy_v3: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt within ``Thread.start`` leaves one, for a moment."""
+    begun, listed = Worker(toy_v3[0], RAM, RuntimeOptions(), SimpleQueue()), threading.enumerate
+    begun.leaving = True
+    monkeypatch.setattr(threading, "enumerate", lambda: [*listed(), begun])
+    with LLM.load(toy_v3[0], budget=RAM) as llm:
         assert len(generate(llm)) == len(PROMPTS)
 
 

@@ -131,7 +131,8 @@ class Worker(threading.Thread):
         """Bytes held by other models of this process, after those that are closing are gone."""
         others = [thread for thread in threading.enumerate() if isinstance(thread, Worker) and thread is not self]
         for other in others:
-            if other.leaving or (other.owner is not None and other.owner() is None):
+            # One whose load was interrupted as it began is listed before it runs, holds nothing, and cannot be joined.
+            if other.is_alive() and (other.leaving or (other.owner is not None and other.owner() is None)):
                 other.join(LEAVE)
         return sum(other._runtime.held for other in others if other._runtime is not None)
 
